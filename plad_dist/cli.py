@@ -1,0 +1,162 @@
+"""The `plad` command: reads the arguments, calls the pipeline, turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from plad_dist import __version__
+from plad_dist.config import Config, load_config
+from plad_dist.errors import RunFailed, UserError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    help="Distil a large language model into a smaller one by preference, on a cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as run.seed=3.")]
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 failed run, 2 bad input, 130 interrupted."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("plad").setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logging.getLogger("plad").addHandler(handler)
+    logging.getLogger("plad").propagate = False
+    try:
+        app()
+    except UserError as error:
+        _fail(f"plad: {error}", BAD_INPUT)
+    except RunFailed as error:
+        _fail(f"plad: failed: {error}", FAILED)
+    except KeyboardInterrupt:
+        _fail("plad: interrupted. What was committed is kept; run the same command again to go on.", INTERRUPTED)
+
+
+def _fail(message: str, code: int) -> None:
+    logging.getLogger("plad").debug("error", exc_info=True)
+    sys.stderr.write(f"\n{message}\n")
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"plad-dist {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run all stages. Resumes where a run was left; skips what is committed."""
+    from plad_dist.pipeline import finished_metrics, run_pipeline
+
+    directory = run_pipeline(load_config(config, overrides or []))
+    _show(finished_metrics(directory), str(directory.root))
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Read the prompts into the run directory."""
+    _stage("prepare", config, overrides)
+
+
+@app.command()
+def sample(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Sample the teacher and the student."""
+    _stage("sample", config, overrides)
+
+
+@app.command()
+def pair(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Build pseudo-preference pairs from the samples."""
+    _stage("pair", config, overrides)
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    phase: Annotated[str | None, typer.Option(help="Only this phase: teacher, warmup, round-0 or seqkd.")] = None,
+) -> None:
+    """Train the phases that are not trained yet, in order."""
+    _stage("train", config, overrides, phase)
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Let every system answer the held-out prompts and compare them."""
+    _stage("evaluate", config, overrides)
+
+
+@app.command()
+def report(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Write the report anew from the figures."""
+    from plad_dist.evaluation.stage import report as write_report
+    from plad_dist.rundir import RunDir, check_same_run
+
+    settings = load_config(config, overrides or [])
+    directory = RunDir.of(settings)
+    check_same_run(settings, directory)
+    typer.echo(write_report(settings, directory))
+
+
+@app.command()
+def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")]) -> None:
+    """What of a run is committed."""
+    from plad_dist.status import status_table
+
+    _print(status_table(run_dir))
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check a config and the inputs that it names, without starting or writing anything."""
+    from plad_dist.planning.preflight import check_inputs
+    from plad_dist.rundir import RunDir
+
+    settings = load_config(config, overrides or [])
+    check_inputs(settings, RunDir.of(settings))
+    typer.echo(f"{config}: valid; fingerprint {settings.fingerprint()[:12]}, run directory {settings.run.dir}")
+
+
+def _stage(command: str, config: str, overrides: list[str] | None, phase: str | None = None) -> None:
+    from plad_dist.pipeline import run_pipeline
+
+    settings: Config = load_config(config, overrides or [])
+    if phase is not None:
+        from plad_dist.phases import phase_names
+
+        if phase not in phase_names(settings):
+            raise UserError(f"--phase {phase}: this config has the phases {', '.join(phase_names(settings))}")
+    run_pipeline(settings, command, phase)
+
+
+def _show(metrics: dict[str, object], root: str) -> None:
+    from plad_dist.evaluation.report import metrics_table
+    from plad_dist.evaluation.stage import REPORT
+
+    _print(metrics_table(metrics))
+    for sentence in metrics["verdict"]:  # type: ignore[attr-defined]
+        typer.echo(f"- {sentence}")
+    typer.echo(f"\nReport: {root}/{REPORT}")
+
+
+def _print(table: object) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)

@@ -1,0 +1,518 @@
+"""The whole of a run in one validated schema. Every default of the product is written here, once.
+
+A run is a YAML file of these sections; ``key.sub=value`` arguments override it. Everything that can be known to be wrong
+before a process starts is refused by :func:`load_config` with a :class:`~plad_dist.errors.UserError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from plad_dist.errors import UserError
+
+# Marks a key that changes how a run is carried out but not what it produces, so that it may change between resumes.
+OPERATIONAL: dict[str, Any] = {"operational": True}
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values are checked, instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+# ----------------------------------------------------------------------------------------------------- run, cluster
+
+
+class Run(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = Field(description="Run directory: a path, or file://, s3://, gs://, az:// URI.", min_length=1)
+    seed: int = Field(17, ge=0, lt=2**31, description="Every random choice of the run follows from it.")
+
+
+class Cluster(Section):
+    """Which Ray cluster does the work."""
+
+    address: str | None = Field(
+        None,
+        description="Ray address to join (`auto`, `host:port`). Empty: the RAY_ADDRESS variable, else a local Ray.",
+        json_schema_extra=OPERATIONAL,
+    )
+    start_timeout_s: int = Field(
+        600,
+        ge=10,
+        description="Seconds to wait for the cluster to give the actors and workers their resources.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+class FilesSource(Section):
+    """Prompts read from files: JSON lines, Parquet, Arrow or CSV, by their suffix."""
+
+    type: Literal["files"]
+    paths: list[str] = Field(min_length=1, description="Files or glob patterns, read in sorted order.")
+    prompt_column: str = Field("prompt", description="Column with the prompt text. Ignored where messages_column is set.")
+    messages_column: str | None = Field(None, description="Column with chat messages (list of role and content).")
+    reference_column: str | None = Field(None, description="Column with a reference response, if there is one.")
+
+
+class PythonFunctionsSource(Section):
+    """Names of functions from their one-line descriptions, harvested from the installed Python packages.
+
+    Source code is parsed, never imported or run.
+    """
+
+    type: Literal["python_functions"]
+    limit: int = Field(60_000, ge=100, description="At most so many training rows.")
+    heldout_limit: int = Field(600, ge=10, description="At most so many held-out rows.")
+    heldout_packages: list[str] = Field(
+        default=["asyncio", "email", "http", "logging", "networkx", "tkinter", "unittest", "xml"],
+        min_length=1,
+        description="Top-level packages whose functions are only used for evaluation.",
+    )
+    seconds: int = Field(120, ge=5, description="Stop harvesting after so many seconds.", json_schema_extra=OPERATIONAL)
+
+
+class Prompts(Section):
+    """The prompts to distil on, and those held out for evaluation."""
+
+    source: Annotated[FilesSource | PythonFunctionsSource, Field(discriminator="type")]
+    heldout: FilesSource | None = Field(
+        None, description="Held-out prompts. Empty: taken from the source (python_functions), or heldout_fraction of it."
+    )
+    heldout_fraction: float = Field(
+        0.02, ge=0.0, lt=1.0, description="Share of a `files` source that is held out when `heldout` is empty."
+    )
+    block_size: int = Field(512, ge=1, le=100_000, description="Prompts in a block, the unit of work and of commit.")
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+class ScratchModel(Section):
+    """A model with random weights and a tokenizer trained on the prompts and references."""
+
+    architecture: dict[str, Any] = Field(
+        description="Arguments of the transformers config, `model_type` among them; vocabulary and special tokens are "
+        "filled in from the tokenizer."
+    )
+    vocab_size: int = Field(2048, ge=300, le=1_000_000, description="Size of the byte-pair vocabulary.")
+
+    @field_validator("architecture")
+    @classmethod
+    def _has_model_type(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("model_type"), str):
+            raise ValueError("needs `model_type`, the name of a transformers architecture, such as llama")
+        return value
+
+
+class Model(Section):
+    """A causal language model: a pretrained one by path, or one made from scratch."""
+
+    path: str | None = Field(None, description="Folder or hub name of a pretrained model with its tokenizer.")
+    revision: str | None = Field(None, description="Revision of the hub repository.")
+    scratch: ScratchModel | None = Field(None, description="Make the model instead of loading it.")
+    template: str | None = Field(
+        None, description="Jinja template over `messages` that renders a prompt. Empty: the tokenizer's chat template."
+    )
+    max_length: int | None = Field(None, ge=8, description="Context length to use. Empty: the model's own.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.scratch is None):
+            raise ValueError("needs exactly one of `path` (a pretrained model) and `scratch` (a new one)")
+        return self
+
+
+# --------------------------------------------------------------------------------------------------------- sampling
+
+
+class Decoding(Section):
+    """How one response is drawn."""
+
+    temperature: float = Field(1.0, ge=0.0, le=5.0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus sampling.")
+    top_k: int = Field(0, ge=0, description="Draw among the k likeliest tokens; 0 is off.")
+    min_p: float = Field(0.0, ge=0.0, le=1.0, description="Drop tokens below this share of the likeliest one.")
+    max_tokens: int = Field(256, ge=1, description="Longest response, in tokens.")
+    stop: list[str] = Field(default=[], description="Strings that end a response.")
+
+
+class RoleSampling(Decoding):
+    """How one role (teacher or student) is sampled for pairs, and by which engines."""
+
+    n: int = Field(1, ge=1, le=256, description="Responses per prompt.")
+    replicas: int = Field(1, ge=1, description="Engines, one actor each.", json_schema_extra=OPERATIONAL)
+    cpus: float = Field(1.0, gt=0, description="CPU cores reserved for each actor.", json_schema_extra=OPERATIONAL)
+    engine: dict[str, Any] = Field(
+        default={}, description="Engine arguments, passed to vLLM by their own names.", json_schema_extra=OPERATIONAL
+    )
+
+
+class Sampling(Section):
+    """Step 1: the teacher and the student answer the same prompts."""
+
+    limit: int | None = Field(None, ge=1, description="Sample only the first so many prompts. Empty: all.")
+    teacher: RoleSampling = RoleSampling()
+    student: RoleSampling = RoleSampling()
+    window: int = Field(
+        4, ge=1, le=64, description="Blocks in flight on one engine, so that it never drains.", json_schema_extra=OPERATIONAL
+    )
+    max_attempts: int = Field(3, ge=1, description="Tries of one block before the run fails.", json_schema_extra=OPERATIONAL)
+    max_error_share: float = Field(
+        0.01, ge=0.0, le=1.0, description="Share of error rows above which the stage fails.", json_schema_extra=OPERATIONAL
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- pairing
+
+
+class Pairing(Section):
+    """Step 2: pseudo-preference pairs, the teacher's response over the student's."""
+
+    score: Literal["rouge_l", "none"] = Field("rouge_l", description="Score against the reference, where there is one.")
+    max_pairs_per_prompt: int = Field(4, ge=1, description="Pairs kept of one prompt with several samples.")
+    max_tokens: int | None = Field(
+        None, ge=8, description="Longest prompt plus response, in student tokens. Empty: the student's context."
+    )
+    truncated_rejected: Literal["keep", "drop"] = Field(
+        "keep", description="What to do with a student response that hit max_tokens."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class Loss(Section):
+    """The objective of a phase. Formulas: docs/design.md."""
+
+    name: Literal["rank", "mle"] = Field("rank", description="rank: PLaD ranking calibration. mle: plain likelihood.")
+    margin: float = Field(1.0, ge=0.0, description="Margin of the hinge, in nats.")
+    mle_weight: float = Field(1.0, ge=0.0, description="Weight of -logp(chosen), the anchor against collapse.")
+    length_normalize: bool = Field(False, description="Use per-token means of the log-likelihoods.")
+
+
+class Optimizer(Section):
+    """AdamW or Muon, with linear warm-up and a schedule."""
+
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, the rest by AdamW.")
+    lr: float = Field(1e-5, gt=0.0, le=1.0, description="Peak learning rate.")
+    adam_lr: float | None = Field(None, gt=0.0, le=1.0, description="Muon only: rate of the AdamW part. Empty: lr.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0.0)
+    weight_decay: float = Field(0.0, ge=0.0)
+    warmup_share: float = Field(0.05, ge=0.0, le=1.0, description="Share of the steps with rising learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    clip_norm: float = Field(1.0, gt=0.0, description="Largest gradient norm.")
+
+
+class Phase(Section):
+    """One training phase. A global step sees `batch_groups` groups, whatever the number of workers."""
+
+    epochs: float = Field(1.0, gt=0.0, description="Passes over the phase's data.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many steps.")
+    batch_groups: int = Field(32, ge=1, description="Groups (a prompt and its responses) in a global step.")
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.", json_schema_extra=OPERATIONAL)
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.", json_schema_extra=OPERATIONAL)
+
+
+class MlePhase(Phase):
+    """A phase trained by likelihood."""
+
+    loss: Loss = Loss(name="mle")
+
+    @field_validator("loss")
+    @classmethod
+    def _is_mle(cls, value: Loss) -> Loss:
+        if value.name != "mle":
+            raise ValueError("this phase has no pairs: only `name: mle` fits it")
+        return value
+
+
+class Warmup(MlePhase):
+    """Step 0: the student learns the task before it is sampled."""
+
+    data: Literal["references", "teacher"] = Field("references", description="Learn from references or teacher outputs.")
+
+
+class Training(Section):
+    """Steps 0 and 3: DeepSpeed ZeRO-3 under Ray Train."""
+
+    num_workers: int = Field(1, ge=1, description="Workers, one device each.", json_schema_extra=OPERATIONAL)
+    cpus_per_worker: float = Field(1.0, gt=0, json_schema_extra=OPERATIONAL)
+    deepspeed: str = Field(
+        "zero3", description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON.", json_schema_extra=OPERATIONAL
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU.")
+    micro_batch_tokens: int = Field(
+        8192, ge=16, description="Tokens of one forward pass on one worker.", json_schema_extra=OPERATIONAL
+    )
+    gradient_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
+    log_every: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
+    max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL)
+    heldout_pairs: int = Field(512, ge=0, description="Held-out pairs ranked before, during and after a round.")
+    teacher: MlePhase | None = Field(None, description="Train the teacher on references first. Empty: take it as it is.")
+    warmup: Warmup | None = Field(None, description="Warm the student up. Empty: take it as it is.")
+    round: Phase = Field(Phase(), description="Calibration on pairs.")
+    seqkd: MlePhase | None = Field(
+        None,
+        description="Control: sequence-level KD on the same teacher outputs, given as many tokens as the round. "
+        "Its `epochs` is ignored.",
+    )
+
+    @field_validator("round")
+    @classmethod
+    def _is_ranked(cls, value: Phase) -> Phase:
+        if value.loss.name == "mle":
+            raise ValueError("loss.name must be a preference loss; sequence-level KD is the section `training.seqkd`")
+        return value
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Evaluation(Section):
+    """Step 4: every system answers the held-out prompts."""
+
+    limit: int = Field(500, ge=1, description="Held-out prompts used.")
+    decodings: dict[str, Decoding] = Field(
+        default={}, description="Named decodings. Empty: `greedy`, and `sampled` as the student is sampled for pairs."
+    )
+    warmup_temperatures: list[float] = Field(
+        default=[0.5, 0.25], description="Lower temperatures at which the warm-up student is shown too."
+    )
+    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples for the 95% intervals.")
+    examples: int = Field(20, ge=0, description="Outputs shown side by side in the report.")
+
+    @field_validator("decodings")
+    @classmethod
+    def _names(cls, value: dict[str, Decoding]) -> dict[str, Decoding]:
+        for name in value:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"decoding name {name!r}: use letters, digits, '-', '_' and '.' alone")
+        return value
+
+
+class Config(Section):
+    """A run."""
+
+    run: Run
+    cluster: Cluster = Cluster()
+    prompts: Prompts
+    teacher: Model
+    student: Model
+    sampling: Sampling = Sampling()
+    pairing: Pairing = Pairing()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _scratch_models_are_trained(self) -> Config:
+        if self.teacher.scratch and not self.training.teacher:
+            raise ValueError("teacher.scratch makes an untrained teacher: add a `training.teacher` section")
+        if self.student.scratch and not self.training.warmup:
+            raise ValueError("student.scratch makes an untrained student: add a `training.warmup` section")
+        return self
+
+    @model_validator(mode="after")
+    def _references_where_needed(self) -> Config:
+        source = self.prompts.source
+        if isinstance(source, FilesSource) and source.reference_column is None:
+            if self.training.teacher:
+                raise ValueError("training.teacher learns from references: set prompts.source.reference_column")
+            if self.training.warmup and self.training.warmup.data == "references":
+                raise ValueError(
+                    "training.warmup.data is `references`: set prompts.source.reference_column, or use `data: teacher`"
+                )
+        return self
+
+    def decodings(self) -> dict[str, Decoding]:
+        """The decodings that every system is evaluated with, by name."""
+        if self.evaluation.decodings:
+            return dict(self.evaluation.decodings)
+        student = self.sampling.student
+        sampled = Decoding(**{name: getattr(student, name) for name in Decoding.model_fields})
+        return {"greedy": sampled.model_copy(update={"temperature": 0.0}), "sampled": sampled}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what the run produces; run.dir and operational keys are left out."""
+        return fingerprint({key: value for key, value in self.flat().items() if key not in operational_keys()})
+
+    def flat(self) -> dict[str, Any]:
+        """Every resolved key with its value, by dotted name."""
+        return dict(flatten(self.model_dump(mode="json")))
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested mappings."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+# ------------------------------------------------------------------------------------------------- walking the schema
+
+
+def schema_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the schema with its field, depth first. Alternatives of a union follow one another."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        yield path, field
+        for section in _sections_in(field.annotation):
+            yield from schema_fields(section, f"{path}.")
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [section for item in get_args(annotation) for section in _sections_in(item)]
+    return []
+
+
+def operational_keys() -> set[str]:
+    """Keys whose change does not change what a run produces: they may differ between resumes."""
+    operational = {path for path, field in schema_fields() if (field.json_schema_extra or {}) == OPERATIONAL}
+    return operational | {"run.dir"}
+
+
+def is_operational(key: str) -> bool:
+    """Whether a dotted key, or the key that holds it, is operational."""
+    parts = key.split(".")
+    keys = operational_keys()
+    return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a run's YAML. Raises :class:`UserError` for anything wrong with it."""
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], origin: str) -> Config:
+    """Check a mapping against the schema; `origin` names it in messages."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise UserError(f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file. Examples lie in examples/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
+    try:
+        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}.")
+    return raw
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, typing.Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e-5 as a string; a number is meant.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r}: expected key.sub=value, such as run.seed=3")
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, leaf = key.split(".")
+    section = raw
+    for depth, name in enumerate(parents):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    section[leaf] = value
+
+
+def _explain(item: Any) -> str:
+    """One line for one validation error: the key, what was expected, what was got."""
+    location = [str(part) for part in item["loc"] if part not in ("files", "python_functions")]
+    key = ".".join(location) or "config"
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(location)}"
+    if item["type"] == "missing":
+        return f"{key}: missing; it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{key}: {message}"
+    return f"{key}: {message[0].lower() + message[1:]}; got {_kind(item['input'])}"
+
+
+def _nearest(location: list[str]) -> str:
+    parent, name = ".".join(location[:-1]), location[-1]
+    known = sorted({path.rpartition(".")[2] for path, _ in schema_fields() if path.rpartition(".")[0] == parent})
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

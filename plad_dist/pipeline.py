@@ -1,0 +1,154 @@
+"""The whole run on one screen: stages in order, each skipped where its output is committed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from plad_dist.cluster import connected
+from plad_dist.config import Config
+from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
+from plad_dist.errors import UserError
+from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report
+from plad_dist.pairing.build import build_pairs, is_paired
+from plad_dist.planning.preflight import check_inputs
+from plad_dist.progress import Progress
+from plad_dist.rundir import ROUND, TIMINGS, RunDir, log_to_run, open_run
+
+logger = logging.getLogger("plad")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a run, or one training phase.
+
+    Attributes:
+        command: the `plad` command that it belongs to.
+        done: whether its output is committed.
+        work: does it; returns a sentence about what came of it, or None.
+    """
+
+    name: str
+    command: str
+    done: Callable[[], bool]
+    work: Callable[[], str | None]
+    needs_ray: bool = True
+
+
+def steps_of(config: Config, run: RunDir, progress: Progress) -> Iterator[Step]:
+    """All steps of a run, in order."""
+    # Ray, torch and the engines are imported by the stages that use them: a finished run is skipped through in a moment.
+    from plad_dist.sampling import stage as sampling
+    from plad_dist.training import stage as training
+
+    def phase(name: str) -> Step:
+        return Step(
+            f"train {name}",
+            "train",
+            lambda: training.is_trained(name, run),
+            lambda: training.train_phase(name, config, run, progress),
+        )
+
+    def sample(name: str, roles: tuple[str, ...]) -> Step:
+        return Step(
+            name,
+            "sample",
+            lambda: sampling.is_sampled(config, run, roles),
+            lambda: sampling.sample(config, run, progress, roles),
+        )
+
+    warmup = config.training.warmup
+    yield Step("prepare", "prepare", lambda: _prepared(run), lambda: _prepare(config, run), needs_ray=False)
+    if config.training.teacher:
+        yield phase("teacher")
+    if warmup and warmup.data == "teacher":
+        yield sample("sample teacher", ("teacher",))
+    if warmup:
+        yield phase("warmup")
+    yield sample("sample", ("teacher", "student"))
+    yield Step("pair", "pair", lambda: is_paired(run), lambda: _pair(config, run, progress), needs_ray=False)
+    yield phase(f"round-{ROUND}")
+    if config.training.seqkd:
+        yield phase("seqkd")
+    yield Step("evaluate", "evaluate", lambda: is_evaluated(run), lambda: _evaluate(config, run, progress))
+    yield Step("report", "report", lambda: run.storage.read(REPORT) is not None, lambda: report(config, run), needs_ray=False)
+
+
+def run_pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:
+    """Run what is not committed yet: all steps, or those of one command, or one training phase.
+
+    Raises:
+        UserError: the config, its inputs or the run directory are wrong, or a stage's inputs are missing.
+        RunFailed: a stage failed; what it committed is kept.
+    """
+    run = RunDir.of(config)
+    check_inputs(config, run)
+    run = open_run(config)
+    log_to_run(run)
+    progress = Progress()
+    todo = 0
+    with connected(config) as connect:
+        for step in steps_of(config, run, progress):
+            if (command and step.command != command) or (phase and step.name != f"train {phase}"):
+                continue
+            if step.done():
+                logger.info("%s: committed, skipped", step.name)
+                continue
+            todo += 1
+            _work(step, run, connect)
+    if not todo:
+        logger.info("nothing to do: everything is committed in %s", run.storage.url)
+    return run
+
+
+def _work(step: Step, run: RunDir, connect: Callable[[], None]) -> None:
+    logger.info("%s: begins", step.name)
+    started = time.monotonic()
+    if step.needs_ray:
+        connect()
+    said = step.work()
+    seconds = time.monotonic() - started
+    timings = run.storage.read_json(TIMINGS) or {}
+    timings[step.name] = round(timings.get(step.name, 0.0) + seconds, 1)
+    run.storage.replace(TIMINGS, json.dumps(timings, indent=1).encode())
+    logger.info("%s: done in %.1f s%s", step.name, seconds, f"; {said}" if said else "")
+
+
+def _prepared(run: RunDir) -> bool:
+    return all(dataset(run.storage).manifest() is not None for dataset in (train_prompts, heldout_prompts))
+
+
+def _prepare(config: Config, run: RunDir) -> str:
+    rows = prepare(config, run.storage)
+    return f"{rows['train']:,} training and {rows['heldout']:,} held-out prompts"
+
+
+def _pair(config: Config, run: RunDir, progress: Progress) -> str:
+    facts = build_pairs(config, run, progress)
+    drops = ", ".join(f"{reason} {count:,}" for reason, count in facts["drops"].items()) or "none"
+    said = f"{facts['pairs']:,} pairs of {facts['prompts']:,} prompts; dropped: {drops}"
+    if facts["teacher_better_share"] is not None:
+        said += (
+            f"; by the reference the teacher is better in {facts['teacher_better_share']:.0%} of the pairs, worse in "
+            f"{facts['teacher_worse_share']:.0%}"
+        )
+        if facts["teacher_better_share"] <= facts["teacher_worse_share"]:
+            logger.warning("the teacher does not win over the student: there is no capacity gap to distil")
+    return said
+
+
+def _evaluate(config: Config, run: RunDir, progress: Progress) -> str:
+    evaluate(config, run, progress)
+    return str(run.root / METRICS)
+
+
+def finished_metrics(run: RunDir) -> dict[str, Any]:
+    """The figures of a run. Raises :class:`UserError` where there are none yet."""
+    metrics: dict[str, Any] | None = run.storage.read_json(METRICS)
+    if metrics is None:
+        raise UserError(f"{run.storage.url}: not evaluated yet")
+    return metrics

@@ -1,0 +1,41 @@
+"""Everything about a run's inputs that can be known to be wrong before a process is started."""
+
+from __future__ import annotations
+
+from plad_dist.config import Config, FilesSource, Model
+from plad_dist.data.models import check_local_model, load_model_config
+from plad_dist.data.prompts import check_files, train_prompts
+from plad_dist.data.templates import Renderer
+from plad_dist.rundir import RunDir, check_same_run
+from plad_dist.sampling.engine import check_engine_args
+
+
+def check_inputs(config: Config, run: RunDir) -> None:
+    """Raise :class:`UserError` for the first thing that is wrong. Writes nothing."""
+    from plad_dist.training.deepspeed_config import load_deepspeed
+
+    check_same_run(config, run)
+    _ = run.root
+    load_deepspeed(config.training.deepspeed)
+    for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
+        check_engine_args(wanted.engine, f"sampling.{role}.engine")
+    for model in (config.teacher, config.student):
+        if model.path is not None:
+            check_local_model(model.path)
+    if train_prompts(run.storage).manifest() is not None:
+        return  # what follows was checked when the run began
+    for source in (config.prompts.source, config.prompts.heldout):
+        if isinstance(source, FilesSource):
+            check_files(source)
+    for model in (config.teacher, config.student):
+        _check_model(model)
+
+
+def _check_model(model: Model) -> None:
+    if model.path is not None:
+        load_model_config(model.path, model)
+        Renderer(model.path, model)
+    elif model.template is None:
+        from plad_dist.errors import UserError
+
+        raise UserError("a model from scratch has no chat template: set `template` in its section")

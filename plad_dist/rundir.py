@@ -1,0 +1,188 @@
+"""The run directory: where every stage finds its inputs and puts its outputs, and what guards them.
+
+``run.yaml`` holds the resolved config and its fingerprint. A config that differs in a key that decides what the run
+produces is refused once a stage that depends on the key has begun.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plad_dist.config import Config, Model, flatten, is_operational
+from plad_dist.data.schemas import PAIRS, SAMPLES
+from plad_dist.data.store import Dataset, Storage
+from plad_dist.errors import RunFailed, UserError
+
+ROUND = 0
+RUN_FILE = "run.yaml"
+TIMINGS = "logs/timings.json"
+
+# The config sections in the order in which stages read them, with the folder by which a stage shows that it has begun.
+_SECTIONS = (
+    ("prompts", "eval/prompts"),
+    ("teacher", "models"),
+    ("student", "models"),
+    ("training.teacher", "checkpoints/teacher"),
+    ("training.warmup", "checkpoints/warmup"),
+    ("sampling", "samples"),
+    ("evaluation.decodings", "samples"),
+    ("evaluation.limit", "samples"),
+    ("pairing", "pairs"),
+    ("training.round", "checkpoints/round-0"),
+    ("training.seqkd", "checkpoints/seqkd"),
+    ("training", "checkpoints"),
+    ("evaluation", "eval/round-0/metrics.json"),
+    ("run", "eval/prompts"),
+)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and models of a run."""
+
+    storage: Storage
+
+    @classmethod
+    def of(cls, config: Config) -> RunDir:
+        return cls(Storage(config.run.dir))
+
+    @property
+    def root(self) -> Path:
+        """The run directory on this machine. Raises :class:`UserError` for an object store."""
+        root = self.storage.local_root
+        if root is None:
+            raise UserError(
+                f"run.dir: {self.storage.url}: training needs a run directory on a file system that all nodes share; object "
+                "stores hold prompts, samples and pairs, not yet checkpoints"
+            )
+        return root
+
+    def samples(self, role: str) -> Dataset:
+        return Dataset(self.storage, f"samples/{role}/round-{ROUND}", SAMPLES)
+
+    def pairs(self) -> Dataset:
+        return Dataset(self.storage, f"pairs/round-{ROUND}", PAIRS)
+
+    def heldout_samples(self, role: str) -> Dataset:
+        """Samples of the held-out prompts, drawn as those for pairs are."""
+        return Dataset(self.storage, f"eval/round-{ROUND}/pair-samples/{role}", SAMPLES)
+
+    def heldout_pairs(self) -> Dataset:
+        return Dataset(self.storage, f"eval/round-{ROUND}/pairs", PAIRS)
+
+    def system_samples(self, system: str, decoding: str) -> Dataset:
+        """A system's answers to the held-out prompts."""
+        return Dataset(self.storage, f"eval/round-{ROUND}/samples/{system}/{decoding}", SAMPLES)
+
+    def model(self, name: str) -> Path:
+        """Folder of a model that the run makes."""
+        return self.root / "models" / name
+
+    # -- models by what they are
+
+    def teacher(self, config: Config) -> str:
+        """Folder or hub name of the teacher that is sampled."""
+        return str(self.model("teacher")) if config.training.teacher else str(config.teacher.path)
+
+    def student(self, config: Config) -> str:
+        """Folder or hub name of the student before calibration."""
+        return str(self.model("warmup")) if config.training.warmup else str(config.student.path)
+
+    def start_of(self, name: str, settings: Model) -> str:
+        """Folder or hub name of a model as the config gives it: `teacher` or `student`."""
+        return str(self.model(f"{name}-init")) if settings.scratch else str(settings.path)
+
+
+def require_model(path: str, made_by: str) -> None:
+    """Raise :class:`UserError` where a model that the run makes is not there yet."""
+    if path.startswith("/") and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path}: not there yet; run `plad {made_by}` first")
+
+
+# ---------------------------------------------------------------------------------------------------------- run.yaml
+
+
+def open_run(config: Config) -> RunDir:
+    """The run directory with ``run.yaml`` in it, made if it is new.
+
+    Raises:
+        UserError: the directory is not writable, or was begun with another config; the keys that differ are named.
+    """
+    run = RunDir.of(config)
+    check_same_run(config, run)
+    run.storage.check_writable()
+    document = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()}
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    run.storage.replace(RUN_FILE, text.encode())
+    return run
+
+
+def check_same_run(config: Config, run: RunDir) -> None:
+    """Raise :class:`UserError` if the run directory was begun with a config that would have made other data."""
+    data = _existing(run)
+    if data is None:
+        return
+    old, new = dict(flatten(data["config"])), dict(flatten(config.model_dump(mode="json")))
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    conflicts = [key for key in differing if not is_operational(key) and _has_begun(key, run)]
+    if conflicts:
+        lines = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in conflicts]
+        raise UserError(
+            f"run.dir: {run.storage.url}: was begun with another config. Keys that differ:\n  " + "\n  ".join(lines) +
+            "\nUse another run.dir, or give these keys their old values."
+        )
+
+
+def load_run(path: str) -> dict[str, Any]:
+    """The document in a run directory's ``run.yaml``. Raises :class:`UserError` where there is none."""
+    storage = Storage(path)
+    if storage.local_root is not None and not storage.local_root.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    document = _existing(RunDir(storage))
+    if document is None:
+        raise UserError(f"{path}: not a run directory: it has no {RUN_FILE}")
+    return document
+
+
+def _existing(run: RunDir) -> dict[str, Any] | None:
+    root = run.storage.local_root
+    if root is not None and not root.is_dir():
+        if root.exists():
+            raise UserError(f"run.dir: {root}: is a file, expected a directory")
+        return None
+    data = run.storage.read(RUN_FILE)
+    if data is None:
+        if root is not None and any(not item.name.startswith(".") for item in root.iterdir()):
+            raise UserError(f"run.dir: {root}: not empty and not a run directory (no {RUN_FILE}); use another one")
+        return None
+    try:
+        document = yaml.safe_load(data)
+        return {"config": dict(document["config"]), "fingerprint": str(document["fingerprint"])}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise RunFailed(f"{run.storage.url}/{RUN_FILE}: damaged ({error}); restore it from the config") from None
+
+
+def _has_begun(key: str, run: RunDir) -> bool:
+    """Whether a stage that depends on a key has left something."""
+    for section, folder in _SECTIONS:
+        if key == section or key.startswith(f"{section}."):
+            root = run.storage.local_root
+            if root is None:
+                return bool(run.storage.names(folder)) or run.storage.read(folder) is not None
+            return (root / folder).exists()
+    return True
+
+
+def log_to_run(run: RunDir) -> None:
+    """Keep the plain log beside the data too, in ``logs/plad.log``."""
+    if run.storage.local_root is not None:
+        folder = run.storage.local_root / "logs"
+        folder.mkdir(exist_ok=True)
+        handler = logging.FileHandler(folder / "plad.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("plad").addHandler(handler)

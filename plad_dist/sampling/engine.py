@@ -1,0 +1,165 @@
+"""One vLLM async engine, with arguments that are safe on the device at hand and errors that can be read."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from plad_dist.config import Decoding, Model
+from plad_dist.errors import UserError
+
+_CPU_KV_CACHE_BYTES = 1 << 30
+_CPU_BATCHED_TOKENS = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One response. `finish_reason` is stop or length."""
+
+    text: str
+    token_ids: Sequence[int]
+    logprob: float | None
+    finish_reason: str
+
+
+def check_engine_args(engine: dict[str, Any], key: str) -> None:
+    """Raise :class:`UserError` for a name that vLLM's engine does not know; `key` is where the config has them."""
+    known = _engine_arg_names()
+    for name in engine:
+        if known and name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            raise UserError(f"{key}.{name}: vLLM's engine has no such argument{hint}")
+    for name in ("model", "tokenizer", "seed", "revision", "trust_remote_code"):
+        if name in engine:
+            raise UserError(f"{key}.{name}: is set by the run itself; use the model's config section")
+
+
+@cache
+def _engine_arg_names() -> frozenset[str]:
+    """Fields of vLLM's AsyncEngineArgs, read from its source: importing vLLM takes many seconds."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise UserError("vLLM is not installed; install the `gpu` extra, or `cpu` on a machine without a GPU")
+    tree = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("EngineArgs")]
+    return frozenset(
+        item.target.id
+        for node in classes
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    )
+
+
+class Engine:
+    """A running vLLM engine. Create it inside a running event loop.
+
+    Raises:
+        UserError: vLLM refused to start, with its own reason.
+    """
+
+    def __init__(self, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.path = path
+        args: dict[str, Any] = {
+            "model": path,
+            "revision": settings.revision,
+            "trust_remote_code": settings.trust_remote_code,
+            "max_model_len": settings.max_length,
+            "seed": seed,
+            "disable_log_stats": True,
+        }
+        if current_platform.is_cpu():
+            args |= _CPU_DEFAULTS
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | engine)))
+        except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
+            raise UserError(_readable(error, path)) from None
+        self.max_model_len = int(self._llm.model_config.max_model_len)
+
+    async def complete(self, prompt_ids: list[int], decoding: Decoding, seed: int, request_id: str) -> Completion:
+        """Draw one response. Raises ValueError for a prompt that the engine refuses."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self.max_model_len - len(prompt_ids)
+        if room < 1:
+            raise ValueError(f"prompt has {len(prompt_ids)} tokens, the context {self.max_model_len}: no room to answer")
+        params = SamplingParams(
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
+            min_p=decoding.min_p,
+            max_tokens=min(decoding.max_tokens, room),
+            stop=decoding.stop or None,
+            seed=seed if decoding.temperature > 0 else None,
+            logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        final = None
+        async for final in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=request_id):
+            pass
+        assert final is not None, "vLLM ended a request without an output"
+        output = final.outputs[0]
+        return Completion(output.text, output.token_ids, output.cumulative_logprob, output.finish_reason or "stop")
+
+    async def load_weights(self, path: str) -> None:
+        """Put the weights of another folder of the same architecture into the running engine."""
+        if path == self.path:
+            return
+        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+        await self._llm.reset_prefix_cache()
+        self.path = path
+
+    @property
+    def dead(self) -> bool:
+        return bool(self._llm.errored)
+
+    def shutdown(self) -> None:
+        self._llm.shutdown()
+
+
+# A seeded request whose prompt is prefilled in several chunks kills the CPU engine, so no prompt is ever split there.
+_CPU_DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "max_num_batched_tokens": _CPU_BATCHED_TOKENS,
+    "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
+}
+
+
+def _readable(error: Exception, path: str) -> str:
+    """vLLM's reason for not starting. The root cause is printed by a child process, so it is looked for in our stderr."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "root cause" in str(error).lower() or "initialization failed" in str(error).lower():
+        reason = _last_error_in_stderr() or reason
+    hint = ""
+    if re.search(r"memory|KV cache", reason, re.IGNORECASE):
+        hint = (
+            " Free memory, or change sampling.<role>.engine: gpu_memory_utilization, kv_cache_memory_bytes, "
+            "max_model_len, or a larger tensor_parallel_size."
+        )
+    return f"{path}: vLLM could not start: {reason}{hint}"
+
+
+def _last_error_in_stderr() -> str | None:
+    path = Path(f"/proc/{os.getpid()}/fd/2")
+    try:
+        text = Path(path.resolve()).read_bytes()[-200_000:].decode(errors="replace")
+    except OSError:
+        return None
+    found: list[str] = re.findall(r"\b(?:\w*Error|\w*Exception): (.+)", text)
+    causes = [line for line in found if "root cause" not in line and "initialization failed" not in line]
+    return causes[-1].strip() if causes else None

@@ -1,0 +1,113 @@
+"""Native ZeRO-3 checkpoints, committed atomically: a step folder is complete, or it is not there.
+
+``checkpoints/<phase>/step-00000120/`` holds DeepSpeed's files and ``state.json``; ``latest.json`` names the newest.
+All ranks write into a temporary folder; the first rank renames it when all are done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from plad_dist.errors import RunFailed, UserError
+
+LATEST = "latest.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where training stands.
+
+    Attributes:
+        step: global steps done.
+        groups: groups trained on.
+        tokens: tokens computed.
+        workers: world size that wrote the checkpoint.
+        fingerprint: of the phase: its config, data and starting model.
+    """
+
+    step: int
+    groups: int
+    tokens: int
+    workers: int
+    fingerprint: str
+
+
+class Checkpoints:
+    """The checkpoints of one phase, on a file system that all workers share."""
+
+    def __init__(self, folder: Path, fingerprint: str, keep: int) -> None:
+        self._folder, self._fingerprint, self._keep = folder, fingerprint, keep
+
+    def latest(self) -> TrainState | None:
+        """State of the newest checkpoint, None where there is none.
+
+        Raises:
+            UserError: it belongs to another config, data or model.
+        """
+        path = self._folder / LATEST
+        if not path.is_file():
+            return None
+        try:
+            state = TrainState(**json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise RunFailed(f"{path}: damaged ({error}). Delete {self._folder} to train the phase again.") from None
+        if state.fingerprint != self._fingerprint:
+            raise UserError(
+                f"{path}: a checkpoint of another config, data or model (fingerprint {state.fingerprint[:12]}, expected "
+                f"{self._fingerprint[:12]}). Use another run.dir, or delete {self._folder}."
+            )
+        return state
+
+    def save(self, engine: Any, state: TrainState) -> None:
+        """Write a checkpoint from all ranks and commit it."""
+        temporary, final = f".writing-{state.step:08d}", step_name(state.step)
+        first = dist.get_rank() == 0
+        if first:
+            shutil.rmtree(self._folder / temporary, ignore_errors=True)
+            (self._folder / temporary).mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(self._folder), tag=temporary, save_latest=False)
+        dist.barrier()
+        if first:
+            text = json.dumps(asdict(state), indent=1)
+            (self._folder / temporary / "state.json").write_text(text)
+            shutil.rmtree(self._folder / final, ignore_errors=True)
+            (self._folder / temporary).rename(self._folder / final)
+            _replace(self._folder / LATEST, text)
+            self._prune(final)
+        dist.barrier()
+
+    def load(self, engine: Any, state: TrainState) -> None:
+        """Load a checkpoint into the engine, on all ranks."""
+        if state.workers != dist.get_world_size():
+            raise UserError(
+                f"{self._folder / step_name(state.step)}: written by {state.workers} workers, now there are "
+                f"{dist.get_world_size()}: set training.num_workers={state.workers} to go on (changing the number of "
+                "workers in the middle of a phase is not supported yet)"
+            )
+        engine.load_checkpoint(str(self._folder), tag=step_name(state.step))
+
+    def _prune(self, newest: str) -> None:
+        """Delete all but the newest checkpoints."""
+        steps = sorted(path.name for path in self._folder.glob("step-*"))
+        for name in steps[: -self._keep]:
+            if name != newest:
+                shutil.rmtree(self._folder / name, ignore_errors=True)
+
+
+def step_name(step: int) -> str:
+    """Folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

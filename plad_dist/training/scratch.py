@@ -1,0 +1,77 @@
+"""New models: a byte-pair tokenizer trained on the prompts, and random weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from plad_dist.config import ScratchModel, fingerprint
+from plad_dist.data.models import commit_model, model_fingerprint
+from plad_dist.errors import UserError
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+
+
+def make_model(scratch: ScratchModel, prompts: pa.Table, made_of: str, seed: int, folder: Path) -> None:
+    """Write an untrained model with its tokenizer, unless it is there. Raises :class:`UserError` for a bad architecture."""
+    identity = fingerprint([scratch.model_dump(mode="json"), made_of, seed])
+    if model_fingerprint(folder) == identity:
+        return
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer = train_tokenizer(_texts(prompts), scratch.vocab_size)
+    tokenizer.save_pretrained(temporary)
+    random_model(scratch, tokenizer, seed).save_pretrained(temporary)
+    commit_model(temporary, folder, identity, {})
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """A byte-level byte-pair tokenizer. Words at the start of a text are split as within it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    bos = tokenizer.token_to_id(BOS)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bos)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+
+
+def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
+    """A causal language model with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = dict(scratch.architecture)
+    model_type = arguments.pop("model_type")
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **arguments, **special), dtype=torch.float32)
+    except Exception as error:  # noqa: BLE001 - whatever a config class makes of bad arguments
+        raise UserError(f"scratch.architecture: transformers cannot make this {model_type} model: {error}") from None
+
+
+def _texts(prompts: pa.Table) -> Iterator[str]:
+    for batch in prompts.select(["messages", "reference"]).to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            yield from (message["content"] for message in row["messages"])
+            if row["reference"]:
+                yield row["reference"]

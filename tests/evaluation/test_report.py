@@ -1,0 +1,202 @@
+"""The report shows what was measured, runs nothing that a model wrote, and asks for nothing from outside."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from plad_dist.evaluation.metrics import Output, compare
+from plad_dist.evaluation.report import ReportData, metrics_table, render_report
+
+EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
+RANKING = {
+    "before": {"pair_accuracy": 0.4, "chosen_logp": -14.0, "rejected_logp": -11.0},
+    "after": {"pair_accuracy": 0.6, "chosen_logp": -13.0, "rejected_logp": -15.0},
+    "seqkd": {"pair_accuracy": 0.5, "chosen_logp": -12.0, "rejected_logp": -12.0},
+    "pairs": 512,
+}
+CONFIG = """
+teacher: {scratch: {architecture: {model_type: llama, num_hidden_layers: 3, hidden_size: 128}}}
+student: {path: Qwen/Qwen3-0.6B, revision: main}
+prompts: {source: {type: files, paths: [prompts.jsonl]}}
+training: {round: {loss: {name: rank, margin: 1.0}}}
+"""
+
+
+def make_metrics(systems: tuple[str, ...], reference: str | None, ranking: dict[str, Any] | None) -> dict[str, Any]:
+    texts = {"teacher": "a b c", "warmup": "a x y", "seqkd": "a b x", "plad": "a b c"}
+    outputs = {(s, d): [Output(texts[s], 3, s != "plad")] * 20 for s in systems for d in ("greedy", "sampled")}
+    outputs["warmup", "t0.5"] = [Output("a b y", 3, True)] * 20
+    temperatures = {"greedy": 0.0, "sampled": 1.0, "t0.5": 0.5}
+    return compare(outputs, [reference] * 20, temperatures=temperatures, resamples=100, seed=0, ranking=ranking)
+
+
+def make_report(
+    systems: tuple[str, ...] = ("teacher", "warmup", "seqkd", "plad"),
+    reference: str | None = "a b c",
+    ranking: dict[str, Any] | None = RANKING,
+) -> ReportData:
+    steps = [{"step": s, "loss": 10.0 / s, "tokens_per_s": 9000.0} for s in range(1, 900)]
+    pairs = {"pair_accuracy": 0.5, "active_share": 0.9, "chosen_logp": -14.0, "rejected_logp": -11.0}
+    return ReportData(
+        title=f"Run {EVIL}",
+        metrics=make_metrics(systems, reference, ranking),
+        curves={"warmup": steps, "round-0": [{**s, **pairs} for s in steps]},
+        lengths={(s, "greedy"): [3, 4, 5] for s in systems},
+        examples=[{"prompt": EVIL, "reference": reference, "outputs": {"PLaD <b>": EVIL, "Teacher": ""}}] * 6,
+        config_yaml=CONFIG,
+        versions={"vllm": "0.29.0"},
+        pairing={"pairs": 7421, "drops": {"teacher_truncated": 12, "identical": 340}, "teacher_win_share": 0.512},
+        timings={"warmup": 55.2, "sample": 3725.0},
+        facts={"Teacher parameters": "0.86 million"},
+    )
+
+
+def empty_report() -> ReportData:
+    return dataclasses.replace(
+        make_report(("warmup", "plad"), None, {}),
+        curves={}, lengths={}, examples=[], config_yaml="", versions={}, pairing={}, timings={}, facts={},
+    )  # fmt: skip
+
+
+class _Page(HTMLParser):
+    """The elements of a page, with a check that they are closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render_report(make_report())
+
+
+def test_what_a_model_wrote_is_shown_and_never_run(page: str) -> None:
+    parsed = _Page(page)
+    assert parsed.open == []
+    assert not [tag for tag, _ in parsed.tags if tag in ("script", "iframe", "object", "link", "base", "form")]
+    assert not [a for _, attrs in parsed.tags for a in attrs if a.startswith("on")]
+    assert EVIL in "".join(parsed.words)
+    assert page.startswith("<!DOCTYPE html>")
+
+
+def test_the_page_asks_for_nothing_from_outside(page: str) -> None:
+    for _, attrs in _Page(page).tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert (attrs.get(name) or "data:").startswith("data:")
+    style = re.search(r"<style>(.*)</style>", page, re.DOTALL)
+    assert style
+    assert "url(" not in style[1]
+    assert "@import" not in style[1]
+    assert "default-src 'none'" in page
+
+
+def test_every_plot_is_an_svg_with_its_content_in_words(page: str) -> None:
+    images = [attrs for tag, attrs in _Page(page).tags if tag == "img"]
+    assert len(images) == 2 + 3 + 1 + 1  # quality; losses and pairs; likelihood; lengths
+    for image in images:
+        assert len(image["alt"] or "") > 20
+        assert b"<svg" in base64.b64decode((image["src"] or "").split(",")[1])
+    assert any("PLaD student greedy 100.0" in (image["alt"] or "") for image in images)
+
+
+def test_all_parts_are_there(page: str) -> None:
+    text = " ".join("".join(_Page(page).words).split())
+    for expected in (
+        "llama from scratch: 3 layers, 128 wide", "Qwen/Qwen3-0.6B@main", "rank, margin 1.0", "prompts.jsonl",
+        "0.86 million", "Calibration improved the student", "7,421 pairs", "51.2%", "teacher truncated", "340",
+        "512 held-out pairs", "-13.00", "1 h 02 min", "55.2 s", "0.29.0", "2 more examples", "median 9,000 tokens/s",
+        "100.0 (high)", "empty",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert 'name="viewport"' in page
+    assert "@media print" in page
+
+
+def test_the_same_data_gives_the_same_bytes(page: str) -> None:
+    assert render_report(make_report()) == page
+
+
+def test_missing_references_are_said_to_be_missing() -> None:
+    text = "".join(_Page(render_report(make_report(reference=None))).words)
+    assert "No prompt has a reference, so ROUGE-L, exact match and win rates are empty." in text
+    assert "Reference\n" not in text
+
+
+def test_a_run_without_control_or_ranking_is_reported() -> None:
+    text = "".join(_Page(render_report(make_report(("teacher", "warmup", "plad"), ranking=None))).words)
+    assert "There is no sequence-level KD of equal compute" in text
+    assert "Seq-KD control" not in text
+    assert "No held-out pairs were ranked." in text
+
+
+def test_empty_parts_are_no_error() -> None:
+    text = "".join(_Page(render_report(empty_report())).words)
+    for expected in ("No training curves", "No examples", "No pairs", "No times", "No lengths", "No held-out pairs"):
+        assert expected in text
+
+
+def test_odd_values_in_logs_and_config_are_no_error() -> None:
+    records: list[dict[str, Any]] = [
+        {"step": 1, "loss": float("nan")},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": 1.0},
+    ]
+    report = dataclasses.replace(make_report(), curves={"warmup": records, "seqkd": []}, config_yaml="a: [")
+    assert "Loss of warm-up" in render_report(report)
+
+
+def test_characters_that_hide_or_turn_text_are_named_and_long_texts_cut() -> None:
+    outputs = {"a": "abc\u202edef\x00\ud800", "b": "x" * 5000}
+    report = dataclasses.replace(make_report(), examples=[{"prompt": "p", "reference": None, "outputs": outputs}])
+    page = render_report(report)
+    assert page.encode("utf-8")
+    assert "abc⟨U+202E⟩def⟨U+0000⟩⟨U+D800⟩" in page
+    assert "(1000 more characters)" in page
+
+
+def printed(metrics: dict[str, Any]) -> str:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(metrics_table(metrics))
+    return capture.get()
+
+
+def test_the_terminal_table_fits_80_columns_and_keeps_brackets() -> None:
+    metrics = make_metrics(("warmup", "plad"), "a b c", None)
+    for row in metrics["systems"]:
+        row["rouge_l"] = row["win_rate_vs_warmup"] = {"value": 0.611, "low": 0.575, "high": 0.647}
+    shown = printed(metrics)
+    interval = r"61\.1 \[57\.5, 64\.7\]"
+    assert re.search(rf"plad +sampled +{interval} +100\.0 +{interval} +3\.0 +100\.0", shown)
+
+
+def test_the_terminal_table_cuts_no_number_off() -> None:
+    assert "…" not in printed(make_metrics(("warmup", "plad"), "a b c", None))
+
+
+def test_the_terminal_table_shows_missing_quality_as_a_dash() -> None:
+    shown = printed(make_metrics(("warmup", "plad"), None, None))
+    assert re.search(r"plad +sampled +– +– +– +3\.0", shown)
