@@ -21,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as run.seed=3.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as run.seed=3.")
+]
 
 
 def main() -> None:

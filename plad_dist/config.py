@@ -66,7 +66,9 @@ class FilesSource(Section):
 
     type: Literal["files"]
     paths: list[str] = Field(min_length=1, description="Files or glob patterns, read in sorted order.")
-    prompt_column: str = Field("prompt", description="Column with the prompt text. Ignored where messages_column is set.")
+    prompt_column: str = Field(
+        "prompt", description="Column with the prompt text. Ignored where messages_column is set."
+    )
     messages_column: str | None = Field(None, description="Column with chat messages (list of role and content).")
     reference_column: str | None = Field(None, description="Column with a reference response, if there is one.")
 
@@ -93,7 +95,8 @@ class Prompts(Section):
 
     source: Annotated[FilesSource | PythonFunctionsSource, Field(discriminator="type")]
     heldout: FilesSource | None = Field(
-        None, description="Held-out prompts. Empty: taken from the source (python_functions), or heldout_fraction of it."
+        None,
+        description="Held-out prompts. Empty: taken from the source (python_functions), or heldout_fraction of it.",
     )
     heldout_fraction: float = Field(
         0.02, ge=0.0, lt=1.0, description="Share of a `files` source that is held out when `heldout` is empty."
@@ -172,11 +175,21 @@ class Sampling(Section):
     teacher: RoleSampling = RoleSampling()
     student: RoleSampling = RoleSampling()
     window: int = Field(
-        4, ge=1, le=64, description="Blocks in flight on one engine, so that it never drains.", json_schema_extra=OPERATIONAL
+        4,
+        ge=1,
+        le=64,
+        description="Blocks in flight on one engine, so that it never drains.",
+        json_schema_extra=OPERATIONAL,
     )
-    max_attempts: int = Field(3, ge=1, description="Tries of one block before the run fails.", json_schema_extra=OPERATIONAL)
+    max_attempts: int = Field(
+        3, ge=1, description="Tries of one block before the run fails.", json_schema_extra=OPERATIONAL
+    )
     max_error_share: float = Field(
-        0.01, ge=0.0, le=1.0, description="Share of error rows above which the stage fails.", json_schema_extra=OPERATIONAL
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="Share of error rows above which the stage fails.",
+        json_schema_extra=OPERATIONAL,
     )
 
 
@@ -250,7 +263,9 @@ class MlePhase(Phase):
 class Warmup(MlePhase):
     """Step 0: the student learns the task before it is sampled."""
 
-    data: Literal["references", "teacher"] = Field("references", description="Learn from references or teacher outputs.")
+    data: Literal["references", "teacher"] = Field(
+        "references", description="Learn from references or teacher outputs."
+    )
 
 
 class Training(Section):
@@ -259,7 +274,9 @@ class Training(Section):
     num_workers: int = Field(1, ge=1, description="Workers, one device each.", json_schema_extra=OPERATIONAL)
     cpus_per_worker: float = Field(1.0, gt=0, json_schema_extra=OPERATIONAL)
     deepspeed: str = Field(
-        "zero3", description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON.", json_schema_extra=OPERATIONAL
+        "zero3",
+        description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON.",
+        json_schema_extra=OPERATIONAL,
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPU, float32 on CPU.")
     micro_batch_tokens: int = Field(
@@ -267,9 +284,13 @@ class Training(Section):
     )
     gradient_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
     log_every: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
-    max_failures: int = Field(3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL)
+    max_failures: int = Field(
+        3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL
+    )
     heldout_pairs: int = Field(512, ge=0, description="Held-out pairs ranked before, during and after a round.")
-    teacher: MlePhase | None = Field(None, description="Train the teacher on references first. Empty: take it as it is.")
+    teacher: MlePhase | None = Field(
+        None, description="Train the teacher on references first. Empty: take it as it is."
+    )
     warmup: Warmup | None = Field(None, description="Warm the student up. Empty: take it as it is.")
     round: Phase = Field(Phase(), description="Calibration on pairs.")
     seqkd: MlePhase | None = Field(
@@ -441,7 +462,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}.")
+        raise UserError(
+            f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}."
+        )
     return raw
 
 
@@ -456,7 +479,9 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, typing.Hashable):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} is given twice", key_node.start_mark
+                    )
                 seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -75,7 +75,9 @@ def steps_of(config: Config, run: RunDir, progress: Progress) -> Iterator[Step]:
     if config.training.seqkd:
         yield phase("seqkd")
     yield Step("evaluate", "evaluate", lambda: is_evaluated(run), lambda: _evaluate(config, run, progress))
-    yield Step("report", "report", lambda: run.storage.read(REPORT) is not None, lambda: report(config, run), needs_ray=False)
+    yield Step(
+        "report", "report", lambda: run.storage.read(REPORT) is not None, lambda: report(config, run), needs_ray=False
+    )
 
 
 def run_pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:

@@ -133,8 +133,9 @@ def check_same_run(config: Config, run: RunDir) -> None:
     if conflicts:
         lines = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in conflicts]
         raise UserError(
-            f"run.dir: {run.storage.url}: was begun with another config. Keys that differ:\n  " + "\n  ".join(lines) +
-            "\nUse another run.dir, or give these keys their old values."
+            f"run.dir: {run.storage.url}: was begun with another config. Keys that differ:\n  "
+            + "\n  ".join(lines)
+            + "\nUse another run.dir, or give these keys their old values."
         )
 
 

@@ -67,7 +67,9 @@ def load_model_config(model: str, settings: Model) -> Any:
 
     check_local_model(model)
     try:
-        return AutoConfig.from_pretrained(model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(
+            model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model}: not a model that transformers can load: {first_line(error)}") from None
 

@@ -92,7 +92,9 @@ class Storage:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise RunFailed(f"{self.url}/{key}: not valid JSON ({error}); restore it or delete it to redo the stage") from None
+            raise RunFailed(
+                f"{self.url}/{key}: not valid JSON ({error}); restore it or delete it to redo the stage"
+            ) from None
 
     def names(self, folder: str) -> list[str]:
         """Names of the objects directly in a folder."""
@@ -167,9 +169,7 @@ class Dataset:
             return None
         return Part(name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
 
-    def finish(
-        self, blocks: int, *, fingerprint: str, facts: dict[str, Any], known: Iterable[Part] = ()
-    ) -> Manifest:
+    def finish(self, blocks: int, *, fingerprint: str, facts: dict[str, Any], known: Iterable[Part] = ()) -> Manifest:
         """Write the manifest over blocks ``0 .. blocks-1``, all of which must be committed.
 
         Args:
@@ -186,7 +186,9 @@ class Dataset:
     def _inspect(self, name: str, fingerprint: str) -> Part:
         data = self.storage.read(f"{self.path}/{name}")
         if data is None:
-            raise RunFailed(f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again to redo its block.")
+            raise RunFailed(
+                f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again to redo its block."
+            )
         reader = _open(data, f"{self.path}/{name}")
         found = (reader.schema.metadata or {}).get(b"plad.fingerprint", b"").decode()
         if found != fingerprint:
@@ -212,7 +214,9 @@ class Dataset:
         try:
             return Manifest(raw["fingerprint"], [Part(**part) for part in raw["parts"]], raw["facts"])
         except (KeyError, TypeError) as error:
-            raise RunFailed(f"{self.storage.url}/{self.path}/{MANIFEST}: not a manifest of this version ({error})") from None
+            raise RunFailed(
+                f"{self.storage.url}/{self.path}/{MANIFEST}: not a manifest of this version ({error})"
+            ) from None
 
     def read_block(self, block: int) -> pa.Table:
         """The rows of one committed block, memory-mapped where the part is a local file."""
@@ -222,7 +226,9 @@ class Dataset:
         """All rows of a complete dataset, memory-mapped where it is local. Raises :class:`RunFailed` if incomplete."""
         manifest = self.manifest()
         if manifest is None:
-            raise RunFailed(f"{self.storage.url}/{self.path}: not complete, it has no {MANIFEST}. Run the stage that makes it.")
+            raise RunFailed(
+                f"{self.storage.url}/{self.path}: not complete, it has no {MANIFEST}. Run the stage that makes it."
+            )
         tables = [self._read_part(part.name) for part in manifest.parts]
         table = pa.concat_tables(tables) if tables else self.schema.empty_table()
         return table.select(columns) if columns is not None else table
@@ -234,7 +240,9 @@ class Dataset:
             try:
                 source: Any = pa.memory_map(str(path))
             except FileNotFoundError:
-                raise RunFailed(f"{path}: missing. Delete {MANIFEST} beside it and run again to redo its block.") from None
+                raise RunFailed(
+                    f"{path}: missing. Delete {MANIFEST} beside it and run again to redo its block."
+                ) from None
         else:
             source = self.storage.read(key)
             if source is None:

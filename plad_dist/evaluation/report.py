@@ -165,6 +165,7 @@ def _facts(report: ReportData) -> dict[str, str]:
     except yaml.YAMLError:
         config = None
     config = config if isinstance(config, dict) else {}
+    config = config.get("config", config)  # run.yaml holds it beside the fingerprint
     facts = {role.capitalize(): _model(config[role]) for role in ("teacher", "student") if config.get(role)}
     source = (config.get("prompts") or {}).get("source") or {}
     if source:
@@ -343,6 +344,8 @@ def _curve_pictures(curves: Mapping[str, Sequence[Record]]) -> list[Picture]:
 
 
 def _likelihood_picture(phase: str, records: Sequence[Record]) -> Picture | None:
+    if not any("rejected_logp" in record for record in records):  # a phase without pairs
+        return None
     labels = {"chosen_logp": "chosen (teacher's)", "rejected_logp": "rejected (student's)"}
     return _line_picture(records, labels, "log-likelihood (nats)", f"Responses of the pairs during {_phase(phase)}")
 

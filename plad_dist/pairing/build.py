@@ -103,7 +103,9 @@ class PairBuilder:
     renderer: Renderer
     context: int
 
-    def build(self, prompts: pa.Table, teacher: pa.Table, student: pa.Table) -> tuple[list[dict[str, Any]], Counter[str]]:
+    def build(
+        self, prompts: pa.Table, teacher: pa.Table, student: pa.Table
+    ) -> tuple[list[dict[str, Any]], Counter[str]]:
         """Rows of the pairs dataset, and counts: prompts, pairs, `drop:<reason>`, and who had the better score."""
         answers = {name: _by_prompt(table) for name, table in (("teacher", teacher), ("student", student))}
         rows: list[dict[str, Any]] = []
@@ -134,7 +136,12 @@ class PairBuilder:
                 yield row
 
     def _pair(
-        self, prompt: dict[str, Any], prompt_ids: list[int], better: dict[str, Any], worse: dict[str, Any], counts: Counter[str]
+        self,
+        prompt: dict[str, Any],
+        prompt_ids: list[int],
+        better: dict[str, Any],
+        worse: dict[str, Any],
+        counts: Counter[str],
     ) -> dict[str, Any] | str:
         """The pair, or the reason for which it is dropped."""
         reason = self._unusable(better, worse)
@@ -180,7 +187,9 @@ class PairBuilder:
             ids.append(self.renderer.eos_id)
         return ids
 
-    def _scores(self, reference: str | None, better: str, worse: str, counts: Counter[str]) -> tuple[float | None, float | None]:
+    def _scores(
+        self, reference: str | None, better: str, worse: str, counts: Counter[str]
+    ) -> tuple[float | None, float | None]:
         if reference is None or self.pairing.score == "none":
             return None, None
         chosen, rejected = rouge_l(reference, better), rouge_l(reference, worse)

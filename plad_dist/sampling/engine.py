@@ -95,7 +95,9 @@ class Engine:
 
         room = self.max_model_len - len(prompt_ids)
         if room < 1:
-            raise ValueError(f"prompt has {len(prompt_ids)} tokens, the context {self.max_model_len}: no room to answer")
+            raise ValueError(
+                f"prompt has {len(prompt_ids)} tokens, the context {self.max_model_len}: no room to answer"
+            )
         params = SamplingParams(
             temperature=decoding.temperature,
             top_p=decoding.top_p,

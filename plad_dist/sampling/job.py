@@ -10,6 +10,7 @@ from plad_dist.data.prompts import PROMPTS
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.store import Dataset, Part, Storage
 
+
 @dataclass(frozen=True)
 class SamplingJob:
     """One dataset of samples: a range of prompts, answered by one model with one decoding.

@@ -134,9 +134,7 @@ class _Driver:
         actor = ray.remote(Sampler).options(
             **self._resources(fleet.fleet), max_concurrency=1000, runtime_env={"env_vars": environment}
         )
-        handle = actor.remote(
-            self._storage, fleet.fleet.path, fleet.fleet.settings, fleet.fleet.engine, fleet.seed
-        )
+        handle = actor.remote(self._storage, fleet.fleet.path, fleet.fleet.settings, fleet.fleet.engine, fleet.seed)
         fleet.actors[name] = handle
         self._calls[handle.start.remote()] = (fleet, name, None)
 
@@ -226,7 +224,10 @@ class _Driver:
     def stop(self, running: list[_Running]) -> None:
         """Stop all engines; what does not stop by itself within seconds is killed."""
         stops = {
-            handle.stop.remote(): handle for fleet in running for name, handle in fleet.actors.items() if name in fleet.ready
+            handle.stop.remote(): handle
+            for fleet in running
+            for name, handle in fleet.actors.items()
+            if name in fleet.ready
         }
         if stops:
             ray.wait(list(stops), num_returns=len(stops), timeout=15)

@@ -17,7 +17,17 @@ from plad_dist.training.batching import MicroBatch
 from plad_dist.training.checkpoints import TrainState
 
 METRICS_FILE = "metrics.jsonl"
-_NAMES = ("groups", "tokens", "loss", "active", "correct", "chosen_logp", "rejected_logp", "chosen_tokens", "rejected_tokens")
+_NAMES = (
+    "groups",
+    "tokens",
+    "loss",
+    "active",
+    "correct",
+    "chosen_logp",
+    "rejected_logp",
+    "chosen_tokens",
+    "rejected_tokens",
+)
 
 
 @dataclass

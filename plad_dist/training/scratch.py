@@ -64,7 +64,9 @@ def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
     }
     torch.manual_seed(seed)
     try:
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **arguments, **special), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **arguments, **special), dtype=torch.float32
+        )
     except Exception as error:  # noqa: BLE001 - whatever a config class makes of bad arguments
         raise UserError(f"scratch.architecture: transformers cannot make this {model_type} model: {error}") from None
 

@@ -117,7 +117,9 @@ def _steps(name: str, phase: Phase, source: Dataset, run: RunDir) -> int:
         manifest = source.manifest()
         assert manifest is not None
         if not manifest.rows:
-            raise RunFailed("no pairs were built, so there is nothing to train on; see the drops by reason of `plad pair`")
+            raise RunFailed(
+                "no pairs were built, so there is nothing to train on; see the drops by reason of `plad pair`"
+            )
         return _steps_for(phase, manifest.rows)
     trained = model_marker(run.model(f"round-{ROUND}"))
     if trained is None:
@@ -179,7 +181,9 @@ def _explained(error: Exception, job: PhaseJob) -> Exception:
     latest = job.folder("checkpoints") / "latest.json"
     kept = f"kept up to {latest.read_text()!r:.40}" if latest.is_file() else "no checkpoint was written"
     last = str(causes[-1]).strip().splitlines()
-    return RunFailed(f"phase {job.name} failed: {last[-1] if last else causes[-1]!r}. Checkpoints: {kept}. Run again to go on.")
+    return RunFailed(
+        f"phase {job.name} failed: {last[-1] if last else causes[-1]!r}. Checkpoints: {kept}. Run again to go on."
+    )
 
 
 class _Monitor:

@@ -42,7 +42,7 @@ def make_report(
     reference: str | None = "a b c",
     ranking: dict[str, Any] | None = RANKING,
 ) -> ReportData:
-    steps = [{"step": s, "loss": 10.0 / s, "tokens_per_s": 9000.0} for s in range(1, 900)]
+    steps = [{"step": s, "loss": 10.0 / s, "chosen_logp": -9.0, "tokens_per_s": 9000.0} for s in range(1, 900)]
     pairs = {"pair_accuracy": 0.5, "active_share": 0.9, "chosen_logp": -14.0, "rejected_logp": -11.0}
     return ReportData(
         title=f"Run {EVIL}",
@@ -156,6 +156,12 @@ def test_empty_parts_are_no_error() -> None:
     text = "".join(_Page(render_report(empty_report())).words)
     for expected in ("No training curves", "No examples", "No pairs", "No times", "No lengths", "No held-out pairs"):
         assert expected in text
+
+
+def test_the_config_is_found_beside_its_fingerprint() -> None:
+    nested = "fingerprint: abc\nconfig:\n  student: {path: some/model}\n"
+    page = render_report(dataclasses.replace(make_report(), config_yaml=nested))
+    assert "<dt>Student</dt><dd>some/model</dd>" in page
 
 
 def test_odd_values_in_logs_and_config_are_no_error() -> None:
