@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def _connect(config: Config) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
@@ -67,7 +69,7 @@ def _connect(config: Config) -> None:
 
 
 def _local_cpus(config: Config) -> int:
-    """At least as many as the training workers and one sampling actor per role want: a small machine shares its cores."""
+    """Enough for the training workers beside the sampling actors of both roles: a small machine shares its cores."""
     training = config.training.num_workers * config.training.cpus_per_worker
-    sampling = config.sampling.teacher.cpus + config.sampling.student.cpus
-    return max(os.cpu_count() or 1, int(training) + 1, int(sampling))
+    sampling = sum(role.cpus * role.replicas for role in (config.sampling.teacher, config.sampling.student))
+    return max(os.cpu_count() or 1, math.ceil(training + sampling))

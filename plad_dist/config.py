@@ -283,7 +283,6 @@ class Training(Section):
         8192, ge=16, description="Tokens of one forward pass on one worker.", json_schema_extra=OPERATIONAL
     )
     gradient_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
-    log_every: int = Field(10, ge=1, json_schema_extra=OPERATIONAL)
     max_failures: int = Field(
         3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL
     )

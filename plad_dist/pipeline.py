@@ -15,9 +15,10 @@ from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.errors import UserError
 from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report
 from plad_dist.pairing.build import build_pairs, is_paired
+from plad_dist.phases import ROUND_PHASE, SEQKD, TEACHER, WARMUP, phase_names
 from plad_dist.planning.preflight import check_inputs
 from plad_dist.progress import Progress
-from plad_dist.rundir import ROUND, TIMINGS, RunDir, log_to_run, open_run
+from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run
 
 logger = logging.getLogger("plad")
 
@@ -39,19 +40,21 @@ class Step:
     needs_ray: bool = True
 
 
-def steps_of(config: Config, run: RunDir, progress: Progress) -> Iterator[Step]:
-    """All steps of a run, in order."""
+def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None = None) -> Iterator[Step]:
+    """All steps of a run, in order; of the training phases only `phase` if it is given."""
     # Ray, torch and the engines are imported by the stages that use them: a finished run is skipped through in a moment.
     from plad_dist.sampling import stage as sampling
     from plad_dist.training import stage as training
 
-    def phase(name: str) -> Step:
-        return Step(
-            f"train {name}",
-            "train",
-            lambda: training.is_trained(name, run),
-            lambda: training.train_phase(name, config, run, progress),
-        )
+    def train(*names: str) -> Iterator[Step]:
+        wanted = [name for name in names if name in phase_names(config) and phase in (None, name)]
+        if wanted:
+            yield Step(
+                f"train {', '.join(wanted)}",
+                "train",
+                lambda: training.are_trained(wanted, run),
+                lambda: training.train_phases(wanted, config, run, progress),
+            )
 
     def sample(name: str, roles: tuple[str, ...]) -> Step:
         return Step(
@@ -63,17 +66,13 @@ def steps_of(config: Config, run: RunDir, progress: Progress) -> Iterator[Step]:
 
     warmup = config.training.warmup
     yield Step("prepare", "prepare", lambda: _prepared(run), lambda: _prepare(config, run), needs_ray=False)
-    if config.training.teacher:
-        yield phase("teacher")
     if warmup and warmup.data == "teacher":
+        yield from train(TEACHER)
         yield sample("sample teacher", ("teacher",))
-    if warmup:
-        yield phase("warmup")
+    yield from train(TEACHER, WARMUP)
     yield sample("sample", ("teacher", "student"))
     yield Step("pair", "pair", lambda: is_paired(run), lambda: _pair(config, run, progress), needs_ray=False)
-    yield phase(f"round-{ROUND}")
-    if config.training.seqkd:
-        yield phase("seqkd")
+    yield from train(ROUND_PHASE, SEQKD)
     yield Step("evaluate", "evaluate", lambda: is_evaluated(run), lambda: _evaluate(config, run, progress))
     yield Step(
         "report", "report", lambda: run.storage.read(REPORT) is not None, lambda: report(config, run), needs_ray=False
@@ -94,8 +93,8 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     progress = Progress()
     todo = 0
     with connected(config) as connect:
-        for step in steps_of(config, run, progress):
-            if (command and step.command != command) or (phase and step.name != f"train {phase}"):
+        for step in steps_of(config, run, progress, phase):
+            if command and step.command != command:
                 continue
             if step.done():
                 logger.info("%s: committed, skipped", step.name)

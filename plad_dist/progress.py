@@ -32,7 +32,8 @@ class Progress:
         """`done` units are done in all; a resumed count starts where it was left."""
         if self._done == 0:
             self._done, self._tokens = done - 1, tokens
-            self._first, self._before_first = time.monotonic(), done - 1
+            self._first = time.monotonic()
+            self._before_first, self._tokens_before_first = done - 1, tokens
         self._note = f", {note}"
         self.advance(done - self._done, tokens - self._tokens)
 
@@ -40,7 +41,7 @@ class Progress:
         """`count` more units are done."""
         if self._done == 0 and count:  # rates leave out the start of engines and workers
             self._first = time.monotonic()
-            self._before_first = count
+            self._before_first, self._tokens_before_first = count, tokens
         self._done += count
         self._tokens += tokens
         self.tick()
@@ -83,7 +84,8 @@ class Progress:
             return ""
         rate = counted / seconds
         left = (self._total - self._done) / rate
-        tokens = f", {self._tokens / (time.monotonic() - self._started):,.0f} tokens/s overall" if self._tokens else ""
+        new_tokens = self._tokens - self._tokens_before_first
+        tokens = f", {new_tokens / seconds:,.0f} tokens/s" if new_tokens else ""
         return f", {rate:,.1f}/s{tokens}, about {_duration(left)} left"
 
 

@@ -8,13 +8,13 @@ from datetime import datetime
 from rich.table import Table
 
 from plad_dist.config import parse_config
+from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.store import Dataset, Storage
 from plad_dist.evaluation.stage import METRICS, REPORT, systems_of
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.sampling.stage import system_decodings
-from plad_dist.data.models import model_marker
 
 
 def status_table(path: str) -> Table:

@@ -17,12 +17,18 @@ from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.store import Storage
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
-from plad_dist.sampling.engine import Completion, Engine
+from plad_dist.sampling.engine import Completion, Engine, root_cause
 from plad_dist.sampling.job import BlockResult, SamplingJob, sample_seed
+
+_LAST_WORDS_S = 5.0
+
+
+class EngineDiedError(RuntimeError):
+    """The engine is dead and the actor ends; the message is the engine's own reason."""
 
 
 class Sampler:
-    """Owns one engine for its life. An engine that died takes the process with it, so that the lease goes back."""
+    """Owns one engine for its life. An engine that died ends the actor, so that its leases go back."""
 
     def __init__(self, storage: Storage, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
         self._storage, self._settings = storage, settings
@@ -40,25 +46,32 @@ class Sampler:
         return None
 
     async def sample_block(self, job: SamplingJob, block: int, attempt: str) -> BlockResult:
-        """Sample every prompt of a block and commit the part."""
-        await self._use_weights(job.weights)
+        """Sample every prompt of a block and commit the part.
+
+        Raises:
+            EngineDiedError: the engine is dead; the actor leaves within seconds.
+        """
         try:
-            return await self._sample_block(job, block, attempt)
-        finally:
-            async with self._weights:
-                self._in_flight -= 1
-                self._weights.notify_all()
+            await self._use_weights(job.weights)
+            try:
+                return await self._sample_block(job, block, attempt)
+            finally:
+                async with self._weights:
+                    self._in_flight -= 1
+                    self._weights.notify_all()
+        except Exception as error:
+            if self._engine.dead:
+                # Time for the reason to reach the driver; nothing else may be sampled here.
+                asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+                raise EngineDiedError(root_cause(error)) from None
+            raise
 
     async def _use_weights(self, weights: str) -> None:
         """Enter a block under its job's weights; changing them waits until no other block is in flight."""
         async with self._weights:
             while self._engine.path != weights and self._in_flight:
                 await self._weights.wait()
-            try:
-                await self._engine.load_weights(weights)
-            except Exception:
-                self._die_with_engine()
-                raise
+            await self._engine.load_weights(weights)
             self._in_flight += 1
 
     async def _sample_block(self, job: SamplingJob, block: int, attempt: str) -> BlockResult:
@@ -89,10 +102,7 @@ class Sampler:
             prompt_ids = self._renderer.prompt_ids(prompt["messages"])
             request_id = f"{job.output}/{prompt_id}/{index}/{attempt}"
             completion = await self._engine.complete(prompt_ids, job.decoding, seed, request_id)
-        except Exception as failure:
-            self._die_with_engine()
-            if not isinstance(failure, ValueError):
-                raise
+        except ValueError as failure:
             completion, error = Completion("", [], None, "error"), str(failure)
         return {
             "prompt_id": prompt_id,
@@ -107,10 +117,6 @@ class Sampler:
             "model": job.model,
             "round": job.round,
         }
-
-    def _die_with_engine(self) -> None:
-        if self._engine.dead:
-            os._exit(1)
 
     async def stop(self) -> None:
         """Stop the engine, so that its processes and memory are gone before the actor is."""

@@ -109,11 +109,9 @@ class Engine:
             logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        final = None
-        async for final in self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=request_id):
-            pass
-        assert final is not None, "vLLM ended a request without an output"
-        output = final.outputs[0]
+        requests = self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=request_id)
+        outputs = [output async for output in requests]  # one, since only the final output is asked for
+        output = outputs[-1].outputs[0]
         return Completion(output.text, output.token_ids, output.cumulative_logprob, output.finish_reason or "stop")
 
     async def load_weights(self, path: str) -> None:
@@ -143,10 +141,8 @@ _CPU_DEFAULTS: dict[str, Any] = {
 
 
 def _readable(error: Exception, path: str) -> str:
-    """vLLM's reason for not starting. The root cause is printed by a child process, so it is looked for in our stderr."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if "root cause" in str(error).lower() or "initialization failed" in str(error).lower():
-        reason = _last_error_in_stderr() or reason
+    """vLLM's reason for not starting."""
+    reason = root_cause(error)
     hint = ""
     if re.search(r"memory|KV cache", reason, re.IGNORECASE):
         hint = (
@@ -156,12 +152,22 @@ def _readable(error: Exception, path: str) -> str:
     return f"{path}: vLLM could not start: {reason}{hint}"
 
 
-def _last_error_in_stderr() -> str | None:
-    path = Path(f"/proc/{os.getpid()}/fd/2")
-    try:
-        text = Path(path.resolve()).read_bytes()[-200_000:].decode(errors="replace")
-    except OSError:
+def root_cause(error: Exception) -> str:
+    """What went wrong in an engine. Its processes only print it, so it is looked for in what this process has printed."""
+    text = str(error).strip()
+    if re.search(r"root cause|initialization failed|EngineDeadError|encountered an issue", text, re.IGNORECASE):
+        for stream in (2, 1):
+            if (found := _last_error_printed(stream)) is not None:
+                return found
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _last_error_printed(stream: int) -> str | None:
+    """The last error message in the file that a standard stream goes to, as Ray arranges for its workers."""
+    path = Path(f"/proc/{os.getpid()}/fd/{stream}").resolve()
+    if not path.is_file():
         return None
-    found: list[str] = re.findall(r"\b(?:\w*Error|\w*Exception): (.+)", text)
-    causes = [line for line in found if "root cause" not in line and "initialization failed" not in line]
+    text = path.read_bytes()[-200_000:].decode(errors="replace")
+    found: list[str] = re.findall(r"\b(?:\w+Error|\w*Exception): (.+)", text)
+    causes = [line for line in found if not re.search(r"\(above\)|root cause above|EngineCore encountered", line)]
     return causes[-1].strip() if causes else None

@@ -17,11 +17,11 @@ from plad_dist.config import Cluster, Config, Sampling
 from plad_dist.data.store import Part, Storage
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.progress import Progress
-from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.actor import EngineDiedError, Sampler
 from plad_dist.sampling.job import BlockResult, Fleet, SamplingJob
 from plad_dist.sampling.pool import BlockPool
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("plad")
 
 # A block to sample: which job of the fleet, which block of the job.
 Task = tuple[int, int]
@@ -147,6 +147,10 @@ class _Driver:
         except RayTaskError as error:
             if task is None:
                 raise RunFailed(f"{actor}: the engine did not start: {error.cause!r}") from None
+            if isinstance(error.cause, EngineDiedError):
+                ray.kill(fleet.actors[actor])
+                self._lost(fleet, actor, str(error.cause))
+                return
             logger.warning("%s: block %s failed: %s", actor, task, error.cause)
             fleet.pool.fail(actor, task, repr(error.cause))
             self._lease(fleet, actor)

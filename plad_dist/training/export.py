@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 from plad_dist.data.models import commit_model
 from plad_dist.data.templates import load_tokenizer
@@ -26,6 +27,7 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         model = engine.module.model
         model.config.use_cache = True
+        transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
         load_tokenizer(job.start, job.settings).save_pretrained(temporary)
         commit_model(temporary, final, job.fingerprint, asdict(state))

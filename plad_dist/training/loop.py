@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from plad_dist.config import Model, Optimizer, Phase
 from plad_dist.data.store import Storage
-from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups, steps_per_epoch
+from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoints import Checkpoints, TrainState
 from plad_dist.training.export import export_model
 from plad_dist.training.groups import DataSpec, GroupSource, open_groups
@@ -51,7 +51,6 @@ class PhaseJob:
     dtype: str
     micro_batch_tokens: int
     gradient_checkpointing: bool
-    log_every: int
     storage: Storage
     fingerprint: str
     monitor: Any = None
@@ -67,7 +66,11 @@ def train_loop(job: PhaseJob) -> None:
     """Train a phase from its newest checkpoint to its last step, then export the model."""
     torch.manual_seed(job.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    Worker(job, device).run()
+    worker = Worker(job, device)
+    try:
+        worker.run()
+    finally:
+        worker.engine.destroy()
 
 
 class Worker:
@@ -90,7 +93,7 @@ class Worker:
             self.state = found
         log = MetricsLog(job.folder("events"), self.state.step, job.steps, job.monitor) if self.rank == 0 else None
         if log is not None:
-            log.say(self._partition_report())
+            log.begin(self._partition_report())
         if found is None:
             self._rank_heldout(log)
         while self.state.step < job.steps:
@@ -175,7 +178,7 @@ class Worker:
         held = sum(parameter.ds_tensor.numel() for parameter in parameters)
         stage = self.engine.zero_optimization_stage()
         return (
-            f"{self.job.name}: zero stage {stage} with {self.world} ranks; {total:,} parameters, this rank holds "
+            f"zero stage {stage} with {self.world} ranks; {total:,} parameters, this rank holds "
             f"{held:,} ({held / total:.0%}); step {self.state.step} of {self.job.steps}; {len(self.groups):,} groups"
         )
 
@@ -191,7 +194,11 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
 
     half = job.dtype == "bfloat16"
     optimizer = job.phase.optimizer
+    zero = dict(job.deepspeed["zero_optimization"])
+    if optimizer.name == "muon":
+        zero["reduce_scatter"] = False  # Muon needs whole gradients
     config = job.deepspeed | {
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm,

@@ -95,13 +95,13 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
-        self._steps, self._monitor = steps, monitor
+        self._phase, self._steps, self._monitor = folder.name, steps, monitor
 
     def step(self, state: TrainState, figures: dict[str, float]) -> None:
         """Figures of the step that was just done."""
         record = {"step": state.step, "groups": state.groups, "tokens": state.tokens, **figures}
         self._write(record, "train", figures, state.step)
-        self._post({"kind": "step", "steps": self._steps, **record})
+        self._post({"kind": "step", **record})
 
     def heldout(self, step: int, pairs: int, figures: dict[str, float]) -> None:
         """How held-out pairs are ranked after `step` steps."""
@@ -109,9 +109,9 @@ class MetricsLog:
         self._write({"step": step, "heldout_pairs": pairs, "heldout": kept}, "heldout", kept, step)
         self._post({"kind": "heldout", "step": step, **kept})
 
-    def say(self, text: str) -> None:
-        """A line for the driver's log."""
-        self._post({"kind": "say", "text": text})
+    def begin(self, text: str) -> None:
+        """Training begins or goes on; `text` says how, for the driver's log."""
+        self._post({"kind": "begin", "steps": self._steps, "text": text})
 
     def close(self) -> None:
         self._board.close()
@@ -124,7 +124,7 @@ class MetricsLog:
 
     def _post(self, message: dict[str, Any]) -> None:
         if self._monitor is not None:
-            self._monitor.post.remote(message)
+            self._monitor.post.remote({"phase": self._phase, **message})
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -53,7 +53,9 @@ def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
     """A causal language model with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     arguments = dict(scratch.architecture)
     model_type = arguments.pop("model_type")
     special = {

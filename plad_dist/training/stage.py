@@ -1,141 +1,47 @@
-"""The training phases, run one after the other under Ray Train."""
+"""Training phases under Ray Train. Phases that follow one another share a worker group: starting one takes a minute."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
-import pyarrow.compute as pc
 import ray
 
-from plad_dist.config import Config, Model, Phase, fingerprint
-from plad_dist.data.models import context_length, model_fingerprint, model_identity, model_marker
-from plad_dist.data.prompts import train_prompts
-from plad_dist.data.store import Dataset
+from plad_dist.config import Config
+from plad_dist.data.models import model_fingerprint
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.progress import Progress
-from plad_dist.rundir import ROUND, RunDir, require_model
-from plad_dist.training.batching import steps_per_epoch
-from plad_dist.training.deepspeed_config import load_deepspeed
-from plad_dist.training.groups import DataSpec
+from plad_dist.rundir import RunDir
+from plad_dist.training.checkpoints import Checkpoints
 from plad_dist.training.loop import PhaseJob, train_loop
-from plad_dist.training.scratch import make_model
+from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")
 
 
-def is_trained(name: str, run: RunDir) -> bool:
-    """Whether a phase has its model."""
-    return model_fingerprint(run.model(name)) is not None
+def are_trained(names: Sequence[str], run: RunDir) -> bool:
+    """Whether phases have their models."""
+    return all(model_fingerprint(run.model(name)) is not None for name in names)
 
 
-def train_phase(name: str, config: Config, run: RunDir, progress: Progress) -> None:
-    """Train one phase to its end and export its model; nothing is done where the model is there.
+def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Progress) -> None:
+    """Train phases to their ends and export their models, one after the other; what has its model is skipped.
 
     Raises:
         UserError: inputs are missing, or belong to another config.
         RunFailed: training failed more often than allowed.
     """
-    job = _plan(name, config, run)
-    if model_fingerprint(run.model(name)) == job.fingerprint:
-        return
-    _fit(job, config, run, progress)
+    jobs = [plan_phase(name, config, run) for name in names]
+    jobs = [job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint]
+    if jobs:
+        _fit(jobs, config, run, progress)
 
 
-def _plan(name: str, config: Config, run: RunDir) -> PhaseJob:
-    """Everything about a phase that follows from the config and from what is committed."""
-    training = config.training
-    heldout = None
-    match name:
-        case "teacher":
-            assert training.teacher is not None
-            phase, settings = training.teacher, config.teacher
-            start = _starting_model("teacher", settings, config, run)
-            kind, source = "references", train_prompts(run.storage)
-        case "warmup":
-            assert training.warmup is not None
-            phase, settings = training.warmup, config.student
-            start = _starting_model("student", settings, config, run)
-            kind = training.warmup.data
-            source = train_prompts(run.storage) if kind == "references" else run.samples("teacher")
-        case _:
-            kd = name == "seqkd"
-            phase, settings = (training.seqkd or training.round) if kd else training.round, config.student
-            start = run.student(config)
-            require_model(start, "train --phase warmup")
-            kind, source = "chosen" if kd else "pairs", run.pairs()
-            heldout = DataSpec("pairs", run.heldout_pairs().path, 0)
-    manifest = source.manifest()
-    if manifest is None:
-        raise UserError(f"{run.storage.url}/{source.path}: not complete yet; run the stage that makes it first")
-    context = context_length(start, settings)
-    data = DataSpec(kind, source.path, context)  # type: ignore[arg-type]
-    steps = _steps(name, phase, source, run) if kind != "references" else _steps_for(phase, _count_references(source))
-    decides = {key: value for key, value in phase.model_dump(mode="json").items() if not key.endswith("checkpoints")}
-    decides.pop("checkpoint_every")
-    identity = fingerprint(
-        [decides, manifest.fingerprint, model_identity(start, settings), kind, context, config.run.seed, training.dtype]
-    )
-    return PhaseJob(
-        name=name, start=start, settings=settings, phase=phase, data=data, heldout=heldout,
-        heldout_limit=training.heldout_pairs, seed=config.run.seed, steps=steps,
-        deepspeed=load_deepspeed(training.deepspeed), dtype=training.dtype,
-        micro_batch_tokens=training.micro_batch_tokens, gradient_checkpointing=training.gradient_checkpointing,
-        log_every=training.log_every, storage=run.storage, fingerprint=identity,
-    )  # fmt: skip
-
-
-def _starting_model(name: str, settings: Model, config: Config, run: RunDir) -> str:
-    """The folder or hub name that a first phase starts from; a model from scratch is made if it is not there."""
-    start = run.start_of(name, settings)
-    if settings.scratch is not None:
-        prompts = train_prompts(run.storage)
-        manifest = prompts.manifest()
-        if manifest is None:
-            raise UserError(f"{run.storage.url}/prompts: not complete yet; run `plad prepare` first")
-        make_model(settings.scratch, prompts.read(), manifest.fingerprint, config.run.seed, run.model(f"{name}-init"))
-    return start
-
-
-def _count_references(prompts: Dataset) -> int:
-    return int(pc.count(prompts.read()["reference"]).as_py())
-
-
-def _steps_for(phase: Phase, groups: int) -> int:
-    if not groups:
-        raise UserError("no prompt has a reference, so there is nothing to learn from; set reference_column")
-    steps = max(1, round(phase.epochs * steps_per_epoch(groups, phase.batch_groups)))
-    return min(steps, phase.max_steps or steps)
-
-
-def _steps(name: str, phase: Phase, source: Dataset, run: RunDir) -> int:
-    """Steps of a phase on pairs or samples. Sequence-level KD gets as many tokens as the round had: equal compute."""
-    if name != "seqkd":
-        manifest = source.manifest()
-        assert manifest is not None
-        if not manifest.rows:
-            raise RunFailed(
-                "no pairs were built, so there is nothing to train on; see the drops by reason of `plad pair`"
-            )
-        return _steps_for(phase, manifest.rows)
-    trained = model_marker(run.model(f"round-{ROUND}"))
-    if trained is None:
-        raise UserError(f"seqkd is given as many tokens as round-{ROUND}: run `plad train --phase round-{ROUND}` first")
-    pairs = source.read(["prompt_token_ids", "chosen_token_ids"])
-    lengths = pc.add(pc.list_value_length(pairs["prompt_token_ids"]), pc.list_value_length(pairs["chosen_token_ids"]))
-    tokens_per_group = pc.mean(lengths).as_py() - 1
-    return max(1, round(trained["facts"]["tokens"] / (tokens_per_group * phase.batch_groups)))
-
-
-# ---------------------------------------------------------------------------------------------------------- Ray Train
-
-
-def _fit(job: PhaseJob, config: Config, run: RunDir, progress: Progress) -> None:
-    from dataclasses import replace
-
+def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -145,17 +51,17 @@ def _fit(job: PhaseJob, config: Config, run: RunDir, progress: Progress) -> None
     environment = {"OMP_NUM_THREADS": str(max(1, int(training.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false"}
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
-    with _monitored(progress, job) as monitor:
+    with _monitored(progress) as monitor:
         trainer = TorchTrainer(
             _entry,
-            train_loop_config={"job": replace(job, dtype=dtype, monitor=monitor)},
+            train_loop_config={"jobs": [replace(job, dtype=dtype, monitor=monitor) for job in jobs]},
             scaling_config=ScalingConfig(
                 num_workers=training.num_workers,
                 use_gpu=gpus,
                 resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
             ),
             run_config=RunConfig(
-                name=f"{job.name}-{job.fingerprint[:8]}",
+                name="-".join(job.name for job in jobs) + f"-{jobs[0].fingerprint[:8]}",
                 storage_path=str(run.root / ".ray-train"),
                 failure_config=FailureConfig(max_failures=training.max_failures),
                 worker_runtime_env={"env_vars": environment},
@@ -164,25 +70,31 @@ def _fit(job: PhaseJob, config: Config, run: RunDir, progress: Progress) -> None
         try:
             trainer.fit()
         except Exception as error:
-            raise _explained(error, job) from error
+            raise _explained(error, jobs, run) from error
 
 
 def _entry(settings: dict[str, Any]) -> None:
-    train_loop(settings["job"])
+    """What Ray Train calls on every worker, again after every failure."""
+    for job in settings["jobs"]:
+        if model_fingerprint(job.folder("models")) != job.fingerprint:
+            train_loop(job)
 
 
-def _explained(error: Exception, job: PhaseJob) -> Exception:
-    """The worker's own words. What the user did comes back as :class:`UserError`."""
-    causes = [error, *(getattr(error, "worker_failures", None) or {}).values()]
-    for cause in causes:
-        inner = getattr(cause, "cause", cause)
-        if isinstance(inner, UserError):
-            return UserError(str(inner))
-    latest = job.folder("checkpoints") / "latest.json"
-    kept = f"kept up to {latest.read_text()!r:.40}" if latest.is_file() else "no checkpoint was written"
-    last = str(causes[-1]).strip().splitlines()
+def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception:
+    """The first worker's own words. What the user did comes back as :class:`UserError`."""
+    failures = list((getattr(error, "worker_failures", None) or {}).values())
+    cause = failures[0] if failures else error
+    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
+        cause = inner
+    if isinstance(cause, UserError):
+        return cause
+    job = next((job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint), jobs[-1])
+    latest = Checkpoints(job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints).latest()
+    kept = f"the checkpoint of step {latest.step}" if latest else "no checkpoint was written yet"
+    reason = str(cause).strip().splitlines()
     return RunFailed(
-        f"phase {job.name} failed: {last[-1] if last else causes[-1]!r}. Checkpoints: {kept}. Run again to go on."
+        f"phase {job.name}: {type(cause).__name__}: {reason[-1] if reason else ''} Kept: {kept}. "
+        "The workers' logs lie in Ray's session folder (/tmp/ray/session_latest/logs). Run again to go on."
     )
 
 
@@ -201,27 +113,15 @@ class _Monitor:
 
 
 @contextmanager
-def _monitored(progress: Progress, job: PhaseJob) -> Iterator[Any]:
-    """A monitor whose messages are shown while the block runs."""
+def _monitored(progress: Progress) -> Iterator[Any]:
+    """An actor that workers post to, and whose messages are shown while the block runs."""
     monitor = ray.remote(_Monitor).options(num_cpus=0).remote()
     finished = threading.Event()
-    progress.start(f"train {job.name}", job.steps, "steps")
-
-    def show(message: dict[str, Any]) -> None:
-        match message["kind"]:
-            case "say":
-                progress.say(message["text"])
-            case "heldout":
-                progress.say(
-                    f"train {job.name}: step {message['step']}: {message['pair_accuracy']:.1%} of held-out pairs ranked right"
-                )
-            case "step":
-                progress.set(message["step"], message["tokens"], f"loss {message['loss']:.3f}")
 
     def follow() -> None:
         while not finished.wait(1.0):
             for message in ray.get(monitor.drain.remote()):
-                show(message)
+                _show(progress, message)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -231,5 +131,19 @@ def _monitored(progress: Progress, job: PhaseJob) -> Iterator[Any]:
         finished.set()
         thread.join(timeout=5)
         for message in ray.get(monitor.drain.remote()):
-            show(message)
+            _show(progress, message)
         ray.kill(monitor)
+
+
+def _show(progress: Progress, message: dict[str, Any]) -> None:
+    stage = f"train {message['phase']}"
+    match message["kind"]:
+        case "begin":
+            progress.say(f"{stage}: {message['text']}")
+            progress.start(stage, message["steps"], "steps")
+        case "heldout":
+            progress.say(
+                f"{stage}: step {message['step']}: {message['pair_accuracy']:.1%} of held-out pairs ranked right"
+            )
+        case "step":
+            progress.set(message["step"], message["tokens"], f"loss {message['loss']:.3f}")

@@ -1,0 +1,75 @@
+"""Writes docs/configuration.md from the schema: `python docs/generate_configuration.py [--check]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from plad_dist.config import is_operational, schema_fields
+
+TARGET = Path(__file__).with_name("configuration.md")
+
+HEADER = """# Configuration reference
+
+A run is one YAML file with the keys below; `key.sub=value` on the command line overrides any of them. Generated from
+`plad_dist/config.py` by `python docs/generate_configuration.py`; do not edit.
+
+A key marked ● decides what the run produces: once a stage that depends on it has begun, a run directory refuses another
+value. The other keys say how the work is carried out and may change between resumes.
+
+| key | default | meaning |
+| --- | --- | --- |
+"""
+
+
+def render() -> str:
+    """The page."""
+    fields: dict[str, list[FieldInfo]] = {}
+    for path, field in schema_fields():
+        fields.setdefault(path, []).append(field)
+    return HEADER + "".join(_row(path, alternatives) for path, alternatives in fields.items())
+
+
+def _row(path: str, alternatives: list[FieldInfo]) -> str:
+    """The line of a key; a section without a word of its own has none. Alternatives of a union share a line."""
+    field = alternatives[0]
+    if isinstance(field.default, BaseModel) or (_is_section(field) and not field.description):
+        return ""
+    values = [value for item in alternatives for value in _values(item.annotation)]
+    listed = f"One of {', '.join(values)}." if values else ""
+    meaning = " ".join(filter(None, [field.description, listed, _limits(field.metadata)]))
+    mark = "" if is_operational(path) else " ●"
+    return f"| `{path}`{mark} | {_default(field.default)} | {meaning} |\n"
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined:
+        return "required"
+    return "empty" if value is None else f"`{json.dumps(value)}`"
+
+
+def _values(annotation: Any) -> list[str]:
+    return [f"`{item}`" for item in get_args(annotation)] if get_origin(annotation) is Literal else []
+
+
+def _limits(metadata: list[Any]) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    found = [f"{signs[name]} {getattr(item, name)}" for item in metadata for name in signs if hasattr(item, name)]
+    return f"({', '.join(found)})" if found else ""
+
+
+if __name__ == "__main__":
+    page = render()
+    if "--check" in sys.argv:
+        sys.exit(0 if TARGET.read_text(encoding="utf-8") == page else f"{TARGET}: stale; run python {__file__}")
+    TARGET.write_text(page, encoding="utf-8")

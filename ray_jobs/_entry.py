@@ -1,0 +1,18 @@
+"""What the entry scripts share: `--config` and overrides, handed to the `plad` command."""
+
+import argparse
+import os
+import sys
+
+
+def main(command: str) -> None:
+    """Run one `plad` command on the cluster that the job was submitted to. Exit codes are those of `plad`."""
+    parser = argparse.ArgumentParser(description=f"plad {command} as a Ray job")
+    parser.add_argument("--config", required=True, help="the run's YAML file, as seen from the cluster")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set")
+    arguments = parser.parse_args()
+    os.environ.setdefault("RAY_ADDRESS", "auto")
+    sys.argv = ["plad", command, arguments.config, *arguments.overrides]
+    from plad_dist.cli import main as plad
+
+    plad()

@@ -1,0 +1,6 @@
+"""Run the whole pipeline: `ray job submit -- python ray_jobs/distill.py --config CONFIG [KEY=VALUE ...]`."""
+
+from _entry import main
+
+if __name__ == "__main__":
+    main("run")

@@ -1,0 +1,6 @@
+"""Sample, compare and report the systems: `ray job submit -- python ray_jobs/evaluate.py --config CONFIG [KEY=VALUE ...]`."""
+
+from _entry import main
+
+if __name__ == "__main__":
+    main("evaluate")

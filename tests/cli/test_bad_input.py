@@ -1,0 +1,246 @@
+"""Bad input: exit code 2, one clear message, no traceback, nothing written or overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plad_dist.cli import main
+from plad_dist.config import parse_config
+from plad_dist.rundir import open_run
+from plad_dist.training.scratch import train_tokenizer
+from tests.conftest import write_config
+
+Change = Callable[[Path, dict[str, Any]], None]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `plad` in this process: (exit code, what it printed)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["plad", *arguments])
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def model_folder(folder: Path) -> Path:
+    """A model folder whose tokenizer has no chat template."""
+    model = folder / "model"
+    train_tokenizer(iter(["some text"]), 300).save_pretrained(model)
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 1}))
+    return model
+
+
+def prompts_missing(folder: Path, raw: dict[str, Any]) -> None:
+    (folder / "prompts.jsonl").unlink()
+
+
+def prompts_empty(folder: Path, raw: dict[str, Any]) -> None:
+    (folder / "prompts.jsonl").write_text("")
+
+
+def prompts_broken(folder: Path, raw: dict[str, Any]) -> None:
+    path = folder / "prompts.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:40], '{"prompt": ', *lines[41:]]))
+
+
+def column_missing(folder: Path, raw: dict[str, Any]) -> None:
+    raw["prompts"]["source"]["prompt_column"] = "question"
+
+
+def model_missing(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"] = {"path": str(folder / "nowhere")}
+
+
+def not_a_model(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"] = {"path": str(folder)}
+
+
+def no_template(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"] = {"path": str(model_folder(folder))}
+
+
+def no_template_for_scratch(folder: Path, raw: dict[str, Any]) -> None:
+    del raw["student"]["template"]
+
+
+def broken_template(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"] = {"path": str(model_folder(folder)), "template": "{{ messages[ }}"}
+
+
+def bad_architecture(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"]["scratch"]["architecture"] = {"model_type": "lama"}
+
+
+def unknown_engine_argument(folder: Path, raw: dict[str, Any]) -> None:
+    raw["sampling"]["student"]["engine"] = {"max_num_seq": 3}
+
+
+def engine_argument_of_ours(folder: Path, raw: dict[str, Any]) -> None:
+    raw["sampling"]["student"]["engine"] = {"model": "other"}
+
+
+def deepspeed_missing(folder: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["deepspeed"] = "zero9"
+
+
+def deepspeed_not_stage_3(folder: Path, raw: dict[str, Any]) -> None:
+    path = folder / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    raw["training"]["deepspeed"] = str(path)
+
+
+def run_dir_is_a_file(folder: Path, raw: dict[str, Any]) -> None:
+    (folder / "run").write_text("mine")
+
+
+def run_dir_of_something_else(folder: Path, raw: dict[str, Any]) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.txt").write_text("mine")
+
+
+def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
+    raw["run"]["dir"] = "ftp://host/folder"
+
+
+@pytest.mark.parametrize("subcommand", ["run", "validate"])
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (prompts_missing, ["prompts.jsonl", "no such prompts file"]),
+        (prompts_empty, ["prompts.jsonl", "no prompts in it"]),
+        (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has answer, prompt"]),
+        (model_missing, ["nowhere", "no such model folder"]),
+        (not_a_model, ["not a model folder", "config.json"]),
+        (no_template, ["no chat template", "template"]),
+        (no_template_for_scratch, ["student", "template"]),
+        (broken_template, ["not a valid Jinja template"]),
+        (bad_architecture, ["lama"]),
+        (unknown_engine_argument, ["sampling.student.engine.max_num_seq", "did you mean `max_num_seqs`?"]),
+        (engine_argument_of_ours, ["sampling.student.engine.model", "set by the run itself"]),
+        (deepspeed_missing, ["training.deepspeed", "zero9", "zero3"]),
+        (deepspeed_not_stage_3, ["training.deepspeed", "stage 3"]),
+        (run_dir_is_a_file, ["is a file, expected a directory"]),
+        (run_dir_of_something_else, ["not empty and not a run directory"]),
+        (run_dir_unknown_scheme, ["run.dir", "expected a path or a file://"]),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_is_written(
+    tiny: tuple[Path, dict[str, Any]],
+    command: Callable[..., tuple[int, str]],
+    subcommand: str,
+    change: Change,
+    messages: list[str],
+) -> None:
+    folder, raw = tiny
+    change(folder, raw)
+    config = write_config(folder, raw)
+    before = snapshot(folder)
+    code, printed = command(subcommand, str(config))
+    assert code == 2, printed
+    assert all(message in printed for message in messages), printed
+    assert "Traceback" not in printed
+    assert snapshot(folder) == before
+
+
+def test_a_broken_line_is_named_by_its_number_and_no_prompts_are_written(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
+) -> None:
+    folder, raw = tiny
+    prompts_broken(folder, raw)
+    code, printed = command("run", str(write_config(folder, raw)))
+    assert code == 2
+    assert "prompts.jsonl:41: not valid JSON" in printed
+    assert not (folder / "run" / "prompts").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nothing.yaml"], "nothing.yaml: no such config file"),
+        (["status", "nothing"], "nothing: no such run directory"),
+        (["train", "CONFIG", "--phase", "rounds"], "--phase rounds: this config has the phases teacher, warmup, round-0, seqkd"),
+        (["run", "CONFIG", "run.sed=3"], "run.sed: unknown key; did you mean `seed`?"),
+        (["sample", "CONFIG"], "run `plad prepare` first"),
+        (["report", "CONFIG"], "run `plad evaluate` first"),
+    ],
+)
+def test_a_bad_command_line_is_refused(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]], arguments: list[str], message: str
+) -> None:
+    folder, raw = tiny
+    config = str(write_config(folder, raw))
+    code, printed = command(*[config if argument == "CONFIG" else argument for argument in arguments])
+    assert code == 2, printed
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_a_run_directory_of_another_config_is_refused_by_the_keys_that_differ(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
+) -> None:
+    folder, raw = tiny
+    config = write_config(folder, raw)
+    assert command("prepare", str(config))[0] == 0
+    before = snapshot(folder)
+    code, printed = command("prepare", str(config), "run.seed=6", "prompts.block_size=32", "training.num_workers=1")
+    assert code == 2
+    assert "run.seed: 5 there, 6 now" in printed
+    assert "prompts.block_size: 64 there, 32 now" in printed
+    assert "num_workers" not in printed
+    assert snapshot(folder) == before
+
+
+def test_keys_of_stages_that_have_not_begun_may_change(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
+) -> None:
+    folder, raw = tiny
+    config = write_config(folder, raw)
+    assert command("prepare", str(config))[0] == 0
+    code, printed = command("prepare", str(config), "sampling.teacher.temperature=0.5")
+    assert (code, "prepare: committed, skipped" in printed) == (0, True), printed
+    assert yaml.safe_load((folder / "run" / "run.yaml").read_text())["config"]["sampling"]["teacher"]["temperature"] == 0.5
+
+
+def test_a_run_directory_without_write_permission_is_refused(tiny: tuple[Path, dict[str, Any]]) -> None:
+    folder, raw = tiny
+    raw["run"]["dir"] = "/proc/plad-run"  # nobody may make folders there, root included
+    with pytest.raises(ValueError, match="/proc/plad-run: cannot be written"):
+        open_run(parse_config(raw, "test"))
+
+
+def test_the_version_and_the_help_are_shown(command: Callable[..., tuple[int, str]]) -> None:
+    assert command("--version") == (0, "plad-dist 0.1.0\n")
+    code, printed = command("--help")
+    assert code == 0
+    for name in ("run", "prepare", "sample", "pair", "train", "evaluate", "report", "status", "validate"):
+        assert name in printed
+
+
+def test_secrets_in_the_environment_do_not_reach_the_run_directory(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, raw = tiny
+    monkeypatch.setitem(os.environ, "HF_TOKEN", "hf_secret_value")
+    assert command("prepare", str(write_config(folder, raw)))[0] == 0
+    assert not any(b"hf_secret_value" in path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file())

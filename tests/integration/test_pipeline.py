@@ -1,0 +1,260 @@
+"""One small run of the whole chain on real vLLM, real Ray and real DeepSpeed, killed while it samples and while it trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+import torch
+
+from plad_dist.config import load_config
+from plad_dist.rundir import RunDir
+from plad_dist.sampling.job import sample_seed
+from tests.conftest import plad, tiny_config, write_config, write_prompts
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+
+Stamp = tuple[bytes, int]
+
+
+@dataclass
+class Finished:
+    """A finished run and what was seen on the way."""
+
+    root: Path
+    config: Path
+    committed_at_kill: dict[Path, Stamp]
+    step_at_kill: int
+    log: str
+    output: str
+    left_processes: list[str]
+
+
+def stamps(root: Path) -> dict[Path, Stamp]:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in root.rglob("part-*.arrow")}
+
+
+def kill_when(config: Path, condition: Any, command: str = "run") -> None:
+    """Start `plad`, kill -9 it as soon as the condition holds, and wait until its cluster is gone."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from plad_dist.cli import main; main()", command, str(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=(config.parent / "killed.log").open("a"),
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 400
+    while not condition():
+        assert process.poll() is None, (config.parent / "killed.log").read_text()[-3000:]
+        assert time.monotonic() < deadline, "what was waited for did not come"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def processes_of_the_run() -> list[str]:
+    """Ray's and vLLM's processes that are alive."""
+    listing = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
+    return [
+        line
+        for line in listing.splitlines()
+        if re.search(r"ray::|VLLM::|raylet|gcs_server", line) and " Z" not in line and "ps -eo" not in line
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_prompts(folder)
+    config, root = write_config(folder, tiny_config(folder)), folder / "run"
+
+    kill_when(config, lambda: any((root / "samples" / "student" / "round-0").glob("part-*.arrow")))
+    committed = stamps(root)
+    assert not (root / "samples" / "student" / "round-0" / "manifest.json").exists(), "killed too late to prove anything"
+
+    kill_when(config, lambda: (root / "checkpoints" / "round-0" / "latest.json").exists())
+    step = json.loads((root / "checkpoints" / "round-0" / "latest.json").read_text())["step"]
+    assert not (root / "models" / "round-0").exists(), "killed too late to prove anything"
+    committed |= stamps(root)
+
+    done = plad("run", str(config), timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    deadline = time.monotonic() + 30
+    while (left := processes_of_the_run()) and time.monotonic() < deadline:
+        time.sleep(1)
+    log = (root / "logs" / "plad.log").read_text()
+    return Finished(root, config, committed, step, log, done.stdout + done.stderr, left)
+
+
+def read(folder: Path) -> pa.Table:
+    return pa.concat_tables(pa.ipc.open_file(path).read_all() for path in sorted(folder.glob("part-*.arrow")))
+
+
+def test_all_directories_of_the_contract_are_there(finished: Finished) -> None:
+    root = finished.root
+    for path in (
+        "run.yaml",
+        "prompts/manifest.json",
+        "samples/teacher/round-0/manifest.json",
+        "samples/student/round-0/manifest.json",
+        "pairs/round-0/manifest.json",
+        "eval/round-0/metrics.json",
+        "eval/round-0/report.html",
+    ):
+        assert (root / path).is_file(), path
+    for phase in ("teacher", "warmup", "round-0", "seqkd"):
+        assert (root / "models" / phase / "model.safetensors").is_file()
+        latest = json.loads((root / "checkpoints" / phase / "latest.json").read_text())
+        assert (root / "checkpoints" / phase / f"step-{latest['step']:08d}").is_dir()
+        assert list((root / "events" / phase).glob("events.out.tfevents.*"))
+
+
+def test_nothing_committed_before_a_kill_was_written_again(finished: Finished) -> None:
+    assert len(finished.committed_at_kill) > 9
+    for path, stamp in finished.committed_at_kill.items():
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == stamp, path
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_every_sample_is_there_exactly_once(finished: Finished, role: str) -> None:
+    prompts = read(finished.root / "prompts")["prompt_id"].to_pylist()
+    samples = read(finished.root / "samples" / role / "round-0")
+    assert samples["prompt_id"].to_pylist() == prompts
+    assert set(samples["sample_index"].to_pylist()) == {0}
+    assert set(samples["finish_reason"].to_pylist()) <= {"stop", "length"}
+    assert samples["error"].null_count == len(prompts)
+    assert all(value < 0 for value in samples["logprob"].to_pylist())
+
+
+def test_training_went_on_from_the_checkpoint(finished: Finished) -> None:
+    begun = re.findall(r"train round-0: zero stage 3 with 2 ranks; .*step (\d+) of", finished.log)
+    assert int(begun[-1]) >= finished.step_at_kill >= 10
+    records = [json.loads(line) for line in (finished.root / "events/round-0/metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "loss" in record]
+    assert sorted(set(steps)) == list(range(1, max(steps) + 1))
+
+
+def test_the_log_shows_zero_stage_3_with_parameters_partitioned(finished: Finished) -> None:
+    shares = re.findall(r"zero stage 3 with 2 ranks; [\d,]+ parameters, this rank holds [\d,]+ \((\d+)%\)", finished.log)
+    assert shares
+    assert all(45 <= int(share) <= 55 for share in shares)
+
+
+def test_the_samples_load_in_datasets(finished: Finished, tmp_path: Path) -> None:
+    pattern = str(finished.root / "samples/teacher/round-0/*.arrow")
+    loaded = datasets.load_dataset("arrow", data_files=pattern, cache_dir=str(tmp_path))["train"]
+    assert loaded.num_rows == read(finished.root / "prompts").num_rows
+
+
+def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finished: Finished) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = finished.root / "models" / "round-0"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "</s>"
+    pairs = read(finished.root / "eval/round-0/pairs").to_pylist()
+
+    def logp(prompt: list[int], response: list[int]) -> float:
+        logps = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+        return float(logps[at, torch.tensor(response)].sum())
+
+    with torch.no_grad():
+        right = [
+            logp(row["prompt_token_ids"], row["chosen_token_ids"]) > logp(row["prompt_token_ids"], row["rejected_token_ids"])
+            for row in pairs
+        ]
+    metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
+    assert metrics["ranking"]["pairs"] == len(pairs)
+    assert metrics["ranking"]["after"]["pair_accuracy"] == pytest.approx(sum(right) / len(right), abs=1 / len(pairs))
+
+
+def test_the_report_compares_the_four_systems(finished: Finished) -> None:
+    metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
+    found = {(row["system"], row["decoding"]) for row in metrics["systems"]}
+    assert found == {(s, d) for s in ("teacher", "warmup", "seqkd", "plad") for d in ("greedy", "sampled")} | {("warmup", "t0.5")}
+    page = (finished.root / "eval/round-0/report.html").read_text()
+    assert "<html" in page
+    for verdict in metrics["verdict"]:
+        assert verdict.split()[0] in finished.output
+    assert str(finished.root / "eval/round-0/report.html") in finished.output
+
+
+def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished: Finished) -> None:
+    """Greedy answers that vLLM gave after a change of weights are those of the model in plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(finished.config)
+    run = RunDir.of(config)
+    from plad_dist.data.prompts import heldout_prompts
+    from plad_dist.data.templates import Renderer
+
+    prompts = heldout_prompts(run.storage).read().slice(0, 40).to_pylist()
+    for system, folder in (("seqkd", "seqkd"), ("plad", "round-0")):
+        model = AutoModelForCausalLM.from_pretrained(run.model(folder), dtype=torch.float32)
+        renderer = Renderer(str(run.model(folder)), config.student)
+        answers = run.system_samples(system, "greedy").read().to_pylist()
+        same = 0
+        for prompt, answer in zip(prompts, answers, strict=False):
+            ids = torch.tensor([renderer.prompt_ids(prompt["messages"])])
+            written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+            same += written[0, ids.shape[1] :].tolist() == answer["token_ids"]
+        assert same >= 0.9 * len(answers), f"{system}: {same} of {len(answers)}"
+
+
+def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (finished.root / "models").rglob("*")} | stamps(finished.root)
+    started = time.monotonic()
+    again = plad("run", str(finished.config))
+    assert again.returncode == 0
+    assert time.monotonic() - started < 15
+    assert "nothing to do: everything is committed" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (finished.root / "models").rglob("*")} | stamps(finished.root) == before
+
+
+def test_status_shows_a_finished_run(finished: Finished) -> None:
+    shown = plad("status", str(finished.root))
+    assert shown.returncode == 0
+    assert "begun" not in shown.stdout
+    assert shown.stdout.count("complete") >= 15
+
+
+def test_no_process_outlives_the_run(finished: Finished) -> None:
+    assert finished.left_processes == []
+
+
+def test_seeds_depend_on_what_they_name() -> None:
+    seeds = {sample_seed(*key) for key in [(1, 0, "t", "p", 0), (2, 0, "t", "p", 0), (1, 1, "t", "p", 0), (1, 0, "s", "p", 0)]}
+    assert len(seeds) == 4
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_an_engine_without_memory_is_refused_in_words(finished: Finished) -> None:
+    """vLLM's own error, made readable: exit code 2, and what to change."""
+    root = finished.root.parent / "run-memory"
+    config = finished.config.with_name("memory.yaml")
+    raw = tiny_config(finished.root.parent)
+    raw["run"]["dir"] = str(root)
+    raw["teacher"] = {"path": str(finished.root / "models" / "teacher"), "template": raw["teacher"]["template"]}
+    raw["student"] = {"path": str(finished.root / "models" / "warmup"), "template": raw["student"]["template"]}
+    for phase in ("teacher", "warmup"):
+        del raw["training"][phase]
+    raw["sampling"]["teacher"]["engine"]["kv_cache_memory_bytes"] = 1 << 45
+    raw["sampling"]["student"]["engine"]["kv_cache_memory_bytes"] = 1 << 45
+    config.write_text(json.dumps(raw))
+    done = plad("run", str(config), timeout=400)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "vLLM could not start" in done.stderr
+    assert "kv_cache_memory_bytes" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((root / "samples").rglob("*.arrow"))

@@ -1,0 +1,129 @@
+"""The config: everything wrong is refused before anything starts, by name, with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plad_dist.config import Config, is_operational, load_config, operational_keys, parse_config, schema_fields
+from plad_dist.errors import UserError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+MINIMAL: dict[str, Any] = {
+    "run": {"dir": "somewhere"},
+    "prompts": {"source": {"type": "files", "paths": ["a.jsonl"]}},
+    "teacher": {"path": "teacher"},
+    "student": {"path": "student"},
+}
+
+
+def write(folder: Path, config: Any) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_is_valid(path: Path) -> None:
+    assert load_config(path).run.dir
+
+
+def test_a_config_survives_being_written_and_read() -> None:
+    config = parse_config(MINIMAL, "x")
+    assert parse_config(config.model_dump(mode="json"), "x") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samplng": {}}, "samplng: unknown key; did you mean `sampling`?"),
+        ({"run": {"dir": "x", "sed": 1}}, "run.sed: unknown key; did you mean `seed`?"),
+        ({"run": {}}, "run.dir: missing"),
+        ({"run": {"dir": "x", "seed": "many"}}, "run.seed: input should be a valid integer"),
+        ({"sampling": {"teacher": {"temperature": -1}}}, "sampling.teacher.temperature: input should be greater than"),
+        (
+            {"training": {"round": {"loss": {"name": "rnak"}}}},
+            "training.round.loss.name: input should be 'rank' or 'mle'",
+        ),
+        ({"training": {"round": {"loss": {"name": "mle"}}}}, "must be a preference loss"),
+        ({"teacher": {}}, "teacher: needs exactly one of `path`"),
+        ({"student": {"scratch": {"architecture": {}}, "template": "x"}}, "needs `model_type`"),
+        ({"prompts": {"source": {"type": "web"}}}, "prompts.source: input tag 'web'"),
+        ({"training": {"warmup": {}}}, "set prompts.source.reference_column, or use `data: teacher`"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = write(tmp_path, MINIMAL | change)
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="2 problems"):
+        load_config(write(tmp_path, MINIMAL | {"samplng": {}, "run": {"dir": ""}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [", "not valid YAML"),
+        ("- a\n- b", "expected a mapping of sections"),
+        ("run: {dir: a}\nrun: {dir: b}", "key 'run' is given twice"),
+        ("!!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_no_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_overrides_set_keys_and_read_their_values_as_yaml(tmp_path: Path) -> None:
+    config = load_config(
+        write(tmp_path, MINIMAL), ["run.seed=3", "training.round.optimizer.lr=1e-4", "sampling.student.stop=['a']"]
+    )
+    assert (config.run.seed, config.training.round.optimizer.lr, config.sampling.student.stop) == (3, 1e-4, ["a"])
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "run.dir.deeper=1"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match="override"):
+        load_config(write(tmp_path, MINIMAL), [override])
+
+
+def test_operational_keys_do_not_change_the_fingerprint() -> None:
+    config = parse_config(MINIMAL, "x")
+    other = parse_config(MINIMAL | {"training": {"num_workers": 8}, "run": {"dir": "elsewhere"}}, "x")
+    assert other.fingerprint() == config.fingerprint()
+    assert parse_config(MINIMAL | {"run": {"dir": "somewhere", "seed": 1}}, "x").fingerprint() != config.fingerprint()
+
+
+def test_keys_inside_an_operational_section_are_operational() -> None:
+    assert is_operational("sampling.teacher.engine.max_num_seqs")
+    assert not is_operational("sampling.teacher.temperature")
+    assert operational_keys() <= {path for path, _ in schema_fields()}
+
+
+@given(st.floats(1e-9, 1.0), st.integers(1, 10**6), st.integers(0, 2**31 - 1))
+def test_numbers_come_through_unchanged(lr: float, batch: int, seed: int) -> None:
+    raw = MINIMAL | {
+        "run": {"dir": "x", "seed": seed},
+        "training": {"round": {"batch_groups": batch, "optimizer": {"lr": lr}}},
+    }
+    config = Config.model_validate(yaml.safe_load(yaml.safe_dump(raw)))
+    assert (config.training.round.optimizer.lr, config.training.round.batch_groups, config.run.seed) == (
+        lr,
+        batch,
+        seed,
+    )

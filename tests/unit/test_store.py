@@ -1,0 +1,144 @@
+"""The shard store: every block committed exactly once, nothing lost, nothing half-written."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
+from plad_dist.data.store import Dataset, Part, Storage, part_name
+from plad_dist.errors import RunFailed, UserError
+
+SCHEMA = pa.schema([pa.field("x", pa.int64(), nullable=False), pa.field("text", pa.string())])
+
+
+def dataset(folder: Path) -> Dataset:
+    return Dataset(Storage(str(folder)), "numbers", SCHEMA)
+
+
+def rows(*values: int) -> pa.Table:
+    return pa.table({"x": list(values), "text": [str(value) for value in values]}, schema=SCHEMA)
+
+
+def commit(data: Dataset, block: int, table: pa.Table, attempt: str = "a") -> Part | None:
+    return data.commit(block, table, fingerprint="f", attempt=attempt)
+
+
+def test_a_late_attempt_changes_nothing(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    assert commit(data, 0, rows(1, 2)) is not None
+    path = tmp_path / "numbers" / part_name(0)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    assert commit(data, 0, rows(3), attempt="late") is None
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_of_many_writers_of_a_block_exactly_one_wins(tmp_path: Path) -> None:
+    data, won = dataset(tmp_path), []
+    start = threading.Barrier(8)
+
+    def write(writer: int) -> None:
+        start.wait()
+        for block in range(20):
+            if commit(data, block, rows(writer), attempt=str(writer)):
+                won.append(block)
+
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == list(range(20))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    blocks=st.lists(st.lists(st.integers(-(2**40), 2**40), max_size=5), max_size=6),
+    seen=st.sets(st.integers(0, 5)),
+)
+def test_what_was_committed_is_read_back_in_order_of_blocks(
+    tmp_path_factory: pytest.TempPathFactory, blocks: list[list[int]], seen: set[int]
+) -> None:
+    data = dataset(tmp_path_factory.mktemp("store"))
+    parts = [commit(data, block, rows(*values)) for block, values in reversed(list(enumerate(blocks)))]
+    known = [part for part in parts if part and int(part.name[5:10]) in seen]
+    manifest = data.finish(len(blocks), fingerprint="f", facts={"k": 1}, known=known)
+    assert data.manifest() == manifest
+    assert manifest.rows == sum(map(len, blocks))
+    assert data.read()["x"].to_pylist() == [value for values in blocks for value in values]
+    assert data.committed() == set(range(len(blocks)))
+
+
+def test_a_manifest_is_the_same_whether_parts_were_seen_or_found(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    parts = [commit(data, 0, rows(1, 2)), commit(data, 1, rows(3))]
+    seen = data.finish(2, fingerprint="f", facts={}, known=[part for part in parts if part])
+    assert data.finish(2, fingerprint="f", facts={}) == seen
+
+
+def test_left_overs_of_a_killed_writer_are_not_parts(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 0, rows(1))
+    (tmp_path / "numbers" / "part-00001.arrow#1").write_bytes(b"half")
+    (tmp_path / "numbers" / ".part-00002.arrow").write_bytes(b"half")
+    assert data.committed() == {0}
+
+
+def test_parts_of_another_fingerprint_are_refused(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 0, rows(1))
+    with pytest.raises(UserError, match="another config"):
+        data.finish(1, fingerprint="other", facts={})
+
+
+def test_missing_and_damaged_parts_are_named(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 0, rows(1))
+    with pytest.raises(RunFailed, match=r"part-00001\.arrow"):
+        data.finish(2, fingerprint="f", facts={})
+    (tmp_path / "numbers" / part_name(0)).write_bytes(b"ARROW1 not really")
+    with pytest.raises(RunFailed, match=r"part-00000\.arrow: damaged"):
+        data.read_block(0)
+
+
+def test_an_incomplete_dataset_is_not_read(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 0, rows(1))
+    with pytest.raises(RunFailed, match="not complete"):
+        data.read()
+
+
+def test_parts_load_in_datasets(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 0, rows(1, 2))
+    commit(data, 1, rows(3))
+    loaded = datasets.load_dataset(
+        "arrow", data_files=str(tmp_path / "numbers" / "*.arrow"), cache_dir=str(tmp_path / "c")
+    )
+    assert loaded["train"]["x"][:] == [1, 2, 3]
+
+
+def test_storage_takes_paths_and_file_uris_alike(tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    Storage(str(folder)).replace("a/b", b"1")
+    assert Storage(folder.as_uri()).read("a/b") == b"1"
+    with pytest.raises(UserError, match="expected a path or a file://, s3://"):
+        _ = Storage("ftp://host/x").local_root
+
+
+def test_the_columns_of_the_contract_are_there() -> None:
+    assert [(f.name, str(f.type)) for f in PROMPTS] == [
+        ("prompt_id", "string"),
+        ("messages", "list<item: struct<role: string, content: string>>"),
+        ("reference", "string"),
+        ("meta", "string"),
+    ]
+    assert SAMPLES.names[:6] == ["prompt_id", "sample_index", "role", "text", "token_ids", "logprob"]
+    assert str(SAMPLES.field("logprob").type) == "double"
+    assert str(PAIRS.field("chosen_token_ids").type) == "list<item: int32>"
