@@ -350,6 +350,9 @@ class Config(Section):
             raise ValueError("teacher.scratch makes an untrained teacher: add a `training.teacher` section")
         if self.student.scratch and not self.training.warmup:
             raise ValueError("student.scratch makes an untrained student: add a `training.warmup` section")
+        for name, model in (("teacher", self.teacher), ("student", self.student)):
+            if model.scratch and model.template is None:
+                raise ValueError(f"{name}.scratch makes a tokenizer without a chat template: set {name}.template")
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import settings
 
+settings.register_profile("plad", deadline=None)
+settings.load_profile("plad")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -39,7 +42,10 @@ def tiny_config(folder: Path) -> dict[str, Any]:
             "block_size": 64,
         },
         "teacher": {
-            "scratch": {"architecture": SHAPE | {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}, "vocab_size": 320},
+            "scratch": {
+                "architecture": SHAPE | {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2},
+                "vocab_size": 320,
+            },
             "template": "{{ messages[-1].content }} =",
         },
         "student": {

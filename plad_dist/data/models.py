@@ -61,6 +61,13 @@ def check_local_model(model: str) -> None:
         raise UserError(f"{model}: not a model folder: it has no config.json")
 
 
+def check_weights(model: str) -> None:
+    """Raise :class:`UserError` for a local model folder without weights. Pickled weights are not loaded."""
+    path = Path(model).expanduser()
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise UserError(f"{model}: has no *.safetensors weights; other formats are not loaded, convert them first")
+
+
 def load_model_config(model: str, settings: Model) -> Any:
     """The transformers config of a model. Raises :class:`UserError` where there is none."""
     from transformers import AutoConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2.sandbox
@@ -29,6 +29,7 @@ class Renderer:
         self.model = model
         self.tokenizer = load_tokenizer(model, settings)
         self._template = settings.template
+        self._jinja = self._compile(settings.template or "")
         if self._template is None and self.tokenizer.chat_template is None:
             raise UserError(
                 f"{model}: its tokenizer has no chat template. Set `template` in the model's config section, for example "
@@ -37,29 +38,38 @@ class Renderer:
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so no response could ever end")
 
-    @cached_property
-    def _jinja(self) -> jinja2.Template:
+    def _compile(self, template: str) -> jinja2.Template:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
         try:
-            return environment.from_string(self._template or "")
+            return environment.from_string(template)
         except jinja2.TemplateError as error:
             raise UserError(f"template of {self.model}: not a valid Jinja template: {error}") from None
 
-    def prompt_ids(self, messages: Messages) -> list[int]:
-        """Token ids of a prompt, ending where the response begins. Special tokens appear once."""
+    def prompt_ids(self, prompts: Sequence[Messages]) -> list[list[int]]:
+        """Token ids of prompts, each ending where its response begins. Special tokens appear once."""
+        texts = [self._render(messages) for messages in prompts]
+        # A rendered text that has its special tokens already gets no second ones.
+        bos = self.tokenizer.bos_token
+        special = self._template is not None and not (bos and texts and texts[0].startswith(bos))
+        return self._encode(texts, special)
+
+    def response_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of finished responses, the end-of-sequence token included."""
+        return [[*ids, self.eos_id] for ids in self._encode(texts, False)]
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        encoded: list[list[int]] = self.tokenizer(
+            list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        return encoded
+
+    def _render(self, messages: Messages) -> str:
         if self._template is None:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return self.tokenizer.encode(text, add_special_tokens=False)
+            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         try:
-            text = self._jinja.render(messages=messages)
+            return self._jinja.render(messages=messages)
         except jinja2.TemplateError as error:
             raise UserError(f"template of {self.model}: cannot render {messages!r:.80}: {error}") from None
-        bos = self.tokenizer.bos_token
-        return self.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
-
-    def response_ids(self, text: str) -> list[int]:
-        """Token ids of a finished response, the end-of-sequence token included."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.eos_id]
 
     @property
     def eos_id(self) -> int:

@@ -110,19 +110,25 @@ class PairBuilder:
         answers = {name: _by_prompt(table) for name, table in (("teacher", teacher), ("student", student))}
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter()
-        for prompt in prompts.to_pylist():
+        asked = prompts.to_pylist()
+        all_ids = self.renderer.prompt_ids([prompt["messages"] for prompt in asked])
+        for prompt, prompt_ids in zip(asked, all_ids, strict=True):
             chosen, rejected = (answers[name].get(prompt["prompt_id"], []) for name in ("teacher", "student"))
             if not chosen and not rejected:
                 continue  # past sampling.limit
             counts["prompts"] += 1
-            rows += self._pairs_of(prompt, chosen, rejected, counts)
+            rows += self._pairs_of(prompt, prompt_ids, chosen, rejected, counts)
         counts["pairs"] += len(rows)
         return rows, counts
 
     def _pairs_of(
-        self, prompt: dict[str, Any], chosen: list[dict[str, Any]], rejected: list[dict[str, Any]], counts: Counter[str]
+        self,
+        prompt: dict[str, Any],
+        prompt_ids: list[int],
+        chosen: list[dict[str, Any]],
+        rejected: list[dict[str, Any]],
+        counts: Counter[str],
     ) -> Iterator[dict[str, Any]]:
-        prompt_ids = self.renderer.prompt_ids(prompt["messages"])
         kept = 0
         for better, worse in _combinations(chosen, rejected):
             if kept == self.pairing.max_pairs_per_prompt:
@@ -147,7 +153,7 @@ class PairBuilder:
         reason = self._unusable(better, worse)
         if reason is not None:
             return reason
-        chosen_ids = self.renderer.response_ids(better["text"])
+        (chosen_ids,) = self.renderer.response_ids([better["text"]])
         rejected_ids = self._own_ids(worse)
         limit = min(self.pairing.max_tokens or self.context, self.context)
         if len(prompt_ids) + max(len(chosen_ids), len(rejected_ids)) > limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plad_dist.config import Config, FilesSource, Model
-from plad_dist.data.models import check_local_model, load_model_config
+from plad_dist.data.models import check_local_model, check_weights, load_model_config
 from plad_dist.data.prompts import check_files, train_prompts
 from plad_dist.data.templates import Renderer
 from plad_dist.rundir import RunDir, check_same_run
@@ -32,10 +32,12 @@ def check_inputs(config: Config, run: RunDir) -> None:
 
 
 def _check_model(model: Model) -> None:
-    if model.path is not None:
-        load_model_config(model.path, model)
-        Renderer(model.path, model)
-    elif model.template is None:
-        from plad_dist.errors import UserError
+    if model.scratch is not None:
+        from plad_dist.training.scratch import check_architecture
 
-        raise UserError("a model from scratch has no chat template: set `template` in its section")
+        check_architecture(model.scratch)
+    else:
+        assert model.path is not None
+        load_model_config(model.path, model)
+        check_weights(model.path)
+        Renderer(model.path, model)

@@ -77,8 +77,13 @@ class Sampler:
     async def _sample_block(self, job: SamplingJob, block: int, attempt: str) -> BlockResult:
         started = time.monotonic()
         prompts = job.input(self._storage).read_block(block).slice(0, job.rows_in(block)).to_pylist()
+        all_ids = self._renderer.prompt_ids([prompt["messages"] for prompt in prompts])
         rows = await asyncio.gather(
-            *(self._sample(job, prompt, index, attempt) for prompt in prompts for index in range(job.n))
+            *(
+                self._sample(job, prompt["prompt_id"], prompt_ids, index, attempt)
+                for prompt, prompt_ids in zip(prompts, all_ids, strict=True)
+                for index in range(job.n)
+            )
         )
         table = pa.Table.from_pylist(rows, schema=SAMPLES)
         part = await asyncio.to_thread(
@@ -94,12 +99,12 @@ class Sampler:
             seconds=time.monotonic() - started,
         )
 
-    async def _sample(self, job: SamplingJob, prompt: dict[str, Any], index: int, attempt: str) -> dict[str, Any]:
-        prompt_id = prompt["prompt_id"]
+    async def _sample(
+        self, job: SamplingJob, prompt_id: str, prompt_ids: list[int], index: int, attempt: str
+    ) -> dict[str, Any]:
         seed = sample_seed(job.seed, job.round, job.role, prompt_id, index)
         error = None
         try:
-            prompt_ids = self._renderer.prompt_ids(prompt["messages"])
             request_id = f"{job.output}/{prompt_id}/{index}/{attempt}"
             completion = await self._engine.complete(prompt_ids, job.decoding, seed, request_id)
         except ValueError as failure:

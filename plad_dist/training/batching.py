@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Attention over a row costs the square of its length, so short groups go into several shorter rows.
-_ROW_TOKENS = 384
+_ROW_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def share_out(groups: Sequence[Group], budget: int, workers: int) -> list[list[l
     micro-batch exceeds `budget` tokens, unless a single group does. The longest groups are placed first, each in the
     emptiest micro-batch.
     """
-    total = sum(group.tokens for group in groups)
+    total = sum(min(group.tokens, budget) for group in groups)
     rounds = max(1, -(-total // (budget * workers)))
     order = sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index))
     while True:

@@ -75,11 +75,13 @@ class ReferenceGroups:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
         rows = self._prompts.take(pa.array(self._rows[np.asarray(indices)])).to_pylist()
-        return [self._group(row["messages"], row["reference"]) for row in rows]
-
-    def _group(self, messages: list[dict[str, str]], reference: str) -> Group:
-        prompt = self._renderer.prompt_ids(messages)[: self._max_length - 1]
-        return Group(prompt, [self._renderer.response_ids(reference)[: self._max_length - len(prompt)]])
+        prompts = self._renderer.prompt_ids([row["messages"] for row in rows])
+        responses = self._renderer.response_ids([row["reference"] for row in rows])
+        room = self._max_length
+        return [
+            Group(prompt[: room - 1], [response[: room - min(len(prompt), room - 1)]])
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
 
 
 class PairGroups:

@@ -50,14 +50,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
-    """A causal language model with random weights."""
+    """A causal language model with random weights. Raises :class:`UserError` for a bad architecture."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    arguments = dict(scratch.architecture)
-    model_type = arguments.pop("model_type")
     special = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -65,10 +62,26 @@ def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(seed)
+    return _model(scratch, special)
+
+
+def check_architecture(scratch: ScratchModel) -> None:
+    """Raise :class:`UserError` for an architecture that cannot be made; no memory is taken."""
+    import torch
+
+    with torch.device("meta"):
+        _model(scratch, {"vocab_size": scratch.vocab_size})
+
+
+def _model(scratch: ScratchModel, special: dict[str, int]) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = dict(scratch.architecture)
+    model_type = arguments.pop("model_type")
     try:
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **arguments, **special), dtype=torch.float32
-        )
+        config = AutoConfig.for_model(model_type, **arguments, **special)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # noqa: BLE001 - whatever a config class makes of bad arguments
         raise UserError(f"scratch.architecture: transformers cannot make this {model_type} model: {error}") from None
 

@@ -100,6 +100,10 @@ def engine_argument_of_ours(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"model": "other"}
 
 
+def no_weights(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"] = {"path": str(model_folder(folder)), "template": "{{ messages[-1].content }}"}
+
+
 def deepspeed_missing(folder: Path, raw: dict[str, Any]) -> None:
     raw["training"]["deepspeed"] = "zero9"
 
@@ -135,6 +139,7 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (no_template, ["no chat template", "template"]),
         (no_template_for_scratch, ["student", "template"]),
         (broken_template, ["not a valid Jinja template"]),
+        (no_weights, ["has no *.safetensors weights"]),
         (bad_architecture, ["lama"]),
         (unknown_engine_argument, ["sampling.student.engine.max_num_seq", "did you mean `max_num_seqs`?"]),
         (engine_argument_of_ours, ["sampling.student.engine.model", "set by the run itself"]),
@@ -179,9 +184,13 @@ def test_a_broken_line_is_named_by_its_number_and_no_prompts_are_written(
     [
         (["run", "nothing.yaml"], "nothing.yaml: no such config file"),
         (["status", "nothing"], "nothing: no such run directory"),
-        (["train", "CONFIG", "--phase", "rounds"], "--phase rounds: this config has the phases teacher, warmup, round-0, seqkd"),
+        (
+            ["train", "CONFIG", "--phase", "rounds"],
+            "--phase rounds: this config has the phases teacher, warmup, round-0, seqkd",
+        ),
         (["run", "CONFIG", "run.sed=3"], "run.sed: unknown key; did you mean `seed`?"),
-        (["sample", "CONFIG"], "run `plad prepare` first"),
+        (["sample", "CONFIG"], "models/teacher: not there yet; run `plad train --phase teacher` first"),
+        (["pair", "CONFIG"], "samples/teacher/round-0: not complete yet; run `plad sample` first"),
         (["report", "CONFIG"], "run `plad evaluate` first"),
     ],
 )
@@ -219,11 +228,13 @@ def test_keys_of_stages_that_have_not_begun_may_change(
     assert command("prepare", str(config))[0] == 0
     code, printed = command("prepare", str(config), "sampling.teacher.temperature=0.5")
     assert (code, "prepare: committed, skipped" in printed) == (0, True), printed
-    assert yaml.safe_load((folder / "run" / "run.yaml").read_text())["config"]["sampling"]["teacher"]["temperature"] == 0.5
+    assert (
+        yaml.safe_load((folder / "run" / "run.yaml").read_text())["config"]["sampling"]["teacher"]["temperature"] == 0.5
+    )
 
 
 def test_a_run_directory_without_write_permission_is_refused(tiny: tuple[Path, dict[str, Any]]) -> None:
-    folder, raw = tiny
+    _, raw = tiny
     raw["run"]["dir"] = "/proc/plad-run"  # nobody may make folders there, root included
     with pytest.raises(ValueError, match="/proc/plad-run: cannot be written"):
         open_run(parse_config(raw, "test"))

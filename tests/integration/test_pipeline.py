@@ -80,7 +80,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
     kill_when(config, lambda: any((root / "samples" / "student" / "round-0").glob("part-*.arrow")))
     committed = stamps(root)
-    assert not (root / "samples" / "student" / "round-0" / "manifest.json").exists(), "killed too late to prove anything"
+    assert not (root / "samples" / "student" / "round-0" / "manifest.json").exists(), (
+        "killed too late to prove anything"
+    )
 
     kill_when(config, lambda: (root / "checkpoints" / "round-0" / "latest.json").exists())
     step = json.loads((root / "checkpoints" / "round-0" / "latest.json").read_text())["step"]
@@ -145,7 +147,9 @@ def test_training_went_on_from_the_checkpoint(finished: Finished) -> None:
 
 
 def test_the_log_shows_zero_stage_3_with_parameters_partitioned(finished: Finished) -> None:
-    shares = re.findall(r"zero stage 3 with 2 ranks; [\d,]+ parameters, this rank holds [\d,]+ \((\d+)%\)", finished.log)
+    shares = re.findall(
+        r"zero stage 3 with 2 ranks; [\d,]+ parameters, this rank holds [\d,]+ \((\d+)%\)", finished.log
+    )
     assert shares
     assert all(45 <= int(share) <= 55 for share in shares)
 
@@ -171,7 +175,8 @@ def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finishe
 
     with torch.no_grad():
         right = [
-            logp(row["prompt_token_ids"], row["chosen_token_ids"]) > logp(row["prompt_token_ids"], row["rejected_token_ids"])
+            logp(row["prompt_token_ids"], row["chosen_token_ids"])
+            > logp(row["prompt_token_ids"], row["rejected_token_ids"])
             for row in pairs
         ]
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
@@ -182,7 +187,9 @@ def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finishe
 def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
     found = {(row["system"], row["decoding"]) for row in metrics["systems"]}
-    assert found == {(s, d) for s in ("teacher", "warmup", "seqkd", "plad") for d in ("greedy", "sampled")} | {("warmup", "t0.5")}
+    assert found == {(s, d) for s in ("teacher", "warmup", "seqkd", "plad") for d in ("greedy", "sampled")} | {
+        ("warmup", "t0.5")
+    }
     page = (finished.root / "eval/round-0/report.html").read_text()
     assert "<html" in page
     for verdict in metrics["verdict"]:
@@ -206,7 +213,7 @@ def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished
         answers = run.system_samples(system, "greedy").read().to_pylist()
         same = 0
         for prompt, answer in zip(prompts, answers, strict=False):
-            ids = torch.tensor([renderer.prompt_ids(prompt["messages"])])
+            ids = torch.tensor(renderer.prompt_ids([prompt["messages"]]))
             written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
             same += written[0, ids.shape[1] :].tolist() == answer["token_ids"]
         assert same >= 0.9 * len(answers), f"{system}: {same} of {len(answers)}"
@@ -219,7 +226,9 @@ def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
     assert again.returncode == 0
     assert time.monotonic() - started < 15
     assert "nothing to do: everything is committed" in again.stderr
-    assert {path: path.stat().st_mtime_ns for path in (finished.root / "models").rglob("*")} | stamps(finished.root) == before
+    assert {path: path.stat().st_mtime_ns for path in (finished.root / "models").rglob("*")} | stamps(
+        finished.root
+    ) == before
 
 
 def test_status_shows_a_finished_run(finished: Finished) -> None:
@@ -234,7 +243,10 @@ def test_no_process_outlives_the_run(finished: Finished) -> None:
 
 
 def test_seeds_depend_on_what_they_name() -> None:
-    seeds = {sample_seed(*key) for key in [(1, 0, "t", "p", 0), (2, 0, "t", "p", 0), (1, 1, "t", "p", 0), (1, 0, "s", "p", 0)]}
+    seeds = {
+        sample_seed(*key)
+        for key in [(1, 0, "t", "p", 0), (2, 0, "t", "p", 0), (1, 1, "t", "p", 0), (1, 0, "s", "p", 0)]
+    }
     assert len(seeds) == 4
     assert all(0 <= seed < 2**31 for seed in seeds)
 

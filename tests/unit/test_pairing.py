@@ -57,9 +57,9 @@ def build(
 def test_a_pair_holds_the_teachers_text_and_the_students_own_tokens(renderer: Renderer) -> None:
     rows, counts = build(renderer, [sample("p", "one two", "teacher")], [sample("p", "four", "student", [9, 8, 2])])
     (row,) = rows
-    assert row["prompt_token_ids"] == renderer.prompt_ids([{"role": "user", "content": "three"}])
+    assert row["prompt_token_ids"] == renderer.prompt_ids([[{"role": "user", "content": "three"}]])[0]
     assert row["prompt_token_ids"][0] == renderer.tokenizer.bos_token_id
-    assert row["chosen_token_ids"] == renderer.response_ids("one two")
+    assert row["chosen_token_ids"] == renderer.response_ids(["one two"])[0]
     assert row["chosen_token_ids"][-1] == renderer.eos_id
     assert row["rejected_token_ids"] == [9, 8, 2]
     assert (row["chosen_score"], row["rejected_score"]) == (1.0, 0.0)
