@@ -58,7 +58,7 @@ def tiny_config(folder: Path) -> dict[str, Any]:
             "micro_batch_tokens": 512,
             "teacher": phase | {"epochs": 4},
             "warmup": phase | {"epochs": 1},
-            "round": phase | {"epochs": 2, "loss": {"mle_weight": 2.0}},
+            "round": phase | {"epochs": 8, "loss": {"mle_weight": 2.0}},
             "seqkd": phase,
         },
         "evaluation": {"limit": 40, "bootstrap": 200, "warmup_temperatures": [0.5]},
