@@ -28,12 +28,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 failed run, 2 bad input, 130 interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("plad").setLevel(logging.INFO)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logging.getLogger("plad").addHandler(handler)
-    logging.getLogger("plad").propagate = False
+    _log_to_terminal()
     try:
         app()
     except UserError as error:
@@ -42,6 +37,15 @@ def main() -> None:
         _fail(f"plad: failed: {error}", FAILED)
     except KeyboardInterrupt:
         _fail("plad: interrupted. What was committed is kept; run the same command again to go on.", INTERRUPTED)
+
+
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger = logging.getLogger("plad")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _fail(message: str, code: int) -> None:

@@ -39,5 +39,5 @@ def _check_model(model: Model) -> None:
     else:
         assert model.path is not None
         load_model_config(model.path, model)
-        check_weights(model.path)
         Renderer(model.path, model)
+        check_weights(model.path)
