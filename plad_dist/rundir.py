@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from plad_dist.config import Config, Model, flatten, is_operational
+from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, SAMPLES
 from plad_dist.data.store import Dataset, Storage
 from plad_dist.errors import RunFailed, UserError
@@ -49,7 +50,13 @@ class RunDir:
 
     @classmethod
     def of(cls, config: Config) -> RunDir:
-        return cls(Storage(config.run.dir))
+        return cls.at(config.run.dir)
+
+    @classmethod
+    def at(cls, url: str) -> RunDir:
+        """The run directory at a path or URI. Paths are made absolute: workers have other working directories."""
+        root = Storage(url).local_root
+        return cls(Storage(str(root) if root is not None else url))
 
     @property
     def root(self) -> Path:
@@ -87,15 +94,15 @@ class RunDir:
 
     def teacher(self, config: Config) -> str:
         """Folder or hub name of the teacher that is sampled."""
-        return str(self.model("teacher")) if config.training.teacher else str(config.teacher.path)
+        return str(self.model("teacher")) if config.training.teacher else resolve_model(config.teacher)
 
     def student(self, config: Config) -> str:
         """Folder or hub name of the student before calibration."""
-        return str(self.model("warmup")) if config.training.warmup else str(config.student.path)
+        return str(self.model("warmup")) if config.training.warmup else resolve_model(config.student)
 
     def start_of(self, name: str, settings: Model) -> str:
         """Folder or hub name of a model as the config gives it: `teacher` or `student`."""
-        return str(self.model(f"{name}-init")) if settings.scratch else str(settings.path)
+        return str(self.model(f"{name}-init")) if settings.scratch else resolve_model(settings)
 
 
 def require_model(path: str, made_by: str) -> None:
@@ -141,10 +148,11 @@ def check_same_run(config: Config, run: RunDir) -> None:
 
 def load_run(path: str) -> dict[str, Any]:
     """The document in a run directory's ``run.yaml``. Raises :class:`UserError` where there is none."""
-    storage = Storage(path)
-    if storage.local_root is not None and not storage.local_root.is_dir():
+    run = RunDir.at(path)
+    root = run.storage.local_root
+    if root is not None and not root.is_dir():
         raise UserError(f"{path}: no such run directory")
-    document = _existing(RunDir(storage))
+    document = _existing(run)
     if document is None:
         raise UserError(f"{path}: not a run directory: it has no {RUN_FILE}")
     return document

@@ -10,7 +10,7 @@ from rich.table import Table
 from plad_dist.config import parse_config
 from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts, train_prompts
-from plad_dist.data.store import Dataset, Storage
+from plad_dist.data.store import Dataset
 from plad_dist.evaluation.stage import METRICS, REPORT, systems_of
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
@@ -21,7 +21,7 @@ def status_table(path: str) -> Table:
     """One line per dataset, phase and figure of a run directory. Raises :class:`UserError` where it is none."""
     document = load_run(path)
     config = parse_config(document["config"], f"{path}/{RUN_FILE}")
-    run = RunDir(Storage(path))
+    run = RunDir.at(path)
     table = Table("what", "state", "rows or steps", title=f"{path} ({document['fingerprint'][:12]})")
     for dataset in (train_prompts(run.storage), heldout_prompts(run.storage)):
         table.add_row(*_dataset_row(dataset))

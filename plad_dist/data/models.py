@@ -49,6 +49,12 @@ def model_identity(path: str, settings: Model) -> str:
     return fingerprint([path, settings.revision, config.read_text() if config.is_file() else None])
 
 
+def resolve_model(settings: Model) -> str:
+    """Absolute path of a pretrained model's folder where there is one, its hub name otherwise."""
+    path = Path(str(settings.path)).expanduser()
+    return str(path.absolute()) if path.exists() else str(settings.path)
+
+
 def check_local_model(model: str) -> None:
     """Raise :class:`UserError` for a path that is not a model folder; hub names are left to the hub."""
     path = Path(model).expanduser()

@@ -52,6 +52,7 @@ def kill_when(config: Path, condition: Any, command: str = "run") -> None:
         stdout=subprocess.DEVNULL,
         stderr=(config.parent / "killed.log").open("a"),
         start_new_session=True,
+        cwd=config.parent,
     )
     deadline = time.monotonic() + 400
     while not condition():
@@ -76,7 +77,9 @@ def processes_of_the_run() -> list[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("pipeline")
     write_prompts(folder)
-    config, root = write_config(folder, tiny_config(folder)), folder / "run"
+    raw, root = tiny_config(folder), folder / "run"
+    raw["run"]["dir"] = "run"  # as users write it: relative to where they stand, not to where workers do
+    config = write_config(folder, raw)
 
     kill_when(config, lambda: any((root / "samples" / "student" / "round-0").glob("part-*.arrow")))
     committed = stamps(root)
@@ -89,7 +92,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     assert not (root / "models" / "round-0").exists(), "killed too late to prove anything"
     committed |= stamps(root)
 
-    done = plad("run", str(config), timeout=900)
+    done = plad("run", str(config), timeout=900, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     deadline = time.monotonic() + 30
     while (left := processes_of_the_run()) and time.monotonic() < deadline:
@@ -201,7 +204,7 @@ def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished
     """Greedy answers that vLLM gave after a change of weights are those of the model in plain transformers."""
     from transformers import AutoModelForCausalLM
 
-    config = load_config(finished.config)
+    config = load_config(finished.config, [f"run.dir={finished.root}"])
     run = RunDir.of(config)
     from plad_dist.data.prompts import heldout_prompts
     from plad_dist.data.templates import Renderer
@@ -222,7 +225,7 @@ def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished
 def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished.root / "models").rglob("*")} | stamps(finished.root)
     started = time.monotonic()
-    again = plad("run", str(finished.config))
+    again = plad("run", str(finished.config), cwd=finished.root.parent)
     assert again.returncode == 0
     assert time.monotonic() - started < 15
     assert "nothing to do: everything is committed" in again.stderr
