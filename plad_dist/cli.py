@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from plad_dist import __version__
 from plad_dist.config import Config, load_config
 from plad_dist.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from plad_dist.rundir import RunDir
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -35,8 +38,6 @@ def main() -> None:
         _fail(f"plad: {error}", BAD_INPUT)
     except RunFailed as error:
         _fail(f"plad: failed: {error}", FAILED)
-    except KeyboardInterrupt:
-        _fail("plad: interrupted. What was committed is kept; run the same command again to go on.", INTERRUPTED)
 
 
 def _log_to_terminal() -> None:
@@ -48,7 +49,7 @@ def _log_to_terminal() -> None:
     logger.propagate = False
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     logging.getLogger("plad").debug("error", exc_info=True)
     sys.stderr.write(f"\n{message}\n")
     sys.exit(code)
@@ -66,9 +67,9 @@ def _version(
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run all stages. Resumes where a run was left; skips what is committed."""
-    from plad_dist.pipeline import finished_metrics, run_pipeline
+    from plad_dist.pipeline import finished_metrics
 
-    directory = run_pipeline(load_config(config, overrides or []))
+    directory = _pipeline(load_config(config, overrides or []))
     _show(finished_metrics(directory), str(directory.root))
 
 
@@ -138,15 +139,22 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 def _stage(command: str, config: str, overrides: list[str] | None, phase: str | None = None) -> None:
-    from plad_dist.pipeline import run_pipeline
-
     settings: Config = load_config(config, overrides or [])
     if phase is not None:
         from plad_dist.phases import phase_names
 
         if phase not in phase_names(settings):
             raise UserError(f"--phase {phase}: this config has the phases {', '.join(phase_names(settings))}")
-    run_pipeline(settings, command, phase)
+    _pipeline(settings, command, phase)
+
+
+def _pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:
+    from plad_dist.pipeline import run_pipeline
+
+    try:
+        return run_pipeline(config, command, phase)
+    except KeyboardInterrupt:
+        _fail("plad: interrupted. What was committed is kept; run the same command again to go on.", INTERRUPTED)
 
 
 def _show(metrics: dict[str, object], root: str) -> None:

@@ -26,6 +26,16 @@ from plad_dist.errors import UserError
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
+# Engine arguments that say how sampling is carried out; all others (precision, quantization, ...) decide the samples.
+OPERATIONAL_ENGINE = frozenset(
+    {
+        "block_size", "data_parallel_size", "disable_log_stats", "distributed_executor_backend", "enable_chunked_prefill",
+        "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes",
+        "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "tensor_parallel_size",
+    }
+)  # fmt: skip
+
+
 class Section(BaseModel):
     """A part of the config: unknown keys are refused, values are checked, instances do not change."""
 
@@ -164,8 +174,14 @@ class RoleSampling(Decoding):
     replicas: int = Field(1, ge=1, description="Engines, one actor each.", json_schema_extra=OPERATIONAL)
     cpus: float = Field(1.0, gt=0, description="CPU cores reserved for each actor.", json_schema_extra=OPERATIONAL)
     engine: dict[str, Any] = Field(
-        default={}, description="Engine arguments, passed to vLLM by their own names.", json_schema_extra=OPERATIONAL
+        default={},
+        description="Engine arguments, passed to vLLM by their own names. Those about parallelism, memory and batching may "
+        "change between resumes.",
     )
+
+    def deciding_engine(self) -> dict[str, Any]:
+        """Engine arguments that decide what is sampled."""
+        return {name: value for name, value in self.engine.items() if name not in OPERATIONAL_ENGINE}
 
 
 class Sampling(Section):
@@ -221,13 +237,16 @@ class Loss(Section):
     length_normalize: bool = Field(False, description="Use per-token means of the log-likelihoods.")
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class Optimizer(Section):
     """AdamW or Muon, with linear warm-up and a schedule."""
 
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, the rest by AdamW.")
     lr: float = Field(1e-5, gt=0.0, le=1.0, description="Peak learning rate.")
     adam_lr: float | None = Field(None, gt=0.0, le=1.0, description="Muon only: rate of the AdamW part. Empty: lr.")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0.0)
     weight_decay: float = Field(0.0, ge=0.0)
     warmup_share: float = Field(0.05, ge=0.0, le=1.0, description="Share of the steps with rising learning rate.")
@@ -286,7 +305,7 @@ class Training(Section):
     max_failures: int = Field(
         3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL
     )
-    heldout_pairs: int = Field(512, ge=0, description="Held-out pairs ranked before, during and after a round.")
+    heldout_pairs: int = Field(512, ge=0, description="Held-out pairs ranked before and after a round.")
     teacher: MlePhase | None = Field(
         None, description="Train the teacher on references first. Empty: take it as it is."
     )
@@ -316,7 +335,7 @@ class Evaluation(Section):
     decodings: dict[str, Decoding] = Field(
         default={}, description="Named decodings. Empty: `greedy`, and `sampled` as the student is sampled for pairs."
     )
-    warmup_temperatures: list[float] = Field(
+    warmup_temperatures: list[Annotated[float, Field(gt=0, le=5)]] = Field(
         default=[0.5, 0.25], description="Lower temperatures at which the warm-up student is shown too."
     )
     bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples for the 95% intervals.")
@@ -356,6 +375,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _student_ends_with_a_token(self) -> Config:
+        if self.sampling.student.stop:
+            raise ValueError(
+                "sampling.student.stop: the student must end with a token, not a stop string, to be trained on it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _references_where_needed(self) -> Config:
         source = self.prompts.source
         if isinstance(source, FilesSource) and source.reference_column is None:
@@ -377,7 +404,7 @@ class Config(Section):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the run produces; run.dir and operational keys are left out."""
-        return fingerprint({key: value for key, value in self.flat().items() if key not in operational_keys()})
+        return fingerprint({key: value for key, value in self.flat().items() if not is_operational(key)})
 
     def flat(self) -> dict[str, Any]:
         """Every resolved key with its value, by dotted name."""
@@ -428,6 +455,8 @@ def operational_keys() -> set[str]:
 def is_operational(key: str) -> bool:
     """Whether a dotted key, or the key that holds it, is operational."""
     parts = key.split(".")
+    if parts[0] == "sampling" and parts[2:3] == ["engine"] and len(parts) > 3:
+        return parts[3] in OPERATIONAL_ENGINE
     keys = operational_keys()
     return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
 
@@ -461,7 +490,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
     try:
         raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(
@@ -502,7 +531,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, such as run.seed=3")
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
     *parents, leaf = key.split(".")
     section = raw

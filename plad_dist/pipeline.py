@@ -73,7 +73,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
     yield sample("sample", ("teacher", "student"))
     yield Step("pair", "pair", lambda: is_paired(run), lambda: _pair(config, run, progress), needs_ray=False)
     yield from train(ROUND_PHASE, SEQKD)
-    yield Step("evaluate", "evaluate", lambda: is_evaluated(run), lambda: _evaluate(config, run, progress))
+    yield Step("evaluate", "evaluate", lambda: is_evaluated(config, run), lambda: _evaluate(config, run, progress))
     yield Step(
         "report", "report", lambda: run.storage.read(REPORT) is not None, lambda: report(config, run), needs_ray=False
     )

@@ -23,23 +23,35 @@ ROUND = 0
 RUN_FILE = "run.yaml"
 TIMINGS = "logs/timings.json"
 
-# The config sections in the order in which stages read them, with the folder by which a stage shows that it has begun.
-_SECTIONS = (
+# What each stage leaves first, in the order of the stages.
+_STAGES = (
     ("prompts", "eval/prompts"),
-    ("teacher", "models"),
-    ("student", "models"),
-    ("training.teacher", "checkpoints/teacher"),
-    ("training.warmup", "checkpoints/warmup"),
-    ("sampling", "samples"),
-    ("evaluation.decodings", "samples"),
-    ("evaluation.limit", "samples"),
-    ("pairing", "pairs"),
-    ("training.round", "checkpoints/round-0"),
-    ("training.seqkd", "checkpoints/seqkd"),
-    ("training", "checkpoints"),
-    ("evaluation", "eval/round-0/metrics.json"),
-    ("run", "eval/prompts"),
+    ("models", "checkpoints/teacher", "checkpoints/warmup"),
+    ("samples",),
+    ("pairs",),
+    (f"checkpoints/round-{ROUND}",),
+    ("checkpoints/seqkd",),
+    (f"eval/round-{ROUND}/metrics.json",),
 )
+# The first stage that reads a config section; all stages after it depend on the section too.
+_FIRST_READER = {
+    "run": 0,
+    "prompts": 0,
+    "teacher": 1,
+    "student": 1,
+    "training.teacher": 1,
+    "training.warmup": 1,
+    "training.dtype": 1,
+    "sampling": 2,
+    "evaluation.decodings": 2,
+    "evaluation.limit": 2,
+    "evaluation.warmup_temperatures": 2,
+    "pairing": 3,
+    "training.round": 4,
+    "training.heldout_pairs": 4,
+    "training.seqkd": 5,
+    "evaluation": 6,
+}
 
 
 @dataclass(frozen=True)
@@ -178,13 +190,11 @@ def _existing(run: RunDir) -> dict[str, Any] | None:
 
 def _has_begun(key: str, run: RunDir) -> bool:
     """Whether a stage that depends on a key has left something."""
-    for section, folder in _SECTIONS:
-        if key == section or key.startswith(f"{section}."):
-            root = run.storage.local_root
-            if root is None:
-                return bool(run.storage.names(folder)) or run.storage.read(folder) is not None
-            return (root / folder).exists()
-    return True
+    parts = key.split(".")
+    sections = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    first = next((_FIRST_READER[section] for section in sections if section in _FIRST_READER), 0)
+    root = run.root
+    return any((root / path).exists() for stage in _STAGES[first:] for path in stage)
 
 
 def log_to_run(run: RunDir) -> None:

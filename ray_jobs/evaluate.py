@@ -1,4 +1,4 @@
-"""Sample, compare and report the systems: `ray job submit -- python ray_jobs/evaluate.py --config CONFIG [KEY=VALUE ...]`."""
+"""Sample and compare the systems: `ray job submit -- python ray_jobs/evaluate.py --config CONFIG [KEY=VALUE ...]`."""
 
 from _entry import main
 

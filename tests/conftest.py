@@ -56,7 +56,7 @@ def tiny_config(folder: Path) -> dict[str, Any]:
         "training": {
             "num_workers": 2,
             "micro_batch_tokens": 512,
-            "teacher": phase | {"epochs": 4},
+            "teacher": phase | {"epochs": 4, "optimizer": {"name": "muon", "lr": 1e-2, "adam_lr": 5e-3}},
             "warmup": phase | {"epochs": 1},
             "round": phase | {"epochs": 8, "loss": {"mle_weight": 2.0}},
             "seqkd": phase,

@@ -46,15 +46,14 @@ def heldout_prompts(storage: Storage) -> Dataset:
 
 def prepare(config: Config, storage: Storage) -> dict[str, int]:
     """Write both prompt datasets and return their row counts. Raises :class:`UserError` for bad prompts."""
-    train, heldout = train_prompts(storage), heldout_prompts(storage)
-    made_of = fingerprint([config.prompts.model_dump(mode="json"), config.run.seed])
-    committed = [dataset.manifest() for dataset in (train, heldout)]
-    if not all(committed):
-        train_rows, heldout_rows = load_prompts(config)
-        _write(heldout, heldout_rows, config.prompts.block_size, made_of)
-        _write(train, train_rows, config.prompts.block_size, made_of)
-        committed = [dataset.manifest() for dataset in (train, heldout)]
-    return {name: manifest.rows for name, manifest in zip(("train", "heldout"), committed, strict=True) if manifest}
+    datasets = (train_prompts(storage), heldout_prompts(storage))
+    if not all(dataset.manifest() for dataset in datasets):
+        for dataset, rows in zip(datasets, load_prompts(config), strict=True):
+            # Of the rows themselves: a source that changed since a first attempt must not be mixed with it.
+            made_of = fingerprint([config.prompts.block_size, [[row.prompt_id, row.reference] for row in rows]])
+            _write(dataset, rows, config.prompts.block_size, made_of)
+    manifests = [dataset.manifest() for dataset in datasets]
+    return {name: manifest.rows for name, manifest in zip(("train", "heldout"), manifests, strict=True) if manifest}
 
 
 def _write(dataset: Dataset, rows: list[Prompt], block_size: int, made_of: str) -> None:
@@ -167,8 +166,11 @@ def _records(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
             yield from _json_lines(path)
         case ".csv":
             with path.open(newline="", encoding="utf-8") as file:
-                for row, record in enumerate(csv.DictReader(file)):
-                    yield row, f"{path}:{row + 2}", record
+                try:
+                    for row, record in enumerate(csv.DictReader(file)):
+                        yield row, f"{path}: row {row}", record
+                except (UnicodeDecodeError, csv.Error) as error:
+                    raise UserError(f"{path}: not a readable UTF-8 CSV file: {error}") from None
         case ".parquet" | ".arrow":
             try:
                 table = pq.read_table(path) if path.suffix == ".parquet" else _read_arrow(path)
@@ -205,9 +207,19 @@ def _json_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
                 record = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{where}: not valid JSON: {error}") from None
+            if "\\ud" in str(line).lower() and not _is_unicode(record):
+                raise UserError(f"{where}: holds half of a surrogate pair, which is no Unicode text")
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
             yield row, where, record
+
+
+def _is_unicode(record: Any) -> bool:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _messages(record: dict[str, Any], source: FilesSource, where: str) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ instruction and the next one goes on from the names that are there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -76,6 +77,11 @@ class Storage:
     def replace(self, key: str, data: bytes) -> None:
         """Write an object atomically, over the old one if there is one."""
         obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if it is there."""
+        with contextlib.suppress(NotFoundError, FileNotFoundError):
+            obstore.delete(self._store, key)
 
     def read(self, key: str) -> bytes | None:
         """The bytes of an object, None where there is none."""

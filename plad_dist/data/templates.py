@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2.sandbox
@@ -28,7 +29,7 @@ class Renderer:
     def __init__(self, model: str, settings: Model) -> None:
         self.model = model
         self.tokenizer = load_tokenizer(model, settings)
-        self._template = settings.template
+        self._template, self._revision = settings.template, settings.revision
         self._jinja = self._compile(settings.template or "")
         if self._template is None and self.tokenizer.chat_template is None:
             raise UserError(
@@ -48,32 +49,47 @@ class Renderer:
     def prompt_ids(self, prompts: Sequence[Messages]) -> list[list[int]]:
         """Token ids of prompts, each ending where its response begins. Special tokens appear once."""
         texts = [self._render(messages) for messages in prompts]
-        # A rendered text that has its special tokens already gets no second ones.
+        # A text that begins with its special token already gets no second one.
         bos = self.tokenizer.bos_token
-        special = self._template is not None and not (bos and texts and texts[0].startswith(bos))
-        return self._encode(texts, special)
+        bare = [self._template is not None and not (bos and text.startswith(bos)) for text in texts]
+        with_special = iter(self._encode([text for text, add in zip(texts, bare, strict=True) if add], True))
+        without = iter(self._encode([text for text, add in zip(texts, bare, strict=True) if not add], False))
+        return [next(with_special if add else without) for add in bare]
 
     def response_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of finished responses, the end-of-sequence token included."""
         return [[*ids, self.eos_id] for ids in self._encode(texts, False)]
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        if not texts:
+            return []
         encoded: list[list[int]] = self.tokenizer(
             list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
         )["input_ids"]
         return encoded
 
     def _render(self, messages: Messages) -> str:
-        if self._template is None:
-            return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         try:
+            if self._template is None:
+                return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
             return self._jinja.render(messages=messages)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(f"template of {self.model}: cannot render {messages!r:.80}: {error}") from None
 
     @property
     def eos_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Every token with which the model ends a response: generation configs may name several."""
+        from transformers import GenerationConfig
+
+        try:
+            named = GenerationConfig.from_pretrained(self.model, revision=self._revision).eos_token_id
+        except OSError:
+            named = None
+        return {self.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
 
 
 def load_tokenizer(model: str, settings: Model) -> Any:

@@ -33,9 +33,10 @@ def systems_of(config: Config) -> list[str]:
     return ["teacher", "warmup", *trained_systems(config)]
 
 
-def is_evaluated(run: RunDir) -> bool:
-    """Whether the figures are there."""
-    return run.storage.read(METRICS) is not None
+def is_evaluated(config: Config, run: RunDir) -> bool:
+    """Whether the figures of all systems are there."""
+    metrics = run.storage.read_json(METRICS)
+    return metrics is not None and {row["system"] for row in metrics["systems"]} >= set(systems_of(config))
 
 
 def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         seed=config.run.seed,
         ranking=heldout_ranking(config, run),
     )
+    run.storage.delete(REPORT)  # of other figures
     run.storage.replace(METRICS, json.dumps(metrics, indent=1).encode())
     return metrics
 

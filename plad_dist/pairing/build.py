@@ -31,8 +31,6 @@ def build_pairs(config: Config, run: RunDir, progress: Progress) -> dict[str, An
     """
     facts = _build(config, run, "train", progress)
     _build(config, run, "heldout", progress)
-    if not facts["pairs"]:
-        raise RunFailed(f"no pair was left of {facts['prompts']:,} prompts. Dropped, by reason: {facts['drops']}")
     return facts
 
 
@@ -71,6 +69,10 @@ def _build(config: Config, run: RunDir, which: str, progress: Progress) -> dict[
             known += [part] if part else []
         progress.advance(1)
     facts = pair_facts(counts)
+    if not facts["pairs"]:
+        raise RunFailed(
+            f"{output.path}: no pair was left of {facts['prompts']:,} prompts. Dropped, by reason: {facts['drops']}"
+        )
     output.finish(blocks, fingerprint=made_of, facts=facts, known=known)
     return facts
 
@@ -110,8 +112,14 @@ class PairBuilder:
         answers = {name: _by_prompt(table) for name, table in (("teacher", teacher), ("student", student))}
         rows: list[dict[str, Any]] = []
         counts: Counter[str] = Counter()
+        answered = {
+            name for name, rows in answers["student"].items() if any(row["finish_reason"] != "error" for row in rows)
+        }
         asked = prompts.to_pylist()
-        all_ids = self.renderer.prompt_ids([prompt["messages"] for prompt in asked])
+        # A prompt that the student's template cannot render has no answer of the student, and is not rendered here either.
+        rendered = self.renderer.prompt_ids([prompt["messages"] for prompt in asked if prompt["prompt_id"] in answered])
+        ids_of = iter(rendered)
+        all_ids = [next(ids_of) if prompt["prompt_id"] in answered else [] for prompt in asked]
         for prompt, prompt_ids in zip(asked, all_ids, strict=True):
             chosen, rejected = (answers[name].get(prompt["prompt_id"], []) for name in ("teacher", "student"))
             if not chosen and not rejected:
@@ -189,7 +197,7 @@ class PairBuilder:
     def _own_ids(self, sample: dict[str, Any]) -> list[int]:
         """The student's own tokens as it wrote them, with the end-of-sequence that a finished response has."""
         ids = list(sample["token_ids"])
-        if sample["finish_reason"] == "stop" and ids[-1] != self.renderer.eos_id:
+        if sample["finish_reason"] == "stop" and ids[-1] not in self.renderer.end_ids:
             ids.append(self.renderer.eos_id)
         return ids
 

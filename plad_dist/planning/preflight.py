@@ -27,17 +27,21 @@ def check_inputs(config: Config, run: RunDir) -> None:
     for source in (config.prompts.source, config.prompts.heldout):
         if isinstance(source, FilesSource):
             check_files(source)
-    for model in (config.teacher, config.student):
-        _check_model(model)
+    for role, model in (("teacher", config.teacher), ("student", config.student)):
+        _check_model(role, model, trained=role == "student" or config.training.teacher is not None)
 
 
-def _check_model(model: Model) -> None:
+def _check_model(role: str, model: Model, *, trained: bool) -> None:
+    from plad_dist.training.policy import check_trainable
+
     if model.scratch is not None:
         from plad_dist.training.scratch import check_architecture
 
-        check_architecture(model.scratch)
+        architecture = check_architecture(model.scratch)
     else:
         assert model.path is not None
-        load_model_config(model.path, model)
+        architecture = load_model_config(model.path, model)
         Renderer(model.path, model)
         check_weights(model.path)
+    if trained:
+        check_trainable(architecture, role)

@@ -17,7 +17,7 @@ from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.store import Storage
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
-from plad_dist.sampling.engine import Completion, Engine, root_cause
+from plad_dist.sampling.engine import Completion, Engine, RefusedPromptError, root_cause
 from plad_dist.sampling.job import BlockResult, SamplingJob, sample_seed
 
 _LAST_WORDS_S = 5.0
@@ -77,14 +77,16 @@ class Sampler:
     async def _sample_block(self, job: SamplingJob, block: int, attempt: str) -> BlockResult:
         started = time.monotonic()
         prompts = job.input(self._storage).read_block(block).slice(0, job.rows_in(block)).to_pylist()
-        all_ids = self._renderer.prompt_ids([prompt["messages"] for prompt in prompts])
-        rows = await asyncio.gather(
+        rendered = [self._rendered(prompt["messages"]) for prompt in prompts]
+        answers = await asyncio.gather(
             *(
                 self._sample(job, prompt["prompt_id"], prompt_ids, index, attempt)
-                for prompt, prompt_ids in zip(prompts, all_ids, strict=True)
+                for prompt, prompt_ids in zip(prompts, rendered, strict=True)
                 for index in range(job.n)
-            )
+            ),
+            return_exceptions=True,  # none may still be running when the block has failed
         )
+        rows = [_row_or_raise(answer) for answer in answers]
         table = pa.Table.from_pylist(rows, schema=SAMPLES)
         part = await asyncio.to_thread(
             job.dataset(self._storage).commit, block, table, fingerprint=job.fingerprint, attempt=attempt
@@ -99,16 +101,25 @@ class Sampler:
             seconds=time.monotonic() - started,
         )
 
+    def _rendered(self, messages: list[dict[str, str]]) -> list[int] | UserError:
+        """A prompt's token ids, or why its template cannot render it."""
+        try:
+            return self._renderer.prompt_ids([messages])[0]
+        except UserError as error:
+            return error
+
     async def _sample(
-        self, job: SamplingJob, prompt_id: str, prompt_ids: list[int], index: int, attempt: str
+        self, job: SamplingJob, prompt_id: str, prompt_ids: list[int] | UserError, index: int, attempt: str
     ) -> dict[str, Any]:
-        seed = sample_seed(job.seed, job.round, job.role, prompt_id, index)
+        seed = sample_seed(job.seed, job.seed_round, job.role, prompt_id, index)
         error = None
         try:
+            if isinstance(prompt_ids, UserError):
+                raise RefusedPromptError(str(prompt_ids))
             request_id = f"{job.output}/{prompt_id}/{index}/{attempt}"
             completion = await self._engine.complete(prompt_ids, job.decoding, seed, request_id)
-        except ValueError as failure:
-            completion, error = Completion("", [], None, "error"), str(failure)
+        except RefusedPromptError as refusal:
+            completion, error = Completion("", [], None, "error"), str(refusal)
         return {
             "prompt_id": prompt_id,
             "sample_index": index,
@@ -126,3 +137,9 @@ class Sampler:
     async def stop(self) -> None:
         """Stop the engine, so that its processes and memory are gone before the actor is."""
         self._engine.shutdown()
+
+
+def _row_or_raise(answer: dict[str, Any] | BaseException) -> dict[str, Any]:
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer

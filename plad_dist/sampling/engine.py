@@ -20,6 +20,10 @@ _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 16_384
 
 
+class RefusedPromptError(ValueError):
+    """The engine will not answer this prompt, now or ever: it becomes an error row."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One response. `finish_reason` is stop or length."""
@@ -41,6 +45,14 @@ def check_engine_args(engine: dict[str, Any], key: str) -> None:
     for name in ("model", "tokenizer", "seed", "revision", "trust_remote_code"):
         if name in engine:
             raise UserError(f"{key}.{name}: is set by the run itself; use the model's config section")
+    if "hf_token" in engine:
+        raise UserError(f"{key}.hf_token: secrets are not kept in configs; set the HF_TOKEN environment variable")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        size = engine.get(name, 1)
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{key}.{name}: expected a whole number of at least 1, got {size!r}")
+        if name != "tensor_parallel_size" and size != 1:
+            raise UserError(f"{key}.{name}: only tensor parallelism within a node is supported yet")
 
 
 @cache
@@ -71,7 +83,7 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self.path = path
+        self.path: str | None = path
         args: dict[str, Any] = {
             "model": path,
             "revision": settings.revision,
@@ -89,13 +101,14 @@ class Engine:
         self.max_model_len = int(self._llm.model_config.max_model_len)
 
     async def complete(self, prompt_ids: list[int], decoding: Decoding, seed: int, request_id: str) -> Completion:
-        """Draw one response. Raises ValueError for a prompt that the engine refuses."""
+        """Draw one response. Raises :class:`RefusedPromptError` for a prompt that the engine will not answer."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         room = self.max_model_len - len(prompt_ids)
         if room < 1:
-            raise ValueError(
+            raise RefusedPromptError(
                 f"prompt has {len(prompt_ids)} tokens, the context {self.max_model_len}: no room to answer"
             )
         params = SamplingParams(
@@ -110,7 +123,10 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         requests = self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=request_id)
-        outputs = [output async for output in requests]  # one, since only the final output is asked for
+        try:
+            outputs = [output async for output in requests]  # one, since only the final output is asked for
+        except (ValueError, VLLMClientError) as error:
+            raise RefusedPromptError(str(error)) from None
         output = outputs[-1].outputs[0]
         return Completion(output.text, output.token_ids, output.cumulative_logprob, output.finish_reason or "stop")
 
@@ -118,8 +134,10 @@ class Engine:
         """Put the weights of another folder of the same architecture into the running engine."""
         if path == self.path:
             return
+        self.path = None  # neither the old weights nor the new ones, until all is done
         await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-        await self._llm.reset_prefix_cache()
+        if not await self._llm.reset_prefix_cache():
+            raise RuntimeError(f"{path}: vLLM kept the key-value cache of the old weights")
         self.path = path
 
     @property

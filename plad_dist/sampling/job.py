@@ -21,6 +21,7 @@ class SamplingJob:
         role: `teacher` or `student`, as the samples say it.
         model: the model's name, as the samples say it.
         weights: folder or hub name of the weights; engines change to them where they hold others.
+        round: as the samples say it; `seed_round` keeps the seeds of other purposes apart.
         limit: how many of the prompts' rows are sampled.
         block_size: rows of a block.
         fingerprint: of all that decides the rows.
@@ -35,6 +36,7 @@ class SamplingJob:
     n: int
     seed: int
     round: int
+    seed_round: int
     limit: int
     block_size: int
     fingerprint: str

@@ -69,10 +69,14 @@ class BlockPool:
             raise RunFailed(f"block {block} failed {self.max_attempts} times, at last with: {reason}")
         self._release(actor, block)
 
-    def remove(self, actor: str, reason: str) -> None:
-        """The actor is gone: its leases go back."""
+    def remove(self, actor: str, blame: str | None) -> None:
+        """The actor is gone: its leases go back. `blame`: its engine died of this, which counts against its blocks; a lost
+        node does not."""
         for block in [block for block, holders in self._leases.items() if actor in holders]:
-            self.fail(actor, block, reason)
+            if blame is None:
+                self._release(actor, block)
+            else:
+                self.fail(actor, block, blame)
 
     def _release(self, actor: str, block: object) -> None:
         holders = self._leases[block]

@@ -42,6 +42,8 @@ class _Running:
     rows: int = 0
     first_error: str | None = None
     born: int = 0
+    deaths_in_a_row: int = 0
+    started_once: bool = False
     started: float = field(default_factory=time.monotonic)
 
 
@@ -143,17 +145,17 @@ class _Driver:
         try:
             result = ray.get(call)
         except RayActorError as error:
-            self._lost(fleet, actor, str(error).splitlines()[0])
+            self._lost(fleet, actor, str(error).splitlines()[0], blame=False)
         except RayTaskError as error:
             if task is None:
                 raise RunFailed(f"{actor}: the engine did not start: {error.cause!r}") from None
             if isinstance(error.cause, EngineDiedError):
                 ray.kill(fleet.actors[actor])
-                self._lost(fleet, actor, str(error.cause))
+                self._lost(fleet, actor, str(error.cause), blame=True)
                 return
             logger.warning("%s: block %s failed: %s", actor, task, error.cause)
             fleet.pool.fail(actor, task, repr(error.cause))
-            self._lease(fleet, actor)
+            self._lease_all(fleet)
         else:
             if task is None:
                 self._started(fleet, actor, result)
@@ -162,12 +164,21 @@ class _Driver:
 
     def _started(self, fleet: _Running, actor: str, problem: str | None) -> None:
         if problem is not None:
-            raise UserError(problem)
+            if not fleet.started_once:
+                raise UserError(problem)
+            ray.kill(fleet.actors[actor])
+            self._lost(fleet, actor, problem, blame=False)
+            return
+        fleet.started_once = True
         fleet.ready.add(actor)
         seconds = time.monotonic() - fleet.started
         self._progress.say(f"{actor}: engine for {fleet.fleet.path} is up after {seconds:.0f} s")
         fleet.started = time.monotonic()
         self._lease(fleet, actor)
+
+    def _lease_all(self, fleet: _Running) -> None:
+        for actor in sorted(fleet.ready):
+            self._lease(fleet, actor)
 
     def _lease(self, fleet: _Running, actor: str) -> None:
         while (task := fleet.pool.take(actor)) is not None:
@@ -182,6 +193,7 @@ class _Driver:
         if result.part is not None:
             fleet.parts[index].append(result.part)
             fleet.rows += result.rows
+            fleet.deaths_in_a_row = 0
             fleet.errors += result.errors
             fleet.first_error = fleet.first_error or result.first_error
             self._progress.advance(result.rows, tokens=result.tokens)
@@ -203,21 +215,23 @@ class _Driver:
                 f"sampling.max_error_share={allowed}. The first: {fleet.first_error}. What is committed is kept."
             )
 
-    def _lost(self, fleet: _Running, actor: str, reason: str) -> None:
-        """An actor died: its leases go back and another takes its place."""
+    def _lost(self, fleet: _Running, actor: str, reason: str, *, blame: bool) -> None:
+        """An actor died: its leases go back and another takes its place. `blame`: of its own, not with its node."""
         logger.warning("%s died (%s); its blocks are leased again", actor, reason)
         fleet.ready.discard(actor)
         fleet.actors.pop(actor, None)
         for call in [call for call, (_, name, _) in self._calls.items() if name == actor]:
             del self._calls[call]
-        fleet.pool.remove(actor, reason)
-        if fleet.born >= fleet.fleet.replicas * self._sampling.max_attempts + 1:
+        fleet.pool.remove(actor, reason if blame else None)
+        fleet.deaths_in_a_row += 1
+        if fleet.deaths_in_a_row >= fleet.fleet.replicas * self._sampling.max_attempts:
             raise RunFailed(
-                f"{fleet.fleet.name}: engines died {fleet.born - len(fleet.actors)} times, at last: {reason}. "
+                f"{fleet.fleet.name}: engines died {fleet.deaths_in_a_row} times in a row, at last: {reason}. "
                 "What is committed is kept; see the Ray logs of the actor, then run again."
             )
         if not fleet.pool.finished:
             self._add_actor(fleet)
+            self._lease_all(fleet)
 
     def _close(self, fleet: _Running) -> None:
         """The fleet is done: its late attempts are dropped and its engines stopped, to make room for the others."""

@@ -103,7 +103,7 @@ class _JobMaker:
         seed = self.config.run.seed
         decides = [
             manifest.fingerprint, rows, model_identity(self.path, self.settings), self.settings.template,
-            self.settings.max_length, decoding.model_dump(mode="json"), n, seed, round_, self.role,
+            self.settings.max_length, _role(self.config, self.role)[1].deciding_engine(), decoding.model_dump(mode="json"), n, seed, round_, self.role,
         ]  # fmt: skip
         return SamplingJob(
             prompts=prompts.path,
@@ -115,6 +115,7 @@ class _JobMaker:
             n=n,
             seed=seed,
             round=max(round_, ROUND),
+            seed_round=round_,
             limit=rows,
             block_size=self.config.prompts.block_size,
             fingerprint=fingerprint(decides),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -81,8 +82,12 @@ def step_groups(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     """
     per_epoch = steps_per_epoch(count, batch)
     epoch, position = divmod(step, per_epoch)
-    order = np.random.default_rng([seed, epoch]).permutation(count)
-    return order[position * batch : (position + 1) * batch]
+    return _epoch_order(count, seed, epoch)[position * batch : (position + 1) * batch]
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def steps_per_epoch(count: int, batch: int) -> int:

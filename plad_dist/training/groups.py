@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -68,13 +68,14 @@ class ReferenceGroups:
         self._rows = np.flatnonzero(references.is_valid().to_numpy(zero_copy_only=False))
         if not len(self._rows):
             raise UserError("no prompt has a reference, so there is nothing to learn from; set reference_column")
-        self._prompts, self._renderer, self._max_length = prompts, renderer, max_length
+        self._prompts = _Rows(prompts, ["messages", "reference"])
+        self._renderer, self._max_length = renderer, max_length
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
-        rows = self._prompts.take(pa.array(self._rows[np.asarray(indices)])).to_pylist()
+        rows = self._prompts.take(self._rows[np.asarray(indices)])
         prompts = self._renderer.prompt_ids([row["messages"] for row in rows])
         responses = self._renderer.response_ids([row["reference"] for row in rows])
         room = self._max_length
@@ -88,12 +89,31 @@ class PairGroups:
     """Pairs: the chosen response first, then, where it is wanted, the rejected one."""
 
     def __init__(self, pairs: pa.Table, *, with_rejected: bool) -> None:
-        self._pairs, self._with_rejected = pairs, with_rejected
+        self._responses = ["chosen_token_ids", "rejected_token_ids"][: 2 if with_rejected else 1]
+        self._pairs = _Rows(pairs, ["prompt_token_ids", *self._responses])
 
     def __len__(self) -> int:
-        return self._pairs.num_rows
+        return len(self._pairs)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
-        rows = self._pairs.take(pa.array(np.asarray(indices))).to_pylist()
-        names = ["chosen_token_ids", "rejected_token_ids"][: 2 if self._with_rejected else 1]
-        return [Group(row["prompt_token_ids"], [row[name] for name in names]) for row in rows]
+        rows = self._pairs.take(np.asarray(indices))
+        return [Group(row["prompt_token_ids"], [row[name] for name in self._responses]) for row in rows]
+
+
+class _Rows:
+    """Rows of a memory-mapped table by index, without copying its parts together."""
+
+    def __init__(self, table: pa.Table, columns: list[str]) -> None:
+        self._batches = table.select(columns).to_batches()
+        self._ends = np.cumsum([len(batch) for batch in self._batches])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def take(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        rows = []
+        for index in indices.tolist():
+            number = int(np.searchsorted(self._ends, index, side="right"))
+            batch = self._batches[number]
+            rows += batch.slice(index - int(self._ends[number]) + len(batch), 1).to_pylist()
+        return rows

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from plad_dist.config import Model, Optimizer, Phase
+from plad_dist.data.models import load_model_config
 from plad_dist.data.store import Storage
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoints import Checkpoints, TrainState
@@ -21,7 +22,7 @@ from plad_dist.training.export import export_model
 from plad_dist.training.groups import DataSpec, GroupSource, open_groups
 from plad_dist.training.losses import group_losses
 from plad_dist.training.metrics import MetricsLog, StepTotals
-from plad_dist.training.policy import Policy
+from plad_dist.training.policy import Policy, check_trainable, without_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,8 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    model_config = load_model_config(job.start, job.settings)
+    check_trainable(model_config, job.name)
     half = job.dtype == "bfloat16"
     optimizer = job.phase.optimizer
     zero = dict(job.deepspeed["zero_optimization"])
@@ -203,12 +206,14 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_norm,
         "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "optimizer": optimizer_section(optimizer),
         "steps_per_print": 10**9,
     }
     partition_at_load = HfDeepSpeedConfig(config)
     model = AutoModelForCausalLM.from_pretrained(
         job.start,
+        config=without_dropout(model_config),
         revision=job.settings.revision,
         trust_remote_code=job.settings.trust_remote_code,
         dtype=torch.bfloat16 if half else torch.float32,

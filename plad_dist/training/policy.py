@@ -17,7 +17,6 @@ class Policy(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        _refuse_unsupported(model.config)
         self.model = model
         self.model.set_output_embeddings(LogprobHead(model.get_output_embeddings()))
 
@@ -35,9 +34,23 @@ class Policy(nn.Module):
         return sums.index_add(0, batch.responses_N, logps_N).view(batch.lengths_BK.shape)
 
 
-def _refuse_unsupported(config: Any) -> None:
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise UserError(f"student: models with `{name}` are not supported yet ({config.model_type})")
-    if getattr(config, "sliding_window", None):
-        raise UserError(f"student: models with a sliding attention window are not supported yet ({config.model_type})")
+# Architectures whose packed log-likelihoods are tested against sequences standing alone.
+TRAINABLE = ("gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+
+def check_trainable(config: Any, role: str) -> None:
+    """Raise :class:`UserError` for a model whose log-likelihoods a packed row would not give exactly."""
+    if config.model_type not in TRAINABLE:
+        raise UserError(
+            f"{role}: training {config.model_type} models is not supported yet; supported: {', '.join(TRAINABLE)}"
+        )
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise UserError(f"{role}: models with a sliding attention window are not supported yet ({config.model_type})")
+
+
+def without_dropout(config: Any) -> Any:
+    """The config with every dropout at 0: a step must be the same at any number of workers and after a resume."""
+    for name in vars(config):
+        if "dropout" in name or name.endswith("pdrop"):
+            setattr(config, name, 0.0)
+    return config

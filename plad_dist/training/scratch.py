@@ -65,12 +65,12 @@ def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
     return _model(scratch, special)
 
 
-def check_architecture(scratch: ScratchModel) -> None:
-    """Raise :class:`UserError` for an architecture that cannot be made; no memory is taken."""
+def check_architecture(scratch: ScratchModel) -> Any:
+    """The transformers config of a new model. Raises :class:`UserError` where it cannot be made; no memory is taken."""
     import torch
 
     with torch.device("meta"):
-        _model(scratch, {"vocab_size": scratch.vocab_size})
+        return _model(scratch, {"vocab_size": scratch.vocab_size}).config
 
 
 def _model(scratch: ScratchModel, special: dict[str, int]) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from plad_dist.config import Config
 from plad_dist.data.models import model_fingerprint
@@ -115,13 +116,20 @@ class _Monitor:
 @contextmanager
 def _monitored(progress: Progress) -> Iterator[Any]:
     """An actor that workers post to, and whose messages are shown while the block runs."""
-    monitor = ray.remote(_Monitor).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(_Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
     finished = threading.Event()
+
+    def show_news() -> None:
+        try:
+            for message in ray.get(monitor.drain.remote(), timeout=30):
+                _show(progress, message)
+        except ray.exceptions.RayError as error:  # training does not depend on being watched
+            logger.warning("no news from the workers: %s", error)
 
     def follow() -> None:
         while not finished.wait(1.0):
-            for message in ray.get(monitor.drain.remote()):
-                _show(progress, message)
+            show_news()
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
@@ -130,8 +138,7 @@ def _monitored(progress: Progress) -> Iterator[Any]:
     finally:
         finished.set()
         thread.join(timeout=5)
-        for message in ray.get(monitor.drain.remote()):
-            _show(progress, message)
+        show_news()
         ray.kill(monitor)
 
 

@@ -23,7 +23,13 @@ def tiny_model(family: str) -> torch.nn.Module:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family, **shape, intermediate_size=48, num_key_value_heads=1, max_position_embeddings=128, head_dim=16
+        family,
+        **shape,
+        **({"sliding_window": None} if family == "mistral" else {}),
+        intermediate_size=48,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        head_dim=16,
     )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
 
@@ -41,7 +47,7 @@ def separate_logps(model: torch.nn.Module, groups: list[Group]) -> torch.Tensor:
     return torch.stack(rows).view(len(groups), -1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
 def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: str) -> None:
     model = tiny_model(family)
     reference = tiny_model(family).double()

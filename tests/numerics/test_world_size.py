@@ -78,6 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunDir]:
         write_prompts(folder)
         raw = tiny_config(folder)
         raw["training"]["warmup"] |= {"max_steps": 20, "epochs": 10, "checkpoint_every": 100, "batch_groups": 12}
+        raw["training"]["micro_batch_tokens"] = 40  # several micro-batches a step, and empty ones at three workers
         raw["prompts"]["source"]["paths"] = [str(folder / "prompts.jsonl")]
         config = parse_config(raw, "test")
         run = open_run(config)

@@ -54,6 +54,11 @@ def test_a_config_survives_being_written_and_read() -> None:
         ({"teacher": {}}, "teacher: needs exactly one of `path`"),
         ({"student": {"scratch": {"architecture": {}}, "template": "x"}}, "needs `model_type`"),
         ({"prompts": {"source": {"type": "web"}}}, "prompts.source: input tag 'web'"),
+        ({"sampling": {"student": {"stop": ["x"]}}}, "sampling.student.stop: the student must end with a token"),
+        (
+            {"evaluation": {"warmup_temperatures": [-3]}},
+            "evaluation.warmup_temperatures.0: input should be greater than 0",
+        ),
         ({"training": {"warmup": {}}}, "set prompts.source.reference_column, or use `data: teacher`"),
     ],
 )
@@ -91,9 +96,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_overrides_set_keys_and_read_their_values_as_yaml(tmp_path: Path) -> None:
     config = load_config(
-        write(tmp_path, MINIMAL), ["run.seed=3", "training.round.optimizer.lr=1e-4", "sampling.student.stop=['a']"]
+        write(tmp_path, MINIMAL), ["run.seed=3", "training.round.optimizer.lr=1e-4", "sampling.teacher.stop=['a']"]
     )
-    assert (config.run.seed, config.training.round.optimizer.lr, config.sampling.student.stop) == (3, 1e-4, ["a"])
+    assert (config.run.seed, config.training.round.optimizer.lr, config.sampling.teacher.stop) == (3, 1e-4, ["a"])
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "run.dir.deeper=1"])
@@ -111,6 +116,7 @@ def test_operational_keys_do_not_change_the_fingerprint() -> None:
 
 def test_keys_inside_an_operational_section_are_operational() -> None:
     assert is_operational("sampling.teacher.engine.max_num_seqs")
+    assert not is_operational("sampling.teacher.engine.quantization"), "it decides what is sampled"
     assert not is_operational("sampling.teacher.temperature")
     assert operational_keys() <= {path for path, _ in schema_fields()}
 

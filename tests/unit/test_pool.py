@@ -20,8 +20,20 @@ def test_an_actor_gets_no_more_than_its_window() -> None:
 def test_leases_of_a_dead_actor_go_to_another() -> None:
     pool = BlockPool([0, 1], window=2, max_attempts=2)
     assert [pool.take("a"), pool.take("a")] == [0, 1]
-    pool.remove("a", "killed")
+    pool.remove("a", None)
     assert {pool.take("b"), pool.take("b")} == {0, 1}
+
+
+def test_a_lost_node_does_not_count_against_its_blocks() -> None:
+    pool = BlockPool([0], window=1, max_attempts=2)
+    for _ in range(10):
+        assert pool.take("a") == 0
+        pool.remove("a", None)
+    pool.take("a")
+    pool.remove("a", "engine died")
+    pool.take("a")
+    with pytest.raises(RunFailed, match="engine died"):
+        pool.remove("a", "engine died")
 
 
 def test_an_idle_actor_takes_over_the_oldest_lease_at_the_tail() -> None:
@@ -58,7 +70,7 @@ def test_every_block_is_done_once_whatever_happens(blocks: int, window: int, eve
     for number, action in events:
         actor = str(number)
         if action == 0:
-            pool.remove(actor, "died")
+            pool.remove(actor, "died" if len(done) % 2 else None)
             held[actor] = []
         elif action < 5:
             settle(actor)

@@ -63,6 +63,7 @@ def test_globs_are_read_in_sorted_order(tmp_path: Path) -> None:
     [
         ("", r"p\.jsonl: no prompts in it"),
         ('{"prompt": "a", "answer": ""}\n{"prompt": ', r"p\.jsonl:2: not valid JSON"),
+        ('{"prompt": "\\ud83d", "answer": ""}', r"p\.jsonl:1: holds half of a surrogate pair"),
         ("[1]", r"p\.jsonl:1: expected a JSON object, got list"),
         ('{"question": "a"}', r"p\.jsonl:1: no column 'prompt'; it has question\. Set prompts\.source\.prompt_column"),
         ('{"prompt": "a"}', r"p\.jsonl:1: no column 'answer'"),
