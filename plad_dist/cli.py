@@ -134,7 +134,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     from plad_dist.rundir import RunDir
 
     settings = load_config(config, overrides or [])
-    check_inputs(settings, RunDir.of(settings))
+    check_inputs(settings, RunDir.of(settings), all_rows=True)
     typer.echo(f"{config}: valid; fingerprint {settings.fingerprint()[:12]}, run directory {settings.run.dir}")
 
 

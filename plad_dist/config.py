@@ -532,7 +532,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
+        if "{{" in text:  # a template, which only looks like YAML
+            return _set(raw, key, text, override)
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    return _set(raw, key, value, override)
+
+
+def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, leaf = key.split(".")
     section = raw
     for depth, name in enumerate(parents):
@@ -560,7 +566,9 @@ def _explain(item: Any) -> str:
 
 def _nearest(location: list[str]) -> str:
     parent, name = ".".join(location[:-1]), location[-1]
-    known = sorted({path.rpartition(".")[2] for path, _ in schema_fields() if path.rpartition(".")[0] == parent})
+    known = sorted(
+        {path.rpartition(".")[2] for path, _ in schema_fields() if path.rpartition(".")[0] == parent} - {name}
+    )
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{close[0]}`?"

@@ -7,6 +7,7 @@ produces is refused once a stage that depends on the key has begun.
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,7 @@ def load_run(path: str) -> dict[str, Any]:
 
 def _existing(run: RunDir) -> dict[str, Any] | None:
     root = run.storage.local_root
-    if root is not None and not root.is_dir():
-        if root.exists():
-            raise UserError(f"run.dir: {root}: is a file, expected a directory")
+    if root is not None and not _is_folder(root):
         return None
     data = run.storage.read(RUN_FILE)
     if data is None:
@@ -186,6 +185,23 @@ def _existing(run: RunDir) -> dict[str, Any] | None:
         return {"config": dict(document["config"]), "fingerprint": str(document["fingerprint"])}
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise RunFailed(f"{run.storage.url}/{RUN_FILE}: damaged ({error}); restore it from the config") from None
+
+
+def _is_folder(root: Path) -> bool:
+    """Whether the run directory exists. Raises :class:`UserError` where it could not be made."""
+    try:
+        if root.exists():
+            if not root.is_dir():
+                raise UserError(f"run.dir: {root}: is a file, expected a directory")
+            return True
+        parent = next(path for path in root.parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(f"run.dir: {root}: cannot be made: {parent} is not a folder that may be written")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"run.dir: {str(root)!r:.100}: not a usable path: {error}") from None
+    return False
 
 
 def _has_begun(key: str, run: RunDir) -> bool:

@@ -141,9 +141,11 @@ def read_files(source: FilesSource) -> Iterator[Prompt]:
             raise UserError(f"{path}: no prompts in it; expected one row a prompt")
 
 
-def check_files(source: FilesSource) -> None:
-    """Raise :class:`UserError` for files that are not there, are empty, or whose first row is wrong."""
-    next(read_files(source))
+def check_files(source: FilesSource, *, all_rows: bool) -> None:
+    """Raise :class:`UserError` for files that are not there, are empty, or whose rows (or first row) are wrong."""
+    for _ in read_files(source):
+        if not all_rows:
+            return
 
 
 def _expand(patterns: list[str]) -> list[Path]:
@@ -174,10 +176,10 @@ def _records(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
         case ".parquet" | ".arrow":
             try:
                 table = pq.read_table(path) if path.suffix == ".parquet" else _read_arrow(path)
-            except (pa.ArrowInvalid, OSError) as error:
+                for row, record in enumerate(_rows(table)):
+                    yield row, f"{path}: row {row}", record
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise UserError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
-            for row, record in enumerate(_rows(table)):
-                yield row, f"{path}: row {row}", record
         case suffix:
             raise UserError(f"{path}: unknown kind {suffix!r}; expected .jsonl, .parquet, .arrow or .csv")
 

@@ -80,14 +80,19 @@ class Storage:
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
+        if self.local_root is not None:
+            (self.local_root / key).unlink(missing_ok=True)
+            return
         with contextlib.suppress(NotFoundError, FileNotFoundError):
             obstore.delete(self._store, key)
 
     def read(self, key: str) -> bytes | None:
-        """The bytes of an object, None where there is none."""
+        """The bytes of an object, None where there is none. Makes no folder."""
         try:
+            if self.local_root is not None:
+                return (self.local_root / key).read_bytes()
             return bytes(obstore.get(self._store, key).bytes())
-        except (NotFoundError, FileNotFoundError):
+        except (NotFoundError, FileNotFoundError, NotADirectoryError):
             return None
 
     def read_json(self, key: str) -> Any:

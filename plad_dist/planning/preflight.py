@@ -10,12 +10,17 @@ from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine import check_engine_args
 
 
-def check_inputs(config: Config, run: RunDir) -> None:
-    """Raise :class:`UserError` for the first thing that is wrong. Writes nothing."""
+def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False) -> None:
+    """Raise :class:`UserError` for the first thing that is wrong. Writes nothing.
+
+    Args:
+        all_rows: read every row of the prompt files; otherwise the first of each, since `prepare` reads all before it
+            writes any.
+    """
     from plad_dist.training.deepspeed_config import load_deepspeed
 
-    check_same_run(config, run)
     _ = run.root
+    check_same_run(config, run)
     load_deepspeed(config.training.deepspeed)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
         check_engine_args(wanted.engine, f"sampling.{role}.engine")
@@ -26,7 +31,7 @@ def check_inputs(config: Config, run: RunDir) -> None:
         return  # what follows was checked when the run began
     for source in (config.prompts.source, config.prompts.heldout):
         if isinstance(source, FilesSource):
-            check_files(source)
+            check_files(source, all_rows=all_rows)
     for role, model in (("teacher", config.teacher), ("student", config.student)):
         _check_model(role, model, trained=role == "student" or config.training.teacher is not None)
 

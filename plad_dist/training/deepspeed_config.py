@@ -13,7 +13,7 @@ from plad_dist.errors import UserError
 def load_deepspeed(name: str) -> dict[str, Any]:
     """A DeepSpeed config by name in ds_configs/ or by path. Raises :class:`UserError` where it is not ZeRO-3 JSON."""
     path = Path(name)
-    if path.suffix != ".json":
+    if path.suffix != ".json" and "/" not in name:
         packaged = Path(str(importlib.resources.files("plad_dist"))) / "ds_configs" / f"{name}.json"
         path = packaged if packaged.is_file() else Path(__file__).parents[2] / "ds_configs" / f"{name}.json"
     try:

@@ -134,6 +134,18 @@ def run_dir_of_something_else(folder: Path, raw: dict[str, Any]) -> None:
     (folder / "run" / "thesis.txt").write_text("mine")
 
 
+def run_dir_below_a_file(folder: Path, raw: dict[str, Any]) -> None:
+    raw["run"]["dir"] = str(folder / "prompts.jsonl" / "run")
+
+
+def run_dir_too_long(folder: Path, raw: dict[str, Any]) -> None:
+    raw["run"]["dir"] = str(folder / ("a" * 300))
+
+
+def run_dir_on_an_object_store(folder: Path, raw: dict[str, Any]) -> None:
+    raw["run"]["dir"] = "s3://bucket/run"
+
+
 def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
     raw["run"]["dir"] = "ftp://host/folder"
 
@@ -161,6 +173,9 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (deepspeed_not_stage_3, ["training.deepspeed", "stage 3"]),
         (run_dir_is_a_file, ["is a file, expected a directory"]),
         (run_dir_of_something_else, ["not empty and not a run directory"]),
+        (run_dir_below_a_file, ["run.dir", "cannot be made"]),
+        (run_dir_too_long, ["run.dir", "not a usable path"]),
+        (run_dir_on_an_object_store, ["run.dir", "a file system that all nodes share"]),
         (run_dir_unknown_scheme, ["run.dir", "expected a path or a file://"]),
     ],
 )
@@ -187,9 +202,12 @@ def test_a_broken_line_is_named_by_its_number_and_no_prompts_are_written(
 ) -> None:
     folder, raw = tiny
     prompts_broken(folder, raw)
-    code, printed = command("run", str(write_config(folder, raw)))
-    assert code == 2
-    assert "prompts.jsonl:41: not valid JSON" in printed
+    config = str(write_config(folder, raw))
+    for subcommand in ("validate", "run"):
+        code, printed = command(subcommand, config)
+        assert code == 2
+        assert "prompts.jsonl:41: not valid JSON" in printed
+        assert (folder / "run").exists() == (subcommand == "run"), "validate writes nothing"
     assert not (folder / "run" / "prompts").exists()
 
 

@@ -101,6 +101,11 @@ def test_overrides_set_keys_and_read_their_values_as_yaml(tmp_path: Path) -> Non
     assert (config.run.seed, config.training.round.optimizer.lr, config.sampling.teacher.stop) == (3, 1e-4, ["a"])
 
 
+def test_a_template_may_be_given_as_an_override(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL), ["teacher.template={{ messages[0].content }} ="])
+    assert config.teacher.template == "{{ messages[0].content }} ="
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", "run.dir.deeper=1"])
 def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match="override"):
