@@ -124,6 +124,8 @@ def _monitored(progress: Progress) -> Iterator[Any]:
         try:
             for message in ray.get(monitor.drain.remote(), timeout=30):
                 _show(progress, message)
+        except ray.exceptions.GetTimeoutError:
+            return  # the machine is busy, with starting workers mostly
         except ray.exceptions.RayError as error:  # training does not depend on being watched
             logger.warning("no news from the workers: %s", error)
 
