@@ -70,6 +70,8 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
         )
         try:
             trainer.fit()
+        except SystemExit:  # Ray Train's own answer to Ctrl-C, once it has stopped the workers
+            raise KeyboardInterrupt from None
         except Exception as error:
             raise _explained(error, jobs, run) from error
 
