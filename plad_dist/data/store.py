@@ -13,7 +13,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -283,9 +283,3 @@ def _open(source: Any, name: str) -> Any:
         raise RunFailed(
             f"{name}: damaged, not a readable Arrow file ({error}). Delete it and the {MANIFEST} beside it, then run again."
         ) from None
-
-
-def blocks_of(rows: int, block_size: int) -> Iterator[tuple[int, int, int]]:
-    """(block, first row, end row) of every block of a dataset."""
-    for block, start in enumerate(range(0, rows, block_size)):
-        yield block, start, min(start + block_size, rows)
