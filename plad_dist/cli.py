@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from plad_dist import __version__
-from plad_dist.config import Config, load_config
+from plad_dist.config import Config
+from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
 
 if TYPE_CHECKING:

@@ -1,26 +1,18 @@
 """The whole of a run in one validated schema. Every default of the product is written here, once.
 
-A run is a YAML file of these sections; ``key.sub=value`` arguments override it. Everything that can be known to be wrong
-before a process starts is refused by :func:`load_config` with a :class:`~plad_dist.errors.UserError`.
+A run is a YAML file of these sections; ``key.sub=value`` arguments override it (:mod:`plad_dist.config_file`).
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import re
 import types
-import typing
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
-
-from plad_dist.errors import UserError
 
 # Marks a key that changes how a run is carried out but not what it produces, so that it may change between resumes.
 OPERATIONAL: dict[str, Any] = {"operational": True}
@@ -459,124 +451,3 @@ def is_operational(key: str) -> bool:
         return parts[3] in OPERATIONAL_ENGINE
     keys = operational_keys()
     return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
-
-
-# ----------------------------------------------------------------------------------------------------------- loading
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a run's YAML. Raises :class:`UserError` for anything wrong with it."""
-    raw = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, str(path))
-
-
-def parse_config(raw: dict[str, Any], origin: str) -> Config:
-    """Check a mapping against the schema; `origin` names it in messages."""
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
-        raise UserError(f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file. Examples lie in examples/.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
-    try:
-        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}."
-        )
-    return raw
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key!r} is given twice", key_node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-5 as a string; a number is meant.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r}: expected key.sub=value, such as run.seed=3")
-    try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        if "{{" in text:  # a template, which only looks like YAML
-            return _set(raw, key, text, override)
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    return _set(raw, key, value, override)
-
-
-def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
-    *parents, leaf = key.split(".")
-    section = raw
-    for depth, name in enumerate(parents):
-        if section.get(name) is None:
-            section[name] = {}
-        section = section[name]
-        if not isinstance(section, dict):
-            raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    section[leaf] = value
-
-
-def _explain(item: Any) -> str:
-    """One line for one validation error: the key, what was expected, what was got."""
-    location = [str(part) for part in item["loc"] if part not in ("files", "python_functions")]
-    key = ".".join(location) or "config"
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(location)}"
-    if item["type"] == "missing":
-        return f"{key}: missing; it has no default"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{key}: {message}"
-    return f"{key}: {message[0].lower() + message[1:]}; got {_kind(item['input'])}"
-
-
-def _nearest(location: list[str]) -> str:
-    parent, name = ".".join(location[:-1]), location[-1]
-    known = sorted(
-        {path.rpartition(".")[2] for path, _ in schema_fields() if path.rpartition(".")[0] == parent} - {name}
-    )
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean `{close[0]}`?"
-    return f"; known here: {', '.join(known)}" if known else ""
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from rich.table import Table
 
-from plad_dist.config import parse_config
+from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.store import Dataset

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from plad_dist.cli import main
-from plad_dist.config import parse_config
+from plad_dist.config_file import parse_config
 from plad_dist.rundir import open_run
 from plad_dist.training.scratch import train_tokenizer
 from tests.conftest import write_config

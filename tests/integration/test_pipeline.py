@@ -18,7 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from plad_dist.config import load_config
+from plad_dist.config_file import load_config
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.job import sample_seed
 from tests.conftest import plad, tiny_config, write_config, write_prompts

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from plad_dist.config import parse_config
+from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare
 from plad_dist.rundir import RunDir, open_run
 from tests.conftest import tiny_config, write_prompts
@@ -25,7 +25,7 @@ import json, sys, dataclasses
 from datetime import timedelta
 import torch, torch.distributed as dist
 dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-from plad_dist.config import parse_config
+from plad_dist.config_file import parse_config
 from plad_dist.rundir import RunDir
 from plad_dist.training import loop, plan
 raw, stop = json.loads(sys.argv[1]), int(sys.argv[2])

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.config import Config, is_operational, load_config, operational_keys, parse_config, schema_fields
+from plad_dist.config import Config, is_operational, operational_keys, schema_fields
+from plad_dist.config_file import load_config, parse_config
 from plad_dist.errors import UserError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from plad_dist.config import FilesSource, parse_config
+from plad_dist.config import FilesSource
+from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import load_prompts, prepare, read_files, train_prompts
 from plad_dist.data.store import Storage
 from plad_dist.errors import UserError
