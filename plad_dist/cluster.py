@@ -70,5 +70,7 @@ def _connect(config: Config) -> None:
 def _local_cpus(config: Config) -> int:
     """Enough for the training workers beside the sampling actors of both roles: a small machine shares its cores."""
     training = config.training.num_workers * config.training.cpus_per_worker
-    sampling = sum(role.cpus * role.replicas for role in (config.sampling.teacher, config.sampling.student))
-    return max(os.cpu_count() or 1, math.ceil(training + sampling))
+    roles = [*(teacher.sampling for teacher in config.all_teachers().values()), config.sampling.student]
+    sampling = sum(role.cpus * (1 if role.replicas == "auto" else role.replicas) for role in roles if role)
+    pairing = config.pairing.cpus_per_worker * config.pairing.workers
+    return max(os.cpu_count() or 1, math.ceil(training + sampling), math.ceil(pairing))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import types
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -63,16 +66,43 @@ class Cluster(Section):
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 
-class FilesSource(Section):
+class Columns(Section):
+    """Which columns of a row make a prompt."""
+
+    prompt_column: str = Field(
+        "prompt", description="Column with the prompt text. Ignored where messages_column or template is set."
+    )
+    messages_column: str | None = Field(None, description="Column with chat messages (list of role and content).")
+    template: str | None = Field(
+        None, description="Jinja template over the row's columns that makes the prompt text from several of them."
+    )
+    reference_column: str | None = Field(None, description="Column with a reference response, if there is one.")
+    meta_columns: list[str] = Field(default=[], description="Columns kept in `meta`, for the filters of teachers.")
+
+    @model_validator(mode="after")
+    def _one_origin_of_the_prompt(self) -> Columns:
+        if self.messages_column is not None and self.template is not None:
+            raise ValueError("needs at most one of `messages_column` and `template`")
+        return self
+
+
+class FilesSource(Columns):
     """Prompts read from files: JSON lines, Parquet, Arrow or CSV, by their suffix."""
 
     type: Literal["files"]
-    paths: list[str] = Field(min_length=1, description="Files or glob patterns, read in sorted order.")
-    prompt_column: str = Field(
-        "prompt", description="Column with the prompt text. Ignored where messages_column is set."
+    paths: list[str] = Field(
+        min_length=1, description="Files or glob patterns, read in sorted order; paths or s3://, gs://, az:// URIs."
     )
-    messages_column: str | None = Field(None, description="Column with chat messages (list of role and content).")
-    reference_column: str | None = Field(None, description="Column with a reference response, if there is one.")
+
+
+class DatasetSource(Columns):
+    """Prompts read through the `datasets` library, as a stream: nothing is held in memory."""
+
+    type: Literal["dataset"]
+    name: str = Field(min_length=1, description="Hub name, folder of data files, or folder made by `save_to_disk`.")
+    subset: str | None = Field(None, description="Configuration of the data set, where it has several.")
+    split: str = Field("train", min_length=1, description="Split to read.")
+    revision: str | None = Field(None, description="Revision of the hub repository.")
 
 
 class PythonFunctionsSource(Section):
@@ -95,15 +125,27 @@ class PythonFunctionsSource(Section):
 class Prompts(Section):
     """The prompts to distil on, and those held out for evaluation."""
 
-    source: Annotated[FilesSource | PythonFunctionsSource, Field(discriminator="type")]
-    heldout: FilesSource | None = Field(
+    source: Annotated[FilesSource | DatasetSource | PythonFunctionsSource, Field(discriminator="type")]
+    heldout: Annotated[FilesSource | DatasetSource, Field(discriminator="type")] | None = Field(
         None,
         description="Held-out prompts. Empty: taken from the source (python_functions), or heldout_fraction of it.",
     )
     heldout_fraction: float = Field(
-        0.02, ge=0.0, lt=1.0, description="Share of a `files` source that is held out when `heldout` is empty."
+        0.02, ge=0.0, lt=1.0, description="Share of the source that is held out when `heldout` is empty."
     )
     block_size: int = Field(512, ge=1, le=100_000, description="Prompts in a block, the unit of work and of commit.")
+    duplicates: Literal["keep", "drop", "fail"] = Field(
+        "keep", description="What to do with a prompt that was there before, word for word. They are counted always."
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Longest prompt, in tokens of every pretrained model that is to answer it. Empty: each model's context "
+        "less one token.",
+    )
+    over_long: Literal["fail", "drop", "truncate"] = Field(
+        "fail", description="What to do with a longer one. truncate: shorten the end of its last message."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -126,12 +168,77 @@ class ScratchModel(Section):
         return value
 
 
+class Endpoint(Section):
+    """An OpenAI-compatible server that answers prompts. Only its text is needed."""
+
+    url: str = Field(description="Base URL, such as http://host:8000/v1.", json_schema_extra=OPERATIONAL)
+    model: str = Field(min_length=1, description="The model's name there.")
+    api: Literal["chat", "completions"] = Field(
+        "chat", description="chat: the server renders the messages. completions: the prompt is rendered by `template`."
+    )
+    api_key_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable that holds the key. The key itself is never written anywhere.",
+        json_schema_extra=OPERATIONAL,
+    )
+    concurrency: int = Field(64, ge=1, le=10_000, description="Most requests under way.", json_schema_extra=OPERATIONAL)
+    requests_per_minute: float | None = Field(None, gt=0, json_schema_extra=OPERATIONAL)
+    tokens_per_minute: float | None = Field(
+        None, gt=0, description="Prompt and response tokens.", json_schema_extra=OPERATIONAL
+    )
+    timeout_s: float = Field(300.0, gt=0, description="Seconds for one request.", json_schema_extra=OPERATIONAL)
+    max_retries: int = Field(
+        6,
+        ge=0,
+        description="Tries of one request after its first, while others succeed; then it is an error row.",
+        json_schema_extra=OPERATIONAL,
+    )
+    give_up_after_s: float = Field(
+        900.0,
+        gt=0,
+        description="Seconds without one successful answer after which the stage stops; what is answered is kept.",
+        json_schema_extra=OPERATIONAL,
+    )
+    input_price: float | None = Field(
+        None, ge=0, description="Price of a million prompt tokens.", json_schema_extra=OPERATIONAL
+    )
+    output_price: float | None = Field(
+        None, ge=0, description="Price of a million response tokens.", json_schema_extra=OPERATIONAL
+    )
+    max_spend: float | None = Field(
+        None, gt=0, description="The stage stops before it spends more than this.", json_schema_extra=OPERATIONAL
+    )
+    extra_body: dict[str, Any] = Field(default={}, description="Further fields of every request.")
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain_url(cls, value: str) -> str:
+        try:
+            parsed = urlsplit(value)
+            _ = parsed.port
+        except ValueError as error:
+            raise ValueError(f"expected a URL such as http://host:8000/v1: {error}") from None
+        if parsed.scheme not in ("http", "https") or not parsed.hostname:
+            raise ValueError(f"expected a URL such as http://host:8000/v1, got {value!r:.60}")
+        if parsed.username or parsed.password or parsed.query or parsed.fragment:
+            raise ValueError("must hold no user, password, query or fragment; name the key's variable in api_key_env")
+        return value.rstrip("/")
+
+    @model_validator(mode="after")
+    def _cap_has_prices(self) -> Endpoint:
+        if self.max_spend is not None and (self.input_price is None or self.output_price is None):
+            raise ValueError("max_spend needs input_price and output_price")
+        return self
+
+
 class Model(Section):
-    """A causal language model: a pretrained one by path, or one made from scratch."""
+    """A causal language model: a pretrained one by path, one made from scratch, or one behind a server."""
 
     path: str | None = Field(None, description="Folder or hub name of a pretrained model with its tokenizer.")
     revision: str | None = Field(None, description="Revision of the hub repository.")
     scratch: ScratchModel | None = Field(None, description="Make the model instead of loading it.")
+    endpoint: Endpoint | None = Field(None, description="Ask a server instead of loading the model. Teachers only.")
     template: str | None = Field(
         None, description="Jinja template over `messages` that renders a prompt. Empty: the tokenizer's chat template."
     )
@@ -140,8 +247,12 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
-        if (self.path is None) == (self.scratch is None):
-            raise ValueError("needs exactly one of `path` (a pretrained model) and `scratch` (a new one)")
+        if sum(origin is not None for origin in (self.path, self.scratch, self.endpoint)) != 1:
+            raise ValueError(
+                "needs exactly one of `path` (a pretrained model), `scratch` (a new one) and `endpoint` (a server)"
+            )
+        if self.endpoint and (self.endpoint.api == "completions") != (self.template is not None):
+            raise ValueError("`template` renders the prompts of an endpoint with `api: completions`, and only of such")
         return self
 
 
@@ -163,13 +274,29 @@ class RoleSampling(Decoding):
     """How one role (teacher or student) is sampled for pairs, and by which engines."""
 
     n: int = Field(1, ge=1, le=256, description="Responses per prompt.")
-    replicas: int = Field(1, ge=1, description="Engines, one actor each.", json_schema_extra=OPERATIONAL)
+    replicas: int | Literal["auto"] = Field(
+        1,
+        description="Most engines, one actor each; they come and go with the cluster. auto: as many as its GPUs hold.",
+        json_schema_extra=OPERATIONAL,
+    )
+    min_replicas: int = Field(
+        1,
+        ge=1,
+        description="Fewest engines: the stage stops when fewer are up for cluster.start_timeout_s.",
+        json_schema_extra=OPERATIONAL,
+    )
     cpus: float = Field(1.0, gt=0, description="CPU cores reserved for each actor.", json_schema_extra=OPERATIONAL)
     engine: dict[str, Any] = Field(
         default={},
         description="Engine arguments, passed to vLLM by their own names. Those about parallelism, memory and batching may "
         "change between resumes.",
     )
+
+    @model_validator(mode="after")
+    def _fewest_and_most(self) -> RoleSampling:
+        if self.replicas != "auto" and not 1 <= self.min_replicas <= self.replicas:
+            raise ValueError(f"needs 1 <= min_replicas ({self.min_replicas}) <= replicas ({self.replicas})")
+        return self
 
     def deciding_engine(self) -> dict[str, Any]:
         """Engine arguments that decide what is sampled."""
@@ -190,31 +317,116 @@ class Sampling(Section):
         json_schema_extra=OPERATIONAL,
     )
     max_attempts: int = Field(
-        3, ge=1, description="Tries of one block before the run fails.", json_schema_extra=OPERATIONAL
+        3,
+        ge=1,
+        description="Failures of one block in a row before the run fails, and of one row before it is an error row.",
+        json_schema_extra=OPERATIONAL,
+    )
+    heartbeat_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without a sign of life after which an actor is given up and its blocks leased again.",
+        json_schema_extra=OPERATIONAL,
+    )
+    stall_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds without one finished response after which a living actor is given up as hung.",
+        json_schema_extra=OPERATIONAL,
+    )
+    lease_timeout_s: float = Field(
+        7200.0,
+        gt=0,
+        description="Seconds for one block, after which another actor is given it too.",
+        json_schema_extra=OPERATIONAL,
     )
     max_error_share: float = Field(
         0.01,
         ge=0.0,
         le=1.0,
-        description="Share of error rows above which the stage fails.",
+        description="Share of error rows above which the stage fails, once 100 rows are there.",
         json_schema_extra=OPERATIONAL,
     )
+
+
+class Teacher(Model):
+    """One of several teachers."""
+
+    share: float = Field(1.0, gt=0, description="Its share of the prompts, relative to the others that take them.")
+    filter: str | None = Field(
+        None,
+        description="Jinja expression over `messages`, `reference` and `meta` that says which prompts it takes. Empty: all.",
+    )
+    sampling: RoleSampling | None = Field(None, description="How it is sampled. Empty: as sampling.teacher says.")
 
 
 # ---------------------------------------------------------------------------------------------------------- pairing
 
 
+class RewardModel(Section):
+    """A model that scores responses: any sequence classifier with one output."""
+
+    path: str = Field(description="Folder or hub name of an AutoModelForSequenceClassification with its tokenizer.")
+    revision: str | None = Field(None, description="Revision of the hub repository.")
+    template: str | None = Field(
+        None,
+        description="Jinja template over `messages`, the response among them. Empty: the tokenizer's chat template.",
+    )
+    max_length: int = Field(2048, ge=8, description="Longest conversation in tokens; longer ones have no score.")
+    batch_size: int = Field(16, ge=1, description="Conversations scored at a time.", json_schema_extra=OPERATIONAL)
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
 class Pairing(Section):
     """Step 2: pseudo-preference pairs, the teacher's response over the student's."""
 
-    score: Literal["rouge_l", "none"] = Field("rouge_l", description="Score against the reference, where there is one.")
+    combine: Literal["all", "one", "best_worst"] = Field(
+        "all",
+        description="Of several samples of a prompt: all combinations, the first usable one, or the teacher's best against "
+        "the student's worst by score.",
+    )
+    score: Literal["rouge_l", "reward_model", "function", "none"] = Field(
+        "rouge_l", description="rouge_l: against the reference, where there is one."
+    )
+    reward_model: RewardModel | None = Field(None, description="The model of `score: reward_model`.")
+    score_function: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="The function of `score: function`, as `package.module:name`. It takes a list of {messages, reference, "
+        "response, role} and returns a list of numbers or nulls.",
+    )
+    min_score_gap: float | None = Field(
+        None,
+        description="Least score of the chosen response above the rejected one's. Empty: any, also a negative one.",
+    )
     max_pairs_per_prompt: int = Field(4, ge=1, description="Pairs kept of one prompt with several samples.")
     max_tokens: int | None = Field(
         None, ge=8, description="Longest prompt plus response, in student tokens. Empty: the student's context."
     )
-    truncated_rejected: Literal["keep", "drop"] = Field(
-        "keep", description="What to do with a student response that hit max_tokens."
+    length_ratio: tuple[float, float] | None = Field(
+        None, description="Bounds of the chosen response's tokens over the rejected one's. Empty: none."
     )
+    identical: Literal["drop", "keep"] = Field("drop", description="Pairs of equal texts.")
+    empty: Literal["drop", "keep"] = Field("drop", description="Pairs with an empty response.")
+    truncated_chosen: Literal["drop", "keep"] = Field(
+        "drop", description="Teacher responses that hit max_tokens. Kept ones have no end-of-sequence."
+    )
+    truncated_rejected: Literal["keep", "drop"] = Field("keep", description="Student responses that hit max_tokens.")
+    workers: int = Field(1, ge=1, description="Actors that build pairs.", json_schema_extra=OPERATIONAL)
+    cpus_per_worker: float = Field(1.0, gt=0, json_schema_extra=OPERATIONAL)
+    gpus_per_worker: float = Field(0.0, ge=0, description="For a reward model.", json_schema_extra=OPERATIONAL)
+
+    @model_validator(mode="after")
+    def _scores_where_needed(self) -> Pairing:
+        for score, value in (("reward_model", self.reward_model), ("function", self.score_function)):
+            name = "reward_model" if score == "reward_model" else "score_function"
+            if (self.score == score) != (value is not None):
+                raise ValueError(f"`score: {score}` and `{name}` need one another")
+        if self.score == "none" and (self.combine == "best_worst" or self.min_score_gap is not None):
+            raise ValueError("`combine: best_worst` and `min_score_gap` need a score")
+        if self.length_ratio is not None and not 0 <= self.length_ratio[0] <= self.length_ratio[1]:
+            raise ValueError(f"length_ratio: expected [low, high] with 0 <= low <= high, got {list(self.length_ratio)}")
+        return self
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -348,7 +560,10 @@ class Config(Section):
     run: Run
     cluster: Cluster = Cluster()
     prompts: Prompts
-    teacher: Model
+    teacher: Model | None = Field(None, description="The teacher. Empty: `teachers` names several.")
+    teachers: dict[str, Teacher] = Field(
+        default={}, description="Several teachers by name, each with a part of the prompts."
+    )
     student: Model
     sampling: Sampling = Sampling()
     pairing: Pairing = Pairing()
@@ -357,13 +572,30 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _scratch_models_are_trained(self) -> Config:
-        if self.teacher.scratch and not self.training.teacher:
+        if self.teacher and self.teacher.scratch and not self.training.teacher:
             raise ValueError("teacher.scratch makes an untrained teacher: add a `training.teacher` section")
         if self.student.scratch and not self.training.warmup:
             raise ValueError("student.scratch makes an untrained student: add a `training.warmup` section")
         for name, model in (("teacher", self.teacher), ("student", self.student)):
-            if model.scratch and model.template is None:
+            if model and model.scratch and model.template is None:
                 raise ValueError(f"{name}.scratch makes a tokenizer without a chat template: set {name}.template")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_and_student(self) -> Config:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("needs exactly one of `teacher` and `teachers`")
+        if self.student.endpoint:
+            raise ValueError("student.endpoint: only a teacher may be behind a server; the student is trained here")
+        for name, teacher in self.teachers.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise ValueError(f"teachers: name {name!r}: use letters, digits, '-' and '_' alone")
+            if teacher.scratch:
+                raise ValueError(f"teachers.{name}.scratch: only a single `teacher` can be made from scratch")
+            if teacher.sampling and teacher.sampling.n != self.sampling.teacher.n:
+                raise ValueError(f"teachers.{name}.sampling.n: must be that of sampling.teacher.n")
+        if self.training.teacher and (self.teacher is None or self.teacher.endpoint):
+            raise ValueError("training.teacher: trains a single `teacher` with a path or from scratch")
         return self
 
     @model_validator(mode="after")
@@ -377,7 +609,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _references_where_needed(self) -> Config:
         source = self.prompts.source
-        if isinstance(source, FilesSource) and source.reference_column is None:
+        if isinstance(source, Columns) and source.reference_column is None:
             if self.training.teacher:
                 raise ValueError("training.teacher learns from references: set prompts.source.reference_column")
             if self.training.warmup and self.training.warmup.data == "references":
@@ -385,6 +617,20 @@ class Config(Section):
                     "training.warmup.data is `references`: set prompts.source.reference_column, or use `data: teacher`"
                 )
         return self
+
+    def all_teachers(self) -> dict[str, Teacher]:
+        """The teachers by name; a single one is called `teacher`. Each with how it is sampled."""
+        teachers = {"teacher": Teacher(**self.teacher.model_dump())} if self.teacher else self.teachers
+        return {
+            name: teacher.model_copy(update={"sampling": teacher.sampling or self.sampling.teacher})
+            for name, teacher in teachers.items()
+        }
+
+    def trained(self, role: str) -> Model:
+        """The section of a model that the run may train: `teacher` (a single one) or `student`."""
+        model = self.teacher if role == "teacher" else self.student
+        assert model is not None, "only a single teacher is trained"
+        return model
 
     def decodings(self) -> dict[str, Decoding]:
         """The decodings that every system is evaluated with, by name."""
@@ -422,12 +668,14 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def schema_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of the schema with its field, depth first. Alternatives of a union follow one another."""
+    """Every key of the schema with its field, depth first. Alternatives of a union follow one another; `*` is any name."""
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         yield path, field
         for section in _sections_in(field.annotation):
             yield from schema_fields(section, f"{path}.")
+        for section in _named_sections_in(field.annotation):
+            yield from schema_fields(section, f"{path}.*.")
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
@@ -438,6 +686,12 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
     return []
 
 
+def _named_sections_in(annotation: Any) -> list[type[Section]]:
+    """Sections that the values of a mapping are."""
+    return _sections_in(get_args(annotation)[1]) if get_origin(annotation) is dict else []
+
+
+@cache
 def operational_keys() -> set[str]:
     """Keys whose change does not change what a run produces: they may differ between resumes."""
     operational = {path for path, field in schema_fields() if (field.json_schema_extra or {}) == OPERATIONAL}
@@ -447,7 +701,9 @@ def operational_keys() -> set[str]:
 def is_operational(key: str) -> bool:
     """Whether a dotted key, or the key that holds it, is operational."""
     parts = key.split(".")
-    if parts[0] == "sampling" and parts[2:3] == ["engine"] and len(parts) > 3:
-        return parts[3] in OPERATIONAL_ENGINE
+    if "engine" in parts[:-1]:
+        return parts[parts.index("engine") + 1] in OPERATIONAL_ENGINE
+    if parts[0] == "teachers" and len(parts) > 2:
+        parts[1] = "*"
     keys = operational_keys()
     return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))

@@ -105,7 +105,7 @@ def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 def _explain(item: Any) -> str:
     """One line for one validation error: the key, what was expected, what was got."""
-    location = [str(part) for part in item["loc"] if part not in ("files", "python_functions")]
+    location = [str(part) for part in item["loc"] if part not in ("files", "dataset", "python_functions")]
     key = ".".join(location) or "config"
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key{_nearest(location)}"
@@ -118,14 +118,17 @@ def _explain(item: Any) -> str:
 
 
 def _nearest(location: list[str]) -> str:
-    parent, name = ".".join(location[:-1]), location[-1]
-    known = sorted(
-        {path.rpartition(".")[2] for path, _ in schema_fields() if path.rpartition(".")[0] == parent} - {name}
-    )
+    parent, name = location[:-1], location[-1]
+    known = sorted({key[-1] for path, _ in schema_fields() if _is_below(key := path.split("."), parent)} - {name, "*"})
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{close[0]}`?"
     return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _is_below(key: list[str], parent: list[str]) -> bool:
+    """Whether a key of the schema lies directly in a section; `*` stands for any name."""
+    return len(key) == len(parent) + 1 and all(a in (b, "*") for a, b in zip(key, parent, strict=False))
 
 
 def _kind(value: Any) -> str:

@@ -17,7 +17,8 @@ import yaml
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, SAMPLES
-from plad_dist.data.store import Dataset, Storage
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 
 ROUND = 0
@@ -39,6 +40,7 @@ _FIRST_READER = {
     "run": 0,
     "prompts": 0,
     "teacher": 1,
+    "teachers": 0,
     "student": 1,
     "training.teacher": 1,
     "training.warmup": 1,
@@ -105,9 +107,9 @@ class RunDir:
 
     # -- models by what they are
 
-    def teacher(self, config: Config) -> str:
-        """Folder or hub name of the teacher that is sampled."""
-        return str(self.model("teacher")) if config.training.teacher else resolve_model(config.teacher)
+    def teacher(self, config: Config, name: str = "teacher") -> str:
+        """Folder or hub name of a teacher that is sampled."""
+        return str(self.model("teacher")) if config.training.teacher else resolve_model(config.all_teachers()[name])
 
     def student(self, config: Config) -> str:
         """Folder or hub name of the student before calibration."""

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from plad_dist.config import Config, FilesSource, PythonFunctionsSource, fingerprint
 from plad_dist.data.harvest import NamedFunction, harvest
 from plad_dist.data.schemas import PROMPTS
-from plad_dist.data.store import Dataset, Storage
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -61,8 +62,10 @@ def _write(dataset: Dataset, rows: list[Prompt], block_size: int, made_of: str) 
     blocks = range(0, len(rows), block_size)
     for block, start in enumerate(blocks):
         if block not in done:
-            part = dataset.commit(block, _table(rows[start : start + block_size]), fingerprint=made_of, attempt=attempt)
-            known += [part] if part else []
+            part, _ = dataset.commit(
+                block, _table(rows[start : start + block_size]), fingerprint=made_of, attempt=attempt
+            )
+            known.append(part)
     dataset.finish(len(blocks), fingerprint=made_of, facts={}, known=known)
 
 
@@ -86,7 +89,7 @@ def load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
             [_from_function(item, index) for index, item in enumerate(rows)] for rows in harvest(source, seed)
         )
     else:
-        train = list(read_files(source))
+        train = list(read_files(cast(FilesSource, source)))
         if config.prompts.heldout is None:
             share = config.prompts.heldout_fraction
             heldout = [prompt for prompt in train if _unit_hash(seed, prompt.prompt_id) < share]
@@ -94,7 +97,7 @@ def load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
         else:
             heldout = []
     if config.prompts.heldout is not None:
-        heldout = list(read_files(config.prompts.heldout))
+        heldout = list(read_files(cast(FilesSource, config.prompts.heldout)))
         held = {content_key(prompt.messages) for prompt in heldout}
         train = [prompt for prompt in train if content_key(prompt.messages) not in held]
     if not train:

@@ -4,135 +4,51 @@ A dataset is a folder of parts and a manifest. Part ``k`` is the output of block
 appears by one atomic put-if-absent: whoever commits first wins, a later attempt learns that it lost and drops its work.
 The manifest is written last and makes the dataset complete. Storage is the only source of truth: a writer may die at any
 instruction and the next one goes on from the names that are there.
+
+A journal beside the parts keeps what the manifest will say of them (rows, bytes, checksum, counts), so that going on with a
+hundred thousand parts reads a few small objects and not one part. It only saves work: what it lacks is read from the parts.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
-from urllib.parse import unquote, urlparse
 
-import obstore
 import pyarrow as pa
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
-from obstore.store import LocalStore, from_url
+import xxhash
 
+from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
 
 MANIFEST = "manifest.json"
+JOURNAL = "journal"
 _PART = re.compile(r"part-(\d{5,})\.arrow")
-_REMOTE_SCHEMES = ("s3", "gs", "az")
+_READERS = 16
+_JOURNAL_PARTS, _JOURNAL_SECONDS = 2048, 30.0
 
 
-@dataclass(frozen=True)
-class Storage:
-    """A folder, local or remote, with the few operations that the product needs. Cheap to pickle.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One committed part as the manifest lists it.
 
     Attributes:
-        url: a path or a file://, s3://, gs:// or az:// URI.
+        xxh3_128: hexadecimal XXH3 checksum of the file.
+        counts: what adds up over parts, such as errors, tokens, or drops by reason.
     """
-
-    url: str
-
-    @cached_property
-    def local_root(self) -> Path | None:
-        """The folder on this machine's file system, or None for an object store."""
-        parsed = urlparse(self.url)
-        if parsed.scheme in ("", "file") or len(parsed.scheme) == 1:
-            return Path(unquote(parsed.path) if parsed.scheme == "file" else self.url).expanduser().absolute()
-        if parsed.scheme not in _REMOTE_SCHEMES:
-            raise UserError(f"run.dir: {self.url!r}: expected a path or a file://, s3://, gs:// or az:// URI")
-        return None
-
-    @cached_property
-    def _store(self) -> Any:
-        if self.local_root is not None:
-            return LocalStore(self.local_root, mkdir=True)
-        return from_url(self.url)
-
-    def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url}
-
-    def __setstate__(self, state: dict[str, str]) -> None:
-        self.__dict__.update(state)
-
-    def create(self, key: str, data: bytes) -> bool:
-        """Write a new object in one atomic step. Returns False, and writes nothing, where there already is one."""
-        try:
-            # A multipart upload cannot be conditional, so large objects go in one request too.
-            obstore.put(self._store, key, data, mode="create", use_multipart=False)
-        except AlreadyExistsError:
-            return False
-        return True
-
-    def replace(self, key: str, data: bytes) -> None:
-        """Write an object atomically, over the old one if there is one."""
-        obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
-
-    def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
-        if self.local_root is not None:
-            (self.local_root / key).unlink(missing_ok=True)
-            return
-        with contextlib.suppress(NotFoundError, FileNotFoundError):
-            obstore.delete(self._store, key)
-
-    def read(self, key: str) -> bytes | None:
-        """The bytes of an object, None where there is none. Makes no folder."""
-        try:
-            if self.local_root is not None:
-                return (self.local_root / key).read_bytes()
-            return bytes(obstore.get(self._store, key).bytes())
-        except (NotFoundError, FileNotFoundError, NotADirectoryError):
-            return None
-
-    def read_json(self, key: str) -> Any:
-        """The decoded JSON object, None where there is none. Raises :class:`RunFailed` where it is damaged."""
-        data = self.read(key)
-        if data is None:
-            return None
-        try:
-            return json.loads(data)
-        except ValueError as error:
-            raise RunFailed(
-                f"{self.url}/{key}: not valid JSON ({error}); restore it or delete it to redo the stage"
-            ) from None
-
-    def names(self, folder: str) -> list[str]:
-        """Names of the objects directly in a folder."""
-        if self.local_root is not None:
-            path = self.local_root / folder
-            return [entry.name for entry in path.iterdir() if entry.is_file()] if path.is_dir() else []
-        listing = obstore.list_with_delimiter(self._store, f"{folder}/")
-        return [item["path"].rpartition("/")[2] for item in listing["objects"]]
-
-    def check_writable(self) -> None:
-        """Raise :class:`UserError` unless an object can be written and removed."""
-        try:
-            obstore.put(self._store, ".writable", b"", mode="overwrite")
-            obstore.delete(self._store, ".writable")
-        except (BaseError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"run.dir: {self.url}: cannot be written: {reason}") from None
-
-
-@dataclass(frozen=True)
-class Part:
-    """One committed part as the manifest lists it."""
 
     name: str
     rows: int
     bytes: int
-    sha256: str
+    xxh3_128: str
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,8 +68,12 @@ class Manifest:
     def rows(self) -> int:
         return sum(part.rows for part in self.parts)
 
+    def count(self, name: str) -> int:
+        """Sum of one count over all parts."""
+        return sum(part.counts.get(name, 0) for part in self.parts)
+
     def to_json(self) -> bytes:
-        return json.dumps({"version": 1, "rows": self.rows, **asdict(self)}, indent=1).encode()
+        return json.dumps({"version": 2, "rows": self.rows, **asdict(self)}, indent=1).encode()
 
 
 @dataclass(frozen=True)
@@ -172,50 +92,80 @@ class Dataset:
 
     # -- writing
 
-    def commit(self, block: int, table: pa.Table, *, fingerprint: str, attempt: str) -> Part | None:
-        """Commit a block's rows as one part. Returns None, having changed nothing, if the block is committed already."""
-        data = _encode(table.cast(self.schema), {"fingerprint": fingerprint, "attempt": attempt})
+    def commit(
+        self, block: int, table: pa.Table, *, fingerprint: str, attempt: str, counts: dict[str, int] | None = None
+    ) -> tuple[Part, bool]:
+        """Commit a block's rows as one part.
+
+        Returns:
+            The block's part, and whether this attempt wrote it. If another attempt was first, nothing is changed and the
+            part is the other's.
+        """
+        facts = {"fingerprint": fingerprint, "attempt": attempt, "counts": json.dumps(counts or {})}
+        data = _encode(table.cast(self.schema), facts)
         name = part_name(block)
-        if not self.storage.create(f"{self.path}/{name}", data):
-            return None
-        return Part(name, table.num_rows, len(data), hashlib.sha256(data).hexdigest())
+        if self.storage.create(f"{self.path}/{name}", data):
+            return Part(name, table.num_rows, len(data), _checksum(data), counts or {}), True
+        # A lost answer to our own request, tried again, finds our own part there.
+        there, other = self._inspect(name, fingerprint)
+        return there, other == attempt
 
     def finish(self, blocks: int, *, fingerprint: str, facts: dict[str, Any], known: Iterable[Part] = ()) -> Manifest:
-        """Write the manifest over blocks ``0 .. blocks-1``, all of which must be committed.
+        """Write the manifest over blocks ``0 .. blocks-1``, all of which must be committed, and drop the journal.
 
         Args:
-            known: parts that this process saw committed; only the others are read, for their checksums.
+            known: parts that this process saw committed or found in the journal; the others are read.
         """
         by_name = {part.name: part for part in known}
         names = [part_name(block) for block in range(blocks)]
-        with ThreadPoolExecutor(8) as threads:
-            parts = list(threads.map(lambda name: by_name.get(name) or self._inspect(name, fingerprint), names))
-        manifest = Manifest(fingerprint, parts, facts)
+        unknown = [name for name in names if name not in by_name]
+        with ThreadPoolExecutor(_READERS) as threads:
+            by_name.update(
+                (part.name, part) for part, _ in threads.map(lambda n: self._inspect(n, fingerprint), unknown)
+            )
+        manifest = Manifest(fingerprint, [by_name[name] for name in names], facts)
         self.storage.replace(f"{self.path}/{MANIFEST}", manifest.to_json())
+        _parts.cache_clear()
+        for name in self.storage.sizes(f"{self.path}/{JOURNAL}"):
+            self.storage.delete(f"{self.path}/{JOURNAL}/{name}")
         return manifest
 
-    def _inspect(self, name: str, fingerprint: str) -> Part:
+    def _inspect(self, name: str, fingerprint: str) -> tuple[Part, str]:
+        """A committed part from its bytes, and the attempt that wrote it."""
         data = self.storage.read(f"{self.path}/{name}")
         if data is None:
             raise RunFailed(
                 f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again to redo its block."
             )
-        reader = _open(data, f"{self.path}/{name}")
-        found = (reader.schema.metadata or {}).get(b"plad.fingerprint", b"").decode()
-        if found != fingerprint:
+        facts, rows = part_facts(data, f"{self.storage.url}/{self.path}/{name}")
+        if facts.fingerprint != fingerprint:
             raise UserError(
                 f"{self.storage.url}/{self.path}/{name}: made by another config or other inputs "
-                f"(fingerprint {found[:12] or 'none'}, expected {fingerprint[:12]}). Use another run.dir."
+                f"(fingerprint {facts.fingerprint[:12] or 'none'}, expected {fingerprint[:12]}). Use another run.dir."
             )
-        rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
-        return Part(name, rows, len(data), hashlib.sha256(data).hexdigest())
+        return Part(name, rows, len(data), _checksum(data), facts.counts), facts.attempt
 
     # -- reading
 
-    def committed(self) -> set[int]:
-        """Blocks that are committed, from the names alone."""
-        matches = (_PART.fullmatch(name) for name in self.storage.names(self.path))
-        return {int(match[1]) for match in matches if match}
+    def committed(self) -> dict[int, Part | None]:
+        """Every committed block with its part, None where the journal does not know it. Reads names, never rows."""
+        sizes = self.storage.sizes(self.path)
+        known = {part.name: part for part in self._journal()} if f"{JOURNAL}/" in sizes else {}
+        found: dict[int, Part | None] = {}
+        for name, size in sizes.items():
+            if match := _PART.fullmatch(name):
+                part = known.get(name)
+                # Another size than was committed: whatever happened to the part, the journal no longer speaks of it.
+                found[int(match[1])] = part if part is not None and part.bytes == size else None
+        return found
+
+    def _journal(self) -> Iterator[Part]:
+        folder = f"{self.path}/{JOURNAL}"
+        names = sorted(self.storage.sizes(folder))  # by time: a part that was redone is the later one
+        with ThreadPoolExecutor(_READERS) as threads:
+            for data in threads.map(lambda name: self.storage.read(f"{folder}/{name}"), names):
+                for row in json.loads(data or b"[]"):
+                    yield Part(*row)
 
     def manifest(self) -> Manifest | None:
         """The manifest, None while the dataset is not complete."""
@@ -229,42 +179,125 @@ class Dataset:
                 f"{self.storage.url}/{self.path}/{MANIFEST}: not a manifest of this version ({error})"
             ) from None
 
+    def require(self, made_by: str) -> Manifest:
+        """The manifest. Raises :class:`UserError` naming the command that makes the dataset where it is not complete."""
+        manifest = self.manifest()
+        if manifest is None:
+            raise UserError(f"{self.storage.url}/{self.path}: not complete yet; run `plad {made_by}` first")
+        return manifest
+
     def read_block(self, block: int) -> pa.Table:
-        """The rows of one committed block, memory-mapped where the part is a local file."""
-        return self._read_part(part_name(block))
+        """The rows of one block of a complete dataset, memory-mapped where the part is a local file.
+
+        Raises :class:`RunFailed` where the part is not the one that was committed.
+        """
+        return self._read_part(_parts(self)[block])
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of a complete dataset, memory-mapped where it is local. Raises :class:`RunFailed` if incomplete."""
-        manifest = self.manifest()
-        if manifest is None:
-            raise RunFailed(
-                f"{self.storage.url}/{self.path}: not complete, it has no {MANIFEST}. Run the stage that makes it."
-            )
-        tables = [self._read_part(part.name) for part in manifest.parts]
+        with ThreadPoolExecutor(_READERS) as threads:
+            tables = list(threads.map(self._read_part, _parts(self)))
         table = pa.concat_tables(tables) if tables else self.schema.empty_table()
         return table.select(columns) if columns is not None else table
 
-    def _read_part(self, name: str) -> pa.Table:
-        key = f"{self.path}/{name}"
-        if self.storage.local_root is not None:
-            path = self.storage.local_root / key
-            try:
-                source: Any = pa.memory_map(str(path))
-            except FileNotFoundError:
-                raise RunFailed(
-                    f"{path}: missing. Delete {MANIFEST} beside it and run again to redo its block."
-                ) from None
-        else:
-            source = self.storage.read(key)
-            if source is None:
-                raise RunFailed(f"{self.storage.url}/{key}: missing.")
-        table = _open(source, key).read_all()
-        return table.replace_schema_metadata(None)
+    def _read_part(self, part: Part) -> pa.Table:
+        key = f"{self.path}/{part.name}"
+        data = self.storage.view(key)
+        if data is None:
+            raise RunFailed(
+                f"{self.storage.url}/{key}: missing. Delete {MANIFEST} beside it and run again to redo its block."
+            )
+        check_part(part, data, f"{self.storage.url}/{key}")
+        return _open(data, key).read_all().replace_schema_metadata(None)
+
+
+@lru_cache(maxsize=32)
+def _parts(dataset: Dataset) -> list[Part]:
+    """Parts of a complete dataset, which do not change any more."""
+    manifest = dataset.manifest()
+    if manifest is None:
+        raise RunFailed(
+            f"{dataset.storage.url}/{dataset.path}: not complete, it has no {MANIFEST}. Run the stage that makes it."
+        )
+    return manifest.parts
+
+
+class Journal:
+    """Remembers committed parts in storage while a dataset is not complete.
+
+    One writer uses one journal. Losing its last seconds costs a read of the parts in question, nothing else.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        # Sorts by time: what a later writer says of a part holds.
+        self._prefix = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        self._parts: list[Part] = []
+        self._written, self._last = 0, time.monotonic()
+
+    def add(self, part: Part) -> None:
+        """Remember a part that was committed."""
+        self._parts.append(part)
+        if len(self._parts) >= _JOURNAL_PARTS or time.monotonic() - self._last >= _JOURNAL_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self._parts:
+            rows = [[part.name, part.rows, part.bytes, part.xxh3_128, part.counts] for part in self._parts]
+            key = f"{self._dataset.path}/{JOURNAL}/{self._prefix}-{self._written:06d}.json"
+            self._dataset.storage.replace(key, json.dumps(rows).encode())
+            self._written += 1
+            self._parts = []
+        self._last = time.monotonic()
+
+
+# ------------------------------------------------------------------------------------------------------ parts as bytes
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What a part says of its own origin."""
+
+    fingerprint: str
+    attempt: str
+    counts: dict[str, int]
 
 
 def part_name(block: int) -> str:
     """File name of a block's part."""
     return f"part-{block:05d}.arrow"
+
+
+def part_facts(data: Any, name: str) -> tuple[PartFacts, int]:
+    """Origin and rows of a part from its bytes. Raises :class:`RunFailed` where it is no whole Arrow file."""
+    reader = _open(data, name)
+    metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+    try:
+        rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
+        counts = json.loads(metadata.get("plad.counts", "{}"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(name, error) from None
+    return PartFacts(metadata.get("plad.fingerprint", ""), metadata.get("plad.attempt", ""), counts), rows
+
+
+def check_part(part: Part, data: Any, name: str) -> None:
+    """Raise :class:`RunFailed` unless the bytes are those that the manifest lists."""
+    if len(data) != part.bytes:
+        raise _damaged(name, f"it has {len(data):,} bytes, {part.bytes:,} were committed")
+    if _checksum(data) != part.xxh3_128:
+        raise _damaged(name, "its checksum is not that of the manifest")
+
+
+def _damaged(name: str, reason: object) -> RunFailed:
+    return RunFailed(
+        f"{name}: damaged: {reason}. Nothing was overwritten. Delete it and the {MANIFEST} beside it, then run again: its "
+        "block alone is redone."
+    )
+
+
+def _checksum(data: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _encode(table: pa.Table, facts: dict[str, str]) -> bytes:
@@ -276,10 +309,8 @@ def _encode(table: pa.Table, facts: dict[str, str]) -> bytes:
     return sink.getvalue()
 
 
-def _open(source: Any, name: str) -> Any:
+def _open(data: Any, name: str) -> Any:
     try:
-        return pa.ipc.open_file(source)
-    except pa.ArrowInvalid as error:
-        raise RunFailed(
-            f"{name}: damaged, not a readable Arrow file ({error}). Delete it and the {MANIFEST} beside it, then run again."
-        ) from None
+        return pa.ipc.open_file(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(name, f"not a readable Arrow file ({error})") from None

@@ -65,8 +65,8 @@ def _build(config: Config, run: RunDir, which: str, progress: Progress) -> dict[
         counts += block_counts
         if block not in committed:
             table = pa.Table.from_pylist(rows, schema=PAIRS)
-            part = output.commit(block, table, fingerprint=made_of, attempt=attempt)
-            known += [part] if part else []
+            part, _ = output.commit(block, table, fingerprint=made_of, attempt=attempt)
+            known.append(part)
         progress.advance(1)
     facts = pair_facts(counts)
     if not facts["pairs"]:

@@ -24,7 +24,13 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False) -> None
     load_deepspeed(config.training.deepspeed)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
         check_engine_args(wanted.engine, f"sampling.{role}.engine")
-    for model in (config.teacher, config.student):
+    for name, teacher in config.teachers.items():
+        if teacher.sampling:
+            check_engine_args(teacher.sampling.engine, f"teachers.{name}.sampling.engine")
+    models = {
+        f"teachers.{name}" if config.teachers else name: teacher for name, teacher in config.all_teachers().items()
+    }
+    for model in (*models.values(), config.student):
         if model.path is not None:
             check_local_model(model.path)
     if train_prompts(run.storage).manifest() is not None:
@@ -32,13 +38,16 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False) -> None
     for source in (config.prompts.source, config.prompts.heldout):
         if isinstance(source, FilesSource):
             check_files(source, all_rows=all_rows)
-    for role, model in (("teacher", config.teacher), ("student", config.student)):
-        _check_model(role, model, trained=role == "student" or config.training.teacher is not None)
+    for name, teacher in models.items():
+        _check_model(name, teacher, trained=config.training.teacher is not None)
+    _check_model("student", config.student, trained=True)
 
 
 def _check_model(role: str, model: Model, *, trained: bool) -> None:
     from plad_dist.training.policy import check_trainable
 
+    if model.endpoint is not None:
+        return
     if model.scratch is not None:
         from plad_dist.training.scratch import check_architecture
 

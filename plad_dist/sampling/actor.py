@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from plad_dist.config import Model
 from plad_dist.data.schemas import SAMPLES
-from plad_dist.data.store import Storage
+from plad_dist.data.storage import Storage
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.sampling.engine import Completion, Engine, RefusedPromptError, root_cause
@@ -88,12 +88,12 @@ class Sampler:
         )
         rows = [_row_or_raise(answer) for answer in answers]
         table = pa.Table.from_pylist(rows, schema=SAMPLES)
-        part = await asyncio.to_thread(
+        part, first = await asyncio.to_thread(
             job.dataset(self._storage).commit, block, table, fingerprint=job.fingerprint, attempt=attempt
         )
         errors = [row["error"] for row in rows if row["error"] is not None]
         return BlockResult(
-            part=part,
+            part=part if first else None,
             rows=len(rows),
             errors=len(errors),
             first_error=errors[0] if errors else None,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from plad_dist.config import Decoding, Model
 from plad_dist.data.prompts import PROMPTS
 from plad_dist.data.schemas import SAMPLES
-from plad_dist.data.store import Dataset, Part, Storage
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset, Part
 
 
 @dataclass(frozen=True)

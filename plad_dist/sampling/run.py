@@ -14,7 +14,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from plad_dist.config import Cluster, Config, Sampling
-from plad_dist.data.store import Part, Storage
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Part
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.progress import Progress
 from plad_dist.sampling.actor import EngineDiedError, Sampler

@@ -75,12 +75,24 @@ def system_decodings(config: Config, system: str) -> dict[str, Decoding]:
 
 
 def _role(config: Config, role: str) -> tuple[Model, RoleSampling]:
-    return (config.teacher, config.sampling.teacher) if role == "teacher" else (config.student, config.sampling.student)
+    return (
+        (config.trained("teacher"), config.sampling.teacher)
+        if role == "teacher"
+        else (config.student, config.sampling.student)
+    )
 
 
 def _fleet(config: Config, role: str, path: str, jobs: list[SamplingJob]) -> Fleet:
     settings, wanted = _role(config, role)
-    return Fleet(role, settings, path, tuple(jobs), dict(wanted.engine), wanted.replicas, wanted.cpus)
+    return Fleet(
+        role,
+        settings,
+        path,
+        tuple(jobs),
+        dict(wanted.engine),
+        1 if wanted.replicas == "auto" else wanted.replicas,
+        wanted.cpus,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from plad_dist.config import Model
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import PAIRS, SAMPLES
-from plad_dist.data.store import Dataset, Storage
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batching import Group

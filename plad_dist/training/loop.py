@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from plad_dist.config import Model, Optimizer, Phase
 from plad_dist.data.models import load_model_config
-from plad_dist.data.store import Storage
+from plad_dist.data.storage import Storage
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoints import Checkpoints, TrainState
 from plad_dist.training.export import export_model

@@ -33,7 +33,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     """
     training = config.training
     role = "teacher" if name == TEACHER else "student"
-    settings = config.teacher if role == "teacher" else config.student
+    settings = config.trained(role)
     phase = _phase(name, config)
     calibrates = name in (ROUND_PHASE, SEQKD)
     start = run.student(config) if calibrates else _first_model(role, settings, config, run)

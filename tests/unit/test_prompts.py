@@ -13,7 +13,7 @@ import pytest
 from plad_dist.config import FilesSource
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import load_prompts, prepare, read_files, train_prompts
-from plad_dist.data.store import Storage
+from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
 from tests.conftest import write_prompts
 

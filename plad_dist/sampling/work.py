@@ -1,0 +1,88 @@
+"""What the fleet driver knows of the actors that do blocks, and of the jobs that they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset, Part
+
+
+class BlockJob(Protocol):
+    """One dataset to be made, a block at a time. Plain values: it travels to the actors."""
+
+    @property
+    def output(self) -> str:
+        """Path of the dataset in the run directory."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the rows."""
+
+    @property
+    def block_units(self) -> Sequence[int]:
+        """Units of progress (samples, prompts) in each block."""
+
+    def dataset(self, storage: Storage) -> Dataset:
+        """The dataset that is made."""
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What earlier attempts at a block found out.
+
+    Attributes:
+        suspects: rows of the block that were under way when an engine died of the block.
+        poison: error by row, for rows that are known to kill the engine: they are not tried again.
+    """
+
+    suspects: tuple[int, ...] = ()
+    poison: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What an actor did for one block.
+
+    Attributes:
+        part: the block's committed part.
+        first: this attempt committed it; otherwise another had been first.
+    """
+
+    part: Part
+    first: bool
+    seconds: float
+    first_error: str | None = None
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A sign of life of an actor.
+
+    Attributes:
+        finished: units that it finished in its life; it stalls when this no longer grows.
+        in_flight: units under way.
+        retries: requests that it tried again in its life.
+    """
+
+    finished: int
+    in_flight: int
+    retries: int = 0
+
+
+class BlockWorker(Protocol):
+    """An actor that does blocks, many at a time."""
+
+    async def start(self) -> str | None:
+        """Get ready. Returns what the user must mend, None where all is well."""
+
+    async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:
+        """Do one block and commit its part."""
+
+    async def beat(self) -> Beat:
+        """A sign of life."""
+
+    async def stop(self) -> None:
+        """Give back everything before the actor ends."""
