@@ -129,6 +129,21 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run
 
 
 @app.command()
+def verify(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory: path or URI.")]) -> None:
+    """Check every part of a run against its manifest: missing, surplus, truncated, altered. Reads every byte."""
+    from plad_dist.verify import verify as check
+    from plad_dist.verify import verify_table
+
+    checked, problems = check(run_dir)
+    _print(verify_table(run_dir, checked))
+    problems = [f"{item.path}: {problem}" for item in checked for problem in item.problems] + problems
+    if problems:
+        lines = "\n  ".join(problems)
+        raise RunFailed(f"{run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {lines}")
+    typer.echo(f"{run_dir}: nothing is wrong")
+
+
+@app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config and the inputs that it names, without starting or writing anything."""
     from plad_dist.planning.preflight import check_inputs

@@ -71,7 +71,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
         yield sample("sample teacher", ("teacher",))
     yield from train(TEACHER, WARMUP)
     yield sample("sample", ("teacher", "student"))
-    yield Step("pair", "pair", lambda: is_paired(run), lambda: _pair(config, run, progress), needs_ray=False)
+    yield Step("pair", "pair", lambda: is_paired(run), lambda: _pair(config, run, progress))
     yield from train(ROUND_PHASE, SEQKD)
     yield Step("evaluate", "evaluate", lambda: is_evaluated(config, run), lambda: _evaluate(config, run, progress))
     yield Step(
@@ -87,7 +87,7 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
         RunFailed: a stage failed; what it committed is kept.
     """
     run = RunDir.of(config)
-    check_inputs(config, run)
+    check_inputs(config, run, command=command)
     run = open_run(config)
     log_to_run(run)
     progress = Progress()

@@ -49,6 +49,10 @@ class Progress:
             self._show()
             self.end_line()
 
+    def note(self, text: str) -> None:
+        """What is shown beside the count."""
+        self._note = f", {text}" if text else ""
+
     def tick(self) -> None:
         """Show the state if it is time to."""
         if time.monotonic() - self._last >= self._every:

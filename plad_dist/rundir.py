@@ -211,8 +211,7 @@ def _has_begun(key: str, run: RunDir) -> bool:
     parts = key.split(".")
     sections = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     first = next((_FIRST_READER[section] for section in sections if section in _FIRST_READER), 0)
-    root = run.root
-    return any((root / path).exists() for stage in _STAGES[first:] for path in stage)
+    return any(run.storage.holds(path) for stage in _STAGES[first:] for path in stage)
 
 
 def log_to_run(run: RunDir) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
+from collections.abc import Sequence
 
 from rich.table import Table
 
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import model_marker
+from plad_dist.data.models import MARKER
 from plad_dist.data.prompts import heldout_prompts, train_prompts
-from plad_dist.data.store import Dataset
+from plad_dist.data.store import Dataset, Part
 from plad_dist.evaluation.stage import METRICS, REPORT, systems_of
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
-from plad_dist.sampling.stage import system_decodings
+from plad_dist.sampling.stage import rows_by_block, system_decodings
 
 
 def status_table(path: str) -> Table:
@@ -27,30 +26,54 @@ def status_table(path: str) -> Table:
         table.add_row(*_dataset_row(dataset))
     for phase in phase_names(config):
         table.add_row(*_phase_row(phase, run))
+    blocks = _blocks(train_prompts(run.storage), config.sampling.limit)
     for dataset in [run.samples("teacher"), run.samples("student"), run.pairs()]:
-        table.add_row(*_dataset_row(dataset))
+        table.add_row(*_dataset_row(dataset, blocks))
+    heldout = _blocks(heldout_prompts(run.storage), config.evaluation.limit)
     for system in systems_of(config):
         for name in system_decodings(config, system):
-            table.add_row(*_dataset_row(run.system_samples(system, name)))
+            table.add_row(*_dataset_row(run.system_samples(system, name), heldout))
     for key in (METRICS, REPORT):
         table.add_row(key, "complete" if run.storage.read(key) is not None else "-", "")
     return table
 
 
-def _dataset_row(dataset: Dataset) -> tuple[str, str, str]:
+def _blocks(prompts: Dataset, limit: int | None) -> int | None:
+    """How many blocks are sampled, None while the prompts are not complete."""
+    manifest = prompts.manifest()
+    return len(rows_by_block(manifest, limit)) if manifest else None
+
+
+def _dataset_row(dataset: Dataset, blocks: int | None = None) -> tuple[str, str, str]:
     manifest = dataset.manifest()
     if manifest is not None:
-        return dataset.path, "complete", f"{manifest.rows:,} rows in {len(manifest.parts)} parts"
-    parts = len(dataset.committed())
-    return dataset.path, "begun" if parts else "-", f"{parts} parts" if parts else ""
+        return dataset.path, "complete", f"{manifest.rows:,} rows in {_progress(len(manifest.parts), manifest.parts)}"
+    parts = dataset.committed()
+    known = [part for part in parts.values() if part]
+    if not parts:
+        return dataset.path, "-", ""
+    return dataset.path, "begun", _progress(len(parts), known, blocks)
+
+
+def _progress(parts: int, known: Sequence[Part], blocks: int | None = None) -> str:
+    """Parts, and what their counts say."""
+    counts = {name: sum(part.counts.get(name, 0) for part in known) for name in ("tokens", "errors", "cost_micros")}
+    told = [
+        f"{parts:,} of {blocks:,} parts" if blocks else f"{parts:,} parts",
+        f"{counts['tokens']:,} tokens" if counts["tokens"] else "",
+        f"{counts['errors']:,} error rows" if counts["errors"] else "",
+        f"cost {counts['cost_micros'] / 1e6:,.2f}" if counts["cost_micros"] else "",
+    ]
+    return ", ".join(filter(None, told))
 
 
 def _phase_row(phase: str, run: RunDir) -> tuple[str, str, str]:
-    marker = model_marker(run.model(phase))
+    marker = run.storage.read_json(f"models/{phase}/{MARKER}")
     if marker is not None:
         return f"models/{phase}", "complete", f"{marker['facts']['step']:,} steps"
-    latest = run.root / "checkpoints" / phase / "latest.json"
-    if not latest.is_file():
-        return f"models/{phase}", "-", ""
-    when = datetime.fromtimestamp(latest.stat().st_mtime).strftime("%H:%M:%S")
-    return f"models/{phase}", "begun", f"checkpoint of step {json.loads(latest.read_bytes())['step']:,}, written {when}"
+    latest = run.storage.read_json(f"checkpoints/{phase}/latest.json")
+    return (
+        (f"models/{phase}", "begun", f"checkpoint of step {latest['step']:,}")
+        if latest
+        else (f"models/{phase}", "-", "")
+    )

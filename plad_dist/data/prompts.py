@@ -1,38 +1,36 @@
-"""Stage `prepare`: prompts from their source into the run directory, training and held-out rows apart."""
+"""Stage `prepare`: prompts from their source into the run directory, training and held-out rows apart, as a stream.
+
+Blocks are committed as they fill. A second attempt reads the sources again and compares: what is committed already must
+be what it would write.
+"""
 
 from __future__ import annotations
 
-import csv
-import glob
 import hashlib
 import json
+import logging
+import time
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from collections import Counter, deque
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from plad_dist.config import Config, FilesSource, PythonFunctionsSource, fingerprint
-from plad_dist.data.harvest import NamedFunction, harvest
+from plad_dist.config import Config, PythonFunctionsSource, fingerprint, is_operational
+from plad_dist.data.files import expand, local_bytes
 from plad_dist.data.schemas import PROMPTS
+from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
+from plad_dist.data.sources import FilesSource, Prompt, read_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
+from plad_dist.data.store import Dataset, Manifest, Part, part_facts, part_name
 from plad_dist.errors import UserError
 
-ROLES = ("system", "user", "assistant", "tool")
+logger = logging.getLogger("plad")
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One row of the prompts dataset."""
-
-    prompt_id: str
-    messages: list[dict[str, str]]
-    reference: str | None
-    meta: dict[str, Any]
+_READ_FIRST_BYTES = 256 << 20
+_SAY_EVERY_S = 30.0
 
 
 def train_prompts(storage: Storage) -> Dataset:
@@ -46,27 +44,168 @@ def heldout_prompts(storage: Storage) -> Dataset:
 
 
 def prepare(config: Config, storage: Storage) -> dict[str, int]:
-    """Write both prompt datasets and return their row counts. Raises :class:`UserError` for bad prompts."""
-    datasets = (train_prompts(storage), heldout_prompts(storage))
-    if not all(dataset.manifest() for dataset in datasets):
-        for dataset, rows in zip(datasets, load_prompts(config), strict=True):
-            # Of the rows themselves: a source that changed since a first attempt must not be mixed with it.
-            made_of = fingerprint([config.prompts.block_size, [[row.prompt_id, row.reference] for row in rows]])
-            _write(dataset, rows, config.prompts.block_size, made_of)
-    manifests = [dataset.manifest() for dataset in datasets]
-    return {name: manifest.rows for name, manifest in zip(("train", "heldout"), manifests, strict=True) if manifest}
+    """Write both prompt datasets and return their row counts.
+
+    The manifests' `facts` hold `content`, the SHA-256 of (prompt_id, reference, teacher) of all rows in order, the counts
+    of `duplicates`, `over_long` and `truncated` prompts, and those `dropped` by reason.
+
+    Raises:
+        UserError: for bad prompts, and for sources that are not what they were when the run began.
+    """
+    datasets = {TRAIN: train_prompts(storage), HELDOUT: heldout_prompts(storage)}
+    if not all(dataset.manifest() for dataset in datasets.values()):
+        _write(config, datasets)
+    manifests = {name: dataset.manifest() for name, dataset in datasets.items()}
+    return {name: manifest.rows for name, manifest in manifests.items() if manifest}
 
 
-def _write(dataset: Dataset, rows: list[Prompt], block_size: int, made_of: str) -> None:
-    attempt, done, known = uuid.uuid4().hex, dataset.committed(), []
-    blocks = range(0, len(rows), block_size)
-    for block, start in enumerate(blocks):
-        if block not in done:
-            part, _ = dataset.commit(
-                block, _table(rows[start : start + block_size]), fingerprint=made_of, attempt=attempt
+def _write(config: Config, datasets: dict[str, Dataset]) -> None:
+    writers = {name: _Writer(dataset, config) for name, dataset in datasets.items()}
+    # A bad row may be the last one of a terabyte, so rows are committed before all are read. Files that are soon read are
+    # read twice instead: what is wrong with them is said before anything is written, and may be mended in the config.
+    if not any(writer.resumed for writer in writers.values()) and _is_soon_read(config):
+        check_prompts(config, all_rows=True)
+    selection, last = Selection(config), time.monotonic()
+    for name, prompt in selection:
+        writers[name].add(prompt)
+        if time.monotonic() - last > _SAY_EVERY_S:
+            last = time.monotonic()
+            logger.info(
+                "prepare: %s prompts so far", f"{sum(counts['rows'] for counts in selection.counts.values()):,}"
             )
-            known.append(part)
-    dataset.finish(len(blocks), fingerprint=made_of, facts={}, known=known)
+    for name, writer in writers.items():
+        writer.finish(selection.counts[name])
+    if said := selection.summary():
+        logger.info("prompts: %s", said)
+
+
+def _is_soon_read(config: Config) -> bool:
+    total = 0
+    for key, source in _sources(config):
+        size = local_bytes(expand(source.paths, key)) if isinstance(source, FilesSource) else None
+        if size is None:
+            return False
+        total += size
+    return total <= _READ_FIRST_BYTES
+
+
+def _sources(config: Config) -> list[tuple[str, Any]]:
+    named = [("prompts.source", config.prompts.source), ("prompts.heldout", config.prompts.heldout)]
+    return [(key, source) for key, source in named if source is not None]
+
+
+def check_prompts(config: Config, *, all_rows: bool) -> None:
+    """Raise the errors of :func:`prepare` without writing anything.
+
+    Args:
+        all_rows: read all rows; otherwise the first of each source. Python functions are not harvested for it.
+    """
+    Router(config)
+    if all_rows and not isinstance(config.prompts.source, PythonFunctionsSource):
+        _exhaust(Selection(config))
+        return
+    for key, source in _sources(config):
+        if not isinstance(source, PythonFunctionsSource):
+            _exhaust(islice(read_prompts(source, key), None if all_rows else 1))
+
+
+def _exhaust(rows: Iterable[Any]) -> None:
+    deque(rows, maxlen=0)
+
+
+def teacher_blocks(manifest: Manifest) -> dict[str, list[int]]:
+    """The blocks of each teacher that has some; all are `teacher`'s where there is a single one."""
+    blocks: dict[str, list[int]] = {}
+    for block, part in enumerate(manifest.parts):
+        names = [name.removeprefix("teacher.") for name in part.counts if name.startswith("teacher.")]
+        blocks.setdefault(names[0] if names else "teacher", []).append(block)
+    return blocks
+
+
+def _made_of(config: Config) -> str:
+    """Fingerprint of what decides which rows are taken from the sources, and how. Their content is in the facts."""
+    prompts = {
+        key: value for key, value in config.flat().items() if key.startswith("prompts.") and not is_operational(key)
+    }
+    teachers = {name: [teacher.share, teacher.filter] for name, teacher in config.teachers.items()}
+    return fingerprint([prompts, config.run.seed, teachers])
+
+
+class _Writer:
+    """Writes one dataset block by block.
+
+    A block has the prompts of one teacher. Blocks are numbered in the order in which they are full, those that are left
+    at the end in the order in which they were begun.
+    """
+
+    def __init__(self, dataset: Dataset, config: Config) -> None:
+        self._dataset, self._block_size, self._made_of = dataset, config.prompts.block_size, _made_of(config)
+        self._attempt = uuid.uuid4().hex
+        self._there = dataset.committed().keys()
+        self._open: dict[str | None, list[Prompt]] = {}
+        self._known: list[Part] = []
+        self._blocks = 0
+        self._content = hashlib.sha256()
+
+    @property
+    def resumed(self) -> bool:
+        """Whether something was committed by an earlier attempt."""
+        return bool(self._there)
+
+    def add(self, prompt: Prompt) -> None:
+        rows = self._open.setdefault(prompt.teacher, [])
+        rows.append(prompt)
+        if len(rows) == self._block_size:
+            self._commit(prompt.teacher)
+
+    def finish(self, counts: Counter[str]) -> None:
+        for teacher in list(self._open):
+            self._commit(teacher)
+        if beyond := [block for block in self._there if block >= self._blocks]:
+            raise self._changed(min(beyond))
+        facts = {name: counts[name] for name in ("duplicates", "over_long", "truncated")}
+        dropped = {name.removeprefix("dropped."): n for name, n in counts.items() if n and name.startswith("dropped.")}
+        self._dataset.finish(
+            self._blocks,
+            fingerprint=self._made_of,
+            facts={"content": self._content.hexdigest(), **facts, "dropped": dropped},
+            known=self._known,
+        )
+
+    def _commit(self, teacher: str | None) -> None:
+        rows, block = self._open.pop(teacher), self._blocks
+        self._blocks += 1
+        for row in rows:
+            self._content.update(json.dumps([row.prompt_id, row.reference, row.teacher]).encode() + b"\n")
+        table = _table(rows)
+        if block not in self._there:
+            part, first = self._dataset.commit(
+                block,
+                table,
+                fingerprint=self._made_of,
+                attempt=self._attempt,
+                counts={} if teacher is None else {f"teacher.{teacher}": len(rows)},
+            )
+            self._known.append(part)
+            if first:
+                return
+        if not self._is_committed(block, table):
+            raise self._changed(block)
+
+    def _is_committed(self, block: int, table: pa.Table) -> bool:
+        """Whether the rows of a committed block are those of a table."""
+        key = f"{self._dataset.path}/{part_name(block)}"
+        data = self._dataset.storage.view(key)
+        facts, _ = part_facts(data, f"{self._dataset.storage.url}/{key}")
+        return facts.fingerprint == self._made_of and bool(
+            pa.ipc.open_file(pa.BufferReader(data)).read_all().equals(table)
+        )
+
+    def _changed(self, block: int) -> UserError:
+        return UserError(
+            f"{self._dataset.storage.url}/{self._dataset.path}/{part_name(block)}: holds other rows than the prompt sources "
+            "give now: they, or the config, changed since the run began. Restore them, or use another run.dir."
+        )
 
 
 def _table(rows: list[Prompt]) -> pa.Table:
@@ -74,189 +213,9 @@ def _table(rows: list[Prompt]) -> pa.Table:
         [row.prompt_id for row in rows],
         [row.messages for row in rows],
         [row.reference for row in rows],
-        [json.dumps(row.meta, sort_keys=True) for row in rows],
+        [json.dumps(row.meta, sort_keys=True, default=str) for row in rows],
+        [row.teacher for row in rows],
     ]
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, PROMPTS, strict=True)], schema=PROMPTS
     )
-
-
-def load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts) of the config's source. Raises :class:`UserError` for bad rows."""
-    source, seed = config.prompts.source, config.run.seed
-    if isinstance(source, PythonFunctionsSource):
-        train, heldout = (
-            [_from_function(item, index) for index, item in enumerate(rows)] for rows in harvest(source, seed)
-        )
-    else:
-        train = list(read_files(cast(FilesSource, source)))
-        if config.prompts.heldout is None:
-            share = config.prompts.heldout_fraction
-            heldout = [prompt for prompt in train if _unit_hash(seed, prompt.prompt_id) < share]
-            train = [prompt for prompt in train if _unit_hash(seed, prompt.prompt_id) >= share]
-        else:
-            heldout = []
-    if config.prompts.heldout is not None:
-        heldout = list(read_files(cast(FilesSource, config.prompts.heldout)))
-        held = {content_key(prompt.messages) for prompt in heldout}
-        train = [prompt for prompt in train if content_key(prompt.messages) not in held]
-    if not train:
-        raise UserError("prompts.source: no training prompts are left; give more rows or a smaller heldout_fraction")
-    if not heldout:
-        raise UserError(
-            "prompts: no held-out prompts, so nothing could be evaluated; set prompts.heldout, or a larger heldout_fraction"
-        )
-    return train, heldout
-
-
-def _from_function(item: NamedFunction, index: int) -> Prompt:
-    messages = [{"role": "user", "content": item.description}]
-    return Prompt(prompt_id("python_functions", index, messages), messages, item.name, {"package": item.package})
-
-
-def prompt_id(source: str, row: int, messages: list[dict[str, str]]) -> str:
-    """Stable name of a prompt: a hash of its source, row and content."""
-    return hashlib.sha256(f"{source}\0{row}\0{content_key(messages)}".encode()).hexdigest()[:24]
-
-
-def content_key(messages: list[dict[str, str]]) -> str:
-    """Canonical text of a conversation, equal for equal content."""
-    return json.dumps([[message["role"], message["content"]] for message in messages], ensure_ascii=False)
-
-
-def _unit_hash(seed: int, name: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8]) / 2**64
-
-
-# ------------------------------------------------------------------------------------------------------ prompt files
-
-
-def read_files(source: FilesSource) -> Iterator[Prompt]:
-    """Prompts of a `files` source, in order. Raises :class:`UserError` naming the file and row of what is wrong."""
-    for path in _expand(source.paths):
-        empty = True
-        for row, where, record in _records(path):
-            empty = False
-            messages = _messages(record, source, where)
-            reference = _reference(record, source, where)
-            yield Prompt(prompt_id(path.name, row, messages), messages, reference, {"source": path.name, "row": row})
-        if empty:
-            raise UserError(f"{path}: no prompts in it; expected one row a prompt")
-
-
-def check_files(source: FilesSource, *, all_rows: bool) -> None:
-    """Raise :class:`UserError` for files that are not there, are empty, or whose rows (or first row) are wrong."""
-    for _ in read_files(source):
-        if not all_rows:
-            return
-
-
-def _expand(patterns: list[str]) -> list[Path]:
-    paths: list[Path] = []
-    for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        if not found:
-            raise UserError(f"prompts.source.paths: no file matches {pattern!r}")
-        paths += [Path(item) for item in found]
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such prompts file")
-    return paths
-
-
-def _records(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """(row, place for messages, record) of a file, by its suffix."""
-    match path.suffix.lower():
-        case ".jsonl" | ".json":
-            yield from _json_lines(path)
-        case ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                try:
-                    for row, record in enumerate(csv.DictReader(file)):
-                        yield row, f"{path}: row {row}", record
-                except (UnicodeDecodeError, csv.Error) as error:
-                    raise UserError(f"{path}: not a readable UTF-8 CSV file: {error}") from None
-        case ".parquet" | ".arrow":
-            try:
-                table = pq.read_table(path) if path.suffix == ".parquet" else _read_arrow(path)
-                for row, record in enumerate(_rows(table)):
-                    yield row, f"{path}: row {row}", record
-            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: not a readable {path.suffix[1:]} file: {error}") from None
-        case suffix:
-            raise UserError(f"{path}: unknown kind {suffix!r}; expected .jsonl, .parquet, .arrow or .csv")
-
-
-def _read_arrow(path: Path) -> pa.Table:
-    """An Arrow file in either IPC format; `datasets` writes the stream format."""
-    source = pa.memory_map(str(path))
-    try:
-        return pa.ipc.open_file(source).read_all()
-    except pa.ArrowInvalid:
-        source.seek(0)
-        return pa.ipc.open_stream(source).read_all()
-
-
-def _rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=1024):
-        yield from batch.to_pylist()
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for row, line in enumerate(file):
-            if not line.strip():
-                continue
-            where = f"{path}:{row + 1}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{where}: not valid JSON: {error}") from None
-            if "\\ud" in str(line).lower() and not _is_unicode(record):
-                raise UserError(f"{where}: holds half of a surrogate pair, which is no Unicode text")
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            yield row, where, record
-
-
-def _is_unicode(record: Any) -> bool:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _messages(record: dict[str, Any], source: FilesSource, where: str) -> list[dict[str, str]]:
-    if source.messages_column is None:
-        text = _column(record, source.prompt_column, "prompt_column", where)
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: {source.prompt_column!r}: expected a non-empty string, got {text!r:.60}")
-        return [{"role": "user", "content": text}]
-    messages = _column(record, source.messages_column, "messages_column", where)
-    expected = f"{where}: {source.messages_column!r}: expected a non-empty list of {{role, content}}"
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{expected}, got {messages!r:.60}")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"{expected}, got an item {message!r:.60}")
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where}: role {message.get('role')!r}: expected one of {', '.join(ROLES)}")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _reference(record: dict[str, Any], source: FilesSource, where: str) -> str | None:
-    if source.reference_column is None:
-        return None
-    reference = _column(record, source.reference_column, "reference_column", where)
-    if reference is not None and not isinstance(reference, str):
-        raise UserError(f"{where}: {source.reference_column!r}: expected a string or null, got {reference!r:.60}")
-    return reference
-
-
-def _column(record: dict[str, Any], name: str, key: str, where: str) -> Any:
-    if name not in record:
-        raise UserError(
-            f"{where}: no column {name!r}; it has {', '.join(sorted(record)) or 'none'}. Set prompts.source.{key}."
-        )
-    return record[name]

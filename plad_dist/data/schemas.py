@@ -14,6 +14,7 @@ PROMPTS = pa.schema(
         ),
         pa.field("reference", pa.string()),
         pa.field("meta", pa.string()),
+        pa.field("teacher", pa.string()),  # which of several teachers answers it; null where there is one
     ]
 )
 

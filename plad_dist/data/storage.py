@@ -54,7 +54,7 @@ class Storage:
         try:
             return from_url(self.url)
         except BaseError as error:
-            raise UserError(f"run.dir: {self.url}: {_reason(error)}") from None
+            raise UserError(f"run.dir: {self.url}: {reason(error)}") from None
 
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
@@ -146,7 +146,7 @@ class Storage:
                 )
             obstore.delete(self._store, key)
         except (BaseError, OSError) as error:
-            raise UserError(f"run.dir: {self.url}: cannot be written: {_reason(error)}") from None
+            raise UserError(f"run.dir: {self.url}: cannot be written: {reason(error)}") from None
 
     @contextmanager
     def _explained(self, key: str, done: str) -> Iterator[None]:
@@ -154,11 +154,11 @@ class Storage:
             yield
         except (BaseError, OSError) as error:
             raise RunFailed(
-                f"{self.url}/{key}: cannot be {done}: {_reason(error)}. What is committed is kept; run again when it can be."
+                f"{self.url}/{key}: cannot be {done}: {reason(error)}. What is committed is kept; run again when it can be."
             ) from None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The innermost cause that a store gives, on one line."""
     text = " ".join(str(error).split())
     for inner in re.findall(r'(?:message|kind): "?([^,"{}]+)', text):

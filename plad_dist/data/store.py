@@ -16,9 +16,9 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -73,7 +73,13 @@ class Manifest:
         return sum(part.counts.get(name, 0) for part in self.parts)
 
     def to_json(self) -> bytes:
-        return json.dumps({"version": 2, "rows": self.rows, **asdict(self)}, indent=1).encode()
+        """One line for each part: quick to write and read where there are hundreds of thousands."""
+        head = {"version": 2, "rows": self.rows, "fingerprint": self.fingerprint, "facts": self.facts}
+        lines = [json.dumps({name: getattr(part, name) for name in Part.__slots__}) for part in self.parts]
+        return (json.dumps(head)[:-1] + ', "parts": [\n' + ",\n".join(lines) + "\n]}\n").encode()
+
+
+Facts = dict[str, Any] | Callable[[Sequence[Part]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,11 @@ class Dataset:
         there, other = self._inspect(name, fingerprint)
         return there, other == attempt
 
-    def finish(self, blocks: int, *, fingerprint: str, facts: dict[str, Any], known: Iterable[Part] = ()) -> Manifest:
+    def finish(self, blocks: int, *, fingerprint: str, facts: Facts, known: Iterable[Part] = ()) -> Manifest:
         """Write the manifest over blocks ``0 .. blocks-1``, all of which must be committed, and drop the journal.
 
         Args:
+            facts: or a function that makes them of all parts; where it raises, nothing is written.
             known: parts that this process saw committed or found in the journal; the others are read.
         """
         by_name = {part.name: part for part in known}
@@ -123,14 +130,23 @@ class Dataset:
             by_name.update(
                 (part.name, part) for part, _ in threads.map(lambda n: self._inspect(n, fingerprint), unknown)
             )
-        manifest = Manifest(fingerprint, [by_name[name] for name in names], facts)
+        parts = [by_name[name] for name in names]
+        manifest = Manifest(fingerprint, parts, facts(parts) if callable(facts) else facts)
         self.storage.replace(f"{self.path}/{MANIFEST}", manifest.to_json())
         _parts.cache_clear()
         for name in self.storage.sizes(f"{self.path}/{JOURNAL}"):
             self.storage.delete(f"{self.path}/{JOURNAL}/{name}")
         return manifest
 
-    def _inspect(self, name: str, fingerprint: str) -> tuple[Part, str]:
+    def committed_parts(self) -> dict[int, Part]:
+        """Every committed block with its part. Reads the parts that the journal does not know."""
+        found = self.committed()
+        unknown = [block for block, part in found.items() if part is None]
+        with ThreadPoolExecutor(_READERS) as threads:
+            read = threads.map(lambda block: self._inspect(part_name(block))[0], unknown)
+            return {block: part for block, part in found.items() if part} | dict(zip(unknown, read, strict=True))
+
+    def _inspect(self, name: str, fingerprint: str | None = None) -> tuple[Part, str]:
         """A committed part from its bytes, and the attempt that wrote it."""
         data = self.storage.read(f"{self.path}/{name}")
         if data is None:
@@ -138,7 +154,7 @@ class Dataset:
                 f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again to redo its block."
             )
         facts, rows = part_facts(data, f"{self.storage.url}/{self.path}/{name}")
-        if facts.fingerprint != fingerprint:
+        if fingerprint is not None and facts.fingerprint != fingerprint:
             raise UserError(
                 f"{self.storage.url}/{self.path}/{name}: made by another config or other inputs "
                 f"(fingerprint {facts.fingerprint[:12] or 'none'}, expected {fingerprint[:12]}). Use another run.dir."
@@ -147,25 +163,30 @@ class Dataset:
 
     # -- reading
 
-    def committed(self) -> dict[int, Part | None]:
-        """Every committed block with its part, None where the journal does not know it. Reads names, never rows."""
+    def committed(self, fingerprint: str | None = None) -> dict[int, Part | None]:
+        """Every committed block with its part, None where the journal does not know it. Reads names, never rows.
+
+        Args:
+            fingerprint: what the journal says of parts made of anything else is not believed.
+        """
         sizes = self.storage.sizes(self.path)
-        known = {part.name: part for part in self._journal()} if f"{JOURNAL}/" in sizes else {}
+        known = {part.name: part for part in self._journal(fingerprint)} if f"{JOURNAL}/" in sizes else {}
         found: dict[int, Part | None] = {}
         for name, size in sizes.items():
-            if match := _PART.fullmatch(name):
+            if (block := part_block(name)) is not None:
                 part = known.get(name)
                 # Another size than was committed: whatever happened to the part, the journal no longer speaks of it.
-                found[int(match[1])] = part if part is not None and part.bytes == size else None
+                found[block] = part if part is not None and part.bytes == size else None
         return found
 
-    def _journal(self) -> Iterator[Part]:
+    def _journal(self, fingerprint: str | None) -> Iterator[Part]:
         folder = f"{self.path}/{JOURNAL}"
         names = sorted(self.storage.sizes(folder))  # by time: a part that was redone is the later one
         with ThreadPoolExecutor(_READERS) as threads:
             for data in threads.map(lambda name: self.storage.read(f"{folder}/{name}"), names):
-                for row in json.loads(data or b"[]"):
-                    yield Part(*row)
+                page = json.loads(data) if data else {"fingerprint": None, "parts": []}
+                if fingerprint in (None, page["fingerprint"]):
+                    yield from (Part(*row) for row in page["parts"])
 
     def manifest(self) -> Manifest | None:
         """The manifest, None while the dataset is not complete."""
@@ -208,7 +229,7 @@ class Dataset:
                 f"{self.storage.url}/{key}: missing. Delete {MANIFEST} beside it and run again to redo its block."
             )
         check_part(part, data, f"{self.storage.url}/{key}")
-        return _open(data, key).read_all().replace_schema_metadata(None)
+        return open_part(data, key).read_all().replace_schema_metadata(None)
 
 
 @lru_cache(maxsize=32)
@@ -228,8 +249,8 @@ class Journal:
     One writer uses one journal. Losing its last seconds costs a read of the parts in question, nothing else.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, fingerprint: str) -> None:
+        self._dataset, self._fingerprint = dataset, fingerprint
         # Sorts by time: what a later writer says of a part holds.
         self._prefix = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
         self._parts: list[Part] = []
@@ -246,7 +267,8 @@ class Journal:
         if self._parts:
             rows = [[part.name, part.rows, part.bytes, part.xxh3_128, part.counts] for part in self._parts]
             key = f"{self._dataset.path}/{JOURNAL}/{self._prefix}-{self._written:06d}.json"
-            self._dataset.storage.replace(key, json.dumps(rows).encode())
+            page = {"fingerprint": self._fingerprint, "parts": rows}
+            self._dataset.storage.replace(key, json.dumps(page).encode())
             self._written += 1
             self._parts = []
         self._last = time.monotonic()
@@ -269,9 +291,15 @@ def part_name(block: int) -> str:
     return f"part-{block:05d}.arrow"
 
 
+def part_block(name: str) -> int | None:
+    """The block of a part's file name, None for other names."""
+    match = _PART.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def part_facts(data: Any, name: str) -> tuple[PartFacts, int]:
     """Origin and rows of a part from its bytes. Raises :class:`RunFailed` where it is no whole Arrow file."""
-    reader = _open(data, name)
+    reader = open_part(data, name)
     metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
     try:
         rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
@@ -309,7 +337,8 @@ def _encode(table: pa.Table, facts: dict[str, str]) -> bytes:
     return sink.getvalue()
 
 
-def _open(data: Any, name: str) -> Any:
+def open_part(data: Any, name: str) -> Any:
+    """A part's Arrow reader. Raises :class:`RunFailed` where it is none."""
     try:
         return pa.ipc.open_file(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:

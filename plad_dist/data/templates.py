@@ -21,30 +21,24 @@ class Renderer:
     Args:
         model: folder or hub name of the model whose tokenizer is used.
         settings: the model's config section, for its template and revision.
+        answers: the model writes responses. A model that reads them is given messages with the response among them.
 
     Raises:
-        UserError: no tokenizer there, no template in it where one is needed, or no end-of-sequence token.
+        UserError: no tokenizer there, no template in it where one is needed, or no end-of-sequence token to answer with.
     """
 
-    def __init__(self, model: str, settings: Model) -> None:
-        self.model = model
+    def __init__(self, model: str, settings: Model, *, answers: bool = True) -> None:
+        self.model, self._answers = model, answers
         self.tokenizer = load_tokenizer(model, settings)
         self._template, self._revision = settings.template, settings.revision
-        self._jinja = self._compile(settings.template or "")
+        self._jinja = compile_template(settings.template or "", model)
         if self._template is None and self.tokenizer.chat_template is None:
             raise UserError(
                 f"{model}: its tokenizer has no chat template. Set `template` in the model's config section, for example "
                 "template: '{{ messages[-1].content }}'"
             )
-        if self.tokenizer.eos_token_id is None:
+        if answers and self.tokenizer.eos_token_id is None:
             raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so no response could ever end")
-
-    def _compile(self, template: str) -> jinja2.Template:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-        try:
-            return environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise UserError(f"template of {self.model}: not a valid Jinja template: {error}") from None
 
     def prompt_ids(self, prompts: Sequence[Messages]) -> list[list[int]]:
         """Token ids of prompts, each ending where its response begins. Special tokens appear once."""
@@ -71,7 +65,9 @@ class Renderer:
     def _render(self, messages: Messages) -> str:
         try:
             if self._template is None:
-                return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+                return str(
+                    self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._answers, tokenize=False)
+                )
             return self._jinja.render(messages=messages)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(f"template of {self.model}: cannot render {messages!r:.80}: {error}") from None
@@ -90,6 +86,15 @@ class Renderer:
         except OSError:
             named = None
         return {self.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+
+
+def compile_template(template: str, model: str) -> jinja2.Template:
+    """A model's template over `messages`, sandboxed. Raises :class:`UserError` where it is none."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"template of {model}: not a valid Jinja template: {error}") from None
 
 
 def load_tokenizer(model: str, settings: Model) -> Any:

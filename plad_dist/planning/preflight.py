@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from plad_dist.config import Config, FilesSource, Model
+from plad_dist.config import Config, Model
 from plad_dist.data.models import check_local_model, check_weights, load_model_config
-from plad_dist.data.prompts import check_files, train_prompts
+from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine import check_engine_args
 
 
-def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False) -> None:
+def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
     """Raise :class:`UserError` for the first thing that is wrong. Writes nothing.
 
     Args:
-        all_rows: read every row of the prompt files; otherwise the first of each, since `prepare` reads all before it
-            writes any.
+        all_rows: read every prompt; otherwise the first of each source, since `prepare` reads them all.
+        command: the one that is to run; empty for all. Those that make no model need no file system.
     """
+    from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.deepspeed_config import load_deepspeed
 
-    _ = run.root
+    if command not in ("prepare", "sample", "pair"):
+        _ = run.root
     check_same_run(config, run)
     load_deepspeed(config.training.deepspeed)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
@@ -30,17 +32,18 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False) -> None
     models = {
         f"teachers.{name}" if config.teachers else name: teacher for name, teacher in config.all_teachers().items()
     }
+    check_scorer(config.pairing)
     for model in (*models.values(), config.student):
         if model.path is not None:
             check_local_model(model.path)
     if train_prompts(run.storage).manifest() is not None:
         return  # what follows was checked when the run began
-    for source in (config.prompts.source, config.prompts.heldout):
-        if isinstance(source, FilesSource):
-            check_files(source, all_rows=all_rows)
+    check_prompts(config, all_rows=False)
     for name, teacher in models.items():
         _check_model(name, teacher, trained=config.training.teacher is not None)
     _check_model("student", config.student, trained=True)
+    if all_rows:
+        check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
 
 
 def _check_model(role: str, model: Model, *, trained: bool) -> None:

@@ -8,138 +8,239 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.config import Model
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
-from plad_dist.sampling.engine import Completion, Engine, RefusedPromptError, root_cause
-from plad_dist.sampling.job import BlockResult, SamplingJob, sample_seed
+from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, root_cause
+from plad_dist.sampling.job import SamplingJob, sample_seed
+from plad_dist.sampling.remote import MICRO
+from plad_dist.sampling.spool import Spool
+from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, Hints
 
 _LAST_WORDS_S = 5.0
+_ROW_TRIES = 3
+_SPOOL_EVERY_S = 2.0
 
-
-class EngineDiedError(RuntimeError):
-    """The engine is dead and the actor ends; the message is the engine's own reason."""
+BlockKey = tuple[str, int]
 
 
 class Sampler:
-    """Owns one engine for its life. An engine that died ends the actor, so that its leases go back."""
+    """Owns one engine for its life. An engine that died ends the actor, so that its leases go back.
 
-    def __init__(self, storage: Storage, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
-        self._storage, self._settings = storage, settings
-        self._path, self._engine_args, self._seed = path, engine, seed
+    Args:
+        make_backend: starts the engine, or the client of a server; called in the actor, inside its event loop.
+    """
+
+    def __init__(self, storage: Storage, make_backend: Callable[[], Backend]) -> None:
+        self._storage, self._make_backend = storage, make_backend
         self._weights = asyncio.Condition()
-        self._in_flight = 0
+        self._blocks = self._finished = 0
+        self._under_way: dict[BlockKey, set[int]] = {}
+        self._death: EngineDiedError | None = None
+        self._spools: dict[str, Spool] = {}
+        self._flusher: asyncio.Task[None] | None = None
 
     async def start(self) -> str | None:
         """Start the engine. Returns what the user must mend, None when it runs."""
         try:
-            self._renderer = Renderer(self._path, self._settings)
-            self._engine = Engine(self._path, self._settings, self._engine_args, self._seed)
+            self._backend = self._make_backend()
+            problem = await self._backend.check()
         except UserError as error:
             return str(error)
-        return None
+        if self._backend.paid:
+            self._flusher = asyncio.create_task(self._flush_now_and_then())
+        return problem
 
-    async def sample_block(self, job: SamplingJob, block: int, attempt: str) -> BlockResult:
+    async def work(self, job: SamplingJob, block: int, attempt: str, hints: Hints) -> BlockResult:
         """Sample every prompt of a block and commit the part.
 
         Raises:
             EngineDiedError: the engine is dead; the actor leaves within seconds.
         """
+        key = (job.output, block)
         try:
             await self._use_weights(job.weights)
             try:
-                return await self._sample_block(job, block, attempt)
+                return await self._sample_block(job, block, attempt, hints)
             finally:
                 async with self._weights:
-                    self._in_flight -= 1
+                    self._blocks -= 1
                     self._weights.notify_all()
         except Exception as error:
-            if self._engine.dead:
-                # Time for the reason to reach the driver; nothing else may be sampled here.
-                asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
-                raise EngineDiedError(root_cause(error)) from None
+            if self._backend.dead:
+                raise self._last_words(error) from None
             raise
+        finally:
+            if not self._backend.dead:
+                self._under_way.pop(key, None)
+
+    async def beat(self) -> Beat:
+        """A sign of life."""
+        in_flight = sum(map(len, self._under_way.values()))
+        return Beat(finished=self._finished, in_flight=in_flight, retries=self._backend.retries)
+
+    def _last_words(self, error: Exception) -> EngineDiedError:
+        """Why the engine died and what was under way then. Nothing else may be sampled here: the actor ends."""
+        if self._death is None:
+            rows = {key: tuple(sorted(rows)) for key, rows in self._under_way.items()}
+            self._death = EngineDiedError(root_cause(error), rows)
+            asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
+        return self._death
 
     async def _use_weights(self, weights: str) -> None:
         """Enter a block under its job's weights; changing them waits until no other block is in flight."""
         async with self._weights:
-            while self._engine.path != weights and self._in_flight:
+            while self._backend.path != weights and self._blocks:
                 await self._weights.wait()
-            await self._engine.load_weights(weights)
-            self._in_flight += 1
+            await self._backend.load_weights(weights)
+            self._blocks += 1
 
-    async def _sample_block(self, job: SamplingJob, block: int, attempt: str) -> BlockResult:
+    async def _sample_block(self, job: SamplingJob, block: int, attempt: str, hints: Hints) -> BlockResult:
         started = time.monotonic()
-        prompts = job.input(self._storage).read_block(block).slice(0, job.rows_in(block)).to_pylist()
-        rendered = [self._rendered(prompt["messages"]) for prompt in prompts]
-        answers = await asyncio.gather(
-            *(
-                self._sample(job, prompt["prompt_id"], prompt_ids, index, attempt)
-                for prompt, prompt_ids in zip(prompts, rendered, strict=True)
-                for index in range(job.n)
-            ),
-            return_exceptions=True,  # none may still be running when the block has failed
-        )
-        rows = [_row_or_raise(answer) for answer in answers]
-        table = pa.Table.from_pylist(rows, schema=SAMPLES)
-        part, first = await asyncio.to_thread(
-            job.dataset(self._storage).commit, block, table, fingerprint=job.fingerprint, attempt=attempt
-        )
-        errors = [row["error"] for row in rows if row["error"] is not None]
+        prompts, rendered, kept = await asyncio.to_thread(self._read, job, block)
+        self._under_way[job.output, block] = set()
+        samples: dict[int, list[dict[str, Any]]] = {}
+
+        async def sample_row(row: int) -> None:
+            self._under_way[job.output, block].add(row)
+            if row in hints.poison:
+                refused = RefusedPromptError(hints.poison[row])
+                found = [self._row(job, prompts[row], index, _failed(refused), str(refused)) for index in range(job.n)]
+            else:
+                calls = (self._sample(job, block, prompts[row], rendered[row], index, attempt, kept)
+                         for index in range(job.n))  # fmt: skip
+                found = list(await asyncio.gather(*calls)) if job.n > 1 else [await next(iter(calls))]
+            samples[row] = found
+            self._under_way[job.output, block].discard(row)
+
+        for rows in _order(len(prompts), hints):
+            outcomes = await asyncio.gather(*map(sample_row, rows), return_exceptions=True)
+            # None may still be running when the block has failed.
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+        rows_in_order = [sample for row in range(len(prompts)) for sample in samples[row]]
+        part, first = await asyncio.to_thread(self._commit, job, block, rows_in_order, attempt)
+        errors = (row for row in rows_in_order if row["error"] is not None)
+        worst = next(errors, None)
         return BlockResult(
-            part=part if first else None,
-            rows=len(rows),
-            errors=len(errors),
-            first_error=errors[0] if errors else None,
-            tokens=sum(row["num_tokens"] for row in rows),
+            part=part,
+            first=first,
             seconds=time.monotonic() - started,
+            first_error=f"prompt {worst['prompt_id']}: {worst['error']}" if worst else None,
         )
 
-    def _rendered(self, messages: list[dict[str, str]]) -> list[int] | UserError:
-        """A prompt's token ids, or why its template cannot render it."""
-        try:
-            return self._renderer.prompt_ids([messages])[0]
-        except UserError as error:
-            return error
+    def _read(self, job: SamplingJob, block: int) -> tuple[list[dict[str, Any]], Sequence[Any], dict[Any, Any]]:
+        """A block's prompts, the same as the engine takes them, and what of it was answered before."""
+        table = job.input(self._storage).read_block(block)
+        prompts = table.slice(0, job.last_rows if block == job.last_block else None).to_pylist()
+        rendered = self._backend.render([prompt["messages"] for prompt in prompts])
+        return prompts, rendered, self._spool(job).load(block) if self._backend.paid else {}
+
+    def _commit(self, job: SamplingJob, block: int, rows: list[dict[str, Any]], attempt: str) -> Any:
+        counts = {
+            "tokens": sum(row["num_tokens"] for row in rows),
+            "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
+            "errors": sum(row["error"] is not None for row in rows),
+        }
+        if self._backend.paid:
+            counts["cost_micros"] = round(sum(row["cost"] for row in rows) * MICRO)
+        table = pa.Table.from_pylist(rows, schema=SAMPLES)
+        dataset = job.dataset(self._storage)
+        committed = dataset.commit(block, table, fingerprint=job.fingerprint, attempt=attempt, counts=counts)
+        if self._backend.paid:
+            self._spool(job).discard(block)
+        return committed
 
     async def _sample(
-        self, job: SamplingJob, prompt_id: str, prompt_ids: list[int] | UserError, index: int, attempt: str
+        self,
+        job: SamplingJob,
+        block: int,
+        prompt: dict[str, Any],
+        rendered: Any,
+        index: int,
+        attempt: str,
+        kept: dict[Any, dict[str, Any]],
     ) -> dict[str, Any]:
+        """One row of the samples."""
+        prompt_id = prompt["prompt_id"]
+        if (prompt_id, index) in kept:
+            return kept[prompt_id, index]
         seed = sample_seed(job.seed, job.seed_round, job.role, prompt_id, index)
+        request_id = f"{job.output}/{prompt_id}/{index}/{attempt}"
         error = None
-        try:
-            if isinstance(prompt_ids, UserError):
-                raise RefusedPromptError(str(prompt_ids))
-            request_id = f"{job.output}/{prompt_id}/{index}/{attempt}"
-            completion = await self._engine.complete(prompt_ids, job.decoding, seed, request_id)
-        except RefusedPromptError as refusal:
-            completion, error = Completion("", [], None, "error"), str(refusal)
+        for tries in range(1, _ROW_TRIES + 1):
+            try:
+                if isinstance(rendered, Exception):
+                    raise RefusedPromptError(str(rendered))
+                completion = await self._backend.complete(rendered, job.decoding, seed, f"{request_id}/{tries}")
+                break
+            except RefusedPromptError as refusal:
+                completion, error = _failed(refusal), str(refusal)
+                break
+            except self._backend.fatal:
+                raise
+            except Exception as failure:
+                if self._backend.dead:
+                    raise
+                completion, error = _failed(failure), f"failed {tries} times: {failure}"
+        row = self._row(job, prompt, index, completion, error)
+        self._finished += 1
+        if self._backend.paid:
+            self._spool(job).add(block, row)
+        return row
+
+    def _row(
+        self, job: SamplingJob, prompt: dict[str, Any], index: int, completion: Completion, error: str | None
+    ) -> dict[str, Any]:
         return {
-            "prompt_id": prompt_id,
+            "prompt_id": prompt["prompt_id"],
             "sample_index": index,
             "role": job.role,
             "text": completion.text,
-            "token_ids": list(completion.token_ids),
+            "token_ids": completion.token_ids,
             "logprob": completion.logprob,
-            "num_tokens": len(completion.token_ids),
+            "num_tokens": completion.num_tokens,
             "finish_reason": completion.finish_reason,
             "error": error,
             "model": job.model,
             "round": job.round,
+            "prompt_tokens": completion.prompt_tokens,
+            "cost": completion.cost,
         }
+
+    def _spool(self, job: SamplingJob) -> Spool:
+        if job.output not in self._spools:
+            self._spools[job.output] = Spool(job.dataset(self._storage), job.fingerprint)
+        return self._spools[job.output]
+
+    async def _flush_now_and_then(self) -> None:
+        """Keep paid answers safe while their blocks are not committed."""
+        while True:
+            await asyncio.sleep(_SPOOL_EVERY_S)
+            await asyncio.to_thread(self._flush)
+
+    def _flush(self) -> None:
+        for spool in list(self._spools.values()):
+            spool.flush()
 
     async def stop(self) -> None:
         """Stop the engine, so that its processes and memory are gone before the actor is."""
-        self._engine.shutdown()
+        await asyncio.to_thread(self._flush)
+        await self._backend.close()
 
 
-def _row_or_raise(answer: dict[str, Any] | BaseException) -> dict[str, Any]:
-    if isinstance(answer, BaseException):
-        raise answer
-    return answer
+def _order(rows: int, hints: Hints) -> list[list[int]]:
+    """Rows in the groups that are sampled one after the other: the unsuspected ones first."""
+    suspects = {row for piece in hints.pieces for row in piece}
+    pieces = [[row for row in piece if row not in hints.poison] for piece in hints.pieces]
+    return [[row for row in range(rows) if row not in suspects], *filter(None, pieces)]
+
+
+def _failed(error: Exception) -> Completion:
+    return Completion("", [], 0, None, "error", cost=getattr(error, "cost", 0.0))

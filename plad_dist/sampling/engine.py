@@ -11,27 +11,71 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from plad_dist.config import Decoding, Model
+from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import UserError
+from plad_dist.sampling.placement import spanning
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 16_384
 
 
 class RefusedPromptError(ValueError):
-    """The engine will not answer this prompt, now or ever: it becomes an error row."""
+    """The engine will not answer this prompt, now or ever: it becomes an error row. `cost`: what asking cost all the same."""
+
+    def __init__(self, message: str, cost: float = 0.0) -> None:
+        super().__init__(message)
+        self.cost = cost
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One response. `finish_reason` is stop or length."""
+    """One response. `finish_reason` is stop, length or error; `token_ids` are empty where the engine keeps them to itself."""
 
     text: str
     token_ids: Sequence[int]
+    num_tokens: int
     logprob: float | None
     finish_reason: str
+    prompt_tokens: int = 0
+    cost: float = 0.0
+
+
+class Backend(Protocol):
+    """What answers prompts: an engine of this process, or a server.
+
+    Attributes:
+        path: where the weights are that it answers with.
+        paid: answers cost money, so that none may be lost.
+        dead: it will not answer any more.
+        retries: requests that were tried again.
+        fatal: errors of :meth:`complete` that end the stage.
+    """
+
+    path: str | None
+    paid: bool
+    retries: int
+    fatal: tuple[type[Exception], ...]
+
+    @property
+    def dead(self) -> bool: ...
+
+    async def check(self) -> str | None:
+        """What the user must mend before anything is asked, None where all is well."""
+
+    def render(self, prompts: Sequence[Messages]) -> Sequence[Any]:
+        """Prompts as :meth:`complete` takes them; an exception in the place of one that cannot be rendered."""
+
+    async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
+        """Draw one response. Raises :class:`RefusedPromptError` for a prompt that will never be answered."""
+
+    async def load_weights(self, path: str) -> None:
+        """Answer with other weights of the same architecture."""
+
+    async def close(self) -> None:
+        """End it."""
 
 
 def check_engine_args(engine: dict[str, Any], key: str) -> None:
@@ -51,8 +95,8 @@ def check_engine_args(engine: dict[str, Any], key: str) -> None:
         size = engine.get(name, 1)
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{key}.{name}: expected a whole number of at least 1, got {size!r}")
-        if name != "tensor_parallel_size" and size != 1:
-            raise UserError(f"{key}.{name}: only tensor parallelism within a node is supported yet")
+        if name == "data_parallel_size" and size != 1:
+            raise UserError(f"{key}.{name}: set replicas instead: each is an engine of its own, which may come and go")
 
 
 @cache
@@ -75,10 +119,14 @@ class Engine:
     """A running vLLM engine. Create it inside a running event loop.
 
     Raises:
-        UserError: vLLM refused to start, with its own reason.
+        UserError: vLLM refused to start, with its own reason, or the model has no usable tokenizer or template.
     """
 
+    paid, retries = False, 0
+    fatal: tuple[type[Exception], ...] = ()
+
     def __init__(self, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
+        self._renderer = Renderer(path, settings)
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -95,10 +143,27 @@ class Engine:
         if current_platform.is_cpu():
             args |= _CPU_DEFAULTS
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | engine)))
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | spanning(engine))))
         except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
             raise UserError(_readable(error, path)) from None
         self.max_model_len = int(self._llm.model_config.max_model_len)
+
+    async def check(self) -> str | None:
+        """A running engine has been checked by its start."""
+        return None
+
+    def render(self, prompts: Sequence[Messages]) -> Sequence[list[int] | UserError]:
+        """Token ids of prompts, or why the template cannot render one."""
+        try:
+            return self._renderer.prompt_ids(prompts)
+        except UserError:
+            return [self._rendered(messages) for messages in prompts]
+
+    def _rendered(self, messages: Messages) -> list[int] | UserError:
+        try:
+            return self._renderer.prompt_ids([messages])[0]
+        except UserError as error:
+            return error
 
     async def complete(self, prompt_ids: list[int], decoding: Decoding, seed: int, request_id: str) -> Completion:
         """Draw one response. Raises :class:`RefusedPromptError` for a prompt that the engine will not answer."""
@@ -128,7 +193,14 @@ class Engine:
         except (ValueError, VLLMClientError) as error:
             raise RefusedPromptError(str(error)) from None
         output = outputs[-1].outputs[0]
-        return Completion(output.text, output.token_ids, output.cumulative_logprob, output.finish_reason or "stop")
+        return Completion(
+            text=output.text,
+            token_ids=output.token_ids,
+            num_tokens=len(output.token_ids),
+            logprob=output.cumulative_logprob,
+            finish_reason=output.finish_reason or "stop",
+            prompt_tokens=len(prompt_ids),
+        )
 
     async def load_weights(self, path: str) -> None:
         """Put the weights of another folder of the same architecture into the running engine."""
@@ -144,7 +216,8 @@ class Engine:
     def dead(self) -> bool:
         return bool(self._llm.errored)
 
-    def shutdown(self) -> None:
+    async def close(self) -> None:
+        """Stop the engine's processes."""
         self._llm.shutdown()
 
 

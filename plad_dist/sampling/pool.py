@@ -1,86 +1,318 @@
-"""Who samples which block: decisions only, no Ray, no clock, no I/O.
+"""Who does which block: decisions only, no Ray, no clock, no I/O, so that a simulation can drive them.
 
-Every block is leased to one actor at a time, up to `window` blocks per actor. An actor that dies gives its leases back.
+Every block is leased to one actor at a time, up to `window` blocks per actor. An actor that is lost gives its leases back.
 When nothing is pending, an idle actor takes over the oldest lease of another (the tail is stolen): both may finish, and
-storage lets only the first one commit.
+storage lets only the first one commit. Leases have deadlines; actors are given up when they are silent or make no progress.
+
+A block that was under way when an engine died is done alone from then on, its suspicious rows in pieces, one after the other.
+Each further death splits the piece that it happened in, until a row has killed engines by itself: that row is poison and is
+not tried again.
+
+Times are seconds of any clock that does not go back; the caller passes them in.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from plad_dist.errors import RunFailed
+from plad_dist.sampling.work import Hints
+
+_DEATHS_OF_A_ROW = 2  # a row that kills an engine by itself so often is poison
+_DEATHS_OF_A_BLOCK = 50  # after so many, splitting is taken to lead nowhere
+_PIECES = 8
+_LOSSES_BEFORE_BLAME = 5  # a block whose actors vanish so often is treated as if it killed them
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a pool.
+
+    Attributes:
+        window: most leases of one actor.
+        max_attempts: failures of one block in a row after which :class:`RunFailed` is raised.
+        heartbeat_timeout_s: silence after which an actor is given up.
+        stall_timeout_s: time without progress after which an actor with leases is given up.
+        lease_timeout_s: time after which a lease ends.
+    """
+
+    window: int = 4
+    max_attempts: int = 3
+    heartbeat_timeout_s: float = 60.0
+    stall_timeout_s: float = 1800.0
+    lease_timeout_s: float = 7200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One attempt of an actor at a block."""
+
+    number: int
+    block: Hashable
+    actor: str
+    hints: Hints
+    alone: bool
+    since: float
 
 
 @dataclass
+class _Actor:
+    heard: float
+    finished: int
+    progressed: float
+    expired: int = 0  # leases that ran out since it last finished something
+    leases: dict[int, Lease] = field(default_factory=dict)
+
+
+@dataclass
+class _Trouble:
+    """What is known of a block that failed."""
+
+    strikes: int = 0
+    losses: int = 0
+    alone: bool = False
+    pieces: list[tuple[int, ...]] = field(default_factory=list)
+    poison: dict[int, str] = field(default_factory=dict)
+    deaths: int = 0
+    deaths_alone: Counter[int] = field(default_factory=Counter)  # by row, while nothing else was under way
+
+    def narrow(self, rows: tuple[int, ...], reason: str) -> bool:
+        """Learn from a death while only these rows were under way. False: nothing is learnt."""
+        self.deaths += 1
+        if not rows or self.deaths > _DEATHS_OF_A_BLOCK:
+            return False
+        at = next((index for index, piece in enumerate(self.pieces) if set(rows) <= set(piece)), None)
+        later = self.pieces if at is None else self.pieces[at + 1 :]  # those before it did no harm
+        if len(rows) == 1:
+            self.deaths_alone[rows[0]] += 1
+        if self.deaths_alone[rows[0]] >= _DEATHS_OF_A_ROW:
+            self.poison[rows[0]] = f"killed its engine {_DEATHS_OF_A_ROW} times by itself: {reason}"
+            self.pieces = later
+        else:
+            self.pieces = _split(rows) + later
+        return True
+
+
 class BlockPool:
-    """Leases of the blocks of one fleet. A block is any hashable name.
+    """Leases of the blocks of one fleet.
 
     Args:
-        blocks: what is to be done, in order.
-        window: most leases of one actor.
-        max_attempts: tries of one block after which :class:`RunFailed` is raised.
+        blocks: what is to be done, in order; any hashable names.
     """
 
-    blocks: list[Any]
-    window: int
-    max_attempts: int
-    _pending: deque[object] = field(init=False)
-    _leases: dict[object, list[str]] = field(init=False, default_factory=dict)
-    _failures: Counter[object] = field(init=False, default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.blocks = list(self.blocks)
-        self._pending = deque(self.blocks)
+    def __init__(self, blocks: Iterable[Hashable], limits: Limits) -> None:
+        self.limits = limits
+        self._pending: deque[Hashable] = deque(blocks)
+        self._alone: deque[Hashable] = deque()  # to be done by an actor that does nothing else
+        self._leased: dict[Hashable, list[Lease]] = {}
+        self._stealable: dict[Hashable, None] = {}  # leased once, oldest first
+        self._by_age: dict[int, Lease] = {}
+        self._actors: dict[str, _Actor] = {}
+        self._trouble: dict[Hashable, _Trouble] = {}
+        self._leases_given = 0
+        self.failures_in_a_row = 0
 
     @property
     def finished(self) -> bool:
-        """Nothing is pending and nothing is leased."""
-        return not self._pending and not self._leases
+        """Every block is committed."""
+        return not (self._pending or self._alone or self._leased)
 
-    def take(self, actor: str) -> object | None:
+    @property
+    def waiting(self) -> int:
+        """Blocks that no actor holds."""
+        return len(self._pending) + len(self._alone)
+
+    @property
+    def unfinished(self) -> int:
+        """Blocks that are not committed."""
+        return self.waiting + len(self._leased)
+
+    def leased(self, actor: str) -> list[Hashable]:
+        """Blocks that an actor holds."""
+        return [lease.block for lease in self._actors[actor].leases.values()] if actor in self._actors else []
+
+    # -- actors
+
+    def join(self, actor: str, now: float) -> None:
+        """An actor is ready for leases."""
+        self._actors[actor] = _Actor(heard=now, finished=0, progressed=now)
+
+    def beat(self, actor: str, finished: int, now: float) -> None:
+        """A sign of life. `finished` counts what the actor has finished; it grows when there is progress."""
+        state = self._actors.get(actor)
+        if state is None:
+            return
+        state.heard = now
+        if finished != state.finished:
+            state.finished, state.progressed, state.expired = finished, now, 0
+
+    def silent(self, now: float) -> list[tuple[str, str]]:
+        """Actors to be given up, each with the reason. The caller ends them and calls :meth:`leave`."""
+        found = []
+        for name, state in self._actors.items():
+            if now - state.heard > self.limits.heartbeat_timeout_s:
+                found.append((name, f"no sign of life for {now - state.heard:.0f} s"))
+            elif state.leases and now - state.progressed > self.limits.stall_timeout_s:
+                found.append((name, f"alive, but nothing finished for {now - state.progressed:.0f} s"))
+            elif state.expired > 1:
+                found.append((name, f"alive, but {state.expired} leases ran out and nothing was finished"))
+        return found
+
+    def excuse(self, seconds: float) -> None:
+        """The caller was away for so long: the actors could not be heard, which is not their fault."""
+        for state in self._actors.values():
+            state.heard += seconds
+            state.progressed += seconds
+
+    def leave(self, actor: str) -> None:
+        """The actor is gone, with its node or by the cluster's will: its leases go back, which says little of its blocks."""
+        for lease in self._drop(actor):
+            trouble = self._trouble.setdefault(lease.block, _Trouble())
+            trouble.losses += 1
+            if trouble.losses >= _LOSSES_BEFORE_BLAME:
+                trouble.losses, trouble.alone = 0, True
+                self._strike(lease.block, trouble, f"{_LOSSES_BEFORE_BLAME} actors that held it were lost")
+            self._give_back(lease.block, first=True)
+
+    def died(self, actor: str, reason: str, under_way: dict[Hashable, tuple[int, ...]]) -> None:
+        """The actor's engine died of itself or of a row: its blocks are done alone from now on.
+
+        Args:
+            under_way: rows of each block that were not finished at the death.
+
+        Raises:
+            RunFailed: a block fails again and again without its suspects becoming fewer.
+        """
+        self.failures_in_a_row += 1
+        for lease in self._drop(actor):
+            trouble = self._trouble.setdefault(lease.block, _Trouble())
+            trouble.alone = True
+            rows = under_way.get(lease.block, ())
+            if not lease.alone:
+                trouble.pieces = _split(rows)  # or it was another block's fault
+            elif trouble.narrow(rows, reason):
+                trouble.strikes = self.failures_in_a_row = 0
+            else:
+                self._strike(lease.block, trouble, reason)
+            self._give_back(lease.block, first=True)
+
+    def _drop(self, actor: str) -> list[Lease]:
+        state = self._actors.pop(actor, None)
+        leases = list(state.leases.values()) if state else []
+        for lease in leases:
+            self._end(lease)
+        return [lease for lease in reversed(leases) if not self._settled(lease.block)]
+
+    # -- leases
+
+    def take(self, actor: str, now: float) -> Lease | None:
         """Lease a block to an actor with room in its window. None: there is nothing for it now."""
-        held = sum(actor in holders for holders in self._leases.values())
-        if held >= self.window:
+        held = self._actors[actor].leases
+        if len(held) >= self.limits.window or any(lease.alone for lease in held.values()):
             return None
         if self._pending:
-            block = self._pending.popleft()
-            self._leases[block] = [actor]
-            return block
-        if held == 0:
-            for block, holders in self._leases.items():  # oldest first
-                if len(holders) == 1:
-                    holders.append(actor)
-                    return block
+            return self._lease(actor, self._pending.popleft(), now, alone=False)
+        if held:
+            return None
+        if self._alone:
+            return self._lease(actor, self._alone.popleft(), now, alone=True)
+        for block in self._stealable:
+            trouble = self._trouble.get(block)
+            return self._lease(actor, block, now, alone=trouble is not None and trouble.alone)
         return None
 
-    def done(self, block: object) -> bool:
-        """The block is committed, by whomever. False: that was known already."""
-        return self._leases.pop(block, None) is not None
+    def _lease(self, actor: str, block: Hashable, now: float, *, alone: bool) -> Lease:
+        self._leases_given += 1
+        trouble = self._trouble.get(block)
+        hints = Hints(tuple(trouble.pieces), dict(trouble.poison)) if trouble else _NO_HINTS
+        lease = Lease(self._leases_given, block, actor, hints, alone, now)
+        state = self._actors[actor]
+        if not state.leases:
+            state.progressed = now
+        state.leases[lease.number] = self._by_age[lease.number] = lease
+        holders = self._leased.setdefault(block, [])
+        holders.append(lease)
+        if len(holders) == 1:
+            self._stealable[block] = None
+        else:
+            self._stealable.pop(block, None)
+        return lease
 
-    def fail(self, actor: str, block: object, reason: str) -> None:
-        """An attempt failed; the block is tried again, at most `max_attempts` times."""
-        if block not in self._leases:
+    def committed(self, block: Hashable) -> list[Lease]:
+        """The block is committed, by whomever. Returns its leases: attempts that go on are futile from now on."""
+        leases = self._leased.pop(block, [])
+        self._stealable.pop(block, None)
+        for lease in leases:
+            self._by_age.pop(lease.number, None)
+            if lease.actor in self._actors:
+                self._actors[lease.actor].leases.pop(lease.number, None)
+        if not leases:  # an attempt that had been given up was in time after all
+            for queue in (self._pending, self._alone):
+                if block in queue:
+                    queue.remove(block)
+        self._trouble.pop(block, None)
+        self.failures_in_a_row = 0
+        return leases
+
+    def fail(self, lease: Lease, reason: str) -> None:
+        """An attempt failed; the block is tried again after the others. Raises :class:`RunFailed` at `max_attempts`."""
+        if lease.number not in self._by_age:
             return
-        self._failures[block] += 1
-        if self._failures[block] >= self.max_attempts:
-            raise RunFailed(f"block {block} failed {self.max_attempts} times, at last with: {reason}")
-        self._release(actor, block)
+        self._end(lease)
+        if self._settled(lease.block):
+            return
+        self.failures_in_a_row += 1
+        self._strike(lease.block, self._trouble.setdefault(lease.block, _Trouble()), reason)
+        self._give_back(lease.block, first=False)
 
-    def remove(self, actor: str, blame: str | None) -> None:
-        """The actor is gone: its leases go back. `blame`: its engine died of this, which counts against its blocks; a lost
-        node does not."""
-        for block in [block for block, holders in self._leases.items() if actor in holders]:
-            if blame is None:
-                self._release(actor, block)
-            else:
-                self.fail(actor, block, blame)
+    def overdue(self, now: float) -> list[Lease]:
+        """Leases that ended because their time was up; the caller cancels their attempts. Raises as :meth:`fail`."""
+        found = []
+        for lease in list(self._by_age.values()):
+            if now - lease.since <= self.limits.lease_timeout_s:
+                break
+            found.append(lease)
+        for lease in found:
+            self._actors[lease.actor].expired += 1
+            self.fail(lease, f"not done within lease_timeout_s={self.limits.lease_timeout_s:g}")
+        return found
 
-    def _release(self, actor: str, block: object) -> None:
-        holders = self._leases[block]
-        holders.remove(actor)
-        if not holders:
-            del self._leases[block]
-            self._pending.appendleft(block)
+    def _end(self, lease: Lease) -> None:
+        """Take one lease away; its block may have others."""
+        self._by_age.pop(lease.number, None)
+        if lease.actor in self._actors:
+            self._actors[lease.actor].leases.pop(lease.number, None)
+        holders = self._leased[lease.block]
+        holders.remove(lease)
+        if len(holders) == 1:
+            self._stealable[lease.block] = None
+        elif not holders:
+            del self._leased[lease.block]
+            self._stealable.pop(lease.block, None)
+
+    def _settled(self, block: Hashable) -> bool:
+        """Whether a block whose lease ended has another one."""
+        return block in self._leased
+
+    def _give_back(self, block: Hashable, *, first: bool) -> None:
+        queue = self._alone if self._trouble[block].alone else self._pending
+        if first:
+            queue.appendleft(block)
+        else:
+            queue.append(block)
+
+    def _strike(self, block: Hashable, trouble: _Trouble, reason: str) -> None:
+        trouble.strikes += 1
+        if trouble.strikes >= self.limits.max_attempts:
+            raise RunFailed(f"block {block} failed {trouble.strikes} times, at last with: {reason}")
+
+
+_NO_HINTS = Hints()
+
+
+def _split(rows: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Rows in at most eight pieces."""
+    size = max(1, -(-len(rows) // _PIECES))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

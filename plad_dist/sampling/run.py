@@ -1,257 +1,534 @@
-"""The driver of sampling: actors per fleet, leases from the pool, progress, and the manifest at the end."""
+"""The driver of fleets of actors that do blocks: leases from the pool, heartbeats, progress, and the manifest at the end.
+
+Rows never pass through the driver. It holds no state that storage does not have: when it dies, the next one reads names and
+journals and goes on.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 
-from plad_dist.config import Cluster, Config, Sampling
+from plad_dist.config import Config
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Part
+from plad_dist.data.store import Dataset, Journal, Manifest, Part, part_name
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.observe import FleetMetrics
 from plad_dist.progress import Progress
-from plad_dist.sampling.actor import EngineDiedError, Sampler
-from plad_dist.sampling.job import BlockResult, Fleet, SamplingJob
-from plad_dist.sampling.pool import BlockPool
+from plad_dist.sampling.placement import Placement
+from plad_dist.sampling.pool import BlockPool, Lease, Limits
+from plad_dist.sampling.work import Beat, BlockJob, BlockResult, EngineDiedError, StopStageError
 
 logger = logging.getLogger("plad")
 
-# A block to sample: which job of the fleet, which block of the job.
-Task = tuple[int, int]
+_TICK_S = 1.0
+_BEAT_EVERY_S = 5.0
+_ENGINES_IN_DOUBT = 8  # a fleet stops after max_attempts failures in a row for each of so many actors
+_EXAMPLES = 3
+_STOP_S = 15.0
+_REPLACE_AFTER_S = 2.0
 
 
-@dataclass
+@dataclass(frozen=True)
+class Assignment:
+    """Blocks of a job that one fleet does.
+
+    Attributes:
+        units: of progress (samples, prompts) in each block of the whole dataset.
+    """
+
+    job: BlockJob
+    blocks: Sequence[int]
+    units: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Actors of one kind and what they do.
+
+    Attributes:
+        worker: class of the actors (:class:`~plad_dist.sampling.work.BlockWorker`); `arguments` go to its constructor.
+        replicas: most actors; `min_replicas`: fewest with which the stage goes on.
+        environment: variables of the actors' processes. No secrets: Ray shows and logs them.
+    """
+
+    name: str
+    assignments: tuple[Assignment, ...]
+    worker: type
+    arguments: tuple[Any, ...]
+    placement: Placement
+    replicas: int = 1
+    min_replicas: int = 1
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A block of one of a fleet's assignments."""
+
+    assignment: int
+    block: int
+    output: str
+
+    def __str__(self) -> str:
+        return f"{self.output}/{part_name(self.block)}"
+
+
+class _Output:
+    """One dataset on its way to completion, possibly by several fleets."""
+
+    def __init__(self, job: BlockJob, units: Sequence[int], storage: Storage) -> None:
+        self.job, self.units = job, units
+        self.dataset: Dataset = job.dataset(storage)
+        self.journal = Journal(self.dataset, job.fingerprint)
+        self.parts: dict[int, Part | None] = self.dataset.committed(job.fingerprint)
+        self.started = time.monotonic()
+        self.examples: list[str] = []
+        known = [part for part in self.parts.values() if part is not None]
+        self.rows, self.errors = sum(part.rows for part in known), sum(_errors(part) for part in known)
+
+    @property
+    def missing(self) -> list[int]:
+        return [block for block in range(len(self.units)) if block not in self.parts]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.parts) >= len(self.units)
+
+    def add(self, block: int, result: BlockResult) -> bool:
+        """Note a committed block. False: it was known already."""
+        if self.parts.get(block) is not None:
+            return False
+        self.parts[block] = result.part
+        self.rows += result.part.rows
+        self.errors += _errors(result.part)
+        self.journal.add(result.part)
+        if result.first_error and len(self.examples) < _EXAMPLES:
+            self.examples.append(result.first_error)
+        return True
+
+    def check_errors(self, allowed: float, *, at_end: bool) -> None:
+        """Raise :class:`RunFailed` where too many rows are error rows, over all attempts at this dataset."""
+        if self.errors > allowed * self.rows and (self.rows >= 100 or at_end):
+            worst = max((part for part in self.parts.values() if part), key=_errors).name
+            examples = "".join(f"\n  {example}" for example in self.examples)
+            raise RunFailed(
+                f"{self.job.output}: {self.errors:,} of {self.rows:,} rows are errors, more than sampling.max_error_share={allowed:g}."
+                f"{' Examples:' if examples else ''}{examples}\nWhat is committed is kept. Mend the cause and delete the parts "
+                f"with errors (such as {worst}) to have them done again, or raise sampling.max_error_share; then run again."
+            )
+
+    def finish(self, allowed: float, facts: Callable[[Sequence[Part]], dict[str, Any]]) -> Manifest:
+        self.check_errors(allowed, at_end=True)
+        known = [part for part in self.parts.values() if part is not None]
+        seconds = round(time.monotonic() - self.started, 3)
+        return self.dataset.finish(
+            len(self.units),
+            fingerprint=self.job.fingerprint,
+            known=known,
+            facts=lambda parts: facts(parts) | {"seconds": seconds},
+        )
+
+
+@dataclass(eq=False)
 class _Running:
-    """A fleet at work: its actors by name, what is under way, what came of it."""
+    """A fleet at work: its actors by name and what is under way."""
 
     fleet: Fleet
     pool: BlockPool
-    seed: int
+    metrics: FleetMetrics
     actors: dict[str, Any] = field(default_factory=dict)
-    ready: set[str] = field(default_factory=set)
-    remaining: Counter[int] = field(default_factory=Counter)
-    parts: defaultdict[int, list[Part]] = field(default_factory=lambda: defaultdict(list))
-    errors: int = 0
-    rows: int = 0
-    first_error: str | None = None
+    ready: dict[str, Beat] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)  # actors whose heartbeat is awaited
+    groups: dict[str, Any] = field(default_factory=dict)  # placement groups by actor
     born: int = 0
-    deaths_in_a_row: int = 0
     started_once: bool = False
-    started: float = field(default_factory=time.monotonic)
+    enough_since: float = field(default_factory=time.monotonic)
+    not_before: float = 0.0
+
+    def leased(self, actor: str) -> list[Task]:
+        return [task for task in self.pool.leased(actor) if isinstance(task, Task)]
+
+    @property
+    def useful(self) -> int:
+        """Actors that would have something to do."""
+        return min(self.fleet.replicas, self.pool.unfinished)
 
 
-def run_fleets(config: Config, storage: Storage, fleets: Sequence[Fleet], progress: Progress) -> None:
-    """Sample every job of every fleet that is not committed yet, and write its manifest.
+def run_fleets(
+    config: Config,
+    storage: Storage,
+    fleets: Sequence[Fleet],
+    progress: Progress,
+    *,
+    stage: str = "sample",
+    unit: str = "samples",
+    facts: Callable[[Sequence[Part]], dict[str, Any]] = lambda parts: {},
+) -> None:
+    """Do every block of every fleet that is not committed yet, and write the manifests.
 
     Fleets run side by side where the cluster has room and one after the other where not: an actor without resources
-    waits in Ray's queue. Committed blocks are never sampled again.
+    waits in Ray's queue. Committed blocks are never done again.
+
+    Args:
+        facts: makes a manifest's facts of its parts.
 
     Raises:
-        UserError: an engine refused to start.
-        RunFailed: a block kept failing, or too many rows were errors.
+        UserError: an actor refused to start.
+        RunFailed: a block kept failing, too many rows were errors, or there were too few actors for too long.
     """
-    running = [fleet for fleet in (_open(fleet, config, storage) for fleet in fleets) if fleet is not None]
-    if not running:
-        return
-    total = sum(fleet.fleet.jobs[job].rows_in(block) * fleet.fleet.jobs[job].n
-                for fleet in running for job, block in fleet.pool.blocks)  # fmt: skip
-    progress.start("sample", total, "samples")
-    driver = _Driver(config.sampling, config.cluster, storage, progress)
+    outputs: dict[str, _Output] = {}
+    for assignment in (assignment for fleet in fleets for assignment in fleet.assignments):
+        job = assignment.job
+        if job.output not in outputs and job.dataset(storage).manifest() is None:
+            outputs[job.output] = _Output(job, assignment.units, storage)
+    driver = _Driver(config, storage, progress, outputs, facts)
+    running = [found for fleet in fleets if (found := driver.open(fleet, stage)) is not None]
+    if running:
+        units = sum(output.units[block] for output in outputs.values() for block in output.missing)
+        progress.start(stage, units, unit)
     try:
+        driver.finish_complete()
         driver.run(running)
     finally:
+        for output in outputs.values():
+            output.journal.flush()
         driver.stop(running)
 
 
-def _open(fleet: Fleet, config: Config, storage: Storage) -> _Running | None:
-    """The fleet with its missing blocks, None where all is committed already. Manifests that are due are written."""
-    missing: list[Task] = []
-    for index, job in enumerate(fleet.jobs):
-        dataset = job.dataset(storage)
-        if dataset.manifest() is None:
-            done = dataset.committed()
-            blocks = [(index, block) for block in range(job.blocks) if block not in done]
-            missing += blocks
-            if not blocks:
-                _finish(job, storage, [], {})
-    if not missing:
-        return None
-    pool = BlockPool(missing, config.sampling.window, config.sampling.max_attempts)
-    return _Running(fleet, pool, config.run.seed, remaining=Counter(job for job, _ in missing))
-
-
-def _finish(job: SamplingJob, storage: Storage, parts: list[Part], facts: dict[str, Any]) -> None:
-    job.dataset(storage).finish(job.blocks, fingerprint=job.fingerprint, facts=facts, known=parts)
-
-
 class _Driver:
-    def __init__(self, sampling: Sampling, cluster: Cluster, storage: Storage, progress: Progress) -> None:
-        self._sampling, self._cluster, self._storage, self._progress = sampling, cluster, storage, progress
-        self._gpus = float(ray.cluster_resources().get("GPU", 0)) > 0
-        # What each outstanding Ray call is about: the fleet, the actor, and the block (None: it is starting).
-        self._calls: dict[Any, tuple[_Running, str, Task | None]] = {}
+    def __init__(
+        self,
+        config: Config,
+        storage: Storage,
+        progress: Progress,
+        outputs: dict[str, _Output],
+        facts: Callable[[Sequence[Part]], dict[str, Any]],
+    ) -> None:
+        self._sampling, self._cluster = config.sampling, config.cluster
+        self._storage, self._progress, self._outputs, self._facts = storage, progress, outputs, facts
+        # What each outstanding Ray call is about: the fleet, the actor, and its lease, or what else was asked.
+        self._calls: dict[Any, tuple[_Running, str, Lease | _Stopping | str]] = {}
+        self._last_beat = self._last_tick = time.monotonic()
+
+    def open(self, fleet: Fleet, stage: str) -> _Running | None:
+        """The fleet with its missing blocks, None where it has none."""
+        tasks = []
+        for index, assignment in enumerate(fleet.assignments):
+            output = self._outputs.get(assignment.job.output)
+            if output is not None:
+                tasks += [Task(index, block, assignment.job.output) for block in assignment.blocks
+                          if block not in output.parts]  # fmt: skip
+        if not tasks:
+            return None
+        sampling = self._sampling
+        limits = Limits(
+            window=sampling.window,
+            max_attempts=sampling.max_attempts,
+            heartbeat_timeout_s=sampling.heartbeat_timeout_s,
+            stall_timeout_s=sampling.stall_timeout_s,
+            lease_timeout_s=sampling.lease_timeout_s,
+        )
+        return _Running(fleet, BlockPool(tasks, limits), FleetMetrics(stage, fleet.name))
+
+    def finish_complete(self) -> None:
+        """Write the manifests of all datasets whose blocks are committed."""
+        for name in [name for name, output in self._outputs.items() if output.complete]:
+            self._outputs.pop(name).finish(self._sampling.max_error_share, self._facts)
 
     def run(self, running: list[_Running]) -> None:
+        next_tick = 0.0
+        while any(not fleet.pool.finished for fleet in running):
+            calls = list(self._calls)
+            if not calls:
+                time.sleep(_TICK_S)
+            elif ray.wait(calls, num_returns=1, timeout=_TICK_S)[0]:  # whatever else is there is settled with it
+                for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0]:
+                    if call in self._calls:
+                        self._settle(call)
+            if (now := time.monotonic()) >= next_tick:
+                next_tick = now + _TICK_S
+                self._tick([fleet for fleet in running if not fleet.pool.finished], now)
+
+    # -- once a second
+
+    def _tick(self, running: list[_Running], now: float) -> None:
+        beats = now - self._last_beat >= min(_BEAT_EVERY_S, self._sampling.heartbeat_timeout_s / 4)
+        self._last_beat = now if beats else self._last_beat
+        away, self._last_tick = now - self._last_tick - _TICK_S, now
         for fleet in running:
-            for _ in range(min(fleet.fleet.replicas, len(fleet.pool.blocks))):
-                self._add_actor(fleet)
-        last_news = time.monotonic()
-        while self._calls:
-            done, _ = ray.wait(list(self._calls), num_returns=1, timeout=1.0)
-            if done:
-                last_news = time.monotonic()
-                self._settle(done[0])
-            elif not any(fleet.ready for fleet in running) and self._waited_too_long(last_news):
-                raise RunFailed(self._no_resources(running))
-            self._progress.tick()
+            if away > _TICK_S:
+                fleet.pool.excuse(away)
+            for name, reason in fleet.pool.silent(now):
+                self._lost(fleet, name, reason)
+            for lease in fleet.pool.overdue(now):
+                logger.warning("%s: %s was not done within its time, leased again", lease.actor, lease.block)
+                self._cancel(lease)
+            if beats:
+                for name in fleet.ready.keys() - fleet.asked:
+                    fleet.asked.add(name)
+                    self._calls[fleet.actors[name].beat.remote()] = (fleet, name, "beat")
+            self._scale(fleet, now)
+            fleet.metrics.state(list(fleet.ready.values()), fleet.pool.waiting)
+        self._refuse_too_few(running, now)
+        self._progress.note(self._state(running))
+        self._progress.tick()
 
-    def _waited_too_long(self, since: float) -> bool:
-        return time.monotonic() - since > self._cluster.start_timeout_s
+    def _scale(self, fleet: _Running, now: float) -> None:
+        """Ask for actors up to what is useful; let idle ones go."""
+        while now >= fleet.not_before and len(fleet.actors) < fleet.useful:
+            self._add_actor(fleet)
+        for name in list(fleet.ready):
+            self._lease(fleet, name, now)
+        surplus = len(fleet.actors) - max(1, fleet.useful)
+        if surplus > 0:
+            waiting = [name for name in fleet.actors if name not in fleet.ready]
+            idle = [name for name in fleet.ready if not fleet.pool.leased(name)]
+            for name in [*waiting, *idle][:surplus]:
+                self._end(fleet, name)
 
-    def _no_resources(self, running: list[_Running]) -> str:
-        wanted = ", ".join(f"{f.fleet.replicas} x {self._resources(f.fleet)} for {f.fleet.name}" for f in running)
+    def _refuse_too_few(self, running: list[_Running], now: float) -> None:
+        any_ready = any(fleet.ready for fleet in running)
+        for fleet in running:
+            # A fleet that has never run may be waiting for the resources of another.
+            if len(fleet.ready) >= min(fleet.fleet.min_replicas, fleet.useful) or (
+                any_ready and not fleet.started_once
+            ):
+                fleet.enough_since = now
+            elif now - fleet.enough_since > self._cluster.start_timeout_s:
+                raise RunFailed(self._no_resources(fleet))
+
+    def _no_resources(self, fleet: _Running) -> str:
         return (
-            f"no sampling actor started within {self._cluster.start_timeout_s} s. Asked for: {wanted}. The cluster has "
-            f"{ray.cluster_resources()}, free {ray.available_resources()}. Committed samples are kept; add nodes or lower "
-            "sampling.<role>.replicas or cpus, then run again."
+            f"{fleet.fleet.name}: {len(fleet.ready)} sampling actors for {self._cluster.start_timeout_s} s, wanted at least "
+            f"{fleet.fleet.min_replicas} of {fleet.fleet.replicas}, each with {fleet.fleet.placement}. The cluster has "
+            f"{_resources(ray.cluster_resources())}, free {_resources(ray.available_resources())}. What is committed is kept; "
+            "add nodes, or lower replicas, min_replicas or cpus, then run again."
         )
 
-    def _resources(self, fleet: Fleet) -> dict[str, float]:
-        tensor_parallel = int(str(fleet.engine.get("tensor_parallel_size", 1)))
-        return {"num_cpus": fleet.cpus, "num_gpus": tensor_parallel if self._gpus else 0}
+    def _state(self, running: list[_Running]) -> str:
+        engines = ", ".join(f"{fleet.fleet.name} {len(fleet.ready)}/{len(fleet.actors)}" for fleet in running)
+        errors = sum(output.errors for output in self._outputs.values())
+        return f"up: {engines}" + (f", {errors:,} errors" if errors else "")
+
+    # -- actors
 
     def _add_actor(self, fleet: _Running) -> None:
         name = f"{fleet.fleet.name}-{fleet.born}"
         fleet.born += 1
-        environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, int(fleet.fleet.cpus)))}
-        if not self._gpus:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        actor = ray.remote(Sampler).options(
-            **self._resources(fleet.fleet), max_concurrency=1000, runtime_env={"env_vars": environment}
+        placement = fleet.fleet.placement
+        options: dict[str, Any] = {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
+        if placement.bundles:
+            group = ray.util.placement_group([{"GPU": 1, "CPU": placement.cpus}] * placement.bundles, strategy="PACK")
+            fleet.groups[name] = group
+            options["scheduling_strategy"] = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+            )
+        actor = ray.remote(fleet.fleet.worker).options(
+            **options, max_concurrency=1000, runtime_env={"env_vars": dict(fleet.fleet.environment)}
         )
-        handle = actor.remote(self._storage, fleet.fleet.path, fleet.fleet.settings, fleet.fleet.engine, fleet.seed)
-        fleet.actors[name] = handle
-        self._calls[handle.start.remote()] = (fleet, name, None)
+        fleet.actors[name] = actor.remote(*fleet.fleet.arguments)
+        fleet.metrics.started()
+        self._calls[fleet.actors[name].start.remote()] = (fleet, name, "start")
+
+    def _end(self, fleet: _Running, name: str) -> None:
+        """Stop an actor that is not needed any more. An engine that is up ends by itself."""
+        logger.info("%s: nothing left for it to do, stopped", name)
+        stopping = _Stopping(fleet.actors.pop(name), fleet.groups.pop(name, None))
+        self._forget(name)
+        if fleet.ready.pop(name, None) is None:
+            stopping.end()
+        else:
+            fleet.pool.leave(name)
+            self._calls[stopping.handle.stop.remote()] = (fleet, name, stopping)
+
+    def _forget(self, actor: str) -> None:
+        for call in [call for call, (_, name, _) in self._calls.items() if name == actor]:
+            del self._calls[call]
+
+    def _lost(
+        self, fleet: _Running, name: str, reason: str, under_way: Mapping[Any, tuple[int, ...]] | None = None
+    ) -> None:
+        """An actor is gone or given up: its leases go back and another takes its place. `under_way`: its engine died."""
+        logger.warning("%s died (%s); its blocks are leased again", name, reason)
+        self._forget(name)
+        _kill(fleet.actors.pop(name), fleet.groups.pop(name, None))
+        was_ready = fleet.ready.pop(name, None) is not None
+        fleet.metrics.died()
+        if under_way is not None:
+            fleet.pool.died(name, reason, dict(under_way))
+        else:
+            fleet.pool.leave(name)
+            if not was_ready:
+                fleet.pool.failures_in_a_row += 1
+        fleet.not_before = time.monotonic() + _REPLACE_AFTER_S
+        limit = (self._sampling.max_attempts + 1) * min(fleet.fleet.replicas, _ENGINES_IN_DOUBT)
+        if fleet.pool.failures_in_a_row >= limit:
+            raise RunFailed(
+                f"{fleet.fleet.name}: actors died {fleet.pool.failures_in_a_row} times in a row with nothing committed in "
+                f"between, at last: {reason}. What is committed is kept; see the Ray logs of the actor, then run again."
+            )
+
+    # -- what actors answer
 
     def _settle(self, call: Any) -> None:
-        fleet, actor, task = self._calls.pop(call)
+        fleet, actor, about = self._calls.pop(call)
         try:
             result = ray.get(call)
+        except TaskCancelledError:
+            return
         except RayActorError as error:
-            self._lost(fleet, actor, str(error).splitlines()[0], blame=False)
-        except RayTaskError as error:
-            if task is None:
-                raise RunFailed(f"{actor}: the engine did not start: {error.cause!r}") from None
-            if isinstance(error.cause, EngineDiedError):
-                ray.kill(fleet.actors[actor])
-                self._lost(fleet, actor, str(error.cause), blame=True)
-                return
-            logger.warning("%s: block %s failed: %s", actor, task, error.cause)
-            fleet.pool.fail(actor, task, repr(error.cause))
-            self._lease_all(fleet)
-        else:
-            if task is None:
-                self._started(fleet, actor, result)
+            if isinstance(about, _Stopping):
+                about.end()
             else:
-                self._committed(fleet, actor, task, result)
+                # A process that dies while its node lives may have died of its rows.
+                own = actor in fleet.ready and "node has died" not in str(error)
+                self._lost(fleet, actor, _why_died(error), under_way={} if own else None)
+        except RayTaskError as error:
+            self._failed(fleet, actor, about, error.cause)
+        else:
+            match about:
+                case "start":
+                    self._started(fleet, actor, result)
+                case "beat":
+                    self._heard(fleet, actor, result)
+                case Lease():
+                    self._committed(fleet, about, result)
+                case _Stopping():
+                    about.end()
+
+    def _failed(self, fleet: _Running, actor: str, about: Any, cause: Exception) -> None:
+        match about:
+            case "start":
+                raise RunFailed(f"{actor}: did not start: {cause!r}") from None
+            case _Stopping():
+                about.end()
+            case _ if isinstance(cause, EngineDiedError):
+                tasks = {(task.output, task.block): task for task in fleet.leased(actor)}
+                self._lost(
+                    fleet,
+                    actor,
+                    cause.reason,
+                    {tasks[key]: rows for key, rows in cause.under_way.items() if key in tasks},
+                )
+            case _ if isinstance(cause, UserError | StopStageError):
+                raise cause from None
+            case Lease():
+                logger.warning("%s: %s failed: %s", actor, about.block, cause)
+                fleet.metrics.retried()
+                fleet.pool.fail(about, _first_line(cause))
 
     def _started(self, fleet: _Running, actor: str, problem: str | None) -> None:
         if problem is not None:
             if not fleet.started_once:
                 raise UserError(problem)
-            ray.kill(fleet.actors[actor])
-            self._lost(fleet, actor, problem, blame=False)
+            self._lost(fleet, actor, problem)
             return
         fleet.started_once = True
-        fleet.ready.add(actor)
-        seconds = time.monotonic() - fleet.started
-        self._progress.say(f"{actor}: engine for {fleet.fleet.path} is up after {seconds:.0f} s")
-        fleet.started = time.monotonic()
-        self._lease(fleet, actor)
+        fleet.ready[actor] = Beat(0, 0)
+        fleet.pool.join(actor, time.monotonic())
+        fleet.enough_since = time.monotonic()
+        self._progress.say(f"{actor}: is up ({len(fleet.ready)} of at most {fleet.fleet.replicas})")
+        self._lease(fleet, actor, time.monotonic())
 
-    def _lease_all(self, fleet: _Running) -> None:
-        for actor in sorted(fleet.ready):
-            self._lease(fleet, actor)
+    def _heard(self, fleet: _Running, actor: str, beat: Beat) -> None:
+        fleet.asked.discard(actor)
+        if actor in fleet.ready:
+            fleet.ready[actor] = beat
+            fleet.pool.beat(actor, beat.finished, time.monotonic())
 
-    def _lease(self, fleet: _Running, actor: str) -> None:
-        while (task := fleet.pool.take(actor)) is not None:
-            assert isinstance(task, tuple)
-            job = fleet.fleet.jobs[task[0]]
-            call = fleet.actors[actor].sample_block.remote(job, task[1], uuid.uuid4().hex)
-            self._calls[call] = (fleet, actor, task)
+    def _lease(self, fleet: _Running, actor: str, now: float) -> None:
+        while (lease := fleet.pool.take(actor, now)) is not None:
+            task = lease.block
+            assert isinstance(task, Task)
+            job = fleet.fleet.assignments[task.assignment].job
+            call = fleet.actors[actor].work.remote(job, task.block, uuid.uuid4().hex, lease.hints)
+            self._calls[call] = (fleet, actor, lease)
 
-    def _committed(self, fleet: _Running, actor: str, task: Task, result: BlockResult) -> None:
-        index = task[0]
-        first = fleet.pool.done(task)
-        if result.part is not None:
-            fleet.parts[index].append(result.part)
-            fleet.rows += result.rows
-            fleet.deaths_in_a_row = 0
-            fleet.errors += result.errors
-            fleet.first_error = fleet.first_error or result.first_error
-            self._progress.advance(result.rows, tokens=result.tokens)
-            self._refuse_too_many_errors(fleet)
+    def _committed(self, fleet: _Running, lease: Lease, result: BlockResult) -> None:
+        task = lease.block
+        assert isinstance(task, Task)
+        for other in fleet.pool.committed(task):
+            if other is not lease:
+                self._cancel(other)
+        output = self._outputs.get(task.output)
+        if output is not None and output.add(task.block, result):
+            counts = result.part.counts
+            fleet.metrics.committed(result)
+            self._progress.advance(output.units[task.block], tokens=counts.get("tokens", 0))
+            output.check_errors(self._sampling.max_error_share, at_end=False)
+            self.finish_complete()
+        if lease.actor in fleet.ready and not fleet.pool.finished:
+            self._lease(fleet, lease.actor, time.monotonic())
         if fleet.pool.finished:
-            self._close(fleet)
-        else:
-            self._lease(fleet, actor)
-        fleet.remaining[index] -= first
-        if first and not fleet.remaining[index]:
-            facts = {"seconds": round(time.monotonic() - fleet.started, 3)}
-            _finish(fleet.fleet.jobs[index], self._storage, fleet.parts[index], facts)
+            self.stop([fleet])  # makes room for the others
 
-    def _refuse_too_many_errors(self, fleet: _Running) -> None:
-        allowed = self._sampling.max_error_share
-        if fleet.rows >= 100 and fleet.errors > allowed * fleet.rows:
-            raise RunFailed(
-                f"{fleet.fleet.name}: {fleet.errors} of {fleet.rows} samples are errors, more than "
-                f"sampling.max_error_share={allowed}. The first: {fleet.first_error}. What is committed is kept."
-            )
-
-    def _lost(self, fleet: _Running, actor: str, reason: str, *, blame: bool) -> None:
-        """An actor died: its leases go back and another takes its place. `blame`: of its own, not with its node."""
-        logger.warning("%s died (%s); its blocks are leased again", actor, reason)
-        fleet.ready.discard(actor)
-        fleet.actors.pop(actor, None)
-        for call in [call for call, (_, name, _) in self._calls.items() if name == actor]:
+    def _cancel(self, lease: Lease) -> None:
+        for call in [call for call, (_, _, about) in self._calls.items() if about is lease]:
             del self._calls[call]
-        fleet.pool.remove(actor, reason if blame else None)
-        fleet.deaths_in_a_row += 1
-        if fleet.deaths_in_a_row >= fleet.fleet.replicas * self._sampling.max_attempts:
-            raise RunFailed(
-                f"{fleet.fleet.name}: engines died {fleet.deaths_in_a_row} times in a row, at last: {reason}. "
-                "What is committed is kept; see the Ray logs of the actor, then run again."
-            )
-        if not fleet.pool.finished:
-            self._add_actor(fleet)
-            self._lease_all(fleet)
-
-    def _close(self, fleet: _Running) -> None:
-        """The fleet is done: its late attempts are dropped and its engines stopped, to make room for the others."""
-        for call in [call for call, (owner, _, _) in self._calls.items() if owner is fleet]:
-            del self._calls[call]
-        self.stop([fleet])
+            ray.cancel(call)
 
     def stop(self, running: list[_Running]) -> None:
         """Stop all engines; what does not stop by itself within seconds is killed."""
-        stops = {
-            handle.stop.remote(): handle
-            for fleet in running
-            for name, handle in fleet.actors.items()
-            if name in fleet.ready
-        }
-        if stops:
-            ray.wait(list(stops), num_returns=len(stops), timeout=15)
+        ending: dict[Any, Any] = {}
+        for call in [
+            call for call, (owner, _, about) in self._calls.items() if owner in running and isinstance(about, _Stopping)
+        ]:
+            ending[call] = self._calls.pop(call)[2]
         for fleet in running:
-            for handle in fleet.actors.values():
-                ray.kill(handle)
+            for name, handle in fleet.actors.items():
+                self._forget(name)
+                stopping = _Stopping(handle, fleet.groups.pop(name, None))
+                if name in fleet.ready:
+                    ending[handle.stop.remote()] = stopping
+                else:
+                    stopping.end()
             fleet.actors.clear()
             fleet.ready.clear()
+        if ending:
+            ray.wait(list(ending), num_returns=len(ending), timeout=_STOP_S)
+        for about in ending.values():
+            about.end()
+
+
+@dataclass(frozen=True)
+class _Stopping:
+    """An actor on its way out."""
+
+    handle: Any
+    group: Any
+
+    def end(self) -> None:
+        _kill(self.handle, self.group)
+
+
+def _kill(handle: Any, group: Any) -> None:
+    ray.kill(handle)
+    if group is not None:
+        ray.util.remove_placement_group(group)
+
+
+def _why_died(error: RayActorError) -> str:
+    """Ray's reason, without its advice and ids."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "died" in line), lines[0] if lines else "its actor died")[:200]
+
+
+def _errors(part: Part) -> int:
+    return part.counts.get("errors", 0)
+
+
+def _resources(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{found.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,61 +7,54 @@ pairs, for the held-out pairs, and in every decoding that the evaluation shows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from plad_dist.config import Config, Decoding, Model, RoleSampling, fingerprint
+import ray
+
+from plad_dist.config import Config, Decoding, Model, RoleSampling, Teacher, fingerprint
 from plad_dist.data.models import model_identity
-from plad_dist.data.prompts import heldout_prompts, train_prompts
-from plad_dist.data.store import Dataset
-from plad_dist.errors import UserError
+from plad_dist.data.prompts import heldout_prompts, teacher_blocks, train_prompts
+from plad_dist.data.store import Dataset, Manifest
 from plad_dist.progress import Progress
 from plad_dist.rundir import ROUND, RunDir, require_model
-from plad_dist.sampling.job import Fleet, SamplingJob
-from plad_dist.sampling.run import run_fleets
+from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.job import SamplingJob
+from plad_dist.sampling.placement import Placement, place, replicas_that_fit
+from plad_dist.sampling.remote import EndpointBackend, spent_on
+from plad_dist.sampling.run import Assignment, Fleet, run_fleets
 
 HELDOUT_ROUND = -1  # keeps the seeds of held-out samples apart from those of training samples
 
 
 def sample(config: Config, run: RunDir, progress: Progress, roles: tuple[str, ...] = ("teacher", "student")) -> None:
     """Sample what the roles have not sampled yet. Raises :class:`UserError` and :class:`RunFailed` as `run_fleets`."""
-    run_fleets(config, run.storage, [_role_fleet(config, run, role) for role in roles], progress)
+    fleets = [_fleet(config, run, speaker, assignments) for speaker, assignments in _role_work(config, run, roles)]
+    run_fleets(config, run.storage, fleets, progress)
 
 
 def is_sampled(config: Config, run: RunDir, roles: tuple[str, ...] = ("teacher", "student")) -> bool:
     """Whether everything that the roles sample is committed."""
-    jobs = [job for role in roles for job in _role_fleet(config, run, role).jobs]
-    return all(job.dataset(run.storage).manifest() is not None for job in jobs)
+    outputs = {
+        assignment.job.output: assignment.job.dataset(run.storage)
+        for _, assignments in _role_work(config, run, roles)
+        for assignment in assignments
+    }
+    return all(dataset.manifest() is not None for dataset in outputs.values())
 
 
 def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progress: Progress) -> None:
     """Sample the held-out prompts from trained students, by name; they share engines, which change weights."""
-    jobs = [job for name, path in systems.items() for job in system_jobs(config, run, name, path, config.student)]
-    first = next(iter(systems.values()))
-    run_fleets(config, run.storage, [_fleet(config, "student", first, jobs)], progress)
-
-
-def _role_fleet(config: Config, run: RunDir, role: str) -> Fleet:
-    settings, wanted = _role(config, role)
-    path = run.teacher(config) if role == "teacher" else run.student(config)
-    require_model(path, f"train --phase {'teacher' if role == 'teacher' else 'warmup'}")
-    maker = _JobMaker(config, run, role, path, settings)
-    decoding = Decoding(**{name: getattr(wanted, name) for name in Decoding.model_fields})
-    jobs = [
-        maker.job(train_prompts(run.storage), run.samples(role), decoding, wanted.n, ROUND, config.sampling.limit),
-        maker.job(heldout_prompts(run.storage), run.heldout_samples(role), decoding, 1, HELDOUT_ROUND,
-                  config.evaluation.limit),
-        *system_jobs(config, run, "teacher" if role == "teacher" else "warmup", path, settings),
-    ]  # fmt: skip
-    return _fleet(config, role, path, jobs)
-
-
-def system_jobs(config: Config, run: RunDir, system: str, path: str, settings: Model) -> list[SamplingJob]:
-    """What the evaluation samples from one system: every decoding, and for the warm-up student lower temperatures too."""
-    maker = _JobMaker(config, run, "teacher" if system == "teacher" else "student", path, settings)
-    return [
-        maker.job(heldout_prompts(run.storage), run.system_samples(system, name), decoding, 1, HELDOUT_ROUND - 1,
-                  config.evaluation.limit)
-        for name, decoding in system_decodings(config, system).items()
-    ]  # fmt: skip
+    assignments: list[Assignment] = []
+    for name, path in systems.items():
+        student = _student(config, path)
+        for output, decoding in _system_outputs(config, run, name):
+            assignments += _assignments(
+                config, run, [student], heldout_prompts(run.storage), output, decoding, HELDOUT_ROUND - 1
+            )[student.name]
+    first = _student(config, next(iter(systems.values())))
+    run_fleets(config, run.storage, [_fleet(config, run, first, assignments)], progress)
 
 
 def system_decodings(config: Config, system: str) -> dict[str, Decoding]:
@@ -74,61 +67,162 @@ def system_decodings(config: Config, system: str) -> dict[str, Decoding]:
     return decodings
 
 
-def _role(config: Config, role: str) -> tuple[Model, RoleSampling]:
-    return (
-        (config.trained("teacher"), config.sampling.teacher)
-        if role == "teacher"
-        else (config.student, config.sampling.student)
-    )
-
-
-def _fleet(config: Config, role: str, path: str, jobs: list[SamplingJob]) -> Fleet:
-    settings, wanted = _role(config, role)
-    return Fleet(
-        role,
-        settings,
-        path,
-        tuple(jobs),
-        dict(wanted.engine),
-        1 if wanted.replicas == "auto" else wanted.replicas,
-        wanted.cpus,
-    )
+# --------------------------------------------------------------------------------------------------- who samples what
 
 
 @dataclass(frozen=True)
-class _JobMaker:
-    """Jobs of one model."""
+class _Speaker:
+    """A model that answers prompts.
 
-    config: Config
-    run: RunDir
+    Attributes:
+        name: `student`, or the name of a teacher.
+        path: folder or hub name of its weights, or its name at a server.
+    """
+
+    name: str
     role: str
     path: str
     settings: Model
+    sampling: RoleSampling
 
-    def job(
-        self, prompts: Dataset, output: Dataset, decoding: Decoding, n: int, round_: int, limit: int | None
-    ) -> SamplingJob:
-        manifest = prompts.manifest()
-        if manifest is None:
-            raise UserError(f"{prompts.storage.url}/{prompts.path}: not complete yet; run `plad prepare` first")
-        rows = min(manifest.rows, limit or manifest.rows)
-        seed = self.config.run.seed
-        decides = [
-            manifest.fingerprint, rows, model_identity(self.path, self.settings), self.settings.template,
-            self.settings.max_length, _role(self.config, self.role)[1].deciding_engine(), decoding.model_dump(mode="json"), n, seed, round_, self.role,
-        ]  # fmt: skip
-        return SamplingJob(
+    @property
+    def identity(self) -> list[Any]:
+        """What decides its answers, but for the decoding."""
+        identity = [model_identity(self.path, self.settings), self.settings.template, self.settings.max_length,
+                    self.sampling.deciding_engine()]  # fmt: skip
+        return (
+            [*identity, self.settings.share, self.settings.filter] if isinstance(self.settings, Teacher) else identity
+        )
+
+    def decoding(self) -> Decoding:
+        return Decoding(**{name: getattr(self.sampling, name) for name in Decoding.model_fields})
+
+
+def _student(config: Config, path: str) -> _Speaker:
+    return _Speaker("student", "student", path, config.student, config.sampling.student)
+
+
+def _speakers(config: Config, run: RunDir, role: str) -> list[_Speaker]:
+    if role == "student":
+        path = run.student(config)
+        require_model(path, "train --phase warmup")
+        return [_student(config, path)]
+    speakers = []
+    for name, settings in config.all_teachers().items():
+        path = settings.endpoint.model if settings.endpoint else run.teacher(config, name)
+        if not settings.endpoint:
+            require_model(path, "train --phase teacher")
+        assert settings.sampling is not None
+        speakers.append(_Speaker(name, role, path, settings, settings.sampling))
+    return speakers
+
+
+def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tuple[_Speaker, list[Assignment]]]:
+    """Every model of the roles with the blocks that it is to sample."""
+    work: list[tuple[_Speaker, list[Assignment]]] = []
+    for role in roles:
+        speakers = _speakers(config, run, role)
+        wanted: list[tuple[Dataset, Dataset, Decoding | None, int]] = [
+            (train_prompts(run.storage), run.samples(role), None, ROUND),
+            (heldout_prompts(run.storage), run.heldout_samples(role), None, HELDOUT_ROUND),
+        ]
+        for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
+            wanted.append((heldout_prompts(run.storage), output, decoding, HELDOUT_ROUND - 1))
+        assigned: dict[str, list[Assignment]] = {speaker.name: [] for speaker in speakers}
+        for prompts, output, system_decoding, seed_round in wanted:
+            found = _assignments(config, run, speakers, prompts, output, system_decoding, seed_round)
+            for name, assignments in found.items():
+                assigned[name] += assignments
+        work += [(speaker, assigned[speaker.name]) for speaker in speakers]
+    return work
+
+
+def _system_outputs(config: Config, run: RunDir, system: str) -> list[tuple[Dataset, Decoding]]:
+    """What the evaluation samples from one system: every decoding, and for the warm-up student lower temperatures too."""
+    return [(run.system_samples(system, name), decoding) for name, decoding in system_decodings(config, system).items()]
+
+
+def _assignments(
+    config: Config,
+    run: RunDir,
+    speakers: list[_Speaker],
+    prompts: Dataset,
+    output: Dataset,
+    decoding: Decoding | None,
+    seed_round: int,
+) -> dict[str, list[Assignment]]:
+    """One dataset of samples, by the speaker that does each block. Without a decoding: as the role is sampled for pairs."""
+    manifest = prompts.require("prepare")
+    limit = config.sampling.limit if seed_round == ROUND else config.evaluation.limit
+    rows = rows_by_block(manifest, limit)
+    last = len(rows) - 1
+    seed = config.run.seed
+    n = speakers[0].sampling.n if seed_round == ROUND else 1
+    role = speakers[0].role
+    decides = [
+        manifest.fingerprint, manifest.facts.get("content"), sum(rows), [speaker.identity for speaker in speakers],
+        [(decoding or speaker.decoding()).model_dump(mode="json") for speaker in speakers], n, seed, seed_round, role,
+    ]  # fmt: skip
+    made_of = fingerprint(decides)
+    blocks_of = teacher_blocks(manifest) if role == "teacher" else {speakers[0].name: range(len(rows))}
+    assigned: dict[str, list[Assignment]] = {}
+    for speaker in speakers:
+        job = SamplingJob(
             prompts=prompts.path,
             output=output.path,
-            role=self.role,
-            model=self.path,
-            weights=self.path,
-            decoding=decoding,
+            role=role,
+            model=speaker.path,
+            weights=speaker.path,
+            decoding=decoding or speaker.decoding(),
             n=n,
             seed=seed,
-            round=max(round_, ROUND),
-            seed_round=round_,
-            limit=rows,
-            block_size=self.config.prompts.block_size,
-            fingerprint=fingerprint(decides),
+            round=max(seed_round, ROUND),
+            seed_round=seed_round,
+            last_block=last,
+            last_rows=rows[last],
+            fingerprint=made_of,
         )
+        mine = [block for block in blocks_of.get(speaker.name, []) if block <= last]
+        assigned[speaker.name] = [Assignment(job, mine, [count * n for count in rows])]
+    return assigned
+
+
+def rows_by_block(manifest: Manifest, limit: int | None) -> list[int]:
+    """Prompts of each block that is sampled; the limit may cut the last one short."""
+    left, rows = limit if limit is not None else manifest.rows, []
+    for part in manifest.parts:
+        if left <= 0:
+            break
+        rows.append(min(part.rows, left))
+        left -= part.rows
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- fleets
+
+
+def _fleet(config: Config, run: RunDir, speaker: _Speaker, assignments: list[Assignment]) -> Fleet:
+    """The actors of one model."""
+    settings, wanted = speaker.settings, speaker.sampling
+    if settings.endpoint is not None:
+        spent = spent_on((assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments)
+        backend = partial(EndpointBackend, settings, speaker.path, spent)
+        # One client: limits on requests, tokens and money are those of one key.
+        return Fleet(speaker.name, tuple(assignments), Sampler, (run.storage, backend), Placement(wanted.cpus))
+    cluster = ray.cluster_resources()
+    has_gpus = cluster.get("GPU", 0) > 0
+    placement = place(wanted.engine, wanted.cpus, has_gpus=has_gpus)
+    replicas = replicas_that_fit(placement, cluster) if wanted.replicas == "auto" else wanted.replicas
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, int(wanted.cpus)))}
+    if not has_gpus:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return Fleet(
+        name=speaker.name,
+        assignments=tuple(assignments),
+        worker=Sampler,
+        arguments=(run.storage, partial(Engine, speaker.path, settings, dict(wanted.engine), config.run.seed)),
+        placement=placement,
+        replicas=replicas,
+        min_replicas=min(wanted.min_replicas, replicas),
+        environment=environment,
+    )

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
+from plad_dist.errors import RunFailed
+
+
+class EngineDiedError(RuntimeError):
+    """The engine is dead and the actor ends.
+
+    Attributes:
+        reason: the engine's own.
+        under_way: rows that were not finished, by (dataset path, block).
+    """
+
+    def __init__(self, reason: str, under_way: dict[tuple[str, int], tuple[int, ...]]) -> None:
+        super().__init__(reason, under_way)
+        self.reason, self.under_way = reason, under_way
+
+
+class StopStageError(RunFailed):
+    """An actor found that the whole stage must stop; what is committed is kept."""
 
 
 class BlockJob(Protocol):
@@ -21,10 +38,6 @@ class BlockJob(Protocol):
     def fingerprint(self) -> str:
         """Of all that decides the rows."""
 
-    @property
-    def block_units(self) -> Sequence[int]:
-        """Units of progress (samples, prompts) in each block."""
-
     def dataset(self, storage: Storage) -> Dataset:
         """The dataset that is made."""
 
@@ -34,11 +47,11 @@ class Hints:
     """What earlier attempts at a block found out.
 
     Attributes:
-        suspects: rows of the block that were under way when an engine died of the block.
+        pieces: rows of the block of which engines may have died: to be done after the others, a piece at a time.
         poison: error by row, for rows that are known to kill the engine: they are not tried again.
     """
 
-    suspects: tuple[int, ...] = ()
+    pieces: tuple[tuple[int, ...], ...] = ()
     poison: dict[int, str] = field(default_factory=dict)
 
 

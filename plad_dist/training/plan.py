@@ -39,12 +39,12 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     start = run.student(config) if calibrates else _first_model(role, settings, config, run)
     require_model(start, f"train --phase {WARMUP}")
     kind, source = _data(name, config, run)
-    manifest = _complete(source)
+    manifest = source.require("run")
     context = context_length(start, settings)
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
     steps = _equal_compute_steps(config, source) if name == SEQKD else _steps(phase, _count(kind, source, manifest))
     identity = [
-        decides, steps, manifest.fingerprint, model_identity(start, settings), settings.template, kind, context,
+        decides, steps, manifest.fingerprint, manifest.facts.get("content"), model_identity(start, settings), settings.template, kind, context,
         config.run.seed, training.dtype,
     ]  # fmt: skip
     return PhaseJob(
@@ -80,8 +80,9 @@ def _first_model(role: str, settings: Model, config: Config, run: RunDir) -> str
     start = run.start_of(role, settings)
     if settings.scratch is not None:
         prompts = train_prompts(run.storage)
-        manifest = _complete(prompts)
-        make_model(settings.scratch, prompts.read(), manifest.fingerprint, config.run.seed, run.model(f"{role}-init"))
+        manifest = prompts.require("prepare")
+        made_of = str(manifest.facts["content"])
+        make_model(settings.scratch, prompts.read(), made_of, config.run.seed, run.model(f"{role}-init"))
     return start
 
 
@@ -93,16 +94,6 @@ def _data(name: str, config: Config, run: RunDir) -> tuple[Kind, Dataset]:
     if name == WARMUP and config.training.warmup is not None and config.training.warmup.data == "teacher":
         return "teacher", run.samples("teacher")
     return "references", train_prompts(run.storage)
-
-
-def _complete(source: Dataset) -> Manifest:
-    manifest = source.manifest()
-    if manifest is None:
-        raise UserError(
-            f"{source.storage.url}/{source.path}: not complete yet; run the stage that makes it first "
-            "(`plad status RUN_DIR` shows what is there)"
-        )
-    return manifest
 
 
 def _count(kind: Kind, source: Dataset, manifest: Manifest) -> int:

@@ -8,12 +8,18 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from plad_dist.config import Model, Pairing, ScratchModel
-from plad_dist.data.schemas import PROMPTS, SAMPLES
+from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.templates import Renderer
-from plad_dist.pairing.build import PairBuilder, pair_facts
+from plad_dist.evaluation.metrics import rouge_l
+from plad_dist.pairing.pairs import PairBuilder, pair_facts
+from plad_dist.pairing.scores import Answer, load_scorer
 from plad_dist.training.scratch import train_tokenizer
+
+CONTEXT = 64
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,10 @@ def build(
         [{"prompt_id": "p", "messages": messages, "reference": reference, "meta": "{}"}], schema=PROMPTS
     )
     tables = [pa.Table.from_pylist(rows, schema=SAMPLES) for rows in (teacher, student)]
-    return PairBuilder(Pairing(**options), renderer, context=64).build(prompts, *tables)
+    pairing = Pairing(**options)
+    pairs, counts = PairBuilder(pairing, renderer, CONTEXT, load_scorer(pairing)).build(prompts, *tables)
+    assert pairs.schema == PAIRS
+    return pairs.to_pylist(), counts
 
 
 def test_a_pair_holds_the_teachers_text_and_the_students_own_tokens(renderer: Renderer) -> None:
@@ -116,6 +125,254 @@ def test_without_a_reference_there_are_no_scores(renderer: Renderer) -> None:
     rows, counts = build(renderer, [sample("p", "one", "teacher")], [sample("p", "two", "student")], reference=None)
     assert (rows[0]["chosen_score"], rows[0]["rejected_score"]) == (None, None)
     assert pair_facts(counts)["teacher_better_share"] is None
+
+
+# ------------------------------------------------------------------------------------------------- which are combined
+
+
+def teacher_and_student(teacher: list[str], student: list[str]) -> tuple[list[Any], list[Any]]:
+    return (
+        [sample("p", text, "teacher", index=i) for i, text in enumerate(teacher)],
+        [sample("p", text, "student", [9 + i, 2], index=i) for i, text in enumerate(student)],
+    )
+
+
+def texts(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(row["chosen_text"], row["rejected_text"]) for row in rows]
+
+
+def test_one_takes_the_first_usable_pair_and_considers_no_more(renderer: Renderer) -> None:
+    samples = teacher_and_student(["one", "two", "three"], ["one", "five"])
+    rows, counts = build(renderer, *samples, combine="one")
+    assert texts(rows) == [("two", "five")]
+    assert pair_facts(counts)["drops"] == {"identical": 1}
+
+
+def test_best_worst_takes_the_teachers_best_against_the_students_worst(renderer: Renderer) -> None:
+    samples = teacher_and_student(["five", "one two", "one"], ["one", "four", "one two three"])
+    rows, counts = build(renderer, *samples, combine="best_worst")
+    assert texts(rows) == [("one two", "four")]
+    assert (rows[0]["chosen_score"], rows[0]["rejected_score"]) == (1.0, 0.0)
+    assert pair_facts(counts)["drops"] == {}
+
+
+def test_best_worst_takes_the_lower_index_of_equal_scores_in_whatever_order_they_lie(renderer: Renderer) -> None:
+    teacher, student = teacher_and_student(["two", "one", "five"], ["five", "four", "one two"])
+    rows, _ = build(renderer, teacher[::-1], student[::-1], combine="best_worst")
+    assert texts(rows) == [("two", "five")]
+
+
+def test_best_worst_passes_over_unusable_and_unscored_samples(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks: dict[str, float | None] = {"a": 3.0, "b": None, "c": 2.0, "d": 1.0, "e": 0.0, "f": None}
+    monkeypatch.setattr("plad_dist.pairing.scores.rouge_scores", lambda items: [marks[i["response"]] for i in items])
+    teacher, student = teacher_and_student(["a", "b", "c"], ["d", "e", "f"])
+    teacher[0]["finish_reason"] = "length"
+    rows, counts = build(renderer, teacher, student, combine="best_worst")
+    assert texts(rows) == [("c", "e")]
+    assert counts["unscored"] == 2
+
+
+@pytest.mark.parametrize(
+    ("finish", "reference", "reason"),
+    [("stop", None, "no_score"), ("length", "one two", "chosen_truncated"), ("error", "one two", "error")],
+)
+def test_best_worst_drops_a_prompt_without_scores_or_usable_samples_once(
+    renderer: Renderer, finish: str, reference: str | None, reason: str
+) -> None:
+    teacher, student = teacher_and_student(["one", "two"], ["four", "five"])
+    for row in teacher:
+        row["finish_reason"] = finish
+    rows, counts = build(renderer, teacher, student, reference=reference, combine="best_worst")
+    assert rows == []
+    assert pair_facts(counts)["drops"] == {reason: 1}
+
+
+def test_equal_pairs_are_kept_once(renderer: Renderer) -> None:
+    teacher, student = teacher_and_student(["one", "one"], ["four"])
+    rows, counts = build(renderer, teacher, student)
+    assert texts(rows) == [("one", "four")]
+    assert pair_facts(counts)["drops"] == {"duplicate": 1}
+
+
+@pytest.mark.parametrize("combine", ["all", "one", "best_worst"])
+def test_wins_are_counted_over_all_usable_combinations_whatever_is_kept(renderer: Renderer, combine: str) -> None:
+    teacher, student = teacher_and_student(["one two", "five"], ["one", "four", "one two", " "])
+    options = {"max_pairs_per_prompt": 1, "min_score_gap": 0.9}
+    _, counts = build(renderer, teacher, student, combine=combine, **options)
+    # "one two" wins over "one" and "four" and is the same as the third; "five" ties with "four" and loses to the others.
+    assert (counts["better"], counts["equal"], counts["worse"]) == (2, 1, 2)
+
+
+def test_a_prompt_with_samples_of_one_side_only_has_no_pair(renderer: Renderer) -> None:
+    rows, counts = build(renderer, *teacher_and_student([], ["four"]))
+    assert (rows, counts["prompts"], pair_facts(counts)["drops"]) == ([], 1, {})
+    rows, counts = build(renderer, [], [])
+    assert (rows, counts["prompts"]) == ([], 0)
+
+
+# --------------------------------------------------------------------------------------------------- what is filtered
+
+
+def test_a_score_gap_below_the_least_is_dropped(renderer: Renderer) -> None:
+    samples = teacher_and_student(["one two"], ["one", "four"])
+    rows, counts = build(renderer, *samples, min_score_gap=1.0)
+    assert texts(rows) == [("one two", "four")]  # a gap of exactly the least is kept
+    assert pair_facts(counts)["drops"] == {"score_gap": 1}
+    rows, counts = build(renderer, *teacher_and_student(["four"], ["one"]), min_score_gap=-1.0)
+    assert len(rows) == 1
+
+
+def test_with_a_least_score_gap_a_missing_score_drops_the_pair(renderer: Renderer) -> None:
+    rows, counts = build(renderer, *teacher_and_student(["one"], ["four"]), reference=None, min_score_gap=0.1)
+    assert rows == []
+    assert pair_facts(counts)["drops"] == {"no_score": 1}
+    assert counts["unscored"] == 2
+
+
+def test_the_length_ratio_bounds_chosen_over_rejected_tokens(renderer: Renderer) -> None:
+    student = [sample("p", "two", "student", [9] * count + [2], index=i) for i, count in enumerate((1, 3, 7))]
+    teacher = [sample("p", "one", "teacher")]
+    length = len(renderer.response_ids(["one"])[0])
+    rows, counts = build(renderer, teacher, student, length_ratio=(length / 4, length / 4))
+    assert [len(row["rejected_token_ids"]) for row in rows] == [4]
+    assert pair_facts(counts)["drops"] == {"length_ratio": 2}
+
+
+def test_truncated_teacher_responses_that_are_kept_have_no_end_of_sequence(renderer: Renderer) -> None:
+    teacher = [sample("p", "one two", "teacher", finish="length")]
+    rows, _ = build(renderer, teacher, [sample("p", "four", "student")], truncated_chosen="keep")
+    assert rows[0]["chosen_token_ids"] == renderer.response_ids(["one two"])[0][:-1]
+
+
+def test_identical_responses_can_be_kept(renderer: Renderer) -> None:
+    rows, counts = build(renderer, *teacher_and_student(["one"], [" one "]), identical="keep")
+    assert texts(rows) == [("one", " one ")]
+    assert counts["equal"] == 1
+
+
+def test_empty_responses_that_are_kept_are_just_the_end_of_sequence(renderer: Renderer) -> None:
+    filled, empty = sample("p", "one", "teacher"), sample("p", "", "teacher")
+    rows, _ = build(renderer, [empty], [sample("p", "four", "student", [9, 2])], empty="keep")
+    assert rows[0]["chosen_token_ids"] == [renderer.eos_id]
+    for own in ([], [renderer.eos_id]):
+        rows, _ = build(renderer, [filled], [sample("p", "", "student", own)], empty="keep")
+        assert rows[0]["rejected_token_ids"] == [renderer.eos_id]
+
+
+def test_a_response_without_any_token_is_never_kept(renderer: Renderer) -> None:
+    teacher, student = [sample("p", "one", "teacher")], [sample("p", "", "student", [], finish="length")]
+    rows, counts = build(renderer, teacher, student, empty="keep")
+    assert (rows, pair_facts(counts)["drops"]) == ([], {"rejected_empty": 1})
+    teacher, student = [sample("p", "", "teacher", finish="length")], [sample("p", "four", "student")]
+    rows, counts = build(renderer, teacher, student, empty="keep", truncated_chosen="keep")
+    assert (rows, pair_facts(counts)["drops"]) == ([], {"chosen_empty": 1})
+
+
+def test_a_student_that_only_ends_has_an_empty_response(renderer: Renderer) -> None:
+    _, counts = build(renderer, [sample("p", "one", "teacher")], [sample("p", "", "student", [renderer.eos_id])])
+    assert pair_facts(counts)["drops"] == {"rejected_empty": 1}
+
+
+def test_each_distinct_usable_response_is_scored_once_and_in_one_call(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[Answer]] = []
+
+    def scores(answers: list[Answer]) -> list[float | None]:
+        calls.append(answers)
+        return [float(len(answer["response"])) for answer in answers]
+
+    monkeypatch.setattr("plad_dist.pairing.scores.rouge_scores", scores)
+    teacher, student = teacher_and_student(["one", "one", "three", " "], ["one", "four", "four"])
+    rows, _ = build(renderer, teacher, student)
+    assert [(answer["role"], answer["response"]) for answer in calls[0]] == [
+        ("teacher", "one"),
+        ("teacher", "three"),
+        ("student", "one"),
+        ("student", "four"),
+    ]
+    assert len(calls) == 1
+    assert all(row["chosen_score"] == len(row["chosen_text"]) for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------------ over all samples
+
+_TEXTS = st.sampled_from(["one", "two", "one two", " one", "", " ", "three four five", "two two two two"])
+_FINISH = st.sampled_from(["stop", "stop", "stop", "length", "error"])
+_OWN = st.lists(st.integers(3, 12), max_size=6)
+_OPTIONS = st.fixed_dictionaries(
+    {
+        "combine": st.sampled_from(["all", "one", "best_worst"]),
+        "max_pairs_per_prompt": st.integers(1, 5),
+        "min_score_gap": st.none() | st.floats(-1, 1),
+        "max_tokens": st.none() | st.integers(8, 20),
+        "length_ratio": st.none() | st.tuples(st.floats(0, 1), st.floats(1, 3)),
+        **{
+            name: st.sampled_from(["keep", "drop"])
+            for name in ("identical", "empty", "truncated_chosen", "truncated_rejected")
+        },
+    }
+)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    teacher=st.lists(st.tuples(_TEXTS, _FINISH), max_size=4),
+    student=st.lists(st.tuples(_TEXTS, _FINISH, _OWN), max_size=4),
+    reference=st.sampled_from(["one two", "one", " ", None]),
+    options=_OPTIONS,
+)
+def test_pairs_and_drops_add_up_and_no_pair_breaks_a_bound(
+    renderer: Renderer, teacher: list[Any], student: list[Any], reference: str | None, options: dict[str, Any]
+) -> None:
+    by_teacher = [sample("p", text, "teacher", [], finish, i) for i, (text, finish) in enumerate(teacher)]
+    by_student = [sample("p", text, "student", ids, finish, i) for i, (text, finish, ids) in enumerate(student)]
+    rows, counts = build(renderer, by_teacher, by_student, reference, **options)
+    considered, all_ = len(rows) + sum(pair_facts(counts)["drops"].values()), len(teacher) * len(student)
+    assert counts["pairs"] == len(rows)
+    match options["combine"]:
+        case "all":
+            assert considered == all_
+            assert len(rows) <= options["max_pairs_per_prompt"]
+        case "one":
+            assert considered == all_ or (considered < all_ and len(rows) == 1)
+        case "best_worst":
+            assert considered == min(1, all_)
+    keys = [(tuple(row["chosen_token_ids"]), tuple(row["rejected_token_ids"])) for row in rows]
+    assert len(set(keys)) == len(keys)
+    for row in rows:
+        check_bounds(row, renderer, by_teacher, by_student, reference, options)
+
+
+def check_bounds(
+    row: dict[str, Any], renderer: Renderer, teacher: list[Any], student: list[Any], reference: str | None, options: Any
+) -> None:
+    chosen, rejected = row["chosen_token_ids"], row["rejected_token_ids"]
+    chosen_text, rejected_text = row["chosen_text"], row["rejected_text"]
+    by_teacher = {s["finish_reason"] for s in teacher if s["text"] == chosen_text}
+    by_student = {s["finish_reason"] for s in student if s["text"] == rejected_text}
+    assert by_teacher & ({"stop"} if options["truncated_chosen"] == "drop" else {"stop", "length"})
+    assert by_student & ({"stop"} if options["truncated_rejected"] == "drop" else {"stop", "length"})
+    assert chosen
+    assert rejected
+    limit = min(options["max_tokens"] or CONTEXT, CONTEXT)
+    assert len(row["prompt_token_ids"]) + max(len(chosen), len(rejected)) <= limit
+    if options["empty"] == "drop":
+        assert chosen_text.strip()
+        assert rejected_text.strip()
+    if options["identical"] == "drop":
+        assert chosen_text.strip() != rejected_text.strip()
+        assert chosen != rejected
+    if options["length_ratio"] is not None:
+        assert options["length_ratio"][0] <= len(chosen) / len(rejected) <= options["length_ratio"][1]
+    expected = [None, None]
+    if reference is not None and reference.strip():
+        expected = [rouge_l(reference, chosen_text), rouge_l(reference, rejected_text)]
+    assert [row["chosen_score"], row["rejected_score"]] == expected
+    if options["min_score_gap"] is not None:
+        assert row["chosen_score"] - row["rejected_score"] >= options["min_score_gap"]
 
 
 def test_the_tokenizer_splits_the_first_word_as_any_other(renderer: Renderer, tmp_path: Path) -> None:

@@ -1,84 +1,134 @@
-"""The pool's promises: every block done once, none lost, bounded retries, the tail stolen."""
+"""The pool's single promises; tests/simulation drives it through whole nights."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from plad_dist.errors import RunFailed
-from plad_dist.sampling.pool import BlockPool
+from plad_dist.sampling.pool import BlockPool, Lease, Limits
 
 
-def test_an_actor_gets_no_more_than_its_window() -> None:
-    pool = BlockPool(list(range(10)), window=3, max_attempts=2)
-    assert [pool.take("a") for _ in range(4)] == [0, 1, 2, None]
-    assert pool.done(1)
-    assert pool.take("a") == 3
+def pool_of(blocks: int, actors: str = "ab", **limits: float) -> BlockPool:
+    pool = BlockPool(range(blocks), Limits(**{"window": 2} | limits))  # type: ignore[arg-type]
+    for actor in actors:
+        pool.join(actor, 0.0)
+    return pool
 
 
-def test_leases_of_a_dead_actor_go_to_another() -> None:
-    pool = BlockPool([0, 1], window=2, max_attempts=2)
-    assert [pool.take("a"), pool.take("a")] == [0, 1]
-    pool.remove("a", None)
-    assert {pool.take("b"), pool.take("b")} == {0, 1}
+def take(pool: BlockPool, actor: str, now: float = 0.0) -> Lease:
+    lease = pool.take(actor, now)
+    assert lease is not None
+    return lease
 
 
-def test_a_lost_node_does_not_count_against_its_blocks() -> None:
-    pool = BlockPool([0], window=1, max_attempts=2)
-    for _ in range(10):
-        assert pool.take("a") == 0
-        pool.remove("a", None)
-    pool.take("a")
-    pool.remove("a", "engine died")
-    pool.take("a")
-    with pytest.raises(RunFailed, match="engine died"):
-        pool.remove("a", "engine died")
+def test_an_actor_gets_no_more_than_its_window_and_is_refilled_across_blocks() -> None:
+    pool = pool_of(10, window=3)
+    assert [take(pool, "a").block for _ in range(3)] == [0, 1, 2]
+    assert pool.take("a", 0.0) is None
+    pool.committed(1)
+    assert take(pool, "a").block == 3
+
+
+def test_leases_of_a_lost_actor_go_to_another_first() -> None:
+    pool = pool_of(4)
+    assert [take(pool, "a").block, take(pool, "a").block] == [0, 1]
+    pool.leave("a")
+    assert [take(pool, "b").block, take(pool, "b").block] == [0, 1]
 
 
 def test_an_idle_actor_takes_over_the_oldest_lease_at_the_tail() -> None:
-    pool = BlockPool([0, 1], window=2, max_attempts=2)
-    assert [pool.take("a"), pool.take("a")] == [0, 1]
-    assert pool.take("b") == 0
-    assert pool.take("b") is None, "one stolen lease at a time"
-    assert pool.done(0)
-    assert not pool.done(0), "the other attempt is late"
-    pool.done(1)
+    pool = pool_of(2, actors="abc")
+    take(pool, "a"), take(pool, "a")
+    stolen = take(pool, "b")
+    assert stolen.block == 0
+    assert pool.take("b", 0.0) is None, "one stolen lease at a time"
+    assert take(pool, "c").block == 1
+    assert [lease.actor for lease in pool.committed(0)] == ["a", "b"], "one of the attempts is futile now"
+    pool.committed(1)
     assert pool.finished
 
 
+def test_a_silent_actor_is_given_up_and_one_that_is_heard_is_not() -> None:
+    pool = pool_of(2, heartbeat_timeout_s=10, stall_timeout_s=100)
+    take(pool, "a")
+    pool.beat("b", 0, 8.0)
+    assert [name for name, _ in pool.silent(11.0)] == ["a"]
+
+
+def test_an_actor_that_is_heard_but_finishes_nothing_is_given_up() -> None:
+    pool = pool_of(2, actors="a", heartbeat_timeout_s=10, stall_timeout_s=50)
+    take(pool, "a")
+    pool.beat("a", 1, 20.0)
+    pool.beat("a", 1, 69.0)
+    assert pool.silent(69.0) == []
+    pool.beat("a", 1, 71.0)
+    assert pool.silent(71.0) == [("a", "alive, but nothing finished for 51 s")]
+
+
+def test_a_lease_that_ran_out_is_given_anew() -> None:
+    pool = pool_of(1, actors="ab", lease_timeout_s=10)
+    lease = take(pool, "a")
+    assert pool.overdue(9.0) == []
+    assert pool.overdue(11.0) == [lease]
+    assert take(pool, "b", 11.0).block == 0
+
+
+def test_a_commit_in_time_after_all_is_accepted() -> None:
+    pool = pool_of(1, actors="a", lease_timeout_s=10)
+    take(pool, "a")
+    pool.overdue(11.0)
+    pool.committed(0)
+    assert pool.finished
+    assert pool.take("a", 12.0) is None
+
+
 def test_a_block_that_keeps_failing_fails_the_run_with_its_reason() -> None:
-    pool = BlockPool(["x"], window=1, max_attempts=2)
-    pool.take("a")
-    pool.fail("a", "x", "first")
-    pool.take("a")
-    with pytest.raises(RunFailed, match=r"block x failed 2 times, at last with: second"):
-        pool.fail("a", "x", "second")
+    pool = pool_of(1, actors="a", max_attempts=2)
+    pool.fail(take(pool, "a"), "first")
+    with pytest.raises(RunFailed, match=r"block 0 failed 2 times, at last with: second"):
+        pool.fail(take(pool, "a"), "second")
 
 
-@given(st.integers(1, 30), st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=300))
-def test_every_block_is_done_once_whatever_happens(blocks: int, window: int, events: list[tuple[int, int]]) -> None:
-    pool = BlockPool(list(range(blocks)), window=window, max_attempts=1000)
-    held: dict[str, list[int]] = {str(actor): [] for actor in range(4)}
-    done: list[int] = []
+def test_a_lost_node_does_not_count_against_its_blocks() -> None:
+    pool = pool_of(1, actors="", max_attempts=2)
+    for number in range(4):
+        pool.join(str(number), 0.0)
+        take(pool, str(number))
+        pool.leave(str(number))
+    assert pool.unfinished == 1
 
-    def settle(actor: str) -> None:
-        if held[actor]:
-            block = held[actor].pop(0)
-            done.extend([block] if pool.done(block) else [])
 
-    for number, action in events:
-        actor = str(number)
-        if action == 0:
-            pool.remove(actor, "died" if len(done) % 2 else None)
-            held[actor] = []
-        elif action < 5:
-            settle(actor)
-        elif (block := pool.take(actor)) is not None:
-            held[actor].append(block)  # type: ignore[arg-type]
+def test_a_block_whose_actors_vanish_again_and_again_is_blamed_in_the_end() -> None:
+    pool = pool_of(1, actors="", max_attempts=2)
+
+    def lose() -> None:
+        pool.join("a", 0.0)
+        take(pool, "a")
+        pool.leave("a")
+
+    for _ in range(9):
+        lose()
+    with pytest.raises(RunFailed, match="5 actors that held it were lost"):
+        lose()
+
+
+def test_a_poison_row_is_found_by_halving_and_is_not_tried_again() -> None:
+    """Row 300 of 512 kills every engine that meets it."""
+    pool, deaths = pool_of(2, actors="", max_attempts=3), 0
     while not pool.finished:
-        for actor in held:
-            while (block := pool.take(actor)) is not None:
-                held[actor].append(block)  # type: ignore[arg-type]
-            settle(actor)
-    assert sorted(done) == list(range(blocks))
+        name = f"actor-{deaths}"
+        pool.join(name, 0.0)
+        leases = [lease for lease in (pool.take(name, 0.0), pool.take(name, 0.0)) if lease is not None]
+        for lease in leases:
+            suspects = {row for piece in lease.hints.pieces for row in piece}
+            others = tuple(row for row in range(512) if row not in suspects and row not in lease.hints.poison)
+            deadly = next((piece for piece in (others, *lease.hints.pieces) if 300 in piece), None)
+            if lease.block == 1 and deadly is not None:
+                deaths += 1
+                pool.died(name, "boom", {lease.block: deadly})
+                break
+            if lease.block == 1:
+                assert list(lease.hints.poison) == [300]
+                assert "boom" in lease.hints.poison[300]
+            pool.committed(lease.block)
+    assert deaths <= 6

@@ -140,6 +140,7 @@ def test_the_columns_of_the_contract_are_there() -> None:
         ("messages", "list<item: struct<role: string, content: string>>"),
         ("reference", "string"),
         ("meta", "string"),
+        ("teacher", "string"),
     ]
     assert SAMPLES.names[:6] == ["prompt_id", "sample_index", "role", "text", "token_ids", "logprob"]
     assert str(SAMPLES.field("logprob").type) == "double"

@@ -1,0 +1,92 @@
+"""How many leases a second the pool decides, and what share of a core that takes at the size of a large cluster.
+
+The pool alone, without Ray: 1,000 simulated actors do 1,000,000 blocks, four in flight each, with heartbeats every five
+simulated seconds, one actor in a hundred lost on the way, and all leases looked through for deadlines every second. A block
+takes 20 to 100 simulated seconds, as 512 prompts of a 7B model do on one GPU.
+
+`leases_per_s_1000_actors`: leases given, over the CPU seconds of all decisions. `driver_cpu_share`: CPU seconds of all
+decisions over the simulated duration, that is the share of one core that the decisions would take of a driver at work.
+There is no peer to run beside: the figure is a bound on what the driver could lease, which Ray's own calls are far below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import random
+import time
+
+from plad_dist.sampling.pool import BlockPool, Limits
+
+ACTORS, BLOCKS, WINDOW = 1_000, 1_000_000, 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--actors", type=int, default=ACTORS)
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.actors, arguments.blocks)))
+
+
+def measure(actors: int, blocks: int) -> dict[str, float]:
+    """Drive the pool through all blocks and measure what its decisions cost."""
+    rng = random.Random(0)
+    decided = 0.0  # CPU seconds inside the pool
+
+    def timed(function, *about):  # type: ignore[no-untyped-def]
+        nonlocal decided
+        begun = time.process_time_ns()
+        found = function(*about)
+        decided += (time.process_time_ns() - begun) * 1e-9
+        return found
+
+    begun = time.process_time()
+    pool = BlockPool(range(blocks), Limits(window=WINDOW, stall_timeout_s=1e6))
+    decided += time.process_time() - begun
+    finished = {f"actor-{number}": 0 for number in range(actors)}
+    events: list[tuple[float, int, str, object]] = []
+    order = leases = 0
+
+    def lease_all(actor: str, now: float) -> None:
+        nonlocal order, leases
+        while (lease := timed(pool.take, actor, now)) is not None:
+            leases += 1
+            order += 1
+            heapq.heappush(events, (now + rng.uniform(20, 100), order, actor, lease.block))
+
+    for actor in finished:
+        timed(pool.join, actor, 0.0)
+        lease_all(actor, 0.0)
+    now = next_tick = next_beat = 0.0
+    while not pool.finished:
+        now, _, actor, block = heapq.heappop(events)
+        if now >= next_tick:
+            next_tick = now + 1
+            if now >= next_beat:
+                next_beat = now + 5
+                for name, count in finished.items():
+                    timed(pool.beat, name, count, now)
+            timed(pool.silent, now)
+            timed(pool.overdue, now)
+        if rng.random() < actors / blocks / 100:
+            timed(pool.leave, actor)
+            timed(pool.join, actor, now)
+        finished[actor] += 1
+        timed(pool.committed, block)
+        lease_all(actor, now)
+    return {
+        "actors": actors,
+        "blocks": blocks,
+        "leases": leases,
+        "leases_per_s_1000_actors": round(leases / decided),
+        "driver_cpu_share": round(decided / now, 4),
+        "cpu_seconds": round(decided, 2),
+        "simulated_seconds": round(now),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Scores by a reward model: a sequence classifier with one output, which reads the whole conversation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from plad_dist.config import Model, RewardModel
+from plad_dist.data.models import check_weights, context_length, first_line, load_model_config, resolve_model
+from plad_dist.data.templates import Renderer
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.pairing.scores import Answer
+
+
+def open_reward_model(settings: RewardModel) -> tuple[Renderer, int]:
+    """What renders conversations for a reward model, and the longest in tokens that it takes. Loads no weights.
+
+    Raises:
+        UserError: no such model, no safetensors weights, no template, or not exactly one output.
+    """
+    model = as_model(settings)
+    path = resolve_model(model)
+    labels = load_model_config(path, model).num_labels
+    if labels != 1:
+        raise UserError(f"pairing.reward_model: {path}: expected a classifier with one output, it has {labels}")
+    check_weights(path)
+    return Renderer(path, model, answers=False), context_length(path, model)
+
+
+def as_model(settings: RewardModel) -> Model:
+    """The section of a reward model as that of any other model."""
+    return Model(**settings.model_dump(include={"path", "revision", "template", "max_length", "trust_remote_code"}))
+
+
+class RewardScorer:
+    """Scores by a reward model, on the GPU in bfloat16 where there is one, else in float32.
+
+    Raises:
+        UserError: the model cannot be used, with the reason.
+    """
+
+    def __init__(self, settings: RewardModel) -> None:
+        import torch
+
+        self._renderer, self._max_length = open_reward_model(settings)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = _load(self._renderer.model, settings, self._device)
+        self._own_padding: int | None = self._model.config.get_text_config().pad_token_id
+        self._batch_size = settings.batch_size
+
+    def __call__(self, answers: list[Answer]) -> list[float | None]:
+        """A number for each answer, None for conversations over the model's length. Equal conversations are read once."""
+        conversations = [
+            [*answer["messages"], {"role": "assistant", "content": answer["response"]}] for answer in answers
+        ]
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, tokens in enumerate(self._renderer.prompt_ids(conversations)):
+            if 0 < len(tokens) <= self._max_length:
+                places.setdefault(tuple(tokens), []).append(place)
+        scores: list[float | None] = [None] * len(answers)
+        distinct = sorted(places, key=len)  # so that little is padding
+        for start in range(0, len(distinct), self._batch_size):
+            batch = distinct[start : start + self._batch_size]
+            for ids, score in zip(batch, self._rewards(batch), strict=True):
+                for place in places[ids]:
+                    scores[place] = score
+        return scores
+
+    def _rewards(self, batch: list[tuple[int, ...]]) -> list[float]:
+        import torch
+
+        tokens_BT = torch.full((len(batch), max(map(len, batch))), self._padding(batch))
+        mask_BT = torch.zeros_like(tokens_BT)
+        for row, ids in enumerate(batch):
+            tokens_BT[row, : len(ids)] = torch.tensor(ids)
+            mask_BT[row, : len(ids)] = 1
+        with torch.inference_mode():
+            logits_B1 = self._model(
+                input_ids=tokens_BT.to(self._device), attention_mask=mask_BT.to(self._device)
+            ).logits
+        scores: list[float] = logits_B1.float().squeeze(-1).tolist()
+        if not all(map(math.isfinite, scores)):
+            raise RunFailed(f"pairing.reward_model: {self._renderer.model}: gave a score that is no finite number")
+        return scores
+
+    def _padding(self, batch: list[tuple[int, ...]]) -> int:
+        """The padding token. Decoders score the last token that is not padding, so where the model names no padding token
+        it must be none that a conversation ends with."""
+        if self._own_padding is not None:
+            return self._own_padding
+        tokenizer, ends = self._renderer.tokenizer, {ids[-1] for ids in batch}
+        tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, *range(len(ends) + 1))
+        padding = next(int(token) for token in tokens if token is not None and token not in ends)
+        self._model.config.get_text_config().pad_token_id = padding
+        return padding
+
+
+def _load(path: str, settings: RewardModel, device: Any) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"pairing.reward_model: {path}: cannot be loaded: {first_line(error)}") from None
+    if loading["missing_keys"]:
+        raise UserError(
+            f"pairing.reward_model: {path}: is no trained classifier: it has no weights for "
+            f"{', '.join(sorted(loading['missing_keys']))[:200]}"
+        )
+    return model.to(device)

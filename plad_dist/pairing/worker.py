@@ -1,0 +1,122 @@
+"""Pair building as blocks of work: the job that names the inputs, and the actor that does it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from plad_dist.config import Model, Pairing
+from plad_dist.data.models import context_length
+from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset, Part
+from plad_dist.data.templates import Renderer
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.pairing.pairs import PairBuilder
+from plad_dist.pairing.scores import import_from, load_scorer
+from plad_dist.sampling.work import Beat, BlockJob, BlockResult, Hints
+
+
+@dataclass(frozen=True)
+class PairJob:
+    """One dataset of pairs: block for block of the prompts and of what was sampled for them.
+
+    Attributes:
+        prompts: path of the prompts dataset in the run directory.
+        teacher: path of the teacher's samples.
+        student: path of the student's samples.
+        output: path of the pairs dataset.
+        fingerprint: of all that decides the rows.
+    """
+
+    prompts: str
+    teacher: str
+    student: str
+    output: str
+    fingerprint: str
+
+    def dataset(self, storage: Storage) -> Dataset:
+        return Dataset(storage, self.output, PAIRS)
+
+    def read(self, storage: Storage, block: int) -> tuple[pa.Table, pa.Table, pa.Table]:
+        """A block of the prompts, of the teacher's samples and of the student's."""
+        paths = ((self.prompts, PROMPTS), (self.teacher, SAMPLES), (self.student, SAMPLES))
+        prompts, teacher, student = (Dataset(storage, path, schema).read_block(block) for path, schema in paths)
+        return prompts, teacher, student
+
+
+class PairWorker:
+    """Builds pairs, a block at a time; while one is built the next is read.
+
+    Args:
+        student: folder or hub name of the student, whose tokens the pairs are in.
+        folder: the driver's working directory, where `pairing.score_function` may lie.
+    """
+
+    def __init__(self, storage: Storage, student: str, settings: Model, pairing: Pairing, folder: str) -> None:
+        self._storage, self._student, self._settings = storage, student, settings
+        self._pairing, self._folder = pairing, folder
+        self._builds = ThreadPoolExecutor(1)  # tokenizers and models are used by one thread at a time
+        self._finished = self._in_flight = 0
+
+    async def start(self) -> str | None:
+        """Load the tokenizer and what scores. Returns what the user must mend, None where all is well."""
+        try:
+            await asyncio.to_thread(self._load)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def _load(self) -> None:
+        import_from(self._folder)
+        self._builder = PairBuilder(
+            self._pairing,
+            Renderer(self._student, self._settings),
+            context_length(self._student, self._settings),
+            load_scorer(self._pairing),
+        )
+
+    async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:
+        """Build the pairs of a block and commit its part. What goes wrong is raised with the block and the reason."""
+        assert isinstance(job, PairJob)
+        started = time.monotonic()
+        try:
+            part, first = await self._build(job, block, attempt)
+        except (UserError, RunFailed) as error:
+            raise type(error)(f"{job.output}: block {block}: {error}") from None
+        except Exception as error:
+            # Of a plain type: an exception of the user's own may not travel between processes.
+            raise RunFailed(f"{job.output}: block {block}: {type(error).__name__}: {error}") from error
+        return BlockResult(part, first, time.monotonic() - started)
+
+    async def _build(self, job: PairJob, block: int, attempt: str) -> tuple[Part, bool]:
+        tables = await asyncio.to_thread(job.read, self._storage, block)
+        prompts = tables[0].num_rows
+        self._in_flight += prompts
+        try:
+            loop = asyncio.get_running_loop()
+            pairs, counts = await loop.run_in_executor(self._builds, self._builder.build, *tables)
+            committed = await asyncio.to_thread(
+                job.dataset(self._storage).commit,
+                block,
+                pairs,
+                fingerprint=job.fingerprint,
+                attempt=attempt,
+                counts={name: count for name, count in sorted(counts.items()) if count},
+            )
+        finally:
+            self._in_flight -= prompts
+        self._finished += prompts
+        return committed
+
+    async def beat(self) -> Beat:
+        """Prompts done and under way."""
+        return Beat(self._finished, self._in_flight)
+
+    async def stop(self) -> None:
+        """What is under way ends by itself; nothing more begins."""
+        self._builds.shutdown(wait=False, cancel_futures=True)

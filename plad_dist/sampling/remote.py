@@ -1,0 +1,99 @@
+"""A teacher behind a server, as the sampling actor uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+
+from plad_dist.config import Decoding, Model
+from plad_dist.data.store import Dataset
+from plad_dist.data.templates import Messages, compile_template
+from plad_dist.errors import UserError
+from plad_dist.sampling.endpoint import EndpointClient, EndpointDownError, SpendingCapReached
+from plad_dist.sampling.engine import Completion
+from plad_dist.sampling.spool import total_cost
+from plad_dist.sampling.work import StopStageError
+
+MICRO = 1_000_000  # costs are counted in millionths, which add up exactly
+
+
+class EndpointBackend:
+    """Answers of an OpenAI-compatible server.
+
+    Args:
+        name: the model's name there.
+        spent: money that earlier runs spent.
+    """
+
+    paid, dead = True, False
+    fatal: tuple[type[Exception], ...] = (StopStageError, UserError)
+
+    def __init__(self, settings: Model, name: str, spent: float) -> None:
+        assert settings.endpoint is not None
+        self.path: str | None = name
+        self._client = EndpointClient(settings.endpoint, spent=spent)
+        self._template = compile_template(settings.template, name) if settings.template else None
+
+    @property
+    def retries(self) -> int:
+        return self._client.retries
+
+    async def check(self) -> str | None:
+        """Whether the key is there and the server answers."""
+        return await self._client.check()
+
+    def render(self, prompts: Sequence[Messages]) -> Sequence[Any]:
+        """Messages as they are, or texts where the server is asked for completions."""
+        return [self._rendered(messages) for messages in prompts]
+
+    def _rendered(self, messages: Messages) -> Messages | str | UserError:
+        if self._template is None:
+            return [dict(message) for message in messages]
+        try:
+            return self._template.render(messages=messages)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+            return UserError(f"template of {self.path}: cannot render {messages!r:.80}: {error}")
+
+    async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
+        """Draw one response.
+
+        Raises:
+            RefusedPromptError: the server does not answer this prompt.
+            StopStageError: the server is down, or the money is spent.
+        """
+        try:
+            answer = await self._client.complete(prompt, decoding, seed)
+        except (EndpointDownError, SpendingCapReached) as error:
+            raise StopStageError(str(error)) from None
+        return Completion(
+            text=answer.text,
+            token_ids=[],
+            num_tokens=answer.completion_tokens,
+            logprob=None,
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            cost=answer.cost,
+        )
+
+    async def load_weights(self, path: str) -> None:
+        """A server has the weights that it has."""
+
+    async def close(self) -> None:
+        """Give back the connections."""
+        await self._client.close()
+
+
+def spent_on(outputs: Iterable[tuple[Dataset, Iterable[int]]]) -> float:
+    """Money that the committed blocks and the spooled rows of these datasets cost."""
+    spent = 0.0
+    for dataset, blocks in outputs:
+        manifest = dataset.manifest()
+        if manifest is not None:
+            parts = dict(enumerate(manifest.parts))
+        else:
+            parts = dataset.committed_parts()
+            spent += total_cost(dataset)
+        spent += sum(parts[block].counts.get("cost_micros", 0) for block in blocks if block in parts) / MICRO
+    return spent

@@ -1,0 +1,62 @@
+"""A backend without a model, whose faults a test chooses. Used where the point is the fleet and not the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from plad_dist.config import Decoding
+from plad_dist.sampling.engine import Completion, RefusedPromptError
+
+
+class FakeBackend:
+    """Answers a prompt with its own text, after a while.
+
+    Faults by words in the prompt: `poison` kills the engine, `crash` the whole actor, `refuse` is refused, `glitch` fails
+    always. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start. Each start, each prompt
+    asked and each death leaves a line in `log`.
+    """
+
+    paid, retries = False, 0
+    fatal: tuple[type[Exception], ...] = ()
+
+    def __init__(self, folder: str, seconds: float = 0.01) -> None:
+        self.path: str | None = "fake"
+        self._folder, self._seconds = Path(folder), seconds
+        self.dead = False
+        self._log(f"start {os.getpid()}")
+
+    def _log(self, line: str) -> None:
+        with (self._folder / "log").open("a") as file:
+            file.write(line + "\n")
+
+    async def check(self) -> str | None:
+        return "the fake is down" if (self._folder / "down").exists() else None
+
+    def render(self, prompts: Sequence[Any]) -> Sequence[Any]:
+        return [messages[-1]["content"] for messages in prompts]
+
+    async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
+        self._log(f"ask {prompt}")
+        await asyncio.sleep(self._seconds)
+        while (self._folder / "hang").exists():
+            await asyncio.sleep(0.1)
+        if self.dead or "poison" in prompt:
+            self.dead = True
+            raise RuntimeError("the fake engine died")
+        if "crash" in prompt:
+            os._exit(1)
+        if "refuse" in prompt:
+            raise RefusedPromptError("refused")
+        if "glitch" in prompt:
+            raise ValueError("glitch")
+        return Completion(prompt, [1, 2], 2, -1.0, "stop", prompt_tokens=3)
+
+    async def load_weights(self, path: str) -> None:
+        pass
+
+    async def close(self) -> None:
+        self._log("stop")

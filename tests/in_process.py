@@ -1,0 +1,62 @@
+"""Pair jobs done in this process, where the point is the pairs and not the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+
+from plad_dist.config import Config
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Journal
+from plad_dist.errors import UserError
+from plad_dist.pairing.build import pair_worker_args
+from plad_dist.pairing.pairs import facts_of
+from plad_dist.pairing.worker import PairJob, PairWorker
+from plad_dist.progress import Progress
+from plad_dist.rundir import RunDir
+from plad_dist.sampling.work import Hints
+
+
+def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:
+    """In the place of the fleet's."""
+    build_in_process(jobs, PairWorker(*pair_worker_args(config, run)), run.storage, progress)
+
+
+def build_in_process(
+    jobs: Sequence[tuple[PairJob, list[int]]], worker: PairWorker, storage: Storage, progress: Progress
+) -> None:
+    """Do the missing blocks of every job one after the other, and write the manifests. Committed blocks are not read.
+
+    Raises:
+        UserError: the worker cannot start, or what scores the responses is wrong.
+        RunFailed: a block failed, or a job has no pair at all; what is committed is kept.
+    """
+    asyncio.run(_build_all(jobs, worker, storage, progress))
+
+
+async def _build_all(
+    jobs: Sequence[tuple[PairJob, list[int]]], worker: PairWorker, storage: Storage, progress: Progress
+) -> None:
+    committed = [job.dataset(storage).committed() for job, _ in jobs]
+    missing = [
+        [(block, prompts) for block, prompts in enumerate(units) if block not in parts]
+        for (_, units), parts in zip(jobs, committed, strict=True)
+    ]
+    if any(missing) and (problem := await worker.start()) is not None:
+        raise UserError(problem)
+    progress.start("pair", sum(prompts for blocks in missing for _, prompts in blocks), "prompts")
+    for (job, units), parts, blocks in zip(jobs, committed, missing, strict=True):
+        dataset = job.dataset(storage)
+        journal = Journal(dataset, job.fingerprint)
+        try:
+            for block, prompts in blocks:
+                result = await worker.work(job, block, uuid.uuid4().hex, Hints())
+                journal.add(result.part)
+                parts[block] = result.part
+                progress.advance(prompts)
+        finally:
+            journal.flush()
+        known = [part for part in parts.values() if part is not None]
+        dataset.finish(len(units), fingerprint=job.fingerprint, facts=facts_of, known=known)
+    await worker.stop()

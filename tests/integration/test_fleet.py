@@ -1,0 +1,257 @@
+"""The fleet driver on real Ray, with engines whose faults the test chooses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from plad_dist.config import Config, Decoding
+from plad_dist.config_file import parse_config
+from plad_dist.data.prompts import prepare, train_prompts
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.progress import Progress
+from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.job import SamplingJob
+from plad_dist.sampling.placement import Placement
+from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+from tests.conftest import tiny_config
+from tests.fakes import FakeBackend
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class World:
+    """A run directory with prompts, and what is to be done with them."""
+
+    def __init__(self, folder: Path, prompts: list[str], block_size: int = 8, **sampling: Any) -> None:
+        import json
+
+        self.folder = folder
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+        (folder / "heldout.jsonl").write_text('{"prompt": "held out"}\n')
+        raw = tiny_config(folder)
+        raw["prompts"] = {
+            "source": {"type": "files", "paths": [str(folder / "prompts.jsonl")]},
+            "heldout": {"type": "files", "paths": [str(folder / "heldout.jsonl")]},
+            "block_size": block_size,
+        }
+        raw["training"]["warmup"]["data"] = "teacher"
+        del raw["training"]["teacher"]
+        raw["teacher"] = {"path": str(folder)}
+        raw["sampling"] = {"heartbeat_timeout_s": 8, "window": 2, **sampling}
+        raw["cluster"] = {"start_timeout_s": 40}
+        self.config: Config = parse_config(raw, "test")
+        self.storage = Storage(str(folder / "run"))
+        self.storage.replace("x", b"")
+        prepare_without_models(self.config, self.storage)
+        self.rows = [part.rows for part in train_prompts(self.storage).require("prepare").parts]
+        self.job = SamplingJob(
+            prompts="prompts", output="samples/teacher/round-0", role="teacher", model="fake", weights="fake",
+            decoding=Decoding(), n=1, seed=1, round=0, seed_round=0, last_block=len(self.rows) - 1,
+            last_rows=self.rows[-1], fingerprint="f",
+        )  # fmt: skip
+
+    @property
+    def dataset(self) -> Dataset:
+        return self.job.dataset(self.storage)
+
+    def run(self, seconds: float = 0.01, cpus: float = 1, **fleet: Any) -> None:
+        backend = partial(FakeBackend, str(self.folder), seconds)
+        assignment = Assignment(self.job, range(len(self.rows)), self.rows)
+        fleets = [Fleet("fake", (assignment,), Sampler, (self.storage, backend), Placement(cpus), **fleet)]
+        run_fleets(self.config, self.storage, fleets, Progress())
+
+    def log(self) -> list[str]:
+        path = self.folder / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def started(self) -> list[int]:
+        return [int(line.split()[1]) for line in self.log() if line.startswith("start")]
+
+    def samples(self) -> list[dict[str, Any]]:
+        return self.dataset.read().to_pylist()
+
+    def when(self, condition: Any, action: Any) -> None:
+        """Do something, in a thread, as soon as a condition holds."""
+
+        def watch() -> None:
+            deadline = time.monotonic() + 60
+            while not condition() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            action()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def prepare_without_models(config: Config, storage: Storage) -> None:
+    """`prepare` measures prompts with the tokenizers of pretrained models; here there are none."""
+    prepare(config.model_copy(update={"teacher": config.student}), storage)
+
+
+def numbered(count: int) -> list[str]:
+    return [f"prompt {number}" for number in range(count)]
+
+
+def parts_there(world: World) -> int:
+    return len(list((world.folder / "run" / "samples" / "teacher" / "round-0").glob("part-*.arrow")))
+
+
+def assert_exactly_once(world: World) -> None:
+    prompts = train_prompts(world.storage).read()["prompt_id"].to_pylist()
+    assert [row["prompt_id"] for row in world.samples()] == prompts
+
+
+def test_one_actor_asks_each_prompt_once(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(100))
+    world.run()
+    assert_exactly_once(world)
+    asked = Counter(line for line in world.log() if line.startswith("ask"))
+    assert set(asked.values()) == {1}
+    assert "stop" in world.log(), "the engine was stopped, not only killed"
+
+
+def test_several_actors_do_the_blocks_and_leave_a_manifest_and_no_journal(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(100))
+    world.run(replicas=3, seconds=0.1)
+    assert_exactly_once(world)
+    assert len(set(world.started())) == 3
+    assert world.dataset.require("sample").count("tokens") == 200
+    assert not (world.folder / "run/samples/teacher/round-0/journal").exists() or not any(
+        (world.folder / "run/samples/teacher/round-0/journal").iterdir()
+    )
+
+
+def test_a_killed_actor_is_replaced_and_what_it_committed_is_kept(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(200))
+    before: dict[Path, bytes] = {}
+
+    def kill() -> None:
+        before.update((path, path.read_bytes()) for path in (tmp_path / "run/samples").rglob("part-*.arrow"))
+        os.kill(world.started()[0], signal.SIGKILL)
+
+    world.when(lambda: parts_there(world) > 2, kill)
+    world.run(seconds=0.3)
+    assert_exactly_once(world)
+    assert len(world.started()) == 2
+    assert before
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def test_a_frozen_actor_is_given_up_after_its_heartbeats_stop(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(120))
+    world.when(lambda: parts_there(world) > 1, lambda: os.kill(world.started()[0], signal.SIGSTOP))
+    world.run(seconds=0.3)
+    assert_exactly_once(world)
+    assert len(world.started()) == 2
+
+
+def test_an_engine_that_hangs_without_dying_is_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(60), stall_timeout_s=4)
+    world.when(lambda: parts_there(world) > 1, (tmp_path / "hang").touch)
+    world.when(lambda: len(world.started()) > 1, lambda: (tmp_path / "hang").unlink())
+    world.run(seconds=0.3)
+    assert_exactly_once(world)
+    assert len(world.started()) >= 2
+
+
+def test_a_poison_row_becomes_an_error_row_and_all_others_are_sampled(tmp_path: Path) -> None:
+    prompts = numbered(120)
+    prompts[37] = "poison"
+    world = World(tmp_path, prompts, max_error_share=0.05)
+    world.run()
+    assert_exactly_once(world)
+    errors = [row for row in world.samples() if row["error"]]
+    assert len(errors) == 1
+    assert errors[0]["finish_reason"] == "error"
+    assert "killed its engine 2 times by itself: the fake engine died" in errors[0]["error"]
+    assert len(world.started()) <= 6
+
+
+def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: Path) -> None:
+    world = World(tmp_path, [*numbered(20), "crash", *numbered(10)])
+    with pytest.raises(RunFailed, match=r"part-00002\.arrow failed 3 times, at last with: .*died"):
+        world.run()
+    assert parts_there(world) > 0
+
+
+def test_refused_rows_and_rows_that_keep_failing_become_error_rows(tmp_path: Path) -> None:
+    prompts = numbered(150)
+    prompts[3], prompts[140] = "refuse", "glitch"
+    world = World(tmp_path, prompts, max_error_share=0.05)
+    world.run(replicas=2)
+    assert_exactly_once(world)
+    assert {row["text"] or row["error"] for row in world.samples() if row["error"]} == {
+        "refused",
+        "failed 3 times: glitch",
+    }
+    assert world.dataset.require("sample").count("errors") == 2
+
+
+def test_too_many_error_rows_stop_the_stage_with_examples_and_count_over_restarts(tmp_path: Path) -> None:
+    world = World(tmp_path, ["refuse" if number % 5 == 0 else f"prompt {number}" for number in range(400)])
+    with pytest.raises(RunFailed, match=r"rows are errors, more than .*max_error_share=0.01.*\n  prompt \w+: refused"):
+        world.run()
+    kept = parts_there(world)
+    assert kept > 0
+    with pytest.raises(RunFailed, match="rows are errors"):
+        world.run()
+    assert parts_there(world) <= kept + 4, "the restart knows what the first attempt met"
+
+
+def test_an_engine_that_does_not_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(10))
+    (tmp_path / "down").touch()
+    with pytest.raises(UserError, match="the fake is down"):
+        world.run()
+
+
+def test_fewer_actors_than_the_least_stop_the_stage_with_what_was_asked_for(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(100))
+    object.__setattr__(world.config.cluster, "start_timeout_s", 12)
+    with pytest.raises(RunFailed, match=r"1 sampling actors for 12 s, wanted at least 2 of 2, each with 4 CPUs"):
+        world.run(seconds=2.0, cpus=4, replicas=2, min_replicas=2)
+
+
+def wait_for_ever() -> None:
+    time.sleep(600)
+
+
+def test_actors_that_come_late_take_part(tmp_path: Path) -> None:
+    """More actors are asked for than fit; as soon as room is made, one more starts."""
+    world = World(tmp_path, numbered(160))
+    blocker = ray.remote(num_cpus=3)(wait_for_ever).remote()
+    world.when(lambda: parts_there(world) > 2, lambda: ray.cancel(blocker, force=True))
+    world.run(seconds=0.3, cpus=3, replicas=2)
+    assert_exactly_once(world)
+    assert len(set(world.started())) == 2
+
+
+def test_a_journal_spares_reading_parts_again(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(100))
+    world.when(lambda: parts_there(world) > 4, lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        world.run(seconds=0.3)
+    found = world.dataset.committed()
+    assert found
+    assert sum(part is None for part in found.values()) <= 2
+    world.run()
+    assert_exactly_once(world)

@@ -1,0 +1,56 @@
+"""Small models on the spot and a config that samples them, for tests and benchmarks of sampling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from plad_dist.config import ScratchModel
+from plad_dist.data.schemas import PROMPTS
+from plad_dist.training.scratch import make_model
+
+TEMPLATE = "{{ messages[-1].content }} ="
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,  # of width 32, the smallest that vLLM's CPU attention takes
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def make_random_model(folder: Path, seed: int = 0, vocab_size: int = 320, **shape: Any) -> Path:
+    """A model with random weights; its answers seldom end by themselves."""
+    rows = [{"prompt_id": "0", "messages": [{"role": "user", "content": "larger of 1 and 2 is 30 4 5 6 7 8 9"}]}]
+    scratch = ScratchModel(architecture=SHAPE | shape, vocab_size=vocab_size)
+    make_model(scratch, pa.Table.from_pylist(rows, schema=PROMPTS), "random", seed, folder)
+    return folder
+
+
+def sampling_config(folder: Path, prompts: int, *, block_size: int = 16, max_tokens: int = 16) -> dict[str, Any]:
+    """A run that only samples: two random models, numbered prompts."""
+    with (folder / "prompts.jsonl").open("w") as file:
+        for row in range(prompts):
+            file.write(json.dumps({"prompt": f"larger of {row} and {row * 7 % 31}", "answer": f"it is {row}"}) + "\n")
+    role = {
+        "temperature": 1.0,
+        "max_tokens": max_tokens,
+        "engine": {"max_num_seqs": 64, "kv_cache_memory_bytes": 1 << 27},
+    }
+    return {
+        "run": {"dir": str(folder / "run"), "seed": 5},
+        "prompts": {
+            "source": {"type": "files", "paths": [str(folder / "prompts.jsonl")], "reference_column": "answer"},
+            "heldout_fraction": 0.02,
+            "block_size": block_size,
+        },
+        "teacher": {"path": str(make_random_model(folder / "teacher", 1)), "template": TEMPLATE},
+        "student": {"path": str(make_random_model(folder / "student", 2)), "template": TEMPLATE},
+        "sampling": {"teacher": role, "student": role, "window": 2},
+        "evaluation": {"limit": 8},
+    }

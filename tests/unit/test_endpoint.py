@@ -1,0 +1,772 @@
+"""The promises of a teacher behind a server: nothing paid twice, no outage turned into error rows, no key shown."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import math
+import pickle
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Any
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plad_dist.config import Decoding, Endpoint
+from plad_dist.errors import UserError
+from plad_dist.sampling.endpoint import Answer, EndpointClient, EndpointDownError, SpendingCapReached
+from plad_dist.sampling.engine import RefusedPromptError
+from plad_dist.sampling.rates import Bucket, Budget, Pace, TokenEstimate, backoff_s, retry_after_s
+from plad_dist.sampling.reply import redacted
+
+KEY = "sk-proj-AbCdEf0123456789XyZ"
+DECODING = Decoding(max_tokens=20)
+
+
+class FakeTime:
+    """Seconds that pass only while someone sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        due = self.now + seconds
+        await asyncio.sleep(min(seconds, 0.002))
+        self.now = max(self.now, due)
+
+
+class Server:
+    """A server that answers as `behave(prompt, nth request with this prompt)` says, and remembers what it was asked."""
+
+    def __init__(self, behave: Callable[[str, int], Any], clock: Callable[[], float]) -> None:
+        self._behave, self._clock = behave, clock
+        self.bodies: list[dict[str, Any]] = []
+        self.asked: Counter[str] = Counter()
+        self.at: list[float] = []
+        self.answered = 0
+        self.in_flight = self.most_in_flight = 0
+        self.models: Callable[[], web.Response] = lambda: web.json_response({"data": []})
+        self.url = ""
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+        self.bodies.append(body)
+        self.asked[prompt] += 1
+        self.at.append(self._clock())
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            answer = self._behave(prompt, self.asked[prompt])
+            if callable(answer):
+                answer = await answer(request)
+            if isinstance(answer, web.StreamResponse):
+                return answer
+            self.answered += 1
+            return web.json_response(answer)
+        finally:
+            self.in_flight -= 1
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        return self.models()
+
+
+@asynccontextmanager
+async def serving(
+    behave: Callable[[str, int], Any], clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[Server]:
+    server = Server(behave, clock)
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", server.complete)
+    app.router.add_post("/v1/completions", server.complete)
+    app.router.add_get("/v1/models", server.list_models)
+    runner = web.AppRunner(app, shutdown_timeout=0.05)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    try:
+        yield server
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def asking(
+    server: Server, fake: FakeTime | None = None, spent: float = 0.0, **settings: Any
+) -> AsyncIterator[EndpointClient]:
+    endpoint = Endpoint(**({"url": server.url, "model": "m", "timeout_s": 5.0} | settings))
+    waiting: dict[str, Any] = {"clock": fake.clock, "sleep": fake.sleep} if fake else {}
+    client = EndpointClient(endpoint, spent=spent, jitter=lambda: 0.9, **waiting)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def good(
+    text: str = "fine", finish_reason: str | None = "stop", usage: Any = (10, 5), **message: Any
+) -> dict[str, Any]:
+    """A proper answer."""
+    body: dict[str, Any] = {"choices": [{"message": {"content": text} | message, "finish_reason": finish_reason}]}
+    if usage is not None:
+        body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+    return body
+
+
+def error(status: int, message: str = "no", **headers: str) -> web.Response:
+    renamed = {name.replace("_", "-"): value for name, value in headers.items()}
+    return web.json_response({"error": {"message": message}}, status=status, headers=renamed)
+
+
+def after(seconds: float, answer: Any) -> Callable[[web.Request], Awaitable[Any]]:
+    async def later(request: web.Request) -> Any:
+        await asyncio.sleep(seconds)
+        return answer
+
+    return later
+
+
+async def cut(request: web.Request) -> web.StreamResponse:
+    """Close the connection in the middle of the body."""
+    response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": "application/json"})
+    await response.prepare(request)
+    await response.write(b'{"choices": [{"mess')
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
+def messages(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+async def ask(client: EndpointClient, *prompts: str) -> list[Any]:
+    """The outcome of each prompt, an answer or an exception."""
+    calls = (client.complete(messages(prompt), DECODING, 1) for prompt in prompts)
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 20))
+
+
+# ------------------------------------------------------------------------------------------------------- one request
+
+
+def test_an_answer_comes_with_its_tokens_and_its_cost() -> None:
+    async def test() -> None:
+        async with (
+            serving(lambda prompt, nth: after(0.05, good("héllo"))) as server,
+            asking(server, input_price=1.0, output_price=10.0, spent=3.0) as client,
+        ):
+            answer = await client.complete(messages("hi"), DECODING, 7)
+            assert answer == Answer("héllo", "stop", 10, 5, 60e-6)
+            assert (client.requests, client.retries, client.prompt_tokens, client.completion_tokens) == (1, 0, 10, 5)
+            assert client.spent == pytest.approx(3.0 + 60e-6)
+
+    run(test())
+
+
+def test_the_request_says_how_to_draw_and_no_more_than_it_must() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: good()) as server:
+            async with asking(server) as client:
+                await client.complete(messages("hi"), Decoding(temperature=0.5, max_tokens=9), 7)
+            assert server.bodies[0] == {
+                "model": "m",
+                "messages": messages("hi"),
+                "max_tokens": 9,
+                "temperature": 0.5,
+                "top_p": 1.0,
+                "n": 1,
+                "seed": 7,
+            }
+            extra = {"seed": None, "max_tokens": None, "max_completion_tokens": 30, "reasoning": {"effort": "low"}}
+            async with asking(server, extra_body=extra) as client:
+                await client.complete(messages("hi"), Decoding(top_k=5, min_p=0.1, stop=["\n"]), 7)
+            body = server.bodies[1]
+            assert body.keys().isdisjoint({"seed", "max_tokens"})
+            assert (body["top_k"], body["min_p"], body["stop"], body["reasoning"]) == (
+                5,
+                0.1,
+                ["\n"],
+                {"effort": "low"},
+            )
+
+    run(test())
+
+
+def test_a_rendered_prompt_goes_to_completions() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: {"choices": [{"text": f"{prompt}!", "finish_reason": "length"}]}  # noqa: E731
+        async with serving(behave) as server, asking(server, api="completions") as client:
+            answer = await client.complete("to render", DECODING, 1)
+            assert (answer.text, answer.finish_reason) == ("to render!", "length")
+
+    run(test())
+
+
+@pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "n"])
+def test_extra_fields_cannot_replace_what_the_run_sets(name: str) -> None:
+    with pytest.raises(UserError, match=rf"extra_body\.{name}"):
+        EndpointClient(Endpoint(url="http://x", model="m", extra_body={name: 1}))
+
+
+@pytest.mark.parametrize(
+    ("reason", "tokens", "expected"),
+    [("stop", 5, "stop"), ("length", 20, "length"), (None, 5, "stop"), (None, 20, "length"), ("eos_token", 5, "stop")],
+)
+def test_a_response_is_finished_or_cut(reason: str | None, tokens: int, expected: str) -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: good(finish_reason=reason, usage=(10, tokens))  # noqa: E731
+        async with serving(behave) as server, asking(server) as client:
+            assert (await client.complete(messages("hi"), DECODING, 1)).finish_reason == expected
+
+    run(test())
+
+
+def test_half_a_character_at_the_end_of_a_response_can_be_stored() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: good("cut \ud83d")) as server, asking(server) as client:
+            answer = await client.complete(messages("hi"), DECODING, 1)
+            assert answer.text.encode() == "cut \ufffd".encode()
+
+    run(test())
+
+
+# ----------------------------------------------------------------------------------------------------------- retries
+
+_PASSING = {
+    "500": error(500),
+    "408": error(408),
+    "409": error(409),
+    "425": error(425),
+    "502 in HTML": web.Response(status=502, text="<html>Bad gateway</html>"),
+    "hang": after(60, good()),
+    "cut": cut,
+    "malformed": web.Response(text='{"choices": [', content_type="application/json"),
+    "no object": web.json_response([]),
+    "no choices": {"usage": {"prompt_tokens": 1, "completion_tokens": 1}},
+    "empty choices": {"choices": []},
+    "null content": {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
+    "aborted": good("half", finish_reason="abort"),
+    "error in 200": {"error": {"code": 503, "message": "overloaded"}},
+}
+
+
+@pytest.mark.parametrize("kind", _PASSING)
+def test_what_passes_is_tried_again(kind: str) -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: _PASSING[kind] if nth == 1 else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), timeout_s=0.3) as client:
+            answer = await client.complete(messages("hi"), DECODING, 1)
+            assert (answer.text, client.requests, client.retries) == ("fine", 2, 1)
+
+    # A response object is sent once; every test runs in a loop of its own.
+    run(test())
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_asks_for_a_pause_gets_it_from_all_requests(form: str, status: int) -> None:
+    async def test() -> None:
+        date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+        asks = error(status, Retry_After="30" if form == "seconds" else date)
+        fake = FakeTime()
+        behave = lambda prompt, nth: asks if (prompt, nth) == ("a", 1) else good()  # noqa: E731
+        async with serving(behave, fake.clock) as server, asking(server, fake, concurrency=1) as client:
+            assert [answer.text for answer in await ask(client, "a", "b", "c")] == ["fine"] * 3
+            assert server.at[0] == 0
+            assert all(28 <= at <= 40 for at in server.at[1:]), server.at
+
+    run(test())
+
+
+def test_too_many_requests_are_no_failure_of_a_row() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: error(429) if prompt == "a" and nth <= 30 else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), max_retries=0, give_up_after_s=1e6) as client:
+            answers = await ask(client, *("a" if row == 0 else f"b{row}" for row in range(12)))
+            assert [answer.text for answer in answers] == ["fine"] * 12
+
+    run(test())
+
+
+def test_a_pause_longer_than_anyone_would_wait_ends_the_stage_at_once() -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        async with (
+            serving(lambda prompt, nth: error(429, Retry_After="86400")) as server,
+            asking(server, fake) as client,
+        ):
+            with pytest.raises(EndpointDownError, match="pause of 86400 s"):
+                await client.complete(messages("hi"), DECODING, 1)
+            assert fake.now == 0
+
+    run(test())
+
+
+def test_backoff_grows_to_a_minute_with_full_jitter() -> None:
+    assert [backoff_s(failures, 1.0) for failures in (1, 2, 3, 8, 100)] == [0.5, 1.0, 2.0, 60.0, 60.0]
+    assert backoff_s(8, 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("2.5", 2.5), ("-3", 0.0), ("Thu, 01 Jan 1970 00:01:40 GMT", 60.0), ("soon", None), ("nan", None), ("", None)],
+)
+def test_retry_after_is_seconds_or_a_date(text: str, expected: float | None) -> None:
+    assert retry_after_s({"Retry-After": text}, wall=40.0) == expected
+
+
+def test_a_wrong_clock_of_ours_does_not_stretch_the_servers_pause() -> None:
+    headers = {"Retry-After": "Thu, 01 Jan 1970 00:01:40 GMT", "Date": "Thu, 01 Jan 1970 00:01:30 GMT"}
+    assert retry_after_s(headers, wall=-1e6) == 10.0
+
+
+# ------------------------------------------------------------------------------------- refused prompts and outages
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lambda: error(400, "too long"),
+        lambda: error(413),
+        lambda: error(422),
+        lambda: error(403, "Your input was flagged by moderation"),
+        lambda: error(429, "Request too large for m: limit 100 tokens"),
+        lambda: good("I", finish_reason="content_filter"),
+        lambda: good("", finish_reason="tool_calls"),
+        lambda: good(None, refusal="I will not"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_prompt_refused_for_good_is_asked_once_and_spoils_no_other(refusal: Callable[[], Any]) -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: refusal() if prompt == "bad" else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime()) as client:
+            outcomes = await ask(client, "bad", *(f"good{row}" for row in range(9)))
+            assert isinstance(outcomes[0], RefusedPromptError)
+            assert all(isinstance(outcome, Answer) for outcome in outcomes[1:])
+            assert server.asked["bad"] == 1
+
+    run(test())
+
+
+def test_a_server_that_refuses_everything_makes_no_error_rows() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: error(400, "Unsupported parameter: 'max_tokens'")  # noqa: E731
+        async with serving(behave) as server, asking(server) as client:
+            outcomes = await ask(client, *(f"p{row}" for row in range(30)))
+            assert all(isinstance(outcome, UserError) for outcome in outcomes)
+            assert "Unsupported parameter" in str(outcomes[0])
+
+    run(test())
+
+
+def test_one_poison_prompt_among_good_ones_is_the_only_one_given_up() -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        behave = lambda prompt, nth: error(500, "CUDA error") if prompt == "poison" else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, fake, max_retries=3, concurrency=2) as client:
+            outcomes = await ask(client, "poison", *(f"good{row}" for row in range(30)))
+            assert isinstance(outcomes[0], RefusedPromptError)
+            assert "4 tries" in str(outcomes[0])
+            assert "CUDA error" in str(outcomes[0])
+            assert all(isinstance(outcome, Answer) for outcome in outcomes[1:])
+            assert server.asked["poison"] == 4
+            assert fake.now < 60
+
+    run(test())
+
+
+def test_a_poison_prompt_that_is_the_last_one_left_does_not_stop_the_stage() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: error(500) if prompt == "poison" else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), max_retries=3) as client:
+            with pytest.raises(RefusedPromptError):
+                await client.complete(messages("poison"), DECODING, 1)
+            assert server.asked.total() == 5  # a short question besides, which says that the server is well
+
+    run(test())
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("how", ["500", "429", "refused connection"])
+def test_an_outage_stops_the_stage_and_makes_no_error_rows(rows: int, how: str) -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        behave = lambda prompt, nth: error(int(how), "overloaded")  # noqa: E731
+        async with serving(behave) as server:
+            url = "http://127.0.0.1:9/v1" if how == "refused connection" else server.url
+            async with asking(server, fake, url=url, max_retries=1, concurrency=4) as client:
+                outcomes = await ask(client, *(f"p{row}" for row in range(rows)))
+                assert all(isinstance(outcome, EndpointDownError) for outcome in outcomes), outcomes
+                assert 900 <= fake.now < 1000
+                for said in ("nothing answered since", "900 s", "give_up_after_s", "run again"):
+                    assert said in str(outcomes[0])
+                assert ("overloaded" if how != "refused connection" else "no connection") in str(outcomes[0])
+
+    run(test())
+
+
+def test_a_server_that_answers_only_short_questions_is_an_outage() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: good() if prompt == "Say ok." else error(504)  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), max_retries=1, concurrency=4) as client:
+            outcomes = await ask(client, *(f"p{row}" for row in range(20)))
+            assert all(isinstance(outcome, EndpointDownError) for outcome in outcomes)
+
+    run(test())
+
+
+def test_requests_go_on_after_an_outage_that_ends_in_time() -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        behave = lambda prompt, nth: error(503) if fake.now < 800 else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, fake, max_retries=0, concurrency=4) as client:
+            outcomes = await ask(client, *(f"p{row}" for row in range(20)))
+            assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
+
+    run(test())
+
+
+def test_idle_time_is_no_outage() -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        behave = lambda prompt, nth: error(500) if prompt == "bad" or nth == 1 else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, fake, max_retries=100) as client:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(client.complete(messages("bad"), DECODING, 1), 0.05)
+            fake.now += 10_000
+            assert isinstance((await ask(client, "fine"))[0], Answer)
+
+    run(test())
+
+
+# ----------------------------------------------------------------------------------------------------- what to mend
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "todo"),
+    [
+        (401, "bad key", "TEACHER_KEY"),
+        (403, "not yours", "TEACHER_KEY"),
+        (404, "no such model", "endpoint.model"),
+        (402, "Insufficient balance", "billing"),
+        (429, "insufficient_quota", "billing"),
+    ],
+)
+def test_what_only_the_user_can_mend_is_asked_for_once(
+    status: int, message: str, todo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    async def test() -> None:
+        settings = {"api_key_env": "TEACHER_KEY", "concurrency": 2}
+        async with serving(lambda prompt, nth: error(status, message)) as server, asking(server, **settings) as client:
+            outcomes = await ask(client, *(f"p{row}" for row in range(20)))
+            assert all(isinstance(outcome, UserError) for outcome in outcomes)
+            assert message in str(outcomes[0])
+            assert todo in str(outcomes[0])
+            assert server.asked.total() <= 2
+
+    run(test())
+
+
+@pytest.mark.parametrize("status", [200, 404, 405])
+def test_a_server_that_is_there_passes_the_check(status: int) -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: good()) as server, asking(server) as client:
+            server.models = lambda: web.Response(status=status)
+            assert await client.check() is None
+            assert not server.bodies
+
+    run(test())
+
+
+def test_the_check_says_what_is_wrong_before_anything_is_paid(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: good()) as server:
+            monkeypatch.delenv("TEACHER_KEY", raising=False)
+            async with asking(server, api_key_env="TEACHER_KEY") as client:
+                assert "TEACHER_KEY" in (await client.check() or "")
+            monkeypatch.setenv("TEACHER_KEY", f"{KEY}\nsecond line")
+            async with asking(server, api_key_env="TEACHER_KEY") as client:
+                problem = await client.check() or ""
+                assert "is no key" in problem
+                assert KEY not in problem
+            monkeypatch.setenv("TEACHER_KEY", f"{KEY}\n")  # as secrets that are files often end
+            async with asking(server, FakeTime(), api_key_env="TEACHER_KEY") as client:
+                assert await client.check() is None
+                for status, said in ((401, "TEACHER_KEY"), (503, "Start it"), (302, "redirects")):
+                    server.models = functools.partial(error, status, Location="http://elsewhere/")
+                    assert said in (await client.check() or ""), status
+            async with asking(server, FakeTime(), url="http://127.0.0.1:9/v1") as client:
+                assert "endpoint.url" in (await client.check() or "")
+            assert not server.bodies
+
+    run(test())
+
+
+# ------------------------------------------------------------------------------------------------------------- secrets
+
+
+def test_the_key_is_nowhere_to_be_read(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+
+    async def echo(request: web.Request, status: int) -> web.Response:
+        assert request.headers["Authorization"] == f"Bearer {KEY}"
+        text = f"got {request.headers['Authorization']}, that is {KEY} or {KEY[:20]} or {KEY[4:]}"
+        return error(status, text) if status != 500 else web.Response(status=500, text=text)
+
+    async def test() -> None:
+        for status in (400, 401, 500):
+            behave = lambda prompt, nth, status=status: lambda request: echo(request, status)  # noqa: E731
+            async with serving(behave) as server, asking(server, FakeTime(), api_key_env="TEACHER_KEY") as client:
+                failure = (await ask(client, "p"))[0]
+                assert isinstance(failure, Exception)
+                assert "got Bearer ***" in str(failure)
+                for shown in (str(failure), repr(failure), repr(client), str(pickle.dumps(failure)), caplog.text):
+                    assert "AbCdEf01" not in shown
+                    assert "0123456789" not in shown
+                with pytest.raises(TypeError, match="not pickled"):
+                    pickle.dumps(client)
+
+    run(test())
+
+
+def test_texts_of_a_server_are_redacted_before_they_are_cut() -> None:
+    text = redacted("x" * 290 + " " + KEY, KEY)
+    assert text.endswith("***")
+    assert len(redacted("y " * 1000, KEY)) < 310
+    assert (
+        redacted("Bearer abc.def and sk-12345678 at http://me:pw@host", None) == "Bearer *** and *** at http://***host"
+    )
+
+
+def test_a_redirect_does_not_carry_the_key_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    async def test() -> None:
+        async with serving(lambda prompt, nth: good()) as other:
+            target = f"{other.url}/{KEY}/chat/completions?key={KEY}"
+            behave = lambda prompt, nth: web.Response(status=307, headers={"Location": target})  # noqa: E731
+            async with serving(behave) as server, asking(server, api_key_env="TEACHER_KEY") as client:
+                with pytest.raises(UserError, match="redirects") as failure:
+                    await client.complete(messages("hi"), DECODING, 1)
+                assert other.url in str(failure.value)
+                assert "AbCdEf01" not in str(failure.value)
+            assert not other.bodies
+
+    run(test())
+
+
+# --------------------------------------------------------------------------------------------------- bounds and rates
+
+
+def test_no_more_requests_are_under_way_than_allowed() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: after(0.01, error(500) if nth == 1 else good())  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), concurrency=5) as client:
+            answers = await ask(client, *(f"p{row}" for row in range(40)))
+            assert all(isinstance(answer, Answer) for answer in answers)
+            assert server.most_in_flight == 5
+
+    run(test())
+
+
+def test_requests_keep_to_their_rate() -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        async with (
+            serving(lambda prompt, nth: good(), fake.clock) as server,
+            asking(server, fake, requests_per_minute=30, concurrency=1) as client,
+        ):
+            await ask(client, *(f"p{row}" for row in range(60)))
+            assert_rate(server.at, [1.0] * 60, 30)
+            assert fake.now == pytest.approx(60 * 2, rel=0.05)
+
+    run(test())
+
+
+def test_tokens_keep_to_their_rate_by_what_the_server_reports() -> None:
+    async def test() -> None:
+        fake = FakeTime()
+        async with (
+            serving(lambda prompt, nth: good(usage=(30, 2)), fake.clock) as server,
+            asking(server, fake, tokens_per_minute=600, concurrency=1) as client,
+        ):
+            await ask(client, *(f"p{row}" for row in range(60)))
+            # 32 tokens each: 60 of them are more than three minutes' worth; by `max_tokens` it would be five.
+            assert 180 <= fake.now <= 230
+
+    run(test())
+
+
+def assert_rate(at: list[float], amounts: list[float], per_minute: float) -> None:
+    for index, start in enumerate(at):
+        window = sum(amount for time_, amount in zip(at[index:], amounts[index:], strict=True) if time_ < start + 60)
+        assert window <= math.ceil(per_minute), start
+
+
+@given(
+    per_minute=st.floats(1, 20_000),
+    gaps=st.lists(st.floats(0, 90), min_size=1, max_size=60),
+)
+def test_no_minute_sees_more_than_the_rate(per_minute: float, gaps: list[float]) -> None:
+    bucket, now, at = Bucket(per_minute, 0.0), 0.0, []
+    for gap in gaps:
+        now += gap
+        while (wait := bucket.wait(1, now)) > 0:
+            now += wait
+        bucket.take(1)
+        at.append(now)
+    assert_rate(at, [1.0] * len(at), per_minute)
+
+
+@pytest.mark.parametrize("per_minute", [1, 59, 60, 90, 600])
+def test_no_minute_of_a_flood_sees_more_than_the_rate_and_hardly_less(per_minute: int) -> None:
+    bucket, now, at = Bucket(per_minute, 0.0), 0.0, []
+    while now < 180:
+        now += bucket.wait(1, now)
+        bucket.take(1)
+        at.append(now)
+    assert_rate(at, [1.0] * len(at), per_minute)
+    assert len(at) >= 2.9 * per_minute
+
+
+def test_a_shorter_pause_does_not_end_a_longer_one() -> None:
+    pace = Pace(None, None, 0.0)
+    pace.pause(30.0)
+    pace.pause(10.0)
+    assert [pace.wait(1, now) for now in (0.0, 20.0, 31.0)] == [30.0, 10.0, 0.0]
+
+
+def test_what_a_request_will_take_is_learnt_from_answers() -> None:
+    estimate = TokenEstimate()
+    assert estimate.tokens(400, 1000) == 1100
+    for _ in range(100):
+        estimate.learn(400, 1000, 200, 50)
+    assert 230 < estimate.tokens(400, 1000) < 300
+
+
+# ----------------------------------------------------------------------------------------------------------- spending
+
+_PRICES = {"input_price": 10.0, "output_price": 100.0}
+
+
+@pytest.mark.parametrize("spent", [0.0, 0.02])
+def test_the_cap_is_never_exceeded_and_answers_under_way_are_kept(spent: float) -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: after(0.005, good(usage=(280, 20)))  # noqa: E731
+        settings = _PRICES | {"max_spend": 0.1, "concurrency": 8}
+        async with serving(behave) as server, asking(server, spent=spent, **settings) as client:
+            outcomes = await ask(client, *(f"p{row}" for row in range(100)))
+            answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+            stopped = [outcome for outcome in outcomes if isinstance(outcome, SpendingCapReached)]
+            assert len(answers) == server.answered > 10
+            assert len(answers) + len(stopped) == 100
+            assert client.spent == pytest.approx(spent + sum(answer.cost for answer in answers))
+            assert 0.08 < client.spent <= 0.1
+            for said in (f"{client.spent:.6g} of 0.1", "endpoint.max_spend"):
+                assert said in str(stopped[0])
+
+    run(test())
+
+
+def test_an_answer_that_was_lost_counts_at_its_worst() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: after(60, good()) if nth == 1 else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), timeout_s=0.2, **_PRICES) as client:
+            answer = await client.complete(messages("hi"), DECODING, 1)
+            regular, worst = (
+                (10 * 10 + 5 * 100) / 1e6,
+                (len(json.dumps(messages("hi"))) + 256) * 10 / 1e6 + 20 * 100 / 1e6,
+            )
+            assert answer.cost == pytest.approx(regular + worst)
+            assert client.spent == pytest.approx(answer.cost)
+
+    run(test())
+
+
+def test_what_a_server_did_not_do_costs_nothing() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: error(500) if nth == 1 else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), **_PRICES) as client:
+            assert (await client.complete(messages("hi"), DECODING, 1)).cost == pytest.approx(600e-6)
+            assert client.prompt_tokens == 10
+
+    run(test())
+
+
+def test_a_request_that_is_cancelled_counts_at_its_worst_and_holds_nothing_back() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: after(60, good()) if prompt == "slow" else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, max_spend=0.008, **_PRICES) as client:
+            slow = asyncio.create_task(client.complete(messages("slow"), DECODING, 1))
+            waiting = asyncio.create_task(client.complete(messages("next"), DECODING, 1))
+            await asyncio.sleep(0.1)
+            assert server.asked == {"slow": 1}
+            slow.cancel()
+            stopped = (await asyncio.gather(waiting, return_exceptions=True))[0]
+            assert isinstance(stopped, SpendingCapReached)  # the server may bill for the one that was cancelled
+            assert client.spent > 0.004
+
+    run(test())
+
+
+def test_a_request_waits_for_the_room_that_others_may_leave() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: after(0.05, good())  # noqa: E731
+        # Room for one worst case at a time, but for many real costs.
+        async with serving(behave) as server, asking(server, max_spend=0.008, **_PRICES) as client:
+            outcomes = await ask(client, "a", "b", "c")
+            assert all(isinstance(outcome, Answer) for outcome in outcomes)
+            assert server.most_in_flight == 1
+
+    run(test())
+
+
+def test_a_cap_needs_a_server_that_reports_usage() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: good(usage=None)) as server:
+            async with asking(server, max_spend=1.0, **_PRICES) as client:
+                with pytest.raises(UserError, match="no token usage"):
+                    await client.complete(messages("hi"), DECODING, 1)
+            async with asking(server) as client:
+                answer = await client.complete(messages("hi" * 40), DECODING, 1)
+                assert client.usage_missing == 1
+                assert answer.prompt_tokens > 20
+                assert 1 <= answer.completion_tokens <= 20
+
+    run(test())
+
+
+def test_a_cap_needs_a_bound_on_the_response() -> None:
+    endpoint = Endpoint(url="http://x", model="m", max_spend=1.0, extra_body={"max_tokens": None}, **_PRICES)
+    with pytest.raises(UserError, match="max_tokens"):
+        EndpointClient(endpoint)
+
+
+def test_a_budget_with_nothing_under_way_holds_nothing_back() -> None:
+    for count in range(1, 50):
+        budget = Budget(sum([0.1] * count), 1.0, 1.0, 0.0)
+        assert all(budget.reserve(0.1) for _ in range(count))
+        assert not budget.reserve(0.1)
+        for _ in range(count):
+            budget.settle(0.1, 0.0)
+        assert budget.reserve(budget.cap or 0.0)  # to the last bit

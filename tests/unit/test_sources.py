@@ -1,0 +1,378 @@
+"""Prompt sources: every row read as it is, as a stream, and what is wrong named by file, row and column."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plad_dist.config import DatasetSource, FilesSource
+from plad_dist.data.hashset import HashSet
+from plad_dist.data.sources import Prompt, read_prompts
+from plad_dist.errors import UserError
+from tests.conftest import write_prompts
+
+ROWS = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "ü\n\u2028"}]
+KINDS = ("p.jsonl", "p.json", "p.jsonl.gz", "p.csv", "p.csv.gz", "p.parquet", "p.arrow", "stream.arrow")
+
+
+def source(path: Path | str, **options: Any) -> FilesSource:
+    return FilesSource(type="files", paths=[str(path)], **({"reference_column": "answer"} | options))
+
+
+def write(folder: Path, text: str, name: str = "p.jsonl") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows in a file of the kind that its name says."""
+    if path.name.endswith(".gz"):
+        plain = write_as(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+        return path
+    table = pa.Table.from_pylist(rows)
+    match path.name:
+        case "p.parquet":
+            pq.write_table(table, path, row_group_size=3)
+        case "p.arrow":
+            with pa.ipc.new_file(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=3)
+        case "stream.arrow":
+            with pa.ipc.new_stream(path, table.schema) as writer:
+                writer.write_table(table)
+        case "p.csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        case _:
+            write(path.parent, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), path.name)
+    return path
+
+
+def contents(prompts: Iterator[Prompt]) -> list[tuple[str, str | None]]:
+    return [(prompt.messages[0]["content"], prompt.reference) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_all_kinds_of_files_give_the_same_prompts(tmp_path: Path, name: str) -> None:
+    rows = [*ROWS, *({"prompt": f"q{row}", "answer": f"a{row}"} for row in range(3000))]
+    path = write_as(tmp_path / name, rows)
+    assert contents(read_prompts(source(path))) == [(row["prompt"], row["answer"]) for row in rows]
+
+
+def test_nulls_are_references_that_are_not_there(tmp_path: Path) -> None:
+    for name in ("p.jsonl", "p.parquet", "p.arrow"):
+        path = write_as(tmp_path / name, [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": None}])
+        assert contents(read_prompts(source(path))) == [("a", "b"), ("c", None)]
+
+
+def test_prompt_ids_are_those_of_earlier_versions_and_differ(tmp_path: Path) -> None:
+    first, second = read_prompts(
+        source(write(tmp_path, '{"prompt": "a", "answer": ""}\n\n{"prompt": "ü", "answer": ""}'))
+    )
+    assert first.prompt_id == "ff6145e97fa21ee652921207"
+    assert second.prompt_id == "1066fb54d001d8c91d6dbc13"
+    assert (second.meta, second.where) == ({"source": "p.jsonl", "row": 2}, f"{tmp_path}/p.jsonl:3")
+    assert len({prompt.prompt_id for prompt in read_prompts(source(write_prompts(tmp_path, 50)))}) == 50
+
+
+def test_globs_are_read_in_sorted_order_and_every_file_once(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b", "a", "sub/a"):
+        write(tmp_path, json.dumps({"prompt": name, "answer": "x"}), f"{name}.jsonl")
+    assert [text for text, _ in contents(read_prompts(source(tmp_path / "*.jsonl")))] == ["a", "b"]
+    everything = FilesSource(type="files", paths=[str(tmp_path / "**/*.jsonl"), str(tmp_path / "b.jsonl")])
+    assert [text for text, _ in contents(read_prompts(everything))] == ["a", "b", "sub/a"]
+
+
+def test_equal_rows_of_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, '{"prompt": "a", "answer": "b"}')
+    first, second = read_prompts(source(tmp_path / "*" / "p.jsonl"))
+    assert first.prompt_id != second.prompt_id
+    assert first.content == second.content
+
+
+def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path: Path) -> None:
+    assert contents(read_prompts(source(write(tmp_path, '{"prompt": "a", "answer": "b"}', "p[1].jsonl")))) == [
+        ("a", "b")
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,answer\r\na,b\r\n\r\nc,d\r\n")
+    assert contents(read_prompts(source(path))) == [("a", "b"), ("c", "d")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"p\.jsonl: no prompts in it"),
+        ('{"prompt": "a", "answer": ""}\n{"prompt": ', r"p\.jsonl:2: not valid JSON.*expected one JSON object a line"),
+        ("[" * 100_000, r"p\.jsonl:1: not valid JSON"),
+        ('{"prompt": "\\ud83d", "answer": ""}', r"p\.jsonl:1: holds half of a surrogate pair"),
+        ("[1]", r"p\.jsonl:1: expected a JSON object, got list"),
+        ('{"question": "a"}', r"p\.jsonl:1: no column 'prompt'; it has question\. Set prompts\.source\.prompt_column"),
+        ('{"prompt": "a"}', r"p\.jsonl:1: no column 'answer'"),
+        ('{"prompt": "a", "answer": ""}\n{"prompt": 3}', r"p\.jsonl:2: 'prompt': expected a non-empty string, got 3"),
+        ('{"prompt": " ", "answer": ""}', r"expected a non-empty string"),
+        ('{"prompt": "a", "answer": 3}', r"p\.jsonl:1: 'answer': expected a string or null, got 3"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(source(write(tmp_path, text))))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", r"p\.csv: no prompts in it"),
+        (b"prompt,answer\n", r"p\.csv: no prompts in it"),
+        (b"prompt,answer\na,b\na,b,c\n", r"p\.csv: row 1 \(counted from 0\): has 3 fields, the header has 2 columns"),
+        (b'prompt,answer\na,b\na,"b\n', r"p\.csv:3: not valid CSV: unexpected end of data"),
+        (b"prompt,answer\na,b\na,\xff\n", r"p\.csv:3: not UTF-8 text .*convert"),
+        (b"prompt,answer\na,b\n,b\n", r"p\.csv: row 1 \(counted from 0\): 'prompt': expected a non-empty string"),
+    ],
+)
+def test_a_bad_row_of_csv_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "p.csv").write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(source(tmp_path / "p.csv")))
+
+
+@pytest.mark.parametrize("name", ["p.parquet", "p.arrow", "stream.arrow"])
+def test_a_bad_row_of_a_table_is_named_and_counted_from_0(tmp_path: Path, name: str) -> None:
+    path = write_as(tmp_path / name, [*ROWS, {"prompt": "", "answer": ""}])
+    with pytest.raises(UserError, match=r"row 2 \(counted from 0\): 'prompt': expected a non-empty string, got ''"):
+        list(read_prompts(source(path)))
+    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): no column 'question'; it has answer, prompt"):
+        list(read_prompts(source(path, prompt_column="question")))
+    path = write_as(tmp_path / name, [{"prompt": 1.5, "answer": ""}])
+    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): 'prompt': expected a non-empty string, got 1\.5"):
+        list(read_prompts(source(path)))
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".gz", ".parquet", ".arrow"))])
+def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
+    path = write_as(tmp_path / name, [{"prompt": f"{row * 7919:x}", "answer": "b"} for row in range(2000)])
+    path.write_bytes(path.read_bytes()[:-2500])
+    with pytest.raises(UserError, match=rf"{name}: not a readable [a-z.]+ file: .*Is it whole"):
+        list(read_prompts(source(path)))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a"}\n'.encode("utf-16"))
+    with pytest.raises(UserError, match=r"p\.jsonl:1: not UTF-8 text"):
+        list(read_prompts(source(tmp_path / "p.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "expected a non-empty list"),
+        ([], "expected a non-empty list"),
+        ([{"role": "robot", "content": "x"}], "role 'robot': expected one of system, user"),
+        ([{"role": "user"}], "expected a non-empty list"),
+    ],
+)
+def test_bad_messages_are_named(tmp_path: Path, messages: Any, message: str) -> None:
+    path = write(tmp_path, json.dumps({"m": messages, "answer": "x"}))
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(source(path, messages_column="m")))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.jsonl", "no such prompts file"),
+        ("*.none", "no file matches"),
+        ("p.txt", "unknown kind '.txt'"),
+        ("p.parquet.gz", "unknown kind '.parquet.gz'"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, message: str) -> None:
+    for path in ("p.txt", "p.parquet.gz"):
+        write(tmp_path, "x", path)
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(source(tmp_path / name)))
+
+
+def test_uris_of_no_known_store_are_refused() -> None:
+    for uri in ("http://host/p.jsonl", "s3://bucket", "s3://key:secret@bucket/p.jsonl"):
+        with pytest.raises(UserError, match=r"prompts\.source\.paths: .*expected a path, or s3://"):
+            list(read_prompts(source(uri)))
+
+
+def test_a_template_makes_the_prompt_of_several_columns(tmp_path: Path) -> None:
+    path = write(tmp_path, json.dumps({"title": "T", "body": "B", "lang": "de", "n": 3}))
+    options = {"template": "{{ title }}: {{ body }}", "meta_columns": ["lang", "n"], "reference_column": None}
+    (prompt,) = read_prompts(source(path, **options))
+    assert prompt.messages == [{"role": "user", "content": "T: B"}]
+    assert prompt.meta == {"source": "p.jsonl", "row": 0, "lang": "de", "n": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"template": "{{ text }}"},
+            r"p\.jsonl:1: prompts\.source\.template: 'text' is undefined; the row has the columns",
+        ),
+        ({"template": "{{ prompt"}, r"prompts\.source\.template: not a valid Jinja template"),
+        ({"template": "{{ ''.__class__.__mro__ }}"}, r"p\.jsonl:1: prompts\.source\.template: .*unsafe"),
+        ({"template": "{% if false %}x{% endif %}"}, r"expected a non-empty string, got ''"),
+        ({"meta_columns": ["lang"]}, r"p\.jsonl:1: no column 'lang'.*Set prompts\.source\.meta_columns"),
+    ],
+)
+def test_bad_columns_are_named_by_their_key(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(source(write(tmp_path, '{"prompt": "a", "answer": "b"}'), **options)))
+
+
+# ------------------------------------------------------------------------------------------------------------ data sets
+
+
+def test_a_data_set_gives_the_same_prompts_however_it_is_kept(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    (tmp_path / "files").mkdir()
+    rows.to_parquet(tmp_path / "files" / "train-00000.parquet")
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "several")
+    for name in ("files", "one", "several"):
+        data = DatasetSource(type="dataset", name=str(tmp_path / name), reference_column="answer")
+        prompts = list(read_prompts(data))
+        assert contents(iter(prompts)) == [(row["prompt"], row["answer"]) for row in ROWS]
+        assert prompts[1].meta == {"source": f"{name}:train", "row": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("several", {"split": "dev"}, r"prompts\.source\.split: .*has no split 'dev'; it has test, train\. Set one"),
+        ("files", {"split": "dev"}, r"prompts\.source: .*dev.*train"),
+        ("none/at/all", {}, r"prompts\.source: none/at/all: cannot be read as a data set"),
+        ("files", {"prompt_column": "q"}, r"files: row 0 \(counted from 0\): no column 'q'; it has answer, prompt"),
+        ("broken", {}, r"prompts\.source: .*broken: cannot be read as a data set"),
+    ],
+)
+def test_a_bad_data_set_is_named(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "several")
+    for folder in ("files", "broken"):
+        (tmp_path / folder).mkdir()
+    rows.to_json(tmp_path / "files" / "train.jsonl")
+    write(tmp_path / "broken", '{"prompt": "a"}\n{"prompt": \n', "train.jsonl")
+    path = tmp_path / name
+    with pytest.raises(UserError, match=message):
+        list(read_prompts(DatasetSource(type="dataset", name=str(path) if path.exists() else name, **options)))
+
+
+# -------------------------------------------------------------------------------------------------------- object stores
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bytes], None]]:
+    """Puts objects into s3://prompts on a local server."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT": f"http://{host}:{port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+        client.create_bucket(Bucket="prompts")
+        yield lambda key, data: client.put_object(Bucket="prompts", Key=key, Body=data)
+    finally:
+        server.stop()
+
+
+def test_files_on_an_object_store_are_read_like_local_ones(
+    tmp_path: Path, bucket: Callable[[str, bytes], None]
+) -> None:
+    rows = [*ROWS, *({"prompt": f"q{row}", "answer": f"a{row}"} for row in range(3000))]
+    for name in KINDS:
+        path = write_as(tmp_path / name, rows)
+        bucket(f"data/{name}", path.read_bytes())
+        there = list(read_prompts(source(f"s3://prompts/data/{name}")))
+        here = list(read_prompts(source(path)))
+        assert [prompt.prompt_id for prompt in there] == [prompt.prompt_id for prompt in here]
+        assert contents(iter(there)) == contents(iter(here))
+
+
+def test_globs_on_an_object_store_are_those_of_a_file_system(bucket: Callable[[str, bytes], None]) -> None:
+    for name in ("a", "b", "sub/c", "sub/deep/d"):
+        bucket(f"tree/{name}.jsonl", json.dumps({"prompt": name, "answer": ""}).encode())
+
+    def found(pattern: str) -> list[str]:
+        return [text for text, _ in contents(read_prompts(source(f"s3://prompts/{pattern}")))]
+
+    assert found("tree/*.jsonl") == ["a", "b"]
+    assert found("tree/*/*.jsonl") == ["sub/c"]
+    assert found("tree/**/*.jsonl") == ["a", "b", "sub/c", "sub/deep/d"]
+    with pytest.raises(UserError, match=r"no file matches 's3://prompts/tree/\*\.csv'"):
+        found("tree/*.csv")
+    with pytest.raises(UserError, match=r"s3://prompts/tree/none\.jsonl: no such prompts file"):
+        found("tree/none.jsonl")
+    bucket("tree/broken.jsonl", b"{}\n{")
+    with pytest.raises(UserError, match=r"s3://prompts/tree/broken\.jsonl:1: no column 'prompt'"):
+        found("tree/broken.jsonl")
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet", "p.arrow"])
+def test_no_file_is_held_in_memory(tmp_path: Path, name: str) -> None:
+    path = write_as(tmp_path / name, [{"prompt": f"{row} {'x' * 2000}", "answer": ""} for row in range(10_000)])
+    allocated = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        peak = 0
+        for row, _ in enumerate(read_prompts(source(path))):
+            if row % 1000 == 0:
+                peak = max(peak, pa.total_allocated_bytes() - allocated)
+        assert row == 9999
+        peak += tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20, "the file has 20 MB"
+
+
+@given(st.lists(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=30), max_size=20))
+def test_a_hash_set_says_of_every_hash_whether_it_is_new(batches: list[list[int]]) -> None:
+    hashes, seen = HashSet(), set[int]()
+    for batch in batches:
+        given_hashes = np.array(batch, dtype=np.uint64)
+        assert hashes.holds(given_hashes).tolist() == [item in seen for item in batch]
+        new = [item not in seen | set(batch[:index]) for index, item in enumerate(batch)]
+        assert hashes.add(given_hashes).tolist() == new
+        seen |= set(batch)
+    assert sum(map(len, hashes._runs)) == len(seen), "8 bytes each"
+    assert len(hashes._runs) <= 1 + len(seen).bit_length()
