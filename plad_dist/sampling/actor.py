@@ -6,6 +6,7 @@ Rows never pass through the driver: an actor reads its block's prompts from stor
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +16,14 @@ import pyarrow as pa
 
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, root_cause
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.remote import MICRO
 from plad_dist.sampling.spool import Spool
 from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, Hints
+
+logger = logging.getLogger("plad")
 
 _LAST_WORDS_S = 5.0
 _ROW_TRIES = 3
@@ -223,7 +226,10 @@ class Sampler:
         """Keep paid answers safe while their blocks are not committed."""
         while True:
             await asyncio.sleep(_SPOOL_EVERY_S)
-            await asyncio.to_thread(self._flush)
+            try:
+                await asyncio.to_thread(self._flush)
+            except RunFailed as error:  # the rows stay in memory for the next time
+                logger.warning("answers could not be kept yet: %s", error)
 
     def _flush(self) -> None:
         for spool in list(self._spools.values()):

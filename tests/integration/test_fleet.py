@@ -237,10 +237,10 @@ def wait_for_ever() -> None:
 
 def test_actors_that_come_late_take_part(tmp_path: Path) -> None:
     """More actors are asked for than fit; as soon as room is made, one more starts."""
-    world = World(tmp_path, numbered(160))
+    world = World(tmp_path, numbered(240))
     blocker = ray.remote(num_cpus=3)(wait_for_ever).remote()
     world.when(lambda: parts_there(world) > 2, lambda: ray.cancel(blocker, force=True))
-    world.run(seconds=0.3, cpus=3, replicas=2)
+    world.run(seconds=1.0, cpus=3, replicas=2)
     assert_exactly_once(world)
     assert len(set(world.started())) == 2
 

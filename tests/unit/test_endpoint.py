@@ -6,162 +6,36 @@ import asyncio
 import functools
 import json
 import logging
-import math
 import pickle
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
 import pytest
 from aiohttp import web
-from hypothesis import given
-from hypothesis import strategies as st
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.errors import UserError
 from plad_dist.sampling.endpoint import Answer, EndpointClient, EndpointDownError, SpendingCapReached
 from plad_dist.sampling.engine import RefusedPromptError
-from plad_dist.sampling.rates import Bucket, Budget, Pace, TokenEstimate, backoff_s, retry_after_s
 from plad_dist.sampling.reply import redacted
+from tests.fake_endpoint import (
+    DECODING,
+    FakeTime,
+    after,
+    ask,
+    asking,
+    assert_rate,
+    cut,
+    error,
+    good,
+    messages,
+    run,
+    serving,
+)
 
 KEY = "sk-proj-AbCdEf0123456789XyZ"
-DECODING = Decoding(max_tokens=20)
-
-
-class FakeTime:
-    """Seconds that pass only while someone sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def clock(self) -> float:
-        return self.now
-
-    async def sleep(self, seconds: float) -> None:
-        due = self.now + seconds
-        await asyncio.sleep(min(seconds, 0.002))
-        self.now = max(self.now, due)
-
-
-class Server:
-    """A server that answers as `behave(prompt, nth request with this prompt)` says, and remembers what it was asked."""
-
-    def __init__(self, behave: Callable[[str, int], Any], clock: Callable[[], float]) -> None:
-        self._behave, self._clock = behave, clock
-        self.bodies: list[dict[str, Any]] = []
-        self.asked: Counter[str] = Counter()
-        self.at: list[float] = []
-        self.answered = 0
-        self.in_flight = self.most_in_flight = 0
-        self.models: Callable[[], web.Response] = lambda: web.json_response({"data": []})
-        self.url = ""
-
-    async def complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
-        self.bodies.append(body)
-        self.asked[prompt] += 1
-        self.at.append(self._clock())
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            answer = self._behave(prompt, self.asked[prompt])
-            if callable(answer):
-                answer = await answer(request)
-            if isinstance(answer, web.StreamResponse):
-                return answer
-            self.answered += 1
-            return web.json_response(answer)
-        finally:
-            self.in_flight -= 1
-
-    async def list_models(self, request: web.Request) -> web.Response:
-        return self.models()
-
-
-@asynccontextmanager
-async def serving(
-    behave: Callable[[str, int], Any], clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[Server]:
-    server = Server(behave, clock)
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", server.complete)
-    app.router.add_post("/v1/completions", server.complete)
-    app.router.add_get("/v1/models", server.list_models)
-    runner = web.AppRunner(app, shutdown_timeout=0.05)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    try:
-        yield server
-    finally:
-        await runner.cleanup()
-
-
-@asynccontextmanager
-async def asking(
-    server: Server, fake: FakeTime | None = None, spent: float = 0.0, **settings: Any
-) -> AsyncIterator[EndpointClient]:
-    endpoint = Endpoint(**({"url": server.url, "model": "m", "timeout_s": 5.0} | settings))
-    waiting: dict[str, Any] = {"clock": fake.clock, "sleep": fake.sleep} if fake else {}
-    client = EndpointClient(endpoint, spent=spent, jitter=lambda: 0.9, **waiting)
-    try:
-        yield client
-    finally:
-        await client.close()
-
-
-def good(
-    text: str = "fine", finish_reason: str | None = "stop", usage: Any = (10, 5), **message: Any
-) -> dict[str, Any]:
-    """A proper answer."""
-    body: dict[str, Any] = {"choices": [{"message": {"content": text} | message, "finish_reason": finish_reason}]}
-    if usage is not None:
-        body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
-    return body
-
-
-def error(status: int, message: str = "no", **headers: str) -> web.Response:
-    renamed = {name.replace("_", "-"): value for name, value in headers.items()}
-    return web.json_response({"error": {"message": message}}, status=status, headers=renamed)
-
-
-def after(seconds: float, answer: Any) -> Callable[[web.Request], Awaitable[Any]]:
-    async def later(request: web.Request) -> Any:
-        await asyncio.sleep(seconds)
-        return answer
-
-    return later
-
-
-async def cut(request: web.Request) -> web.StreamResponse:
-    """Close the connection in the middle of the body."""
-    response = web.StreamResponse(headers={"Content-Length": "1000", "Content-Type": "application/json"})
-    await response.prepare(request)
-    await response.write(b'{"choices": [{"mess')
-    assert request.transport is not None
-    request.transport.close()
-    return response
-
-
-def messages(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-async def ask(client: EndpointClient, *prompts: str) -> list[Any]:
-    """The outcome of each prompt, an answer or an exception."""
-    calls = (client.complete(messages(prompt), DECODING, 1) for prompt in prompts)
-    return await asyncio.gather(*calls, return_exceptions=True)
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 20))
-
 
 # ------------------------------------------------------------------------------------------------------- one request
 
@@ -317,24 +191,6 @@ def test_a_pause_longer_than_anyone_would_wait_ends_the_stage_at_once() -> None:
             assert fake.now == 0
 
     run(test())
-
-
-def test_backoff_grows_to_a_minute_with_full_jitter() -> None:
-    assert [backoff_s(failures, 1.0) for failures in (1, 2, 3, 8, 100)] == [0.5, 1.0, 2.0, 60.0, 60.0]
-    assert backoff_s(8, 0.0) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("2.5", 2.5), ("-3", 0.0), ("Thu, 01 Jan 1970 00:01:40 GMT", 60.0), ("soon", None), ("nan", None), ("", None)],
-)
-def test_retry_after_is_seconds_or_a_date(text: str, expected: float | None) -> None:
-    assert retry_after_s({"Retry-After": text}, wall=40.0) == expected
-
-
-def test_a_wrong_clock_of_ours_does_not_stretch_the_servers_pause() -> None:
-    headers = {"Retry-After": "Thu, 01 Jan 1970 00:01:40 GMT", "Date": "Thu, 01 Jan 1970 00:01:30 GMT"}
-    assert retry_after_s(headers, wall=-1e6) == 10.0
 
 
 # ------------------------------------------------------------------------------------- refused prompts and outages
@@ -617,53 +473,6 @@ def test_tokens_keep_to_their_rate_by_what_the_server_reports() -> None:
     run(test())
 
 
-def assert_rate(at: list[float], amounts: list[float], per_minute: float) -> None:
-    for index, start in enumerate(at):
-        window = sum(amount for time_, amount in zip(at[index:], amounts[index:], strict=True) if time_ < start + 60)
-        assert window <= math.ceil(per_minute), start
-
-
-@given(
-    per_minute=st.floats(1, 20_000),
-    gaps=st.lists(st.floats(0, 90), min_size=1, max_size=60),
-)
-def test_no_minute_sees_more_than_the_rate(per_minute: float, gaps: list[float]) -> None:
-    bucket, now, at = Bucket(per_minute, 0.0), 0.0, []
-    for gap in gaps:
-        now += gap
-        while (wait := bucket.wait(1, now)) > 0:
-            now += wait
-        bucket.take(1)
-        at.append(now)
-    assert_rate(at, [1.0] * len(at), per_minute)
-
-
-@pytest.mark.parametrize("per_minute", [1, 59, 60, 90, 600])
-def test_no_minute_of_a_flood_sees_more_than_the_rate_and_hardly_less(per_minute: int) -> None:
-    bucket, now, at = Bucket(per_minute, 0.0), 0.0, []
-    while now < 180:
-        now += bucket.wait(1, now)
-        bucket.take(1)
-        at.append(now)
-    assert_rate(at, [1.0] * len(at), per_minute)
-    assert len(at) >= 2.9 * per_minute
-
-
-def test_a_shorter_pause_does_not_end_a_longer_one() -> None:
-    pace = Pace(None, None, 0.0)
-    pace.pause(30.0)
-    pace.pause(10.0)
-    assert [pace.wait(1, now) for now in (0.0, 20.0, 31.0)] == [30.0, 10.0, 0.0]
-
-
-def test_what_a_request_will_take_is_learnt_from_answers() -> None:
-    estimate = TokenEstimate()
-    assert estimate.tokens(400, 1000) == 1100
-    for _ in range(100):
-        estimate.learn(400, 1000, 200, 50)
-    assert 230 < estimate.tokens(400, 1000) < 300
-
-
 # ----------------------------------------------------------------------------------------------------------- spending
 
 _PRICES = {"input_price": 10.0, "output_price": 100.0}
@@ -760,13 +569,3 @@ def test_a_cap_needs_a_bound_on_the_response() -> None:
     endpoint = Endpoint(url="http://x", model="m", max_spend=1.0, extra_body={"max_tokens": None}, **_PRICES)
     with pytest.raises(UserError, match="max_tokens"):
         EndpointClient(endpoint)
-
-
-def test_a_budget_with_nothing_under_way_holds_nothing_back() -> None:
-    for count in range(1, 50):
-        budget = Budget(sum([0.1] * count), 1.0, 1.0, 0.0)
-        assert all(budget.reserve(0.1) for _ in range(count))
-        assert not budget.reserve(0.1)
-        for _ in range(count):
-            budget.settle(0.1, 0.0)
-        assert budget.reserve(budget.cap or 0.0)  # to the last bit

@@ -1,0 +1,286 @@
+"""The sampling pool against bare vLLM and against Ray Data LLM, on one model, in one run.
+
+A Llama of about 30M parameters is made on the spot; 240 of its 16,384 tokens end a response, so that outputs are of mixed
+lengths (at most 128 tokens). All systems get the same prompts of mixed lengths, the same sampling parameters (temperature 1, a
+seed for every sample, the log-probability of the sampled tokens, text) and the same engine arguments:
+
+- `vllm`: `vllm.LLM.generate` over all prompts at once, given as token ids: the engine with nothing around it;
+- `pool`: this project's fleet: one actor with vLLM's async engine, blocks leased by the driver, prompts read from Arrow shards,
+  rendered and tokenized, samples committed as parts, journal and manifest included;
+- `ray_data`: `ray.data.llm.build_processor` with one engine over the same rows as token ids, its batch size times concurrent
+  batches well above the engine's `max_num_seqs`, as its documentation advises.
+
+What is timed is sampling alone, from an engine that is up to the last sample in the hands of the caller (for the pool: to the
+manifest). Bare vLLM keeps one engine, the other two start one in every round, before the clock starts: the pool's starts when
+its actor is up, Ray Data's when its first request begins (told by the times that it reports of its rows, which leaves out
+what it did before). Systems alternate, one engine at work at a time. `ratio_vs_vllm` and `ratio_vs_ray_data` are medians over
+rounds of the ratio of generated tokens a second in the same round; `tokens_per_s` is the pool's median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+PROMPTS, BLOCK, MAX_TOKENS, ENDINGS = 256, 32, 128, 240
+ENGINE: dict[str, Any] = {
+    "max_num_seqs": 64,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "max_num_batched_tokens": 16_384,
+    "kv_cache_memory_bytes": 1 << 30,
+    "max_model_len": 512,
+}
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+VOCABULARY = 16_384
+SEED, ROUND = 1, 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--without", action="append", default=[], choices=["vllm", "ray_data"], help="leave a peer out")
+    arguments = parser.parse_args()
+    os.environ |= {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with tempfile.TemporaryDirectory(prefix="plad-sampling-") as folder:
+        figures = measure(Path(folder), arguments.rounds, arguments.prompts, set(arguments.without))
+    print(json.dumps(figures))
+
+
+def measure(folder: Path, rounds: int, count: int, without: set[str]) -> dict[str, Any]:
+    """Alternate the systems and compare their rates round by round."""
+    texts = corpus(count)
+    model = make_model(folder / "model", texts)
+    work = Work(folder, model, texts)
+    systems: dict[str, Callable[[], tuple[int, float]]] = {
+        "vllm": bare(work) if "vllm" not in without else lambda: (0, 1.0),
+        "pool": partial(pool, work),
+        "ray_data": partial(ray_data, work),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in systems if name not in without}
+    for round_ in range(rounds):
+        for name in sorted(rates, reverse=bool(round_ % 2)):
+            tokens, seconds = systems[name]()
+            rates[name].append(tokens / seconds)
+            print(
+                f"round {round_ + 1}: {name}: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s",
+                flush=True,
+            )
+    figures: dict[str, Any] = {"tokens_per_s": round(statistics.median(rates["pool"]), 1)}
+    for peer, key in (("vllm", "ratio_vs_vllm"), ("ray_data", "ratio_vs_ray_data")):
+        if peer in rates:
+            ratios = [ours / theirs for ours, theirs in zip(rates["pool"], rates[peer], strict=True)]
+            figures |= {
+                key: round(statistics.median(ratios), 3),
+                f"{key}_rounds": [round(ratio, 3) for ratio in ratios],
+            }
+            figures[f"{peer}_tokens_per_s"] = round(statistics.median(rates[peer]), 1)
+    return figures | {"prompts": count, "rounds": rounds, "parameters": work.parameters}
+
+
+# ------------------------------------------------------------------------------------------------- the model and its work
+
+
+def corpus(count: int) -> list[str]:
+    """Prompts of mixed lengths: lines of the standard library's sources."""
+    rng = random.Random(0)
+    lines = [
+        line.strip()
+        for path in sorted(Path(os.__file__).parent.glob("*.py"))
+        for line in path.read_text(encoding="utf-8", errors="ignore").splitlines()
+        if line.strip()
+    ]
+    return ["\n".join(lines[at : at + rng.randint(1, 8)]) for at in rng.sample(range(len(lines) - 8), count)]
+
+
+def make_model(folder: Path, texts: list[str]) -> Path:
+    """A random Llama; many of its tokens end a response."""
+    from transformers import GenerationConfig
+
+    from plad_dist.config import ScratchModel
+    from plad_dist.training.scratch import random_model, train_tokenizer
+
+    sources = (path.read_text(encoding="utf-8", errors="ignore") for path in Path(os.__file__).parent.glob("*.py"))
+    tokenizer = train_tokenizer(sources, VOCABULARY)
+    tokenizer.save_pretrained(folder)
+    model = random_model(ScratchModel(architecture=ARCHITECTURE, vocab_size=VOCABULARY), tokenizer, SEED)
+    endings = [tokenizer.eos_token_id, *random.Random(0).sample(range(300, VOCABULARY), ENDINGS)]
+    model.generation_config = GenerationConfig(eos_token_id=endings, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Work:
+    """What all systems are asked."""
+
+    def __init__(self, folder: Path, model: Path, texts: list[str]) -> None:
+        import pyarrow as pa
+        from safetensors import safe_open
+
+        from plad_dist.config import Decoding, Model
+        from plad_dist.data.schemas import PROMPTS as SCHEMA
+        from plad_dist.data.storage import Storage
+        from plad_dist.data.store import Dataset
+        from plad_dist.data.templates import Renderer
+        from plad_dist.sampling.job import sample_seed
+
+        self.folder, self.model = folder, model
+        self.settings = Model(
+            path=str(model), template="{{ messages[-1].content }}", max_length=ENGINE["max_model_len"]
+        )
+        self.decoding = Decoding(max_tokens=MAX_TOKENS)
+        rows = [
+            {"prompt_id": f"{row:08d}", "messages": [{"role": "user", "content": text}]}
+            for row, text in enumerate(texts)
+        ]
+        self.ids = Renderer(str(model), self.settings).prompt_ids([row["messages"] for row in rows])
+        self.seeds = [sample_seed(SEED, ROUND, "teacher", str(row["prompt_id"]), 0) for row in rows]
+        self.run, self.storage = 0, Storage(str(folder / "run"))
+        prompts = Dataset(self.storage, "prompts", SCHEMA)
+        blocks = range(0, len(rows), BLOCK)
+        for block, start in enumerate(blocks):
+            table = pa.Table.from_pylist(rows[start : start + BLOCK], schema=SCHEMA)
+            prompts.commit(block, table, fingerprint="benchmark", attempt="a")
+        self.blocks = prompts.finish(len(blocks), fingerprint="benchmark", facts={}).parts
+        with safe_open(model / "model.safetensors", "pt") as file:
+            self.parameters = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118 - no mapping
+
+    def sampling_params(self, row: int) -> dict[str, Any]:
+        return {"temperature": 1.0, "max_tokens": MAX_TOKENS, "seed": self.seeds[row], "logprobs": 0}
+
+
+# ------------------------------------------------------------------------------------------------------- the three systems
+
+
+def bare(work: Work) -> Callable[[], tuple[int, float]]:
+    """vLLM by itself, all prompts at once."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(work.model), disable_log_stats=True, **ENGINE)
+    prompts = [{"prompt_token_ids": ids} for ids in work.ids]
+    parameters = [SamplingParams(**work.sampling_params(row)) for row in range(len(prompts))]
+
+    def ask() -> tuple[int, float]:
+        llm.reset_prefix_cache()
+        begun = time.perf_counter()
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - begun
+        return sum(len(output.outputs[0].token_ids) for output in outputs), seconds
+
+    ask()  # warm
+    return ask
+
+
+def pool(work: Work) -> tuple[int, float]:
+    """This project's fleet with one actor, from the moment it is up to the manifest."""
+    from plad_dist.config_file import parse_config
+    from plad_dist.progress import Progress
+    from plad_dist.sampling.actor import Sampler
+    from plad_dist.sampling.engine import Engine
+    from plad_dist.sampling.job import SamplingJob
+    from plad_dist.sampling.placement import Placement
+    from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+
+    class Clock(Progress):
+        up = 0.0
+
+        def say(self, text: str) -> None:
+            self.up = self.up or time.time()
+
+    work.run += 1
+    model = {"path": str(work.model)}
+    source = {"type": "files", "paths": ["-"], "reference_column": "reference"}
+    config = parse_config(
+        {"run": {"dir": "-"}, "prompts": {"source": source}, "teacher": model, "student": model}, "benchmark"
+    )
+    job = SamplingJob(
+        prompts="prompts", output=f"samples/{work.run}", role="teacher", model="m", weights=str(work.model),
+        decoding=work.decoding, n=1, seed=SEED, round=ROUND, seed_round=ROUND, last_block=len(work.blocks) - 1,
+        last_rows=work.blocks[-1].rows, fingerprint="benchmark",
+    )  # fmt: skip
+    units = [part.rows for part in work.blocks]
+    engine = partial(Engine, str(work.model), work.settings, ENGINE, SEED)
+    environment = {
+        name: os.environ[name] for name in ("VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
+    }
+    assignment = Assignment(job, range(len(units)), units)
+    fleet = Fleet("pool", (assignment,), Sampler, (work.storage, engine), Placement(1.0), environment=environment)
+    clock = Clock(every_s=1e9)
+    run_fleets(config, work.storage, [fleet], clock)
+    manifest = job.dataset(work.storage).require("sample")
+    assert manifest.rows == len(work.ids)
+    assert not manifest.count("errors")
+    written = (work.folder / "run" / job.output / "manifest.json").stat().st_mtime
+    return manifest.count("tokens"), written - clock.up
+
+
+def ray_data(work: Work) -> tuple[int, float]:
+    """Ray Data LLM with one engine, from the start of its first request to its last row."""
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    processor = build_processor(
+        vLLMEngineProcessorConfig(
+            model_source=str(work.model),
+            engine_kwargs=ENGINE,
+            batch_size=64,
+            max_concurrent_batches=8,
+            concurrency=1,
+            chat_template_stage=False,
+            tokenize_stage=False,
+            detokenize_stage=False,
+            log_engine_metrics=False,
+            placement_group_config={"bundles": [{"CPU": 1}]},  # or it waits for a GPU
+            runtime_env={
+                "env_vars": {name: os.environ[name] for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")}
+            },
+        ),
+        preprocess=lambda row: {
+            "tokenized_prompt": row["ids"],
+            "sampling_params": row["sampling_params"],
+        },
+        postprocess=lambda row: {
+            "tokens": row["num_generated_tokens"],
+            "took": row["time_taken_llm"],
+            "at": time.time(),
+        },
+    )
+    rows = [{"ids": ids, "sampling_params": work.sampling_params(row)} for row, ids in enumerate(work.ids)]
+    done = processor(ray.data.from_items(rows)).take_all()
+    assert len(done) == len(rows)
+    begun, ended = min(row["at"] - row["took"] for row in done), max(row["at"] for row in done)
+    return sum(row["tokens"] for row in done), ended - begun
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""`plad verify`: whatever is missing, surplus, truncated or altered is named; a sound run passes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from plad_dist.cli import main
+from plad_dist.config_file import parse_config
+from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
+from plad_dist.data.schemas import SAMPLES
+from plad_dist.data.store import Dataset, part_name
+from plad_dist.rundir import RunDir, open_run
+from plad_dist.verify import verify
+from tests.conftest import tiny_config, write_prompts
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose prompts and teacher samples are complete, two a prompt."""
+    write_prompts(tmp_path, 300)
+    config = parse_config(tiny_config(tmp_path), "test")
+    run = open_run(config)
+    prepare(config, run.storage)
+    sample(run.samples("teacher"), train_prompts(run.storage), 2)
+    sample(run.heldout_samples("teacher"), heldout_prompts(run.storage), 1)
+    return run
+
+
+def sample(output: Dataset, prompts: Dataset, n: int, fingerprint: str = "f") -> None:
+    blocks = len(prompts.require("prepare").parts)
+    for block in range(blocks):
+        output.commit(block, samples_of(prompts, block, n), fingerprint=fingerprint, attempt="a")
+    output.finish(blocks, fingerprint=fingerprint, facts={})
+
+
+def samples_of(prompts: Dataset, block: int, n: int) -> pa.Table:
+    rows = [
+        {"prompt_id": prompt, "sample_index": index, "role": "teacher", "text": "x", "token_ids": [1], "logprob": -1.0,
+         "num_tokens": 1, "finish_reason": "stop", "error": None, "model": "m", "round": 0}
+        for prompt in prompts.read_block(block)["prompt_id"].to_pylist()
+        for index in range(n)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=SAMPLES)
+
+
+def problems(run: RunDir) -> list[str]:
+    checked, others = verify(run.storage.url)
+    return [f"{item.path}: {problem}" for item in checked for problem in item.problems] + others
+
+
+def part(run: RunDir, block: int = 1) -> Path:
+    return run.root / "samples/teacher/round-0" / part_name(block)
+
+
+def test_a_sound_run_passes_and_shows_what_was_checked(run: RunDir) -> None:
+    checked, others = verify(run.storage.url)
+    assert others == []
+    assert {item.path: item.state for item in checked} == {
+        "prompts": "complete",
+        "eval/prompts": "complete",
+        "samples/teacher/round-0": "complete",
+        "eval/round-0/pair-samples/teacher": "complete",
+    }
+    assert all(item.problems == [] for item in checked)
+
+
+def remove(run: RunDir) -> None:
+    part(run).unlink()
+
+
+def truncate(run: RunDir) -> None:
+    path = part(run)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def alter(run: RunDir) -> None:
+    data = bytearray(part(run).read_bytes())
+    data[len(data) // 2] ^= 1
+    part(run).write_bytes(data)
+
+
+def add(run: RunDir) -> None:
+    part(run, 99).write_bytes(part(run).read_bytes())
+
+
+def damage_manifest(run: RunDir) -> None:
+    (run.root / "samples/teacher/round-0/manifest.json").write_text("{")
+
+
+def remove_manifest(run: RunDir) -> None:
+    (run.root / "prompts/manifest.json").unlink()
+
+
+def alter_config(run: RunDir) -> None:
+    path = run.root / "run.yaml"
+    path.write_text(path.read_text().replace("seed: 5", "seed: 6"))
+
+
+def sample_of_another_model(run: RunDir) -> None:
+    rewrite(run, "other", samples_of(train_prompts(run.storage), 1, 2))
+
+
+def sample_twice(run: RunDir) -> None:
+    table = samples_of(train_prompts(run.storage), 1, 2)
+    rewrite(run, "f", pa.concat_tables([table.slice(0, 2), table.slice(0, 2), table.slice(4)]))
+
+
+def lose_a_row(run: RunDir) -> None:
+    rewrite(run, "f", samples_of(train_prompts(run.storage), 1, 2).slice(2))
+
+
+def other_columns(run: RunDir) -> None:
+    dataset = run.samples("teacher")
+    part(run).unlink()
+    narrow = Dataset(run.storage, dataset.path, pa.schema([SAMPLES.field("prompt_id")]))
+    narrow.commit(1, samples_of(train_prompts(run.storage), 1, 2).select(["prompt_id"]), fingerprint="f", attempt="b")
+    narrow.finish(len(train_prompts(run.storage).require("prepare").parts), fingerprint="f", facts={})
+
+
+def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
+    """Another part and a manifest that agrees with it."""
+    dataset = run.samples("teacher")
+    (run.root / dataset.path / "manifest.json").unlink()
+    part(run).unlink()
+    dataset.commit(1, table, fingerprint=fingerprint, attempt="b")
+    blocks = len(train_prompts(run.storage).require("prepare").parts)
+    known = dataset.committed_parts()
+    dataset.finish(blocks, fingerprint="f", facts={}, known=known.values())
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (remove, "samples/teacher/round-0: part-00001.arrow: missing"),
+        (truncate, "part-00001.arrow: damaged: it has"),
+        (alter, "part-00001.arrow: damaged: its checksum"),
+        (add, "part-00099.arrow: surplus"),
+        (damage_manifest, "manifest.json: not valid JSON"),
+        (remove_manifest, "prompts/manifest.json: missing, though samples/teacher/round-0 was made from it"),
+        (alter_config, "run.yaml: its fingerprint is not that of its config"),
+        (sample_of_another_model, "part-00001.arrow: made by another config or of other inputs"),
+        (sample_twice, "is there twice"),
+        (lose_a_row, "is missing"),
+        (other_columns, "its columns are not those of samples/teacher/round-0: prompt_id"),
+    ],
+)
+def test_what_is_wrong_is_named(run: RunDir, harm: Callable[[RunDir], None], message: str) -> None:
+    harm(run)
+    found = problems(run)
+    assert any(message in problem for problem in found), found
+
+
+def test_an_interrupted_stage_is_no_damage(run: RunDir) -> None:
+    dataset = run.samples("student")
+    dataset.commit(0, samples_of(train_prompts(run.storage), 0, 1), fingerprint="g", attempt="a")
+    checked, others = verify(run.storage.url)
+    assert others == []
+    states = {item.path: (item.state, item.problems) for item in checked}
+    assert states["samples/student/round-0"] == ("incomplete", [])
+
+
+def test_the_command_exits_with_0_or_1(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def code() -> Any:
+        monkeypatch.setattr(sys, "argv", ["plad", "verify", run.storage.url])
+        try:
+            main()
+        except SystemExit as left:
+            return left.code
+        return 0
+
+    assert code() == 0
+    assert "nothing is wrong" in capsys.readouterr().out
+    alter(run)
+    assert code() == 1
+    assert "samples/teacher/round-0: part-00001.arrow: damaged" in capsys.readouterr().err.replace("\n", " ")
