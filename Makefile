@@ -14,7 +14,7 @@ DEV_LOCK := requirements/dev.txt
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 
-.PHONY: help setup quickstart test lint lock clean
+.PHONY: help setup quickstart test chaos bench lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -27,6 +27,12 @@ quickstart: setup ## Distil on this machine, end to end. RUN_DIR=PATH runs elsew
 
 test: setup ## Run the tests, the one on the real engines included.
 	$(BIN)/python -m pytest
+
+chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
+	$(BIN)/python -m pytest tests/chaos
+
+bench: setup ## Run the benchmarks, peers beside; long. Each prints one JSON line.
+	for name in pool store sampling; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

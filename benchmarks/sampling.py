@@ -158,11 +158,9 @@ class Work:
             path=str(model), template="{{ messages[-1].content }}", max_length=ENGINE["max_model_len"]
         )
         self.decoding = Decoding(max_tokens=MAX_TOKENS)
-        rows = [
-            {"prompt_id": f"{row:08d}", "messages": [{"role": "user", "content": text}]}
-            for row, text in enumerate(texts)
-        ]
-        self.ids = Renderer(str(model), self.settings).prompt_ids([row["messages"] for row in rows])
+        conversations = [[{"role": "user", "content": text}] for text in texts]
+        rows = [{"prompt_id": f"{row:08d}", "messages": messages} for row, messages in enumerate(conversations)]
+        self.ids = Renderer(str(model), self.settings).prompt_ids(conversations)
         self.seeds = [sample_seed(SEED, ROUND, "teacher", str(row["prompt_id"]), 0) for row in rows]
         self.run, self.storage = 0, Storage(str(folder / "run"))
         prompts = Dataset(self.storage, "prompts", SCHEMA)
