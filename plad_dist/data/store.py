@@ -179,6 +179,10 @@ class Dataset:
                 found[block] = part if part is not None and part.bytes == size else None
         return found
 
+    def check_origin(self, block: int, fingerprint: str) -> None:
+        """Raise :class:`UserError` if a committed block was made of something else, :class:`RunFailed` if it is damaged."""
+        self._inspect(part_name(block), fingerprint)
+
     def _journal(self, fingerprint: str | None) -> Iterator[Part]:
         folder = f"{self.path}/{JOURNAL}"
         names = sorted(self.storage.sizes(folder))  # by time: a part that was redone is the later one

@@ -236,9 +236,11 @@ class Sampler:
             spool.flush()
 
     async def stop(self) -> None:
-        """Stop the engine, so that its processes and memory are gone before the actor is."""
-        await asyncio.to_thread(self._flush)
-        await self._backend.close()
+        """Stop the engine, so that its processes and memory are gone before the actor is, and keep the last paid answers."""
+        try:
+            await self._backend.close()
+        finally:
+            await asyncio.to_thread(self._flush)
 
 
 def _order(rows: int, hints: Hints) -> list[list[int]]:

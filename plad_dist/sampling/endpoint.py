@@ -8,6 +8,7 @@ up when others were answered while it failed. Where no others are under way, a s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
@@ -38,6 +39,10 @@ class EndpointDownError(RuntimeError):
 
 class SpendingCapReached(RuntimeError):
     """The next request could cost more than is left under the cap. What is answered is kept."""
+
+
+class ClientClosedError(RuntimeError):
+    """The client asks nothing more. What is answered is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +113,8 @@ class EndpointClient:
         self._budget = Budget(endpoint.max_spend, endpoint.input_price, endpoint.output_price, spent)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._turn, self._canary_turn, self._settled = asyncio.Lock(), asyncio.Lock(), asyncio.Event()
-        self._calls = 0
+        self._calls = self._posted = 0  # prompts under way, and requests at the server
+        self._closing = False
         self._to_mend: str | None = None
         self.requests = self.retries = 0
         self.prompt_tokens = self.completion_tokens = self.usage_missing = 0
@@ -146,6 +152,7 @@ class EndpointClient:
             RefusedPromptError: the server does not answer this prompt, while it answers others.
             EndpointDownError: no answer to any request for `give_up_after_s`.
             SpendingCapReached: the request might exceed `max_spend`, and none is under way that could leave room.
+            ClientClosedError: the client was closed before the request was sent.
             UserError: key, address, model or account must be mended.
         """
         request = self._request(prompt, decoding, seed)
@@ -160,8 +167,14 @@ class EndpointClient:
             if not self._calls:
                 self._outage.rest()
 
-    async def close(self) -> None:
-        """Give back the connections."""
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Ask nothing more, wait at most so long for the answers under way, which are paid for, and give back the connections."""
+        self._closing = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_s):
+                while self._posted:
+                    self._settled.clear()
+                    await self._settled.wait()
         await self._connection.close()
 
     # -- one prompt
@@ -240,6 +253,8 @@ class EndpointClient:
         tokens = self._estimate.tokens(request.prompt_bytes, request.max_tokens)
         async with self._turn:
             while True:
+                if self._closing:
+                    raise ClientClosedError(f"{self._endpoint.url}: stopped")
                 if self._to_mend is not None:
                     raise UserError(self._to_mend)
                 now = self._clock()
@@ -253,7 +268,11 @@ class EndpointClient:
 
     async def _post(self, request: _Request) -> Reply | Failure:
         self.requests += 1
-        outcome = await self._connection.post(request.body, request.max_tokens)
+        self._posted += 1
+        try:
+            outcome = await self._connection.post(request.body, request.max_tokens)
+        finally:
+            self._posted -= 1
         if isinstance(outcome, Reply) and outcome.usage is None and self._budget.cap is not None:
             text = "the server reports no token usage, without which endpoint.max_spend cannot be kept"
             return Failure("mend", text, 200, usage=None)

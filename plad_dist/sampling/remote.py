@@ -11,11 +11,12 @@ from plad_dist.config import Decoding, Model
 from plad_dist.data.store import Dataset
 from plad_dist.data.templates import Messages, compile_template
 from plad_dist.errors import UserError
-from plad_dist.sampling.endpoint import EndpointClient, EndpointDownError, SpendingCapReached
+from plad_dist.sampling.endpoint import ClientClosedError, EndpointClient, EndpointDownError, SpendingCapReached
 from plad_dist.sampling.engine import Completion
 from plad_dist.sampling.spool import total_cost
 from plad_dist.sampling.work import StopStageError
 
+_DRAIN_S = 20.0
 MICRO = 1_000_000  # costs are counted in millionths, which add up exactly
 
 
@@ -65,7 +66,7 @@ class EndpointBackend:
         """
         try:
             answer = await self._client.complete(prompt, decoding, seed)
-        except (EndpointDownError, SpendingCapReached) as error:
+        except (ClientClosedError, EndpointDownError, SpendingCapReached) as error:
             raise StopStageError(str(error)) from None
         return Completion(
             text=answer.text,
@@ -81,8 +82,8 @@ class EndpointBackend:
         """A server has the weights that it has."""
 
     async def close(self) -> None:
-        """Give back the connections."""
-        await self._client.close()
+        """Ask nothing more, and wait a little for the answers under way: they are paid for."""
+        await self._client.close(_DRAIN_S)
 
 
 def spent_on(outputs: Iterable[tuple[Dataset, Iterable[int]]]) -> float:

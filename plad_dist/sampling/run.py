@@ -32,7 +32,7 @@ _TICK_S = 1.0
 _BEAT_EVERY_S = 5.0
 _ENGINES_IN_DOUBT = 8  # a fleet stops after max_attempts failures in a row for each of so many actors
 _EXAMPLES = 3
-_STOP_S = 15.0
+_STOP_S = 30.0
 _REPLACE_AFTER_S = 2.0
 
 
@@ -89,6 +89,8 @@ class _Output:
         self.dataset: Dataset = job.dataset(storage)
         self.journal = Journal(self.dataset, job.fingerprint)
         self.parts: dict[int, Part | None] = self.dataset.committed(job.fingerprint)
+        if self.parts:  # before an engine is started for nothing
+            self.dataset.check_origin(min(self.parts), job.fingerprint)
         self.started = time.monotonic()
         self.examples: list[str] = []
         known = [part for part in self.parts.values() if part is not None]

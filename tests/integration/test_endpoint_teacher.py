@@ -29,7 +29,7 @@ PROMPTS, KEY = 160, "sk-test-0123456789abcdef"
 
 
 class CountingProxy:
-    """Stands before the server and remembers which prompts it was asked and which it answered; it takes its time."""
+    """Stands before the server and remembers which requests it got and which it answered; it takes its time."""
 
     def __init__(self, target: str) -> None:
         self.target, self.asked, self.answered = target, Counter[str](), Counter[str]()
@@ -62,7 +62,7 @@ class CountingProxy:
         ):
             text = await reply.text()
         if request.method == "POST":
-            prompt = json.dumps([json.loads(body)["messages"], json.loads(body)["seed"]])
+            prompt = body.decode()
             self.asked[prompt] += 1
             await asyncio.sleep(0.4)
             self.answered[prompt] += 1
@@ -149,11 +149,8 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(proxy: CountingPr
     assert set(samples["model"].to_pylist()) == {"big"}
     assert samples["error"].null_count == len(samples)
 
-    # Answers that were under way at an interruption may be lost: at most one for each slot, twice.
     again = {prompt: count for prompt, count in proxy.asked.items() if count > 1}
-    assert sum(again.values()) - len(again) <= 2 * endpoint["concurrency"], again
-    committed = proxy.answered.total() - len(proxy.answered)
-    assert committed <= 2 * endpoint["concurrency"]
+    assert not again, "answers under way at the cap and at the interruption are waited for and kept"
 
     assert proxy.keys == {f"Bearer {KEY}"}
     for path in (tmp_path / "run").rglob("*"):
@@ -168,7 +165,7 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(proxy: CountingPr
 
 
 def test_without_its_key_the_stage_is_refused_before_anything_is_asked(proxy: CountingProxy, tmp_path: Path) -> None:
-    raw = sampling_config(tmp_path, 20)
+    raw = sampling_config(tmp_path, PROMPTS)
     raw["teacher"] = {
         "endpoint": {"url": f"http://127.0.0.1:{proxy.port}/v1", "model": "big", "api_key_env": "NO_SUCH_KEY"}
     }

@@ -17,7 +17,13 @@ from aiohttp import web
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.errors import UserError
-from plad_dist.sampling.endpoint import Answer, EndpointClient, EndpointDownError, SpendingCapReached
+from plad_dist.sampling.endpoint import (
+    Answer,
+    ClientClosedError,
+    EndpointClient,
+    EndpointDownError,
+    SpendingCapReached,
+)
 from plad_dist.sampling.engine import RefusedPromptError
 from plad_dist.sampling.reply import redacted
 from tests.fake_endpoint import (
@@ -569,3 +575,30 @@ def test_a_cap_needs_a_bound_on_the_response() -> None:
     endpoint = Endpoint(url="http://x", model="m", max_spend=1.0, extra_body={"max_tokens": None}, **_PRICES)
     with pytest.raises(UserError, match="max_tokens"):
         EndpointClient(endpoint)
+
+
+def test_closing_waits_for_answers_under_way_and_asks_nothing_more() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: after(0.3, good(prompt))) as server:
+            async with asking(server, concurrency=2) as client:
+                asked = asyncio.create_task(ask(client, "a", "b", "c", "d"))
+                await asyncio.sleep(0.1)
+                await client.close(5.0)
+                outcomes = await asked
+            assert [answer.text for answer in outcomes[:2]] == ["a", "b"]
+            assert all(isinstance(outcome, ClientClosedError) for outcome in outcomes[2:])
+            assert server.asked == {"a": 1, "b": 1}
+
+    run(test())
+
+
+def test_closing_does_not_wait_for_ever() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, nth: after(60, good())) as server, asking(server) as client:
+            asked = asyncio.create_task(ask(client, "slow"))
+            await asyncio.sleep(0.1)
+            await client.close(0.2)
+            assert isinstance((await asked)[0], ClientClosedError)
+            assert server.asked == {"slow": 1}
+
+    run(test())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Part, part_name
+from plad_dist.data.store import Dataset, Journal, Part, part_name
 from plad_dist.errors import RunFailed, UserError
 
 SCHEMA = pa.schema([pa.field("x", pa.int64(), nullable=False), pa.field("text", pa.string())])
@@ -97,6 +99,86 @@ def test_parts_of_another_fingerprint_are_refused(tmp_path: Path) -> None:
     commit(data, 0, rows(1))
     with pytest.raises(UserError, match="another config"):
         data.finish(1, fingerprint="other", facts={})
+
+
+def test_a_stage_that_goes_on_refuses_parts_of_another_origin_before_it_begins(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 3, rows(1))
+    data.check_origin(3, "f")
+    with pytest.raises(UserError, match=r"part-00003\.arrow: made by another config"):
+        data.check_origin(3, "other")
+
+
+def test_what_is_read_is_checked_against_the_manifest(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    commit(data, 0, rows(1, 2))
+    data.finish(1, fingerprint="f", facts={})
+    path = tmp_path / "numbers" / part_name(0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    with pytest.raises(RunFailed, match=r"part-00000\.arrow: damaged: it has"):
+        data.read_block(0)
+    altered = bytearray(whole)
+    altered[len(whole) // 2] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(RunFailed, match=r"part-00000\.arrow: damaged: its checksum"):
+        data.read()
+
+
+def test_the_journal_spares_reading_and_is_not_believed_of_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset(tmp_path)
+    parts = [
+        data.commit(block, rows(block), fingerprint="f", attempt="a", counts={"errors": block})[0] for block in range(4)
+    ]
+    journal = Journal(data, "f")
+    for part in parts[:3]:
+        journal.add(part)
+    journal.flush()
+    assert data.committed("f") == {0: parts[0], 1: parts[1], 2: parts[2], 3: None}
+    assert data.committed("g") == dict.fromkeys(range(4))
+    assert data.committed_parts()[3] == parts[3], "counts are in the part itself"
+    path = tmp_path / "numbers" / part_name(1)
+    path.write_bytes(path.read_bytes() + b"x")
+    assert data.committed("f")[1] is None
+    path.unlink()
+    again, first = data.commit(1, rows(7), fingerprint="f", attempt="b")
+    assert first
+    later = Journal(data, "f")
+    later.add(again)
+    later.flush()
+    assert data.committed("f")[1] == again, "the later journal holds"
+    reads: list[str] = []
+    read = Storage.read
+    monkeypatch.setattr(Storage, "read", lambda self, key: (reads.append(key), read(self, key))[1])
+    manifest = data.finish(4, fingerprint="f", facts={}, known=[part for part in data.committed("f").values() if part])
+    assert manifest.count("errors") == 0 + 0 + 2 + 3
+    assert [key for key in reads if key.endswith(".arrow")] == ["numbers/part-00003.arrow"]
+    assert not (tmp_path / "numbers" / "journal").exists() or not list((tmp_path / "numbers" / "journal").iterdir())
+
+
+def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path) -> None:
+    """A limit on file sizes stands for a disk that is full: the write fails half way."""
+    script = f"""
+import resource
+from tests.unit.test_store import commit, dataset, rows
+from pathlib import Path
+from plad_dist.errors import RunFailed
+data = dataset(Path({str(tmp_path)!r}))
+commit(data, 0, rows(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    commit(data, 1, rows(*range(10_000)))
+except RunFailed as error:
+    print("told:", error)
+print("committed:", sorted(data.committed()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "part-00001.arrow: cannot be written" in done.stdout, done.stdout + done.stderr
+    assert "What is committed is kept" in done.stdout
+    assert "committed: [0]" in done.stdout
+    assert commit(dataset(tmp_path), 1, rows(2)) is not None
 
 
 def test_missing_and_damaged_parts_are_named(tmp_path: Path) -> None:

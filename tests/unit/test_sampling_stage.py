@@ -1,0 +1,128 @@
+"""Who samples what: every block of every dataset is given to exactly one model; what decides samples is fingerprinted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plad_dist.config import Config
+from plad_dist.config_file import parse_config
+from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
+from plad_dist.data.schemas import SAMPLES
+from plad_dist.rundir import RunDir
+from plad_dist.sampling import stage
+from plad_dist.sampling.placement import Placement, place, replicas_that_fit, spanning
+from plad_dist.sampling.run import Assignment
+from tests.tiny import TEMPLATE, make_random_model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    make_random_model(folder / "a", 1)
+    make_random_model(folder / "b", 2)
+    return folder
+
+
+def config_of(folder: Path, models: Path, **changes: Any) -> Config:
+    rows = [{"prompt": f"prompt {row}", "topic": "code" if row % 3 else "chat"} for row in range(200)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"type": "files", "paths": [str(folder / "prompts.jsonl")], "meta_columns": ["topic"]}
+    raw: dict[str, Any] = {
+        "run": {"dir": str(folder / "run")},
+        "prompts": {"source": source, "block_size": 16, "heldout_fraction": 0.1},
+        "teachers": {
+            "code": {"path": str(models / "a"), "template": TEMPLATE, "filter": "meta.topic == 'code'"},
+            "chat": {"endpoint": {"url": "http://localhost:1/v1", "model": "big"}, "filter": "meta.topic == 'chat'"},
+        },
+        "student": {"path": str(models / "b"), "template": TEMPLATE},
+        "sampling": {"teacher": {"n": 2}, "limit": 100},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        raw[section] = raw[section] | {name: value}
+    return parse_config(raw, "test")
+
+
+def work(config: Config, role: str) -> tuple[RunDir, dict[str, list[Assignment]]]:
+    run = RunDir.of(config)
+    run.storage.replace("run.yaml", b"")
+    prepare(config, run.storage)
+    return run, {speaker.name: assignments for speaker, assignments in stage._role_work(config, run, (role,))}
+
+
+def test_several_teachers_share_each_dataset_block_by_block(tmp_path: Path, models: Path) -> None:
+    config = config_of(tmp_path, models)
+    run, found = work(config, "teacher")
+    assert found.keys() == {"code", "chat"}
+    prompts = train_prompts(run.storage)
+    by_output: dict[str, list[tuple[str, Assignment]]] = {}
+    for name, assignments in found.items():
+        for assignment in assignments:
+            by_output.setdefault(assignment.job.output, []).append((name, assignment))
+    for output, shared in by_output.items():
+        blocks = sorted(block for _, assignment in shared for block in assignment.blocks)
+        assert blocks == list(range(len(shared[0][1].units))), output
+        assert len({assignment.job.fingerprint for _, assignment in shared}) == 1
+    for name, assignment in by_output["samples/teacher/round-0"]:
+        for block in assignment.blocks:
+            assert set(prompts.read_block(block)["teacher"].to_pylist()) == {name}
+        assert sum(assignment.units) == 2 * 100, "n samples of each prompt up to the limit"
+    models_of = {name: assignment.job.model for name, assignment in by_output["samples/teacher/round-0"]}
+    assert models_of == {"code": str(models / "a"), "chat": "big"}
+
+
+def test_a_student_does_all_blocks_whoever_the_teachers_are(tmp_path: Path, models: Path) -> None:
+    run, found = work(config_of(tmp_path, models), "student")
+    (assignments,) = found.values()
+    assert assignments[0].job.output == run.samples("student").path
+    assert list(assignments[0].blocks) == list(range(len(assignments[0].units)))
+    assert sum(assignments[0].units) == 100
+    heldout = heldout_prompts(run.storage).require("prepare").rows
+    assert all(sum(assignment.units) == heldout for assignment in assignments[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "differs"),
+    [
+        ({"sampling__teacher": {"n": 3}}, True),
+        ({"sampling__teacher": {"n": 2, "temperature": 0.5}}, True),
+        ({"sampling__teacher": {"n": 2, "engine": {"quantization": "fp8"}}}, True),
+        ({"sampling__teacher": {"n": 2, "replicas": 7, "engine": {"max_num_seqs": 8}}}, False),
+        ({"sampling__limit": 99}, True),
+        ({"sampling__window": 7}, False),
+        ({"run__seed": 4}, True),
+    ],
+)
+def test_the_fingerprint_is_of_what_decides_the_samples(
+    tmp_path: Path, models: Path, change: dict[str, Any], differs: bool
+) -> None:
+    def fingerprint(**changes: Any) -> str:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        _, found = work(config_of(tmp_path, models, **changes), "teacher")
+        return found["code"][0].job.fingerprint
+
+    assert (fingerprint() != fingerprint(**change)) == differs
+
+
+def test_where_a_dataset_of_samples_has_its_columns(tmp_path: Path, models: Path) -> None:
+    run, found = work(config_of(tmp_path, models), "teacher")
+    assert found["code"][0].job.dataset(run.storage).schema == SAMPLES
+
+
+def test_an_engine_stays_in_a_node_unless_it_has_a_pipeline() -> None:
+    assert place({"tensor_parallel_size": 8}, 4, has_gpus=True) == Placement(4, gpus=8)
+    assert place({"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, 4, has_gpus=True) == Placement(4, bundles=16)
+    assert place({"tensor_parallel_size": 1}, 4, has_gpus=False) == Placement(4)
+    assert spanning({"pipeline_parallel_size": 2})["distributed_executor_backend"] == "ray"
+    assert spanning({"tensor_parallel_size": 2}) == {"tensor_parallel_size": 2}
+
+
+def test_auto_replicas_are_as_many_as_the_gpus_hold() -> None:
+    assert replicas_that_fit(Placement(1, gpus=4), {"GPU": 18}) == 4
+    assert replicas_that_fit(Placement(1, bundles=16), {"GPU": 18}) == 1
+    assert replicas_that_fit(Placement(1), {"CPU": 64}) == 1
