@@ -222,8 +222,7 @@ def pool(work: Work) -> tuple[int, float]:
     )
     job = SamplingJob(
         prompts="prompts", output=f"samples/{work.run}", role="teacher", model="m", weights=str(work.model),
-        decoding=work.decoding, n=1, seed=SEED, round=ROUND, seed_round=ROUND, last_block=len(work.blocks) - 1,
-        last_rows=work.blocks[-1].rows, fingerprint="benchmark",
+        decoding=work.decoding, n=1, seed=SEED, round=ROUND, seed_round=ROUND, fingerprint="benchmark",
     )  # fmt: skip
     units = [part.rows for part in work.blocks]
     engine = partial(Engine, str(work.model), work.settings, ENGINE, SEED)

@@ -334,6 +334,12 @@ class Sampling(Section):
         description="Seconds without one finished response after which a living actor is given up as hung.",
         json_schema_extra=OPERATIONAL,
     )
+    engine_start_timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="Seconds that an engine may take to load its model once it has its resources, after which it is given up.",
+        json_schema_extra=OPERATIONAL,
+    )
     lease_timeout_s: float = Field(
         7200.0,
         gt=0,

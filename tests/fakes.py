@@ -16,8 +16,8 @@ class FakeBackend:
     """Answers a prompt with its own text, after a while.
 
     Faults by words in the prompt: `poison` kills the engine, `crash` the whole actor, `refuse` is refused, `glitch` fails
-    always. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start. Each start, each prompt
-    asked and each death leaves a line in `log`.
+    always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
+    `slow` takes long to. Each start, each prompt asked and each death leaves a line in `log`.
     """
 
     paid, retries = False, 0
@@ -26,7 +26,7 @@ class FakeBackend:
     def __init__(self, folder: str, seconds: float = 0.01) -> None:
         self.path: str | None = "fake"
         self._folder, self._seconds = Path(folder), seconds
-        self.dead = False
+        self.dead, self._failed_once = False, False
         self._log(f"start {os.getpid()}")
 
     def _log(self, line: str) -> None:
@@ -34,6 +34,8 @@ class FakeBackend:
             file.write(line + "\n")
 
     async def check(self) -> str | None:
+        if (self._folder / "slow").exists():
+            await asyncio.sleep(60)
         return "the fake is down" if (self._folder / "down").exists() else None
 
     def render(self, prompts: Sequence[Any]) -> Sequence[Any]:
@@ -51,7 +53,8 @@ class FakeBackend:
             os._exit(1)
         if "refuse" in prompt:
             raise RefusedPromptError("refused")
-        if "glitch" in prompt:
+        if "glitch" in prompt or ("twice" in prompt and not self._failed_once):
+            self._failed_once = self._failed_once or "twice" in prompt
             raise ValueError("glitch")
         return Completion(prompt, [1, 2], 2, -1.0, "stop", prompt_tokens=3)
 

@@ -146,6 +146,12 @@ class Dataset:
             read = threads.map(lambda block: self._inspect(part_name(block))[0], unknown)
             return {block: part for block, part in found.items() if part} | dict(zip(unknown, read, strict=True))
 
+    def find(self, block: int, fingerprint: str) -> Part | None:
+        """A block's part, None where it is not committed. Raises :class:`UserError` for one of another origin."""
+        name = part_name(block)
+        data = self.storage.read(f"{self.path}/{name}")
+        return self._inspected(name, data, fingerprint)[0] if data is not None else None
+
     def _inspect(self, name: str, fingerprint: str | None = None) -> tuple[Part, str]:
         """A committed part from its bytes, and the attempt that wrote it."""
         data = self.storage.read(f"{self.path}/{name}")
@@ -153,6 +159,9 @@ class Dataset:
             raise RunFailed(
                 f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again to redo its block."
             )
+        return self._inspected(name, data, fingerprint)
+
+    def _inspected(self, name: str, data: bytes, fingerprint: str | None) -> tuple[Part, str]:
         facts, rows = part_facts(data, f"{self.storage.url}/{self.path}/{name}")
         if fingerprint is not None and facts.fingerprint != fingerprint:
             raise UserError(
@@ -178,10 +187,6 @@ class Dataset:
                 # Another size than was committed: whatever happened to the part, the journal no longer speaks of it.
                 found[block] = part if part is not None and part.bytes == size else None
         return found
-
-    def check_origin(self, block: int, fingerprint: str) -> None:
-        """Raise :class:`UserError` if a committed block was made of something else, :class:`RunFailed` if it is damaged."""
-        self._inspect(part_name(block), fingerprint)
 
     def _journal(self, fingerprint: str | None) -> Iterator[Part]:
         folder = f"{self.path}/{JOURNAL}"

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
+from plad_dist.data.store import Part
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, root_cause
 from plad_dist.sampling.job import SamplingJob, sample_seed
@@ -26,7 +27,6 @@ from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, Hints
 logger = logging.getLogger("plad")
 
 _LAST_WORDS_S = 5.0
-_ROW_TRIES = 3
 _SPOOL_EVERY_S = 2.0
 
 BlockKey = tuple[str, int]
@@ -37,10 +37,11 @@ class Sampler:
 
     Args:
         make_backend: starts the engine, or the client of a server; called in the actor, inside its event loop.
+        row_tries: failures of one row after which it is an error row.
     """
 
-    def __init__(self, storage: Storage, make_backend: Callable[[], Backend]) -> None:
-        self._storage, self._make_backend = storage, make_backend
+    def __init__(self, storage: Storage, make_backend: Callable[[], Backend], row_tries: int = 3) -> None:
+        self._storage, self._make_backend, self._row_tries = storage, make_backend, row_tries
         self._weights = asyncio.Condition()
         self._blocks = self._finished = 0
         self._under_way: dict[BlockKey, set[int]] = {}
@@ -105,7 +106,12 @@ class Sampler:
 
     async def _sample_block(self, job: SamplingJob, block: int, attempt: str, hints: Hints) -> BlockResult:
         started = time.monotonic()
-        prompts, rendered, kept = await asyncio.to_thread(self._read, job, block)
+        dataset = job.dataset(self._storage)
+        # An attempt that was given up, or whose answer was lost with its actor, may have committed it.
+        there = await asyncio.to_thread(dataset.find, block, job.fingerprint)
+        if there is not None:
+            return BlockResult(there, first=False, seconds=time.monotonic() - started)
+        prompts, rendered, kept, lost = await asyncio.to_thread(self._read, job, block)
         self._under_way[job.output, block] = set()
         samples: dict[int, list[dict[str, Any]]] = {}
 
@@ -127,8 +133,10 @@ class Sampler:
             for outcome in outcomes:
                 if isinstance(outcome, BaseException):
                     raise outcome
+        if self._backend.dead:
+            raise RuntimeError("the engine died while the block was finished")
         rows_in_order = [sample for row in range(len(prompts)) for sample in samples[row]]
-        part, first = await asyncio.to_thread(self._commit, job, block, rows_in_order, attempt)
+        part, first = await asyncio.to_thread(self._commit, job, block, rows_in_order, attempt, lost)
         errors = (row for row in rows_in_order if row["error"] is not None)
         worst = next(errors, None)
         return BlockResult(
@@ -138,26 +146,32 @@ class Sampler:
             first_error=f"prompt {worst['prompt_id']}: {worst['error']}" if worst else None,
         )
 
-    def _read(self, job: SamplingJob, block: int) -> tuple[list[dict[str, Any]], Sequence[Any], dict[Any, Any]]:
-        """A block's prompts, the same as the engine takes them, and what of it was answered before."""
-        table = job.input(self._storage).read_block(block)
-        prompts = table.slice(0, job.last_rows if block == job.last_block else None).to_pylist()
+    def _read(
+        self, job: SamplingJob, block: int
+    ) -> tuple[list[dict[str, Any]], Sequence[Any], dict[Any, dict[str, Any]], float]:
+        """A block's prompts, the same as the engine takes them, what of it was answered before, and money lost on it."""
+        prompts = job.input(self._storage).read_block(block).slice(0, job.cut.get(block)).to_pylist()
         rendered = self._backend.render([prompt["messages"] for prompt in prompts])
-        return prompts, rendered, self._spool(job).load(block) if self._backend.paid else {}
+        return prompts, rendered, *(self._spool(job).load(block) if self._backend.paid else ({}, 0.0))
 
-    def _commit(self, job: SamplingJob, block: int, rows: list[dict[str, Any]], attempt: str) -> Any:
+    def _commit(
+        self, job: SamplingJob, block: int, rows: list[dict[str, Any]], attempt: str, lost: float
+    ) -> tuple[Part, bool]:
         counts = {
             "tokens": sum(row["num_tokens"] for row in rows),
             "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
             "errors": sum(row["error"] is not None for row in rows),
         }
         if self._backend.paid:
-            counts["cost_micros"] = round(sum(row["cost"] for row in rows) * MICRO)
+            counts["cost_micros"] = round((lost + sum(row["cost"] for row in rows)) * MICRO)
         table = pa.Table.from_pylist(rows, schema=SAMPLES)
         dataset = job.dataset(self._storage)
         committed = dataset.commit(block, table, fingerprint=job.fingerprint, attempt=attempt, counts=counts)
         if self._backend.paid:
-            self._spool(job).discard(block)
+            try:
+                self._spool(job).discard(block)
+            except RunFailed as error:  # what stays is not counted again
+                logger.warning("spooled answers of a committed block stay: %s", error)
         return committed
 
     async def _sample(
@@ -176,17 +190,21 @@ class Sampler:
             return kept[prompt_id, index]
         seed = sample_seed(job.seed, job.seed_round, job.role, prompt_id, index)
         request_id = f"{job.output}/{prompt_id}/{index}/{attempt}"
-        error = None
-        for tries in range(1, _ROW_TRIES + 1):
+        error: str | None = None
+        for tries in range(1, self._row_tries + 1):
             try:
                 if isinstance(rendered, Exception):
                     raise RefusedPromptError(str(rendered))
                 completion = await self._backend.complete(rendered, job.decoding, seed, f"{request_id}/{tries}")
+                error = None
                 break
             except RefusedPromptError as refusal:
                 completion, error = _failed(refusal), str(refusal)
                 break
-            except self._backend.fatal:
+            except self._backend.fatal as stop:
+                if self._backend.paid and (cost := getattr(stop, "cost", 0.0)):
+                    lost = self._row(job, prompt, -1, Completion("", [], 0, None, "error", cost=cost), str(stop))
+                    self._spool(job).add(block, lost)
                 raise
             except Exception as failure:
                 if self._backend.dead:
@@ -228,7 +246,7 @@ class Sampler:
             await asyncio.sleep(_SPOOL_EVERY_S)
             try:
                 await asyncio.to_thread(self._flush)
-            except RunFailed as error:  # the rows stay in memory for the next time
+            except Exception as error:  # noqa: BLE001 - the rows stay in memory for the next time
                 logger.warning("answers could not be kept yet: %s", error)
 
     def _flush(self) -> None:

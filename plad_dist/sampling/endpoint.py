@@ -31,6 +31,7 @@ _TEMPLATE_TOKENS = 256  # a server's chat template may add so many to a prompt, 
 _CANARY = "Say ok."
 _FEW_CALLS = 8  # under way, when nobody else can tell a bad prompt from an outage
 _CHECK_TRIES = 3
+_MAY_BE_THE_PROMPT = (403, 404, 405, 410)
 
 
 class EndpointDownError(RuntimeError):
@@ -63,8 +64,8 @@ class _Request:
 
     Attributes:
         worst: what one try may cost; `cost` is what all tries did.
-        failures: failed tries; `throttled` is the number of those that came too fast.
-        answered_before: requests of this client that had succeeded when this one first failed.
+        failures: failed tries; `throttled` is the number of those that came too fast, since `throttled_at`.
+        answered_before: requests of this client that had succeeded when this one first failed, None until then.
     """
 
     body: bytes
@@ -76,7 +77,8 @@ class _Request:
     cost: float = 0.0
     failures: int = 0
     throttled: int = 0
-    answered_before: int = 0
+    throttled_at: float = 0.0
+    answered_before: int | None = None
 
 
 class EndpointClient:
@@ -154,14 +156,21 @@ class EndpointClient:
             SpendingCapReached: the request might exceed `max_spend`, and none is under way that could leave room.
             ClientClosedError: the client was closed before the request was sent.
             UserError: key, address, model or account must be mended.
+
+        These but the first have an attribute `cost`: what failed tries of this prompt cost or may have cost.
         """
         request = self._request(prompt, decoding, seed)
         self._calls += 1
         try:
             while isinstance(outcome := await self._attempt(request), Failure):
+                if request.answered_before is None:
+                    request.answered_before = self._outage.successes
                 await self._after(outcome, request)
                 self.retries += 1
             return Answer(outcome.text, outcome.finish_reason, *self._usage(outcome, request), request.cost)
+        except (ClientClosedError, EndpointDownError, SpendingCapReached, UserError) as error:
+            error.cost = request.cost  # type: ignore[union-attr]
+            raise
         finally:
             self._calls -= 1
             if not self._calls:
@@ -184,48 +193,60 @@ class EndpointClient:
         now = self._clock()
         match failure.kind:
             case "mend":
-                raise self._must_mend(failure)
+                # A firewall before the server may refuse one prompt as a server refuses a key.
+                if failure.status not in _MAY_BE_THE_PROMPT or not self._outage.successes:
+                    raise self._must_mend(failure)
+                await self._refuse_if_others_are_answered(failure, request, self._outage.successes)
             case "refused":
-                if failure.status >= 400:
-                    await self._ask_canary(request, answered_before=0)
-                raise RefusedPromptError(f"{self._endpoint.model}: {failure.text}", request.cost)
+                if failure.status < 400:
+                    raise RefusedPromptError(f"{self._endpoint.model}: {failure.text}", request.cost)
+                await self._refuse_if_others_are_answered(failure, request, answered_before=0)
             case "throttled":
                 request.throttled += 1
+                request.throttled_at = request.throttled_at or now
+                if now - request.throttled_at > self._endpoint.give_up_after_s:
+                    await self._give_up_if_others_succeed(failure, request)
                 self._pace.pause(now + (failure.retry_after_s or backoff_s(request.throttled, self._jitter())))
             case "retry":
                 request.failures += 1
-                if request.failures == 1:
-                    request.answered_before = self._outage.successes
                 self._pace.pause(now + (failure.retry_after_s or 0.0))
                 if request.failures > self._endpoint.max_retries:
                     await self._give_up_if_others_succeed(failure, request)
                 left = max(0.0, self._outage.left(self._clock()))
                 await self._sleep(min(left, backoff_s(request.failures, self._jitter())))
 
+    async def _refuse_if_others_are_answered(self, failure: Failure, request: _Request, answered_before: int) -> None:
+        if await self._others_are_answered(request, answered_before):
+            raise RefusedPromptError(f"{self._endpoint.model}: {failure.text}", request.cost)
+        request.failures += 1  # the server has just broken down: nothing is known of the prompt
+        await self._sleep(backoff_s(request.failures, self._jitter()))
+
     async def _give_up_if_others_succeed(self, last: Failure, request: _Request) -> None:
+        assert request.answered_before is not None
         if self._calls <= _FEW_CALLS:
-            await self._ask_canary(request, request.answered_before)
+            await self._others_are_answered(request, request.answered_before)
         if self._outage.successes > request.answered_before:
+            tries = request.failures + request.throttled
             raise RefusedPromptError(
-                f"{self._endpoint.model}: no usable answer in {request.failures} tries while others had one; the last: "
-                f"{last.text}",
+                f"{self._endpoint.model}: no usable answer in {tries} tries while others had one; the last: {last.text}",
                 request.cost,
             )
 
-    async def _ask_canary(self, request: _Request, answered_before: int) -> None:
-        """Ask a short question in the way of a request that failed, unless others have succeeded anyway.
+    async def _others_are_answered(self, request: _Request, answered_before: int) -> bool:
+        """Whether others have succeeded, or else a short question, asked in the way of a request that failed, does.
 
         Raises :class:`UserError` where even that is refused: then it is not the prompt.
         """
         async with self._canary_turn:
             if self._outage.successes > answered_before:
-                return
+                return True
             prompt: Prompt = [{"role": "user", "content": _CANARY}] if self._endpoint.api == "chat" else _CANARY
             canary = self._request(prompt, request.decoding, request.seed)
             outcome = await self._attempt(canary)
         request.cost += canary.cost
         if isinstance(outcome, Failure) and outcome.kind in ("refused", "mend"):
             raise self._must_mend(outcome)
+        return not isinstance(outcome, Failure)
 
     # -- one try
 

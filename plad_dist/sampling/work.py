@@ -24,7 +24,14 @@ class EngineDiedError(RuntimeError):
 
 
 class StopStageError(RunFailed):
-    """An actor found that the whole stage must stop; what is committed is kept."""
+    """An actor found that the whole stage must stop; what is committed is kept. `cost`: money spent without an answer."""
+
+    def __init__(self, message: str, cost: float = 0.0) -> None:
+        super().__init__(message, cost)
+        self.message, self.cost = message, cost
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class BlockJob(Protocol):

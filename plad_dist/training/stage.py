@@ -17,6 +17,7 @@ from plad_dist.data.models import model_fingerprint
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
+from plad_dist.sampling.placement import engines_use_gpus
 from plad_dist.training.checkpoints import Checkpoints
 from plad_dist.training.loop import PhaseJob, train_loop
 from plad_dist.training.plan import plan_phase
@@ -46,7 +47,7 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    gpus = ray.cluster_resources().get("GPU", 0) > 0
+    gpus = engines_use_gpus()
     training = config.training
     dtype = ("bfloat16" if gpus else "float32") if training.dtype == "auto" else training.dtype
     environment = {"OMP_NUM_THREADS": str(max(1, int(training.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false"}

@@ -1,4 +1,4 @@
-"""A night of sampling on a cluster of several nodes: an engine, a node and the driver are killed, a node is frozen.
+"""A night of sampling on a cluster of several nodes: an engine, a node and the driver are killed.
 
 Real Ray nodes, real vLLM engines, real signals. After each blow the run goes on by itself or is run again; in the morning
 there is one sample where one was asked for, and what had been committed was not touched.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -26,6 +27,7 @@ from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.job import SamplingJob
 from plad_dist.sampling.placement import Placement
 from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+from plad_dist.sampling.work import Hints
 from tests.conftest import tiny_config
 from tests.fakes import FakeBackend
 
@@ -66,8 +68,7 @@ class World:
         self.rows = [part.rows for part in train_prompts(self.storage).require("prepare").parts]
         self.job = SamplingJob(
             prompts="prompts", output="samples/teacher/round-0", role="teacher", model="fake", weights="fake",
-            decoding=Decoding(), n=1, seed=1, round=0, seed_round=0, last_block=len(self.rows) - 1,
-            last_rows=self.rows[-1], fingerprint="f",
+            decoding=Decoding(), n=1, seed=1, round=0, seed_round=0, fingerprint="f",
         )  # fmt: skip
 
     @property
@@ -188,14 +189,14 @@ def test_a_poison_row_becomes_an_error_row_and_all_others_are_sampled(tmp_path: 
 
 def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: Path) -> None:
     world = World(tmp_path, [*numbered(20), "crash", *numbered(10)])
-    with pytest.raises(RunFailed, match=r"part-00002\.arrow failed 3 times, at last with: .*died"):
+    with pytest.raises(RunFailed, match=r"part-00002\.arrow failed 3 times, at last with: .*connection error code 2"):
         world.run()
     assert parts_there(world) > 0
 
 
 def test_refused_rows_and_rows_that_keep_failing_become_error_rows(tmp_path: Path) -> None:
     prompts = numbered(150)
-    prompts[3], prompts[140] = "refuse", "glitch"
+    prompts[3], prompts[140], prompts[77] = "refuse", "glitch", "twice"
     world = World(tmp_path, prompts, max_error_share=0.05)
     world.run(replicas=2)
     assert_exactly_once(world)
@@ -204,6 +205,7 @@ def test_refused_rows_and_rows_that_keep_failing_become_error_rows(tmp_path: Pat
         "failed 3 times: glitch",
     }
     assert world.dataset.require("sample").count("errors") == 2
+    assert world.samples()[77]["finish_reason"] == "stop", "a row that succeeds at last is a good row"
 
 
 def test_too_many_error_rows_stop_the_stage_with_examples_and_count_over_restarts(tmp_path: Path) -> None:
@@ -255,3 +257,50 @@ def test_a_journal_spares_reading_parts_again(tmp_path: Path) -> None:
     assert sum(part is None for part in found.values()) <= 2
     world.run()
     assert_exactly_once(world)
+
+
+def test_error_rows_that_no_journal_knows_count_at_the_end(tmp_path: Path) -> None:
+    """Both the driver that met them and its journal are gone."""
+    world = World(
+        tmp_path, ["refuse" if number % 5 == 0 else f"prompt {number}" for number in range(80)], max_error_share=1.0
+    )
+    world.run()
+    for name in ("manifest.json", "part-00009.arrow"):
+        (tmp_path / "run/samples/teacher/round-0" / name).unlink()
+    object.__setattr__(world.config.sampling, "max_error_share", 0.01)
+    with pytest.raises(RunFailed, match="rows are errors"):
+        world.run()
+    assert world.dataset.manifest() is None
+
+
+def test_a_block_whose_answer_was_lost_is_not_sampled_again(tmp_path: Path) -> None:
+    """An attempt that finds its block committed takes the part that is there."""
+    world = World(tmp_path, numbered(16))
+    world.run()
+    asked = len(world.log())
+    part = world.dataset.find(1, "f")
+    sampler = Sampler(world.storage, partial(FakeBackend, str(tmp_path), 0.01))
+
+    async def again() -> None:
+        await sampler.start()
+        result = await sampler.work(world.job, 1, "late", Hints())
+        assert (result.part, result.first) == (part, False)
+
+    asyncio.run(again())
+    assert [line for line in world.log()[asked:] if line.startswith("ask")] == []
+
+
+def test_actors_that_cannot_start_do_not_end_a_fleet_that_works(tmp_path: Path) -> None:
+    """One node is broken: its engines refuse to start; the others go on."""
+    world = World(tmp_path, numbered(160))
+    world.when(lambda: parts_there(world) > 1, (tmp_path / "down").touch)
+    world.when(lambda: parts_there(world) > 2, lambda: os.kill(world.started()[0], signal.SIGKILL))
+    world.run(seconds=0.5, replicas=2)
+    assert_exactly_once(world)
+
+
+def test_an_engine_that_never_gets_up_is_given_up_and_told(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(20), engine_start_timeout_s=2, max_attempts=1)
+    (tmp_path / "slow").touch()
+    with pytest.raises(RunFailed, match=r"not up within sampling\.engine_start_timeout_s=2"):
+        world.run()

@@ -602,3 +602,57 @@ def test_closing_does_not_wait_for_ever() -> None:
             assert server.asked == {"slow": 1}
 
     run(test())
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_a_prompt_that_a_firewall_refuses_is_an_error_row_once_others_were_answered(status: int) -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: error(status, "blocked") if "DROP TABLE" in prompt else good()  # noqa: E731
+        async with serving(behave) as server, asking(server) as client:
+            assert isinstance((await ask(client, "a"))[0], Answer)
+            outcomes = await ask(client, "b", "DROP TABLE x", "c")
+            assert [type(outcome) for outcome in outcomes] == [Answer, RefusedPromptError, Answer]
+            assert isinstance((await ask(client, "d"))[0], Answer)
+
+    run(test())
+
+
+def test_a_key_that_is_revoked_on_the_way_is_not_the_prompts_fault() -> None:
+    async def test() -> None:
+        revoked = False
+        behave = lambda prompt, nth: error(403, "revoked") if revoked else good()  # noqa: E731
+        async with serving(behave) as server, asking(server) as client:
+            await ask(client, "a")
+            revoked = True
+            outcomes = await ask(client, "b", "c", "d")
+            assert all(isinstance(outcome, UserError) for outcome in outcomes)
+
+    run(test())
+
+
+def test_a_prompt_that_is_throttled_for_ever_is_given_up_while_others_are_answered() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: error(429, "slow down") if prompt == "bad" else good()  # noqa: E731
+        async with serving(behave) as server, asking(server, FakeTime(), give_up_after_s=100.0) as client:
+            bad = asyncio.create_task(client.complete(messages("bad"), DECODING, 1))
+            while not bad.done():
+                assert isinstance((await ask(client, "good"))[0], Answer)
+            with pytest.raises(RefusedPromptError, match=r"while others had one; the last: .*slow down"):
+                await bad
+
+    run(test())
+
+
+def test_what_failed_tries_cost_is_told_with_the_error_that_ends_the_stage() -> None:
+    async def test() -> None:
+        behave = lambda prompt, nth: good() if prompt == "a" else error(504)  # noqa: E731
+        async with (
+            serving(behave) as server,
+            asking(server, FakeTime(), max_spend=1.0, give_up_after_s=30.0, **_PRICES) as client,
+        ):
+            with pytest.raises(EndpointDownError) as caught:
+                await client.complete(messages("b"), DECODING, 1)
+            assert caught.value.cost == pytest.approx(client.spent)
+            assert caught.value.cost > 0
+
+    run(test())

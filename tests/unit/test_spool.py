@@ -52,8 +52,8 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
         spool.add(7, one)
     spool.add(8, row("c"))
     spool.flush()
-    assert list(Spool(dataset(tmp_path), "f").load(7).values()) == rows
-    assert Spool(dataset(tmp_path), "f").load(9) == {}
+    assert list(Spool(dataset(tmp_path), "f").load(7)[0].values()) == rows
+    assert Spool(dataset(tmp_path), "f").load(9) == ({}, 0.0)
     assert [path.parent.name for path in objects(tmp_path)] == ["00007", "00008"]
 
 
@@ -71,8 +71,8 @@ def test_of_two_answers_to_a_prompt_the_first_is_kept_and_both_are_paid(tmp_path
     for spool, text in ((second, "second"), (first, "first")):
         spool.add(0, row("a", text=text))
         spool.flush()
-    assert first.load(0)["a", 0]["text"] == "first"
-    assert first.spent() == total_cost(dataset(tmp_path)) == 0.5
+    assert first.load(0)[0]["a", 0]["text"] == "first"
+    assert total_cost(dataset(tmp_path)) == 0.5
 
 
 def test_what_was_flushed_survives_a_kill(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_what_was_flushed_survives_a_kill(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, env=environment, check=False)
-    assert Spool(dataset(tmp_path), "f").load(0).keys() == {("kept", 0)}
+    assert Spool(dataset(tmp_path), "f").load(0)[0].keys() == {("kept", 0)}
 
 
 def test_damaged_and_foreign_files_are_left_out_and_named(
@@ -103,7 +103,7 @@ def test_damaged_and_foreign_files_are_left_out_and_named(
     with pa.ipc.new_file(good.with_name(f"{'9' * 20}-{'a' * 8}-000000.arrow"), pa.schema([("x", pa.int64())])):
         pass
     with caplog.at_level(logging.WARNING, "plad"):
-        assert Spool(dataset(tmp_path), "f").load(0).keys() == {("good", 0)}
+        assert Spool(dataset(tmp_path), "f").load(0)[0].keys() == {("good", 0)}
     for path in (cut, flipped, foreign):
         assert path.name in caplog.text
     assert total_cost(dataset(tmp_path)) == 0.5  # what another config asked was paid, too
@@ -145,7 +145,7 @@ def test_rows_that_could_not_be_written_are_written_next_time(tmp_path: Path, mo
                 spool.flush()
     spool.add(0, row("p2"))
     spool.flush()
-    assert spool.load(0).keys() == {("p0", 0), ("p1", 0), ("p2", 0)}
+    assert spool.load(0)[0].keys() == {("p0", 0), ("p1", 0), ("p2", 0)}
 
 
 def test_rows_may_be_added_and_flushed_at_once(tmp_path: Path) -> None:
@@ -162,8 +162,35 @@ def test_rows_may_be_added_and_flushed_at_once(tmp_path: Path) -> None:
     for thread in threads + flushers:
         thread.join()
     spool.flush()
-    assert sum(len(spool.load(block)) for block in range(3)) == 1200
-    assert spool.spent() == 300.0
+    assert sum(len(spool.load(block)[0]) for block in range(3)) == 1200
+    assert total_cost(dataset(tmp_path)) == 300.0
+
+
+def test_money_spent_without_an_answer_is_remembered_and_is_no_answer(tmp_path: Path) -> None:
+    spool = Spool(dataset(tmp_path), "f")
+    for one in (row("a"), row("b", -1, cost=0.5), row("b", -1, cost=0.5)):
+        spool.add(0, one)
+    spool.flush()
+    answers, lost = Spool(dataset(tmp_path), "f").load(0)
+    assert (answers.keys(), lost) == ({("a", 0)}, 1.0)
+    assert total_cost(dataset(tmp_path)) == 1.25
+
+
+def test_the_cost_of_some_blocks_leaves_out_the_others(tmp_path: Path) -> None:
+    spool = Spool(dataset(tmp_path), "f")
+    for block in range(3):
+        spool.add(block, row("a", cost=float(2**block)))
+    spool.flush()
+    assert total_cost(dataset(tmp_path), [0, 2]) == 5.0
+
+
+def test_a_block_that_cannot_be_written_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    spool = Spool(dataset(tmp_path), "f")
+    spool.add(0, row("a", text="\ud83d"))
+    spool.add(1, row("b"))
+    with pytest.raises(UnicodeEncodeError):
+        spool.flush()
+    assert spool.load(1)[0].keys() == {("b", 0)}
 
 
 def test_a_row_with_other_columns_is_our_own_mistake(tmp_path: Path) -> None:

@@ -104,9 +104,10 @@ def test_parts_of_another_fingerprint_are_refused(tmp_path: Path) -> None:
 def test_a_stage_that_goes_on_refuses_parts_of_another_origin_before_it_begins(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     commit(data, 3, rows(1))
-    data.check_origin(3, "f")
+    assert data.find(3, "f") is not None
+    assert data.find(2, "f") is None
     with pytest.raises(UserError, match=r"part-00003\.arrow: made by another config"):
-        data.check_origin(3, "other")
+        data.find(3, "other")
 
 
 def test_what_is_read_is_checked_against_the_manifest(tmp_path: Path) -> None:
