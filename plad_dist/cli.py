@@ -51,7 +51,9 @@ def _log_to_terminal() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    logging.getLogger("plad").debug("error", exc_info=True)
+    for handler in logging.getLogger("plad").handlers:
+        if isinstance(handler, logging.FileHandler):  # the run's own log keeps it
+            handler.handle(logging.makeLogRecord({"msg": message, "levelname": "ERROR", "levelno": logging.ERROR}))
     sys.stderr.write(f"\n{message}\n")
     sys.exit(code)
 
@@ -129,18 +131,28 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run
 
 
 @app.command()
-def verify(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory: path or URI.")]) -> None:
+def verify(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory: path or URI.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take out what is bad, so that the next run makes it anew.")
+    ] = False,
+) -> None:
     """Check every part of a run against its manifest: missing, surplus, truncated, altered. Reads every byte."""
+    from plad_dist.verify import repair as take_out
     from plad_dist.verify import verify as check
     from plad_dist.verify import verify_table
 
     checked, problems = check(run_dir)
     _print(verify_table(run_dir, checked))
     problems = [f"{item.path}: {problem}" for item in checked for problem in item.problems] + problems
-    if problems:
-        lines = "\n  ".join(problems)
-        raise RunFailed(f"{run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {lines}")
-    typer.echo(f"{run_dir}: nothing is wrong")
+    if not problems:
+        typer.echo(f"{run_dir}: nothing is wrong")
+        return
+    lines = "\n  ".join(problems)
+    told = f"{run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {lines}"
+    if repair and (done := take_out(run_dir, checked)):
+        told += "\nRepaired, run again to make it anew:\n  " + "\n  ".join(done)
+    raise RunFailed(told)
 
 
 @app.command()

@@ -594,8 +594,8 @@ class Config(Section):
         if self.student.endpoint:
             raise ValueError("student.endpoint: only a teacher may be behind a server; the student is trained here")
         for name, teacher in self.teachers.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ValueError(f"teachers: name {name!r}: use letters, digits, '-' and '_' alone")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
+                raise ValueError(f"teachers: name {name!r}: use letters, digits, '-' and '_' alone, and not `student`")
             if teacher.scratch:
                 raise ValueError(f"teachers.{name}.scratch: only a single `teacher` can be made from scratch")
             if teacher.sampling and teacher.sampling.n != self.sampling.teacher.n:
@@ -663,7 +663,7 @@ def fingerprint(value: Any) -> str:
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every leaf of nested mappings."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
     else:

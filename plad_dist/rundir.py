@@ -27,7 +27,7 @@ TIMINGS = "logs/timings.json"
 
 # What each stage leaves first, in the order of the stages.
 _STAGES = (
-    ("prompts", "eval/prompts"),
+    ("prompts/manifest.json", "eval/prompts/manifest.json"),
     ("models", "checkpoints/teacher", "checkpoints/warmup"),
     ("samples",),
     ("pairs",),
@@ -39,9 +39,9 @@ _STAGES = (
 _FIRST_READER = {
     "run": 0,
     "prompts": 0,
-    "teacher": 1,
+    "teacher": 0,  # its tokenizer measures the prompts
     "teachers": 0,
-    "student": 1,
+    "student": 0,
     "training.teacher": 1,
     "training.warmup": 1,
     "training.dtype": 1,

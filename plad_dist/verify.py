@@ -1,4 +1,7 @@
-"""Whether a run directory holds what its manifests say: every part there, whole, unaltered, and of one origin."""
+"""Whether a run directory holds what its manifests say: every part there, whole, unaltered, and of one origin.
+
+What is found to be wrong can be taken out, so that the next run makes it anew and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,26 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 from rich.table import Table
 
+from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import JOURNAL, MANIFEST, Dataset, Part, check_part, open_part, part_block, part_facts
+from plad_dist.data.store import (
+    DAMAGED,
+    JOURNAL,
+    MANIFEST,
+    Dataset,
+    Manifest,
+    Part,
+    check_part,
+    open_part,
+    part_block,
+    part_facts,
+)
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
+from plad_dist.sampling.stage import rows_by_block
 
 _THREADS = 8
 _ROOTS = ("prompts", "samples", "pairs", "eval")
@@ -28,6 +44,7 @@ class Checked:
 
     Attributes:
         state: complete, incomplete (a stage was interrupted), or damaged.
+        bad: names of parts that are missing or not what they should be.
     """
 
     path: str
@@ -35,6 +52,12 @@ class Checked:
     rows: int
     state: str
     problems: list[str] = field(default_factory=list)
+    bad: set[str] = field(default_factory=set)
+
+    def blame(self, part: str, problem: str) -> None:
+        """A part is not what it should be. `problem` names it."""
+        self.problems.append(problem)
+        self.bad.add(part)
 
 
 def verify(url: str) -> tuple[list[Checked], list[str]]:
@@ -49,15 +72,16 @@ def verify(url: str) -> tuple[list[Checked], list[str]]:
     run = RunDir.at(url)
     document = load_run(url)
     problems = []
-    fingerprint = parse_config(document["config"], f"{url}/{RUN_FILE}").fingerprint()
+    config = parse_config(document["config"], f"{url}/{RUN_FILE}")
+    fingerprint = config.fingerprint()
     if fingerprint != document["fingerprint"]:
         problems.append(f"{RUN_FILE}: its fingerprint is not that of its config: one of the two was altered")
     checked = [_check(Dataset(run.storage, path, schema)) for path, schema in _datasets(run.storage)]
     _check_order(checked)
-    for path in _samples(checked):
-        found = next(item for item in checked if item.path == path)
-        if found.state == "complete" and not found.problems:
-            found.problems += _check_samples(run.storage, path)
+    sound = {item.path for item in checked if item.state == "complete" and not item.problems}
+    for item in checked:
+        if item.path in sound and _schema(item.path) is SAMPLES and _prompts_of(item.path) in sound:
+            _check_samples(run.storage, item, config)
     for item in checked:
         item.state = "damaged" if item.problems else item.state
     return checked, problems + _check_models(run)
@@ -71,7 +95,8 @@ def _datasets(storage: Storage) -> Iterator[tuple[str, pa.Schema]]:
         names = storage.sizes(folder)
         if MANIFEST in names or any(part_block(name) is not None for name in names):
             yield folder, _schema(folder)
-        folders += [f"{folder}/{name[:-1]}" for name in sorted(names) if name.endswith("/") and name != f"{JOURNAL}/"]
+        inner = (name[:-1] for name in sorted(names) if name.endswith("/"))
+        folders += [f"{folder}/{name}" for name in inner if name not in (JOURNAL, DAMAGED)]
 
 
 def _schema(path: str) -> pa.Schema:
@@ -86,25 +111,27 @@ def _check(dataset: Dataset) -> Checked:
     try:
         manifest = dataset.manifest()
     except RunFailed as error:
-        return Checked(dataset.path, len(there), 0, "damaged", [str(error)])
+        return Checked(dataset.path, len(there), 0, "damaged", [str(error)], {MANIFEST})
     checked = Checked(dataset.path, len(there), 0, "complete" if manifest else "incomplete")
-    listed = {part.name: part for part in manifest.parts} if manifest else {}
+    listed = {part.name: part for part in (manifest.parts if manifest else dataset.journaled())}
     if manifest is not None:
-        checked.problems += [f"{name}: missing" for name in sorted(listed.keys() - there)]
-        checked.problems += [
-            f"{name}: surplus: the manifest does not list it" for name in sorted(there - listed.keys())
-        ]
+        for name in sorted(listed.keys() - there):
+            checked.blame(name, f"{name}: missing")
+        for name in sorted(there - listed.keys()):
+            checked.blame(name, f"{name}: surplus: the manifest does not list it")
     with ThreadPoolExecutor(_THREADS) as threads:
         results = list(threads.map(lambda name: _check_one(dataset, name, listed.get(name)), sorted(there)))
     fingerprints = Counter(found.fingerprint for found in results if found.fingerprint)
     expected = manifest.fingerprint if manifest else fingerprints.most_common(1)[0][0] if fingerprints else ""
     for found in results:
         checked.rows += found.rows
-        checked.problems += found.problems
+        for problem in found.problems:
+            checked.blame(found.name, problem)
         if found.fingerprint and found.fingerprint != expected:
-            checked.problems.append(
+            checked.blame(
+                found.name,
                 f"{found.name}: made by another config or of other inputs: fingerprint {found.fingerprint[:12]}, expected "
-                f"{expected[:12]}"
+                f"{expected[:12]}",
             )
     return checked
 
@@ -136,6 +163,8 @@ def _check_one(dataset: Dataset, name: str, listed: Part | None) -> _Found:
             found.problems.append(f"{name}: has {found.rows:,} rows, the manifest says {listed.rows:,}")
     except RunFailed as error:
         found.problems.append(str(error))
+    except (pa.ArrowException, ValueError, OSError) as error:  # names of columns that are no text, say
+        found.problems.append(f"{name}: damaged: not a readable Arrow file ({error})")
     return found
 
 
@@ -148,7 +177,7 @@ def _check_order(checked: list[Checked]) -> None:
         if item.path.startswith("pairs/"):
             sources = [f"samples/{role}/{item.path.partition('/')[2]}" for role in ("teacher", "student")]
         else:
-            sources = ["prompts" if item.path.startswith("samples/") else "eval/prompts"]
+            sources = [_prompts_of(item.path)]
         for source in sources:
             if source not in by_path or by_path[source].state == "incomplete":
                 owner = by_path.get(source, item)
@@ -157,40 +186,73 @@ def _check_order(checked: list[Checked]) -> None:
                     owner.problems.append(problem)
 
 
-def _samples(checked: list[Checked]) -> list[str]:
-    return [item.path for item in checked if _schema(item.path) is SAMPLES]
+def _prompts_of(path: str) -> str:
+    """The prompts that a dataset of samples answers."""
+    return "prompts" if path.startswith("samples/") else "eval/prompts"
 
 
-def _check_samples(storage: Storage, path: str) -> list[str]:
+def _check_samples(storage: Storage, checked: Checked, config: Config) -> None:
     """Every prompt of each block has its samples, each exactly once, in the order of the prompts."""
-    samples = Dataset(storage, path, SAMPLES)
-    prompts = Dataset(storage, "prompts" if path.startswith("samples/") else "eval/prompts", PROMPTS)
-    if prompts.manifest() is None:
-        return []
-    manifest = samples.require("sample")
-    asked = prompts.require("prepare")
-    total = sum(part.rows for part in manifest.parts)
-    problems = []
-    n = 0
-    for block, part in enumerate(manifest.parts):
-        table = samples.read_block(block).select(["prompt_id", "sample_index"])
+    samples, prompts = Dataset(storage, checked.path, SAMPLES), Dataset(storage, _prompts_of(checked.path), PROMPTS)
+    for_pairs = checked.path.startswith("samples/")
+    role = config.sampling.teacher if checked.path.startswith("samples/teacher/") else config.sampling.student
+    n, limit = (role.n, config.sampling.limit) if for_pairs else (1, config.evaluation.limit)
+    rows = rows_by_block(prompts.require("prepare"), limit)
+    parts = samples.require("sample").parts
+    if len(parts) != len(rows):
+        names = f"{len(parts):,} parts, where {len(rows):,} blocks of prompts were to be sampled"
+        checked.blame(MANIFEST, f"{MANIFEST}: lists {names}")
+    for block, (part, count) in enumerate(zip(parts, rows, strict=False)):
+        try:
+            ids = prompts.read_block(block)["prompt_id"].slice(0, count).to_pylist()
+            table = samples.read_block(block).select(["prompt_id", "sample_index"])
+        except RunFailed as error:  # since it was found to be sound
+            checked.blame(part.name, str(error))
+            continue
         found = list(zip(table["prompt_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
-        n = n or max((index for _, index in found), default=0) + 1
-        ids = prompts.read_block(block)["prompt_id"].to_pylist()
-        last = block == len(manifest.parts) - 1
         expected = [(prompt, index) for prompt in ids for index in range(n)]
-        if found != (expected[: len(found)] if last and len(found) % n == 0 else expected):
-            problems.append(_what_differs(part.name, found, expected))
-    if len(manifest.parts) > len(asked.parts):
-        problems.append(f"{total:,} samples in {len(manifest.parts)} parts of {len(asked.parts)} blocks of prompts")
-    return problems
+        if found != expected:
+            checked.blame(part.name, _what_differs(part.name, found, expected))
 
 
 def _what_differs(name: str, found: list[tuple[str, int]], expected: list[tuple[str, int]]) -> str:
-    twice = [key for key, count in Counter(found).items() if count > 1]
-    lacking = [key for key in expected if key not in set(found)]
-    detail = f"{twice[0]} is there twice" if twice else f"{lacking[0]} is missing" if lacking else "in another order"
+    counts = Counter(found)
+    twice = [key for key, count in counts.items() if count > 1]
+    lacking = [key for key in expected if key not in counts]
+    detail = (
+        f"{twice[0]} is there twice" if twice
+        else f"{lacking[0]} is missing" if lacking
+        else "in another order" if len(found) == len(expected)
+        else f"{len(found) - len(expected)} too many"
+    )  # fmt: skip
     return f"{name}: not exactly one sample for each prompt and index: {detail}"
+
+
+def repair(url: str, checked: list[Checked]) -> list[str]:
+    """Take out what was found to be bad, so that the next run makes it anew. Sound parts keep their checksums.
+
+    Bad parts are not deleted: they go to `damaged/` beside the others. Returns what was done, a sentence a dataset.
+    """
+    storage = RunDir.at(url).storage
+    done = []
+    for item in checked:
+        if not item.bad:
+            continue
+        dataset = Dataset(storage, item.path, _schema(item.path))
+        manifest = _readable_manifest(dataset)
+        dataset.reopen(manifest, item.bad)
+        parts = sorted(item.bad - {MANIFEST})
+        done.append(
+            f"{item.path}: {', '.join([*parts[:3], *(['...'] if len(parts) > 3 else [])]) or MANIFEST} taken out"
+        )
+    return done
+
+
+def _readable_manifest(dataset: Dataset) -> Manifest | None:
+    try:
+        return dataset.manifest()
+    except RunFailed:
+        return None
 
 
 def _check_models(run: RunDir) -> list[str]:

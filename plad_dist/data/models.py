@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from plad_dist.config import Model, fingerprint
 from plad_dist.errors import UserError
 
 MARKER = "plad.json"
+_IDENTIFYING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+_PIECES, _PIECE_BYTES = 32, 1 << 20
 
 
 def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, Any]) -> None:
@@ -40,13 +44,28 @@ def model_fingerprint(folder: Path) -> str | None:
 
 
 def model_identity(path: str, settings: Model) -> str:
-    """Fingerprint of a model: what it was made of where a run made it, else its name, revision and config file."""
+    """Fingerprint of a model: what it was made of where a run made it, else its name, revision and files.
+
+    Weights are told by their sizes and by samples of their bytes: a model that was trained on differs nearly everywhere.
+    """
     folder = Path(path).expanduser()
     made_of = model_fingerprint(folder)
     if made_of is not None:
         return made_of
-    config = folder / "config.json"
-    return fingerprint([path, settings.revision, config.read_text() if config.is_file() else None])
+    files = sorted(file for file in folder.iterdir() if file.suffix in _IDENTIFYING) if folder.is_dir() else []
+    contents = [(file.name, _content(str(file), file.stat().st_size, file.stat().st_mtime_ns)) for file in files]
+    return fingerprint([path, settings.revision, contents])
+
+
+@lru_cache(maxsize=4096)
+def _content(file: str, size: int, changed: int) -> str:
+    """Hash of a file: of all of a small one, of pieces all over a large one."""
+    digest = hashlib.sha256(str(size).encode())
+    with Path(file).open("rb") as data:
+        for piece in range(_PIECES if size > _PIECES * _PIECE_BYTES else 1):
+            data.seek(piece * (size // _PIECES))
+            digest.update(data.read(_PIECE_BYTES if size > _PIECES * _PIECE_BYTES else -1))
+    return digest.hexdigest()
 
 
 def resolve_model(settings: Model) -> str:

@@ -128,7 +128,10 @@ def _made_of(config: Config) -> str:
         key: value for key, value in config.flat().items() if key.startswith("prompts.") and not is_operational(key)
     }
     teachers = {name: [teacher.share, teacher.filter] for name, teacher in config.teachers.items()}
-    return fingerprint([prompts, config.run.seed, teachers])
+    # Models whose tokenizers say which prompts are too long.
+    measured = [model for model in (*config.all_teachers().values(), config.student) if model.path is not None]
+    lengths = [[model.path, model.revision, model.template, model.max_length] for model in measured]
+    return fingerprint([prompts, config.run.seed, teachers, lengths])
 
 
 class _Writer:
@@ -141,11 +144,21 @@ class _Writer:
     def __init__(self, dataset: Dataset, config: Config) -> None:
         self._dataset, self._block_size, self._made_of = dataset, config.prompts.block_size, _made_of(config)
         self._attempt = uuid.uuid4().hex
-        self._there = dataset.committed().keys()
+        self._there = self._parts_to_keep()
         self._open: dict[str | None, list[Prompt]] = {}
         self._known: list[Part] = []
         self._blocks = 0
         self._content = hashlib.sha256()
+
+    def _parts_to_keep(self) -> set[int]:
+        """Blocks that an earlier attempt committed. Those of another config, of which nothing was made yet, are deleted."""
+        there = set(self._dataset.committed())
+        if not there or self._dataset.manifest() is not None or self._made(min(there)) == self._made_of:
+            return there
+        logger.info("prepare: what was begun in %s with another config is begun anew", self._dataset.path)
+        for block in there:
+            self._dataset.storage.delete(f"{self._dataset.path}/{part_name(block)}")
+        return set()
 
     @property
     def resumed(self) -> bool:
@@ -194,12 +207,15 @@ class _Writer:
 
     def _is_committed(self, block: int, table: pa.Table) -> bool:
         """Whether the rows of a committed block are those of a table."""
-        key = f"{self._dataset.path}/{part_name(block)}"
-        data = self._dataset.storage.view(key)
-        facts, _ = part_facts(data, f"{self._dataset.storage.url}/{key}")
-        return facts.fingerprint == self._made_of and bool(
+        data = self._dataset.storage.view(f"{self._dataset.path}/{part_name(block)}")
+        return self._made(block) == self._made_of and bool(
             pa.ipc.open_file(pa.BufferReader(data)).read_all().equals(table)
         )
+
+    def _made(self, block: int) -> str:
+        """Fingerprint of what a committed block was made of."""
+        key = f"{self._dataset.path}/{part_name(block)}"
+        return part_facts(self._dataset.storage.view(key), f"{self._dataset.storage.url}/{key}")[0].fingerprint
 
     def _changed(self, block: int) -> UserError:
         return UserError(

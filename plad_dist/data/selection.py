@@ -182,7 +182,8 @@ def _rows(config: Config) -> Iterator[Row]:
         return
     share = prompts.heldout_fraction if prompts.heldout is None else 0.0
     for prompt in read_prompts(prompts.source):
-        yield (HELDOUT if _unit_hash(seed, prompt.prompt_id) < share else TRAIN), prompt
+        # By content, so that equal prompts are on one side.
+        yield (HELDOUT if _unit_hash(seed, f"{prompt.content:016x}") < share else TRAIN), prompt
 
 
 def _hashes(rows: list[Row]) -> Any:

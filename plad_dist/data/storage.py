@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,6 +67,8 @@ class Storage:
     def create(self, key: str, data: bytes) -> bool:
         """Write a new object in one atomic step. Returns False, and writes nothing, where there already is one."""
         with self._explained(key, "written"):
+            if self.local_root is not None:
+                return _write_durably(self.local_root / key, data, os.link)
             try:
                 # A multipart upload cannot be conditional, so large objects go in one request too.
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
@@ -75,6 +79,9 @@ class Storage:
     def replace(self, key: str, data: bytes) -> None:
         """Write an object atomically, over the old one if there is one."""
         with self._explained(key, "written"):
+            if self.local_root is not None:
+                _write_durably(self.local_root / key, data, os.replace)
+                return
             obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
 
     def delete(self, key: str) -> None:
@@ -135,18 +142,19 @@ class Storage:
 
     def check_writable(self) -> None:
         """Raise :class:`UserError` unless an object can be written and removed, and a second `create` is refused."""
-        key = ".writable"
+        key = f".writable-{uuid.uuid4().hex}"
         try:
-            obstore.put(self._store, key, b"", mode="overwrite")
-            with contextlib.suppress(AlreadyExistsError):
-                obstore.put(self._store, key, b"", mode="create", use_multipart=False)
-                raise UserError(
-                    f"run.dir: {self.url}: does not refuse to create an object that is there (conditional put), without "
-                    "which two writers could overwrite one another; use a store that does"
-                )
-            obstore.delete(self._store, key)
-        except (BaseError, OSError) as error:
-            raise UserError(f"run.dir: {self.url}: cannot be written: {reason(error)}") from None
+            self.replace(key, b"")
+            refused = not self.create(key, b"")
+            self.delete(key)
+        except RunFailed as error:
+            cause = str(error).partition(": cannot be ")[2].partition(". What is committed")[0]
+            raise UserError(f"run.dir: {self.url}: cannot be {cause}") from None
+        if not refused:
+            raise UserError(
+                f"run.dir: {self.url}: does not refuse to create an object that is there (conditional put), without "
+                "which two writers could overwrite one another; use a store that does"
+            )
 
     @contextmanager
     def _explained(self, key: str, done: str) -> Iterator[None]:
@@ -156,6 +164,32 @@ class Storage:
             raise RunFailed(
                 f"{self.url}/{key}: cannot be {done}: {reason(error)}. What is committed is kept; run again when it can be."
             ) from None
+
+
+def _write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
+    """Write a file that is whole or not there, also after a loss of power. False where `put` finds one there.
+
+    The bytes are on the disk before they get their name: file systems that several nodes share may keep what a lost node
+    has written in that node's memory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        put(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return True
 
 
 def reason(error: Exception) -> str:

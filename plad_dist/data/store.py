@@ -16,7 +16,7 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,9 +30,11 @@ from plad_dist.errors import RunFailed, UserError
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
+DAMAGED = "damaged"
 _PART = re.compile(r"part-(\d{5,})\.arrow")
 _READERS = 16
 _JOURNAL_PARTS, _JOURNAL_SECONDS = 2048, 30.0
+_REPAIR = "`plad verify RUN_DIR --repair` takes out what is bad; run again then: its block alone is redone."
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ class Dataset:
         data = self.storage.read(f"{self.path}/{name}")
         if data is None:
             raise RunFailed(
-                f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again to redo its block."
+                f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again: its block alone is redone."
             )
         return self._inspected(name, data, fingerprint)
 
@@ -178,24 +180,71 @@ class Dataset:
         Args:
             fingerprint: what the journal says of parts made of anything else is not believed.
         """
+        return self._committed(fingerprint)[0]
+
+    def go_on(self, fingerprint: str) -> dict[int, Part | None]:
+        """As :meth:`committed`, for the writer that goes on: the journal forgets parts that are gone, which will be others.
+
+        Raises :class:`UserError` where what is committed was made of something else.
+        """
+        found, journaled = self._committed(fingerprint)
+        if journaled - {part_name(block) for block in found}:
+            self.rewrite_journal(fingerprint, (part for part in found.values() if part))
+        if found:
+            self.find(min(found), fingerprint)
+        return found
+
+    def _committed(self, fingerprint: str | None) -> tuple[dict[int, Part | None], set[str]]:
+        """Committed blocks, and the names of all parts that the journal knows."""
         sizes = self.storage.sizes(self.path)
-        known = {part.name: part for part in self._journal(fingerprint)} if f"{JOURNAL}/" in sizes else {}
+        known = {part.name: part for part in self.journaled(fingerprint)} if f"{JOURNAL}/" in sizes else {}
         found: dict[int, Part | None] = {}
         for name, size in sizes.items():
             if (block := part_block(name)) is not None:
                 part = known.get(name)
                 # Another size than was committed: whatever happened to the part, the journal no longer speaks of it.
                 found[block] = part if part is not None and part.bytes == size else None
-        return found
+        return found, set(known)
 
-    def _journal(self, fingerprint: str | None) -> Iterator[Part]:
+    def journaled(self, fingerprint: str | None = None) -> Iterator[Part]:
+        """What the journal says of parts, the latest last. Pages that cannot be read say nothing."""
         folder = f"{self.path}/{JOURNAL}"
-        names = sorted(self.storage.sizes(folder))  # by time: a part that was redone is the later one
+        names = sorted(name for name in self.storage.sizes(folder) if name.endswith(".json"))  # by time
         with ThreadPoolExecutor(_READERS) as threads:
             for data in threads.map(lambda name: self.storage.read(f"{folder}/{name}"), names):
-                page = json.loads(data) if data else {"fingerprint": None, "parts": []}
-                if fingerprint in (None, page["fingerprint"]):
-                    yield from (Part(*row) for row in page["parts"])
+                try:
+                    page = json.loads(data or b"")
+                    found = [Part(*row) for row in page["parts"]] if fingerprint in (None, page["fingerprint"]) else []
+                except (ValueError, KeyError, TypeError):
+                    continue
+                yield from found
+
+    def rewrite_journal(self, fingerprint: str, parts: Iterable[Part]) -> None:
+        """Let the journal say this and no more."""
+        folder = f"{self.path}/{JOURNAL}"
+        old = self.storage.sizes(folder)
+        journal = Journal(self, fingerprint)
+        for part in parts:
+            journal.add(part)
+        journal.flush()
+        for name in old:
+            self.storage.delete(f"{folder}/{name}")
+
+    def reopen(self, manifest: Manifest | None, bad: Collection[str]) -> None:
+        """Make the dataset incomplete, without its bad parts, which go to `damaged/`: the next run makes them anew.
+
+        Args:
+            manifest: of a complete dataset; a journal keeps what it says of the sound parts. None where there is none.
+        """
+        if manifest is not None:
+            self.rewrite_journal(manifest.fingerprint, (part for part in manifest.parts if part.name not in bad))
+        for name in bad:
+            data = self.storage.read(f"{self.path}/{name}")
+            if data is not None:
+                self.storage.replace(f"{self.path}/{DAMAGED}/{name}", data)
+                self.storage.delete(f"{self.path}/{name}")
+        self.storage.delete(f"{self.path}/{MANIFEST}")
+        _parts.cache_clear()
 
     def manifest(self) -> Manifest | None:
         """The manifest, None while the dataset is not complete."""
@@ -234,9 +283,7 @@ class Dataset:
         key = f"{self.path}/{part.name}"
         data = self.storage.view(key)
         if data is None:
-            raise RunFailed(
-                f"{self.storage.url}/{key}: missing. Delete {MANIFEST} beside it and run again to redo its block."
-            )
+            raise RunFailed(f"{self.storage.url}/{key}: missing. {_REPAIR}")
         check_part(part, data, f"{self.storage.url}/{key}")
         return open_part(data, key).read_all().replace_schema_metadata(None)
 
@@ -309,8 +356,8 @@ def part_block(name: str) -> int | None:
 def part_facts(data: Any, name: str) -> tuple[PartFacts, int]:
     """Origin and rows of a part from its bytes. Raises :class:`RunFailed` where it is no whole Arrow file."""
     reader = open_part(data, name)
-    metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
     try:
+        metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
         rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
         counts = json.loads(metadata.get("plad.counts", "{}"))
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -327,10 +374,7 @@ def check_part(part: Part, data: Any, name: str) -> None:
 
 
 def _damaged(name: str, reason: object) -> RunFailed:
-    return RunFailed(
-        f"{name}: damaged: {reason}. Nothing was overwritten. Delete it and the {MANIFEST} beside it, then run again: its "
-        "block alone is redone."
-    )
+    return RunFailed(f"{name}: damaged: {reason}. Nothing was overwritten. {_REPAIR}")
 
 
 def _checksum(data: Any) -> str:

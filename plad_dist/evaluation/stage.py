@@ -14,7 +14,7 @@ from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import Output, compare
 from plad_dist.progress import Progress
 from plad_dist.rundir import ROUND, RUN_FILE, TIMINGS, RunDir
-from plad_dist.sampling.stage import sample_systems, system_decodings
+from plad_dist.sampling.stage import rows_by_block, sample_systems, system_decodings
 from plad_dist.training.metrics import read_metrics
 
 METRICS = f"eval/round-{ROUND}/metrics.json"
@@ -134,7 +134,10 @@ def _output(row: dict[str, Any]) -> Output:
 
 
 def _prompts(config: Config, run: RunDir) -> pa.Table:
-    return heldout_prompts(run.storage).read().slice(0, config.evaluation.limit)
+    """The held-out prompts that all systems answered, in the order of their answers."""
+    prompts = heldout_prompts(run.storage)
+    rows = rows_by_block(prompts.require("prepare"), config.evaluation.limit)
+    return pa.concat_tables([prompts.read_block(block).slice(0, count) for block, count in enumerate(rows)])
 
 
 def _examples(config: Config, run: RunDir, decoding: str) -> list[dict[str, Any]]:

@@ -93,9 +93,7 @@ class _Output:
         self.job, self.units = job, units
         self.dataset: Dataset = job.dataset(storage)
         self.journal = Journal(self.dataset, job.fingerprint)
-        self.parts: dict[int, Part | None] = self.dataset.committed(job.fingerprint)
-        if self.parts:  # before an engine is started for nothing
-            self.dataset.find(min(self.parts), job.fingerprint)
+        self.parts: dict[int, Part | None] = self.dataset.go_on(job.fingerprint)
         self.started = time.monotonic()
         self.examples: list[str] = []
         known = [part for part in self.parts.values() if part is not None]

@@ -120,6 +120,14 @@ def test_operational_keys_do_not_change_the_fingerprint() -> None:
     assert parse_config(MINIMAL | {"run": {"dir": "somewhere", "seed": 1}}, "x").fingerprint() != config.fingerprint()
 
 
+def test_engine_arguments_may_come_and_go_where_there_were_none() -> None:
+    config = parse_config(MINIMAL, "x")
+    sampling = {"teacher": {"engine": {"max_num_seqs": 32}}}
+    assert parse_config(MINIMAL | {"sampling": sampling}, "x").fingerprint() == config.fingerprint()
+    other = {"teacher": {"engine": {"quantization": "fp8"}}}
+    assert parse_config(MINIMAL | {"sampling": other}, "x").fingerprint() != config.fingerprint()
+
+
 def test_keys_inside_an_operational_section_are_operational() -> None:
     assert is_operational("sampling.teacher.engine.max_num_seqs")
     assert not is_operational("sampling.teacher.engine.quantization"), "it decides what is sampled"

@@ -25,6 +25,7 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
+from plad_dist.rundir import RunDir, check_same_run, open_run
 from plad_dist.training.scratch import train_tokenizer
 from tests.conftest import SHAPE, tiny_config
 
@@ -307,6 +308,28 @@ def test_a_share_of_the_source_is_held_out_by_the_ids(tmp_path: Path) -> None:
     ids = [{row["prompt_id"] for row in rows_of(data)} for data in (train, heldout)]
     assert ids[0].isdisjoint(ids[1])
     assert (len(ids[0] | ids[1]), 30 < len(ids[1]) < 90) == (600, True)
+
+
+def test_copies_of_a_prompt_are_never_on_both_sides(tmp_path: Path) -> None:
+    train, heldout = prepared(config_of(raw_config(tmp_path, [str(row % 200) for row in range(800)])))
+    texts = [set(texts_of(data)) for data in (train, heldout)]
+    assert texts[0].isdisjoint(texts[1])
+    assert len(texts[1]) > 5
+
+
+def test_what_was_begun_with_another_config_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad row that is found late is mended in the config; nothing was made of the rows before it."""
+    monkeypatch.setattr(stage, "_READ_FIRST_BYTES", 0)
+    raw = raw_config(tmp_path, [*map(str, range(1200)), "7"], block_size=16, duplicates="fail")
+    open_run(config_of(raw))
+    with pytest.raises(UserError, match=r"prompts\.duplicates to keep or drop"):
+        prepared(config_of(raw))
+    assert len(train_prompts(Storage(raw["run"]["dir"])).committed()) > 5
+    raw["prompts"]["duplicates"] = "drop"
+    config = config_of(raw)
+    check_same_run(config, RunDir.of(config))
+    train, heldout = prepared(config)
+    assert manifest_of(train).rows + manifest_of(heldout).rows == 1200
 
 
 # --------------------------------------------------------------------------------------------------------------- lengths

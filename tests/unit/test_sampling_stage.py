@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from plad_dist.config import Config
+from plad_dist.config import Config, Model
 from plad_dist.config_file import parse_config
+from plad_dist.data.models import MARKER, model_identity
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.rundir import RunDir
@@ -74,6 +75,35 @@ def test_several_teachers_share_each_dataset_block_by_block(tmp_path: Path, mode
         assert sum(assignment.units) == 2 * 100, "n samples of each prompt up to the limit"
     models_of = {name: assignment.job.model for name, assignment in by_output["samples/teacher/round-0"]}
     assert models_of == {"code": str(models / "a"), "chat": "big"}
+
+
+@pytest.mark.parametrize("limit", [1, 7, 60, 100, 171])
+def test_a_limit_takes_of_every_teacher_its_share(tmp_path: Path, models: Path, limit: int) -> None:
+    run, found = work(config_of(tmp_path, models, sampling__limit=limit), "teacher")
+    assigned = {
+        name: sum(assignment.units[block] // 2 for block in assignment.blocks)
+        for name, assignments in found.items()
+        for assignment in assignments
+        if assignment.job.output == "samples/teacher/round-0"
+    }
+    prompts = train_prompts(run.storage).read()["teacher"].to_pylist()
+    assert sum(assigned.values()) == min(limit, len(prompts))
+    for name, count in assigned.items():
+        assert abs(count - limit * prompts.count(name) / len(prompts)) <= 1 or limit >= len(prompts)
+
+
+def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path, models: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models / "a", folder)
+    (folder / MARKER).unlink()
+    settings = Model(path=str(folder))
+    before = model_identity(str(folder), settings)
+    assert model_identity(str(folder), settings) == before
+    shutil.copy(models / "b" / "model.safetensors", folder)
+    after = model_identity(str(folder), settings)
+    assert after != before
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert model_identity(str(folder), settings) not in (before, after)
 
 
 def test_a_student_does_all_blocks_whoever_the_teachers_are(tmp_path: Path, models: Path) -> None:

@@ -103,11 +103,13 @@ def test_parts_of_another_fingerprint_are_refused(tmp_path: Path) -> None:
 
 def test_a_stage_that_goes_on_refuses_parts_of_another_origin_before_it_begins(tmp_path: Path) -> None:
     data = dataset(tmp_path)
+    assert data.go_on("anything") == {}
     commit(data, 3, rows(1))
+    assert data.go_on("f") == {3: None}
     assert data.find(3, "f") is not None
     assert data.find(2, "f") is None
     with pytest.raises(UserError, match=r"part-00003\.arrow: made by another config"):
-        data.find(3, "other")
+        data.go_on("other")
 
 
 def test_what_is_read_is_checked_against_the_manifest(tmp_path: Path) -> None:

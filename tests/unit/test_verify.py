@@ -16,7 +16,8 @@ from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.rundir import RunDir, open_run
-from plad_dist.verify import verify
+from plad_dist.verify import _check as verify_one
+from plad_dist.verify import repair, verify
 from tests.conftest import tiny_config, write_prompts
 
 
@@ -24,7 +25,9 @@ from tests.conftest import tiny_config, write_prompts
 def run(tmp_path: Path) -> RunDir:
     """A run whose prompts and teacher samples are complete, two a prompt."""
     write_prompts(tmp_path, 300)
-    config = parse_config(tiny_config(tmp_path), "test")
+    raw = tiny_config(tmp_path)
+    raw["sampling"]["teacher"]["n"] = 2
+    config = parse_config(raw, "test")
     run = open_run(config)
     prepare(config, run.storage)
     sample(run.samples("teacher"), train_prompts(run.storage), 2)
@@ -123,6 +126,34 @@ def other_columns(run: RunDir) -> None:
     narrow.finish(len(train_prompts(run.storage).require("prepare").parts), fingerprint="f", facts={})
 
 
+def damage_prompts(run: RunDir) -> None:
+    path = run.root / "prompts" / part_name(0)
+    path.write_bytes(path.read_bytes()[:-50])
+    alter(run)
+
+
+def too_many_blocks(run: RunDir) -> None:
+    dataset = run.samples("teacher")
+    blocks = len(dataset.require("sample").parts)
+    table = samples_of(train_prompts(run.storage), 0, 2)
+    dataset.commit(blocks, table, fingerprint="f", attempt="b")
+    dataset.finish(blocks + 1, fingerprint="f", facts={})
+
+
+def too_few_blocks(run: RunDir) -> None:
+    for block in range(2, len(run.samples("teacher").require("sample").parts)):
+        part(run, block).unlink()
+    run.samples("teacher").finish(2, fingerprint="f", facts={})
+
+
+def alter_what_only_a_journal_knows(run: RunDir) -> None:
+    dataset = run.samples("teacher")
+    manifest = dataset.require("sample")
+    dataset.rewrite_journal("f", manifest.parts)
+    (run.root / dataset.path / "manifest.json").unlink()
+    alter(run)
+
+
 def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
     """Another part and a manifest that agrees with it."""
     dataset = run.samples("teacher")
@@ -147,6 +178,11 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
         (sample_of_another_model, "part-00001.arrow: made by another config or of other inputs"),
         (sample_twice, "is there twice"),
         (lose_a_row, "is missing"),
+        (damage_prompts, "prompts: part-00000.arrow: damaged: it has"),
+        (damage_prompts, "samples/teacher/round-0: part-00001.arrow: damaged"),
+        (too_many_blocks, "6 parts, where 5 blocks of prompts were to be sampled"),
+        (too_few_blocks, "2 parts, where 5 blocks of prompts were to be sampled"),
+        (alter_what_only_a_journal_knows, "part-00001.arrow: damaged: its checksum"),
         (other_columns, "its columns are not those of samples/teacher/round-0: prompt_id"),
     ],
 )
@@ -165,11 +201,63 @@ def test_an_interrupted_stage_is_no_damage(run: RunDir) -> None:
     assert states["samples/student/round-0"] == ("incomplete", [])
 
 
+def test_no_flipped_bit_of_a_part_is_a_traceback(run: RunDir) -> None:
+    """Also where no manifest knows a checksum: what can be read is read, and the rest is named."""
+    dataset = run.samples("student")
+    dataset.commit(0, samples_of(train_prompts(run.storage), 0, 1).slice(0, 2), fingerprint="g", attempt="a")
+    path = run.root / dataset.path / part_name(0)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 3):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 128]) + whole[at + 1 :])
+        verify_one(dataset)
+
+
+@pytest.mark.parametrize("harm", [remove, truncate, alter, add, damage_manifest, too_few_blocks, sample_twice])
+def test_repair_takes_out_what_is_bad_and_nothing_else(run: RunDir, harm: Callable[[RunDir], None]) -> None:
+    dataset = run.samples("teacher")
+    before = {item.name: item for item in dataset.require("sample").parts}
+    harm(run)
+    checked, _ = verify(run.storage.url)
+    bad = {name for item in checked for name in item.bad if name.startswith("part")}
+    said = repair(run.storage.url, checked)
+    assert len(said) == 1
+    assert said[0].startswith("samples/teacher/round-0: ")
+    assert dataset.manifest() is None
+    kept = dataset.committed()
+    assert not {part_name(block) for block in kept} & bad
+    if harm not in (damage_manifest, sample_twice):
+        assert all(item == before[item.name] for item in kept.values() if item), "sound parts keep their checksums"
+        assert all(item is not None for item in kept.values())
+    prompts = train_prompts(run.storage)
+    blocks = range(len(prompts.require("prepare").parts))
+    for block in blocks:
+        if block not in kept:
+            dataset.commit(block, samples_of(prompts, block, 2), fingerprint="f", attempt="again")
+    dataset.finish(len(blocks), fingerprint="f", facts={}, known=[item for item in kept.values() if item])
+    assert problems(run) == []
+
+
+def test_repair_of_one_part_does_not_hide_the_damage_of_another(run: RunDir) -> None:
+    checked, _ = verify(run.storage.url)
+    alter(run)
+    checked, _ = verify(run.storage.url)
+    path = part(run, 2)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)  # after the check
+    repair(run.storage.url, checked)
+    dataset, prompts = run.samples("teacher"), train_prompts(run.storage)
+    dataset.commit(1, samples_of(prompts, 1, 2), fingerprint="f", attempt="again")
+    known = [item for item in dataset.committed().values() if item]
+    dataset.finish(5, fingerprint="f", facts={}, known=known)
+    assert any("part-00002.arrow: damaged: its checksum" in problem for problem in problems(run))
+
+
 def test_the_command_exits_with_0_or_1(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def code() -> Any:
-        monkeypatch.setattr(sys, "argv", ["plad", "verify", run.storage.url])
+    def code(*options: str) -> Any:
+        monkeypatch.setattr(sys, "argv", ["plad", "verify", run.storage.url, *options])
         try:
             main()
         except SystemExit as left:
@@ -181,3 +269,6 @@ def test_the_command_exits_with_0_or_1(
     alter(run)
     assert code() == 1
     assert "samples/teacher/round-0: part-00001.arrow: damaged" in capsys.readouterr().err.replace("\n", " ")
+    assert code("--repair") == 1
+    assert "samples/teacher/round-0: part-00001.arrow taken out" in capsys.readouterr().err
+    assert code() == 0, "an incomplete dataset is no damage"
