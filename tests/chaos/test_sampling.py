@@ -1,4 +1,4 @@
-"""A night of sampling on a cluster of several nodes: an engine, a node and the driver are killed.
+"""A night of sampling on a cluster of several nodes: engines, a node and the driver are killed.
 
 Real Ray nodes, real vLLM engines, real signals. After each blow the run goes on by itself or is run again; in the morning
 there is one sample where one was asked for, and what had been committed was not touched.
@@ -7,6 +7,7 @@ there is one sample where one was asked for, and what had been committed was not
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,13 +106,19 @@ def morning(night: Night) -> dict[Path, tuple[bytes, int]]:
 
     kept |= night.stamps()
     night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
-    night.wait(lambda: "died" in night.log(), 120)
+    night.wait(lambda: night.log().count(" died (") >= 1, 120)
+    night.wait_for_more(4)
+
+    kept |= night.stamps()
+    # An engine that is told to end ends all its requests at once, as if they were done.
+    night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGTERM)
+    night.wait(lambda: night.log().count(" died (") >= 2, 120)
     night.wait_for_more(4)
 
     kept |= night.stamps()
     night.cluster.remove_node(night.nodes.pop(), allow_graceful=False)
     night.nodes.append(night.add_node())
-    night.wait(lambda: night.log().count("died") >= 2, 300)
+    night.wait(lambda: night.log().count(" died (") >= 3, 300)
     night.wait_for_more(4)
 
     kept |= night.stamps()
@@ -143,6 +150,10 @@ def test_every_prompt_has_its_sample_exactly_once(night: Night, morning: Any, ro
     assert samples["prompt_id"].to_pylist() == prompts
     assert set(samples["sample_index"].to_pylist()) == {0}
     assert samples["error"].null_count == len(prompts)
+    assert set(samples["finish_reason"].to_pylist()) <= {"stop", "length"}
+    whole = [64 if role == "teacher" else 2] * len(prompts)
+    cut = zip(samples["finish_reason"].to_pylist(), samples["num_tokens"].to_pylist(), whole, strict=True)
+    assert all(reason == "stop" or tokens == most for reason, tokens, most in cut), "a response was cut short"
 
 
 def test_verify_passes(night: Night, morning: Any) -> None:
@@ -152,4 +163,8 @@ def test_verify_passes(night: Night, morning: Any) -> None:
 
 
 def test_the_log_says_who_died_and_why(night: Night, morning: Any) -> None:
-    assert "its blocks are leased again" in night.log()
+    reasons = re.findall(r" died \((.*)\); its blocks are leased again", night.log())
+    assert len(reasons) >= 3
+    assert any("told to end" in reason for reason in reasons), reasons
+    assert any("node" in reason for reason in reasons), reasons
+    assert not any(reason == "The actor died unexpectedly before finishing this task." for reason in reasons)
