@@ -249,7 +249,7 @@ def ray_data(work: Work) -> tuple[int, float]:
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=str(work.model),
-            engine_kwargs=ENGINE,
+            engine_kwargs=dict(ENGINE),  # it adds to them
             batch_size=64,
             max_concurrent_batches=8,
             concurrency=1,
