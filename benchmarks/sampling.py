@@ -66,6 +66,7 @@ def main() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_worker_niceness": "0",  # Ray's workers are nice by default: all systems run at the same priority
     }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import ray

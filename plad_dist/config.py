@@ -441,10 +441,61 @@ class Pairing(Section):
 class Loss(Section):
     """The objective of a phase. Formulas: docs/design.md."""
 
-    name: Literal["rank", "mle"] = Field("rank", description="rank: PLaD ranking calibration. mle: plain likelihood.")
-    margin: float = Field(1.0, ge=0.0, description="Margin of the hinge, in nats.")
-    mle_weight: float = Field(1.0, ge=0.0, description="Weight of -logp(chosen), the anchor against collapse.")
-    length_normalize: bool = Field(False, description="Use per-token means of the log-likelihoods.")
+    name: Literal["rank", "margin", "listwise", "dpo", "ipo", "simpo", "cpo", "orpo", "mle"] = Field(
+        "rank",
+        description="rank, margin: PLaD's calibrations. listwise: all responses of a prompt, ranked by score. dpo, ipo, "
+        "simpo, cpo, orpo: as their papers give them. mle: plain likelihood.",
+    )
+    margin: float = Field(
+        1.0,
+        ge=0.0,
+        description="Margin of the hinge, in nats; of `margin`, in nats for a point of score; simpo's gamma.",
+    )
+    beta: float | None = Field(
+        None, gt=0.0, description="Strength of dpo, ipo (tau), simpo, cpo, orpo (lambda). Empty: 2 for simpo, else 0.1."
+    )
+    mle_weight: float | None = Field(
+        None,
+        ge=0.0,
+        description="Weight of -logp(chosen), summed over tokens, the anchor against collapse. Empty: 1 for rank, margin, "
+        "listwise and cpo (whose paper has it), 0 for dpo, ipo, simpo and orpo.",
+    )
+    length_normalize: bool = Field(
+        False,
+        description="Use per-token means of the log-likelihoods; the anchor stays a sum. simpo and orpo always do.",
+    )
+
+    @property
+    def anchor(self) -> float:
+        """Weight of the anchor."""
+        if self.mle_weight is not None:
+            return self.mle_weight
+        return 1.0 if self.name in ("rank", "margin", "listwise", "cpo") else 0.0
+
+    @property
+    def strength(self) -> float:
+        """`beta`, or what stands for it."""
+        return self.beta if self.beta is not None else 2.0 if self.name == "simpo" else 0.1
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it compares means per token."""
+        return self.length_normalize or self.name in ("simpo", "orpo")
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether it compares with the starting student."""
+        return self.name in ("dpo", "ipo")
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether it looks at the responses' scores."""
+        return self.name in ("margin", "listwise")
+
+    @property
+    def hinge(self) -> float | None:
+        """Gap of log-likelihoods at which a pair is satisfied and learns nothing more; None where there is none."""
+        return self.margin if self.name in ("rank", "listwise") else None
 
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -473,7 +524,25 @@ class Phase(Section):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.", json_schema_extra=OPERATIONAL)
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept.", json_schema_extra=OPERATIONAL)
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Newest checkpoints kept, beside the best one.", json_schema_extra=OPERATIONAL
+    )
+    evaluate_every: int | None = Field(
+        None, ge=1, description="Steps between rankings of the held-out pairs. Empty: only before and after."
+    )
+    best_by: Literal["pairs_ranked_right", "loss", "chosen_logp"] = Field(
+        "pairs_ranked_right", description="Figure of the held-out pairs that says which checkpoint is the best."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop when so many evaluations in a row brought nothing better. Empty: never."
+    )
+    export: Literal["last", "best"] = Field("last", description="The checkpoint whose weights become the model.")
+
+    @model_validator(mode="after")
+    def _evaluations_where_needed(self) -> Phase:
+        if self.evaluate_every is None and (self.patience is not None or self.export == "best"):
+            raise ValueError("`patience` and `export: best` need `evaluate_every`")
+        return self
 
 
 class MlePhase(Phase):
@@ -497,6 +566,20 @@ class Warmup(MlePhase):
     )
 
 
+class Lora(Section):
+    """Train low-rank adapters of the linear layers instead of the weights."""
+
+    r: int = Field(16, ge=1, description="Rank.")
+    alpha: float = Field(32.0, gt=0, description="The update is scaled by alpha / r.")
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="Names of the layers, as peft takes them."
+    )
+    save_adapter: bool = Field(
+        False,
+        description="Also write the adapter by itself, to `adapter/` in the model's folder, which has the merged weights.",
+    )
+
+
 class Training(Section):
     """Steps 0 and 3: DeepSpeed ZeRO-3 under Ray Train."""
 
@@ -511,7 +594,35 @@ class Training(Section):
     micro_batch_tokens: int = Field(
         8192, ge=16, description="Tokens of one forward pass on one worker.", json_schema_extra=OPERATIONAL
     )
+    max_group_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Most tokens of a group, its prompt and all its responses. Empty: any that a micro-batch holds.",
+    )
+    over_long: Literal["fail", "drop", "truncate"] | None = Field(
+        None,
+        description="What to do with a longer group, or a sequence over the model's context. truncate: cut the beginning of the "
+        "prompt, then ends of responses. Counted. Empty: fail for pairs, truncate for references and teacher outputs.",
+    )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="auto: FlexAttention on GPU, masked SDPA on CPU. Some families have their own.",
+        json_schema_extra=OPERATIONAL,
+    )
+    lora: Lora | None = Field(None, description="Train adapters instead of all weights. Empty: all weights.")
     gradient_checkpointing: bool = Field(False, json_schema_extra=OPERATIONAL)
+    divergence_factor: float = Field(
+        10.0,
+        gt=1.0,
+        description="Stop at the last checkpoint when a step's loss is not a number, or so many times the first step's (at "
+        "least a nat for each chosen token).",
+        json_schema_extra=OPERATIONAL,
+    )
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        default=[],
+        description="Where figures go beside TensorBoard, by packages that must be installed.",
+        json_schema_extra=OPERATIONAL,
+    )
     max_failures: int = Field(
         3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL
     )
@@ -526,6 +637,13 @@ class Training(Section):
         description="Control: sequence-level KD on the same teacher outputs, given as many tokens as the round. "
         "Its `epochs` is ignored.",
     )
+
+    @model_validator(mode="after")
+    def _only_calibration_is_evaluated(self) -> Training:
+        for name, phase in (("teacher", self.teacher), ("warmup", self.warmup)):
+            if phase is not None and phase.evaluate_every is not None:
+                raise ValueError(f"training.{name}.evaluate_every: only the round and seqkd have held-out pairs")
+        return self
 
     @field_validator("round")
     @classmethod
@@ -580,6 +698,10 @@ class Config(Section):
     def _scratch_models_are_trained(self) -> Config:
         if self.teacher and self.teacher.scratch and not self.training.teacher:
             raise ValueError("teacher.scratch makes an untrained teacher: add a `training.teacher` section")
+        if self.training.lora and (self.student.scratch or (self.teacher and self.teacher.scratch)):
+            raise ValueError(
+                "training.lora: adapters of a model from scratch would learn beside random weights; leave it out"
+            )
         if self.student.scratch and not self.training.warmup:
             raise ValueError("student.scratch makes an untrained student: add a `training.warmup` section")
         for name, model in (("teacher", self.teacher), ("student", self.student)):
@@ -610,6 +732,13 @@ class Config(Section):
             raise ValueError(
                 "sampling.student.stop: the student must end with a token, not a stop string, to be trained on it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_where_needed(self) -> Config:
+        name = self.training.round.loss.name
+        if self.training.round.loss.needs_scores and self.pairing.score == "none":
+            raise ValueError(f"training.round.loss.name: {name} needs scores: set pairing.score")
         return self
 
     @model_validator(mode="after")

@@ -52,6 +52,9 @@ _FIRST_READER = {
     "pairing": 3,
     "training.round": 4,
     "training.heldout_pairs": 4,
+    "training.max_group_tokens": 4,
+    "training.over_long": 4,
+    "training.lora": 4,
     "training.seqkd": 5,
     "evaluation": 6,
 }

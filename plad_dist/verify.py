@@ -16,7 +16,7 @@ from rich.table import Table
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
-from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
+from plad_dist.data.schemas import PAIRS, PROMPTS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import (
     DAMAGED,
@@ -102,6 +102,8 @@ def _datasets(storage: Storage) -> Iterator[tuple[str, pa.Schema]]:
 def _schema(path: str) -> pa.Schema:
     if path in ("prompts", "eval/prompts"):
         return PROMPTS
+    if path.rpartition("/")[2].startswith("references-"):
+        return REFERENCES
     return PAIRS if path.split("/")[0] == "pairs" or path.endswith("/pairs") else SAMPLES
 
 
@@ -172,7 +174,7 @@ def _check_order(checked: list[Checked]) -> None:
     """A dataset from which a complete one was made must itself be complete."""
     by_path = {item.path: item for item in checked}
     for item in checked:
-        if item.state != "complete" or item.path in ("prompts", "eval/prompts"):
+        if item.state != "complete" or item.path in ("prompts", "eval/prompts") or _schema(item.path) is REFERENCES:
             continue
         if item.path.startswith("pairs/"):
             sources = [f"samples/{role}/{item.path.partition('/')[2]}" for role in ("teacher", "student")]

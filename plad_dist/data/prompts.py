@@ -197,7 +197,8 @@ class _Writer:
                 table,
                 fingerprint=self._made_of,
                 attempt=self._attempt,
-                counts={} if teacher is None else {f"teacher.{teacher}": len(rows)},
+                counts={"references": sum(row.reference is not None for row in rows)}
+                | ({} if teacher is None else {f"teacher.{teacher}": len(rows)}),
             )
             self._known.append(part)
             if first:

@@ -44,6 +44,16 @@ PAIRS = pa.schema(
         pa.field("rejected_text", pa.string(), nullable=False),
         pa.field("chosen_score", pa.float64()),
         pa.field("rejected_score", pa.float64()),
+        pa.field("rejected_logprob", pa.float64()),  # as the engine reported it, of the rejected_token_ids
         pa.field("round", pa.int32(), nullable=False),
+    ]
+)
+
+# Log-likelihoods of the pairs' responses by the student before calibration, row for row of the pairs.
+REFERENCES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("chosen_reference_logp", pa.float64(), nullable=False),
+        pa.field("rejected_reference_logp", pa.float64(), nullable=False),
     ]
 )

@@ -49,13 +49,19 @@ def facts_of(parts: Sequence[Part]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class _Response:
-    """One sample. `ids`: in the student's tokens. `problem`: why it can be in no pair, None for a usable one."""
+    """One sample.
+
+    Attributes:
+        ids: in the student's tokens; `logprob` is what the engine reported for just these.
+        problem: why it can be in no pair, None for a usable one.
+    """
 
     role: _Role
     text: str
     ids: list[int]
     finished: bool
     problem: str | None
+    logprob: float | None = None
     score: float | None = None
 
 
@@ -94,7 +100,7 @@ class PairBuilder:
     def build(self, prompts: pa.Table, teacher: pa.Table, student: pa.Table) -> tuple[pa.Table, Counter[str]]:
         """Rows of the pairs dataset, and counts.
 
-        Counted are prompts, pairs, `drop:<reason>` of every combination that is considered and not kept, `unscored`
+        Counted are prompts, pairs, the `groups` that they make and the tokens of what is trained on, `drop:<reason>` of every combination that is considered and not kept, `unscored`
         responses, and how often the teacher's score is better, worse or equal. These compare all usable combinations of a
         prompt, so that they tell the same whatever is kept.
         """
@@ -111,26 +117,29 @@ class PairBuilder:
         self._score(groups, counts)
         pairs = [(group, *pair) for group in groups for pair in self._select(group, counts)]
         counts["pairs"] = len(pairs)
+        _count_groups(pairs, counts)
         return _table(pairs), counts
 
     # -- responses, one by one
 
     def _responses(self, samples: pa.Table, role: _Role) -> dict[str, list[_Response]]:
         """The samples of each prompt, in the order of their indices."""
-        names = ("prompt_id", "sample_index", "text", "finish_reason")
+        names = ("prompt_id", "sample_index", "text", "finish_reason", "logprob")
         # The teacher's tokens are its own: its text is what is tokenized.
         ids = samples["token_ids"].to_pylist() if role == "student" else repeat([], samples.num_rows)
         rows = sorted(
             zip(*(samples[name].to_pylist() for name in names), ids, strict=True), key=lambda row: (row[0], row[1])
         )
         found: dict[str, list[_Response]] = {}
-        for prompt_id, _, text, finish, own in rows:
+        for prompt_id, _, text, finish, logprob, own in rows:
             empty = not text.strip() or (role == "student" and not own)
             problem = self._problem(role, finish, empty)
             finished = finish == "stop"
             if finished and not (own and own[-1] in self.renderer.end_ids):
-                own = [*own, self.renderer.eos_id]
-            found.setdefault(prompt_id, []).append(_Response(role, text, own, finished, problem))
+                own, logprob = [*own, self.renderer.eos_id], None
+            found.setdefault(prompt_id, []).append(
+                _Response(role, text, own, finished, problem, logprob if role == "student" else None)
+            )
         return found
 
     def _problem(self, role: _Role, finish: str, empty: bool) -> str | None:
@@ -262,6 +271,23 @@ def _compare(combinations: list[_Combination], counts: Counter[str]) -> None:
             counts[("equal", "better", "worse")[sign]] += 1
 
 
+def _count_groups(pairs: list[tuple[_Group, _Response, _Response]], counts: Counter[str]) -> None:
+    """Prompts with pairs and their distinct responses: what the trainer computes, each once."""
+    sides: dict[str, dict[str, set[tuple[int, ...]]]] = {}
+    for group, better, worse in pairs:
+        found = sides.setdefault(group.prompt_id, {"chosen": set(), "rejected": set()})
+        if not found["chosen"]:
+            counts["groups"] += 1
+            counts["tokens:prompt"] += len(group.prompt_ids)
+        for side, response in (("chosen", better), ("rejected", worse)):
+            ids = tuple(response.ids)
+            if ids not in found[side]:
+                found[side].add(ids)
+                counts[f"responses:{side}"] += 1
+                counts[f"tokens:prompts_of_{side}"] += len(group.prompt_ids)
+                counts[f"tokens:{side}"] += len(ids)
+
+
 def _score(response: _Response) -> float:
     assert response.score is not None
     return response.score
@@ -277,6 +303,7 @@ def _table(pairs: list[tuple[_Group, _Response, _Response]]) -> pa.Table:
         "rejected_text": [worse.text for _, _, worse in pairs],
         "chosen_score": [better.score for _, better, _ in pairs],
         "rejected_score": [worse.score for _, _, worse in pairs],
+        "rejected_logprob": [worse.logprob for _, _, worse in pairs],
         "round": [ROUND] * len(pairs),
     }
     return pa.table(columns, schema=PAIRS)

@@ -18,12 +18,14 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         command: the one that is to run; empty for all. Those that make no model need no file system.
     """
     from plad_dist.pairing.scores import check_scorer
-    from plad_dist.training.deepspeed_config import load_deepspeed
+    from plad_dist.training.deepspeed_config import check_deepspeed, load_deepspeed
+    from plad_dist.training.trackers import check_trackers
 
     if command not in ("prepare", "sample", "pair"):
         _ = run.root
     check_same_run(config, run)
     load_deepspeed(config.training.deepspeed)
+    check_trackers(config.training.trackers)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
         check_engine_args(wanted.engine, f"sampling.{role}.engine")
     for name, teacher in config.teachers.items():
@@ -38,27 +40,24 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
             check_local_model(model.path)
     if train_prompts(run.storage).manifest() is not None:
         return  # what follows was checked when the run began
+    check_deepspeed(config.training.deepspeed)
     check_prompts(config, all_rows=False)
-    for name, teacher in models.items():
-        _check_model(name, teacher, trained=config.training.teacher is not None)
-    _check_model("student", config.student, trained=True)
+    for teacher in models.values():
+        _check_model(teacher)
+    _check_model(config.student)
     if all_rows:
         check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
 
 
-def _check_model(role: str, model: Model, *, trained: bool) -> None:
-    from plad_dist.training.policy import check_trainable
-
+def _check_model(model: Model) -> None:
     if model.endpoint is not None:
         return
     if model.scratch is not None:
         from plad_dist.training.scratch import check_architecture
 
-        architecture = check_architecture(model.scratch)
+        check_architecture(model.scratch)
     else:
         assert model.path is not None
-        architecture = load_model_config(model.path, model)
+        load_model_config(model.path, model)
         Renderer(model.path, model)
         check_weights(model.path)
-    if trained:
-        check_trainable(architecture, role)

@@ -161,6 +161,7 @@ class Sampler:
             "tokens": sum(row["num_tokens"] for row in rows),
             "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
             "errors": sum(row["error"] is not None for row in rows),
+            "finished": sum(row["finish_reason"] == "stop" for row in rows),
         }
         if self._backend.paid:
             counts["cost_micros"] = round((lost + sum(row["cost"] for row in rows)) * MICRO)

@@ -2,36 +2,87 @@
 
 A *group* is a prompt and its responses. In a row, a group's tokens are the prompt's, then each response's but its last
 (which predicts nothing). A response sees the prompt and itself, never its siblings or other groups (the tree mask), and
-its positions go on from the prompt's end, so that its log-likelihood is that of the sequence standing alone.
+its positions go on from the prompt's end, so that its log-likelihood is that of the sequence standing alone. For models
+whose attention a tree mask cannot express, every response has its own copy of the prompt (:class:`Layout`).
 
-Shapes: R rows, T tokens of a row, N predicted tokens, B groups, K responses per group.
+Shapes: R rows, T tokens of a row, N predicted tokens, B groups, S responses of all groups, P pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Attention over a row costs the square of its length, so short groups go into several shorter rows.
-_ROW_TOKENS = 128
+from plad_dist.training.losses import Pairs
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A prompt and its responses, as token ids. The first response is the chosen one."""
+    """A prompt and its responses, as token ids, and which of them are compared.
+
+    Attributes:
+        pairs: (chosen, rejected, ranks between them), by the places of the responses.
+        anchored: places of the responses that the anchor raises.
+        scores, references, sampled: of each response: its score, its log-likelihood by the starting student and as the
+            engine reported it; empty where there are none, NaN for one that has none.
+        name: for messages.
+        prompt_id: of the prompt.
+    """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
+    pairs: Sequence[tuple[int, int, int]] = ()
+    anchored: Sequence[int] = (0,)
+    scores: Sequence[float] = ()
+    references: Sequence[float] = ()
+    sampled: Sequence[float] = ()
+    name: str = ""
+    prompt_id: str = ""
 
     @property
     def tokens(self) -> int:
-        """Tokens that the model computes."""
+        """Tokens that the model computes where the responses share the prompt."""
         return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+    @property
+    def tokens_apart(self) -> int:
+        """Tokens that the model computes where every response has its own copy of the prompt."""
+        return sum(len(self.prompt) + len(response) - 1 for response in self.responses)
+
+
+def plain_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Group:
+    """A group of one pair."""
+    return Group(prompt, [chosen, rejected], pairs=[(0, 1, 1)])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How groups may lie in rows.
+
+    Attributes:
+        shares: responses share one pass over their prompt. Otherwise each stands by itself.
+        packs: a row may hold several of what stands by itself.
+        row_tokens: rows are filled up to so many tokens; with dense masks, attention over a row costs its length squared.
+        longest_row: most tokens that a row may have, None for any.
+    """
+
+    shares: bool = True
+    packs: bool = True
+    row_tokens: int = 128
+    longest_row: int | None = None
+
+    def tokens(self, group: Group) -> int:
+        """Tokens that the model computes for a group."""
+        return group.tokens if self.shares else group.tokens_apart
+
+
+TREE = Layout()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +91,16 @@ class MicroBatch:
 
     Attributes:
         input_ids_RT, position_ids_RT: the rows.
-        segments_RT: which group a token belongs to; -1 is padding.
+        segments_RT: what belongs together: a group, or a response with its own prompt; -1 is padding.
         branches_RT: 0 for prompt tokens, k for tokens of the k-th response.
         predictors_N: flat index into ``R * T`` of the position that predicts each response token.
         targets_N: the predicted tokens.
-        responses_N: flat index into ``B * K`` of the response of each predicted token.
-        lengths_BK: response tokens.
+        responses_N: which response each predicted token is of.
+        lengths_S: response tokens.
+        references_S, sampled_S: log-likelihoods by the starting student and as the engine reported them, NaN without.
+        pairs: what is compared.
         groups: B; 0 for a micro-batch that only keeps the ranks in step.
-        tokens: tokens computed, padding left out.
+        tokens: tokens computed, padding left out; `tokens_apart` were those without sharing.
     """
 
     input_ids_RT: Tensor
@@ -57,22 +110,25 @@ class MicroBatch:
     predictors_N: Tensor
     targets_N: Tensor
     responses_N: Tensor
-    lengths_BK: Tensor
+    lengths_S: Tensor
+    references_S: Tensor
+    sampled_S: Tensor
+    pairs: Pairs
     groups: int
     tokens: int
+    tokens_apart: int
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device."""
-        moved = {name: getattr(self, name) for name in self.__slots__}
-        return MicroBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        return _moved(self, device)
 
 
-def tree_mask(segments_RT: Tensor, branches_RT: Tensor) -> Tensor:
-    """Which position sees which: boolean ``[R, 1, T, T]``, True where attention is allowed."""
-    same_group = segments_RT[:, :, None] == segments_RT[:, None, :]
-    prompt_or_own = (branches_RT[:, None, :] == 0) | (branches_RT[:, :, None] == branches_RT[:, None, :])
-    causal = torch.ones(segments_RT.shape[1], segments_RT.shape[1], dtype=torch.bool, device=segments_RT.device).tril()
-    return (same_group & prompt_or_own & causal)[:, None]
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 def step_groups(count: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -95,80 +151,124 @@ def steps_per_epoch(count: int, batch: int) -> int:
     return -(-count // batch)
 
 
-def share_out(groups: Sequence[Group], budget: int, workers: int) -> list[list[list[int]]]:
-    """Indices of the groups of each worker's micro-batches, ``[worker][micro-batch]``, as even as can be.
+def share_out(tokens: Sequence[int], budget: int, workers: int) -> list[list[list[int]]]:
+    """Indices of the groups of each worker's micro-batches, ``[worker][micro-batch]``.
 
     All workers get the same number of micro-batches, since ZeRO-3's collectives must match; some may be empty. No
-    micro-batch exceeds `budget` tokens, unless a single group does. The longest groups are placed first, each in the
-    emptiest micro-batch.
+    micro-batch exceeds `budget` tokens, unless a single group does. Groups of like length come together, so that little is
+    padded, and the micro-batches that the workers do at the same time are of like size.
+
+    Args:
+        tokens: of each group.
     """
-    total = sum(min(group.tokens, budget) for group in groups)
-    rounds = max(1, -(-total // (budget * workers)))
-    order = sorted(range(len(groups)), key=lambda index: (-groups[index].tokens, index))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(rounds * workers)]
-        loads = [0] * len(bins)
-        for index in order:
-            target = min(range(len(bins)), key=loads.__getitem__)
-            bins[target].append(index)
-            loads[target] += groups[index].tokens
-        if all(load <= budget or len(items) == 1 for load, items in zip(loads, bins, strict=True)):
-            return [bins[worker::workers] for worker in range(workers)]
+    order = sorted(range(len(tokens)), key=lambda index: (-tokens[index], index))
+    rounds = max(1, -(-sum(min(size, budget) for size in tokens) // (budget * workers)))
+    while (bins := _fill(order, tokens, budget, rounds * workers)) is None:
         rounds += 1
+    return [bins[worker::workers] for worker in range(workers)]
 
 
-def collate(groups: Sequence[Group], filler: int) -> MicroBatch:
-    """Pack groups into rows, first fit. Without groups, a row of two `filler` tokens keeps the ranks in step."""
-    if not groups:
-        return _assemble([[Group([filler], [[filler]])]], filler, real=False)
-    longest = max(group.tokens for group in groups)
-    room = max(_ROW_TOKENS, longest)
-    rows: list[list[Group]] = []
-    free: list[int] = []
+def _fill(order: list[int], tokens: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """`order` cut into so many runs of like size, None where a run exceeds the budget."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    left, number, load = sum(tokens), 0, 0
+    for index in order:
+        # What is left is spread evenly over the runs that are left.
+        even = (load + left) / (count - number)
+        if load and number < count - 1 and (load + tokens[index] / 2 > even or load + tokens[index] > budget):
+            number, load = number + 1, 0
+        bins[number].append(index)
+        load += tokens[index]
+        left -= tokens[index]
+        if load > budget and len(bins[number]) > 1:
+            return None
+    return bins
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(slots=True)
+class _Piece:
+    """What lies together in a row: a prompt and some of its responses, with their numbers among all."""
+
+    prompt: Sequence[int]
+    responses: list[tuple[int, Sequence[int]]]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + sum(len(response) - 1 for _, response in self.responses)
+
+
+def collate(groups: Sequence[Group], filler: int, layout: Layout = TREE) -> MicroBatch:
+    """Pack groups into rows, first fit. Without groups, a row of a `filler` token keeps the ranks in step."""
+    real = bool(groups)
+    groups = groups or [Group([filler], [[filler]])]
+    pieces, number = [], 0
     for group in groups:
-        row = next((row for row, left in enumerate(free) if left >= group.tokens), None)
+        numbered = list(enumerate(group.responses, start=number))
+        number += len(numbered)
+        parts = [numbered] if layout.shares else [[response] for response in numbered]
+        pieces += [_Piece(group.prompt, part) for part in parts]
+    return replace(
+        _assemble(_rows(pieces, layout), filler, number),
+        lengths_S=torch.tensor([len(response) for group in groups for response in group.responses]),
+        references_S=_column([group.references for group in groups], groups),
+        sampled_S=_column([group.sampled for group in groups], groups),
+        pairs=_pairs(groups),
+        groups=len(groups) if real else 0,
+        tokens=sum(layout.tokens(group) for group in groups) if real else 0,
+        tokens_apart=sum(group.tokens_apart for group in groups) if real else 0,
+    )
+
+
+def _rows(pieces: list[_Piece], layout: Layout) -> list[list[_Piece]]:
+    if not layout.packs:
+        return [[piece] for piece in pieces]
+    room = max(layout.row_tokens, *(piece.tokens for piece in pieces))
+    if layout.longest_row is not None:
+        room = max(min(room, layout.longest_row), *(piece.tokens for piece in pieces))
+    rows: list[list[_Piece]] = []
+    free: list[int] = []
+    for piece in pieces:
+        row = next((row for row, left in enumerate(free) if left >= piece.tokens), None)
         if row is None:
             rows.append([])
             free.append(room)
             row = len(rows) - 1
-        rows[row].append(group)
-        free[row] -= group.tokens
-    return _assemble(rows, filler, real=True)
+        rows[row].append(piece)
+        free[row] -= piece.tokens
+    return rows
 
 
-def _assemble(rows: list[list[Group]], filler: int, *, real: bool) -> MicroBatch:
-    width = max(sum(group.tokens for group in row) for row in rows)
+def _assemble(rows: list[list[_Piece]], filler: int, responses: int) -> MicroBatch:
+    width = max(sum(piece.tokens for piece in row) for row in rows)
     shape = (len(rows), width)
     ids, positions = np.full(shape, filler, np.int64), np.zeros(shape, np.int64)
     segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-    predictors: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
-    lengths: list[list[int]] = []
-    owner = 0
+    predictors: list[np.ndarray] = [np.empty(0)] * responses
+    targets: list[np.ndarray] = [np.empty(0)] * responses
+    segment = 0
     for r, row in enumerate(rows):
         at = 0
-        for group in row:
-            prompt = len(group.prompt)
-            end = at + group.tokens
-            segments[r, at:end] = len(lengths)
-            ids[r, at : at + prompt] = group.prompt
+        for piece in row:
+            prompt = len(piece.prompt)
+            segments[r, at : at + piece.tokens] = segment
+            segment += 1
+            ids[r, at : at + prompt] = piece.prompt
             positions[r, at : at + prompt] = np.arange(prompt)
             last_of_prompt = at + prompt - 1
             at += prompt
-            for branch, response in enumerate(group.responses, start=1):
+            for branch, (number, response) in enumerate(piece.responses, start=1):
                 inner = len(response) - 1
                 ids[r, at : at + inner] = response[:-1]
                 positions[r, at : at + inner] = np.arange(prompt, prompt + inner)
                 branches[r, at : at + inner] = branch
                 flat = r * width + np.arange(at - 1, at + inner)
                 flat[0] = r * width + last_of_prompt
-                predictors.append(flat)
-                targets.append(np.asarray(response, np.int64))
-                owners.append(np.full(inner + 1, owner))
-                owner += 1
+                predictors[number], targets[number] = flat, np.asarray(response, np.int64)
                 at += inner
-            lengths.append([len(response) for response in group.responses])
+    nothing = torch.empty(0)
     return MicroBatch(
         input_ids_RT=torch.from_numpy(ids),
         position_ids_RT=torch.from_numpy(positions),
@@ -176,8 +276,42 @@ def _assemble(rows: list[list[Group]], filler: int, *, real: bool) -> MicroBatch
         branches_RT=torch.from_numpy(branches),
         predictors_N=torch.from_numpy(np.concatenate(predictors)),
         targets_N=torch.from_numpy(np.concatenate(targets)),
-        responses_N=torch.from_numpy(np.concatenate(owners)),
-        lengths_BK=torch.tensor(lengths),
-        groups=len(lengths) if real else 0,
-        tokens=sum(group.tokens for row in rows for group in row) if real else 0,
+        responses_N=torch.from_numpy(np.repeat(np.arange(responses), [len(one) for one in targets])),
+        lengths_S=nothing,
+        references_S=nothing,
+        sampled_S=nothing,
+        pairs=_pairs([]),
+        groups=0,
+        tokens=0,
+        tokens_apart=0,
+    )
+
+
+def _column(values: Sequence[Sequence[float]], groups: Sequence[Group]) -> Tensor:
+    """A figure of every response, NaN where there is none."""
+    rows = [given or [float("nan")] * len(group.responses) for given, group in zip(values, groups, strict=True)]
+    return torch.tensor([value for row in rows for value in row], dtype=torch.float32)
+
+
+def _pairs(groups: Sequence[Group]) -> Pairs:
+    rows: list[tuple[int, int, int, int, float]] = []
+    anchored: list[tuple[int, int]] = []
+    first = 0
+    for number, group in enumerate(groups):
+        for chosen, rejected, steps in group.pairs:
+            gap = group.scores[chosen] - group.scores[rejected] if group.scores else float("nan")
+            rows.append((first + chosen, first + rejected, number, steps, gap))
+        anchored += [(first + place, number) for place in group.anchored]
+        first += len(group.responses)
+    indices = torch.tensor([row[:4] for row in rows], dtype=torch.int64).view(-1, 4)
+    raised = torch.tensor(anchored, dtype=torch.int64).view(-1, 2)
+    return Pairs(
+        chosen_P=indices[:, 0],
+        rejected_P=indices[:, 1],
+        group_P=indices[:, 2],
+        steps_P=indices[:, 3],
+        score_gap_P=torch.tensor([row[4] for row in rows], dtype=torch.float32),
+        anchored_A=raised[:, 0],
+        group_A=raised[:, 1],
+        groups=len(groups),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from plad_dist.errors import RunFailed, UserError
 
-LATEST = "latest.json"
+LATEST, STATE = "latest.json", "state.json"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class TrainState:
         tokens: tokens computed.
         workers: world size that wrote the checkpoint.
         fingerprint: of the phase: its config, data and starting model.
+        stage: of ZeRO, which decides the files of a checkpoint.
+        first: figures of the first step.
+        evaluated: step of the latest evaluation; `best` is the best value, at `best_step`; `stale` evaluations have brought
+            nothing better since.
     """
 
     step: int
@@ -37,13 +41,23 @@ class TrainState:
     tokens: int
     workers: int
     fingerprint: str
+    stage: int = 3
+    first: dict[str, float] = field(default_factory=dict)
+    evaluated: int = -1
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
 
 
 class Checkpoints:
-    """The checkpoints of one phase, on a file system that all workers share."""
+    """The checkpoints of one phase, on a file system that all workers share.
 
-    def __init__(self, folder: Path, fingerprint: str, keep: int) -> None:
-        self._folder, self._fingerprint, self._keep = folder, fingerprint, keep
+    Args:
+        only_trained: leave out parameters that are frozen, which are those of the start.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, keep: int, *, only_trained: bool = False) -> None:
+        self._folder, self._fingerprint, self._keep, self._only_trained = folder, fingerprint, keep, only_trained
 
     def latest(self) -> TrainState | None:
         """State of the newest checkpoint, None where there is none.
@@ -52,11 +66,16 @@ class Checkpoints:
             UserError: it belongs to another config, data or model.
         """
         path = self._folder / LATEST
-        if not path.is_file():
-            return None
+        return self._read(path) if path.is_file() else None
+
+    def at(self, step: int) -> TrainState:
+        """State of the checkpoint of a step. Raises as :meth:`latest`."""
+        return self._read(self._folder / step_name(step) / STATE)
+
+    def _read(self, path: Path) -> TrainState:
         try:
             state = TrainState(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise RunFailed(f"{path}: damaged ({error}). Delete {self._folder} to train the phase again.") from None
         if state.fingerprint != self._fingerprint:
             raise UserError(
@@ -73,15 +92,17 @@ class Checkpoints:
             shutil.rmtree(self._folder / temporary, ignore_errors=True)
             (self._folder / temporary).mkdir(parents=True)
         dist.barrier()
-        engine.save_checkpoint(str(self._folder), tag=temporary, save_latest=False)
+        engine.save_checkpoint(
+            str(self._folder), tag=temporary, save_latest=False, exclude_frozen_parameters=self._only_trained
+        )
         dist.barrier()
         if first:
             text = json.dumps(asdict(state), indent=1)
-            (self._folder / temporary / "state.json").write_text(text)
+            (self._folder / temporary / STATE).write_text(text)
             shutil.rmtree(self._folder / final, ignore_errors=True)
             (self._folder / temporary).rename(self._folder / final)
             _replace(self._folder / LATEST, text)
-            self._prune(final)
+            self._prune({final, step_name(state.best_step if state.best_step is not None else state.step)})
         dist.barrier()
 
     def load(self, engine: Any, state: TrainState) -> None:
@@ -92,13 +113,18 @@ class Checkpoints:
                 f"{dist.get_world_size()}: set training.num_workers={state.workers} to go on (changing the number of "
                 "workers in the middle of a phase is not supported yet)"
             )
-        engine.load_checkpoint(str(self._folder), tag=step_name(state.step))
+        if state.stage != engine.zero_optimization_stage():
+            raise UserError(
+                f"{self._folder / step_name(state.step)}: written by ZeRO stage {state.stage}, training.deepspeed is now of stage "
+                f"{engine.zero_optimization_stage()}: set one of stage {state.stage} to go on"
+            )
+        engine.load_checkpoint(str(self._folder), tag=step_name(state.step), load_module_strict=not self._only_trained)
 
-    def _prune(self, newest: str) -> None:
-        """Delete all but the newest checkpoints."""
+    def _prune(self, kept: set[str]) -> None:
+        """Delete all but the newest checkpoints and those to be kept."""
         steps = sorted(path.name for path in self._folder.glob("step-*"))
         for name in steps[: -self._keep]:
-            if name != newest:
+            if name not in kept:
                 shutil.rmtree(self._folder / name, ignore_errors=True)
 
 

@@ -9,9 +9,26 @@ from typing import Any
 
 from plad_dist.errors import UserError
 
+# What the run's own config decides, and by which key.
+_OURS = {
+    "train_batch_size": "training.<phase>.batch_groups",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_tokens",
+    "gradient_accumulation_steps": "training.<phase>.batch_groups and micro_batch_tokens",
+    "gradient_clipping": "training.<phase>.optimizer.clip_norm",
+    "optimizer": "training.<phase>.optimizer",
+    "scheduler": "training.<phase>.optimizer.schedule",
+    "bf16": "training.dtype",
+    "fp16": "training.dtype",
+    "data_types": "training.dtype",
+}
+
 
 def load_deepspeed(name: str) -> dict[str, Any]:
-    """A DeepSpeed config by name in ds_configs/ or by path. Raises :class:`UserError` where it is not ZeRO-3 JSON."""
+    """A DeepSpeed config by name in ds_configs/ or by path.
+
+    Raises:
+        UserError: it is no JSON, not ZeRO stage 2 or 3, or sets what the run's config sets.
+    """
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:
         packaged = Path(str(importlib.resources.files("plad_dist"))) / "ds_configs" / f"{name}.json"
@@ -23,6 +40,24 @@ def load_deepspeed(name: str) -> dict[str, Any]:
         raise UserError(f"training.deepspeed: {name!r}: no such file {path}; known by name: {known}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"training.deepspeed: {path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("zero_optimization", {}).get("stage") != 3:
-        raise UserError(f"training.deepspeed: {path}: expected zero_optimization.stage 3")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
+        raise UserError(f"training.deepspeed: {path}: expected zero_optimization.stage 2 or 3")
+    for key, ours in _OURS.items():
+        if key in config:
+            raise UserError(f"training.deepspeed: {path}: {key}: is set by the run's {ours}; remove one of the two")
     return config
+
+
+def check_deepspeed(name: str) -> None:
+    """Raise :class:`UserError` for keys of `zero_optimization` that the installed DeepSpeed does not take."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**load_deepspeed(name)["zero_optimization"])
+    except ValidationError as error:
+        lines = [f"zero_optimization.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise UserError(
+            f"training.deepspeed: {name}: not as the installed DeepSpeed takes it:\n  " + "\n  ".join(lines)
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def export_model(engine: Any, job: PhaseJob, state: TrainState) -> None:
     """Write ``models/<phase>/`` from all ranks, atomically, with the tokenizer and generation config of the start."""
     weights = gather_weights(engine)
+    adapter = _gather_adapter(engine) if job.lora is not None and job.lora.save_adapter else {}
     if dist.get_rank() == 0:
         final = job.folder("models")
         temporary = final.with_name(f".writing-{final.name}")
@@ -30,21 +32,68 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState) -> None:
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
         load_tokenizer(job.start, job.settings).save_pretrained(temporary)
+        if adapter:
+            _save_adapter(temporary / "adapter", adapter, model, job)
         commit_model(temporary, final, job.fingerprint, asdict(state))
     dist.barrier()
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The whole state dict on the first rank, one parameter at a time; empty on the others. Tied weights appear once."""
+    """The whole state dict on the first rank, one layer at a time; empty on the others. Tied weights appear once.
+
+    Adapters are merged into the weights that they adapt: ``W + scale * B A``.
+    """
     import deepspeed
 
+    first = dist.get_rank() == 0
+    model = engine.module.model
+    engine.empty_partition_cache()  # an evaluation leaves parameters on their way that it has asked for in advance
     weights: dict[str, torch.Tensor] = {}
-    for name, parameter in engine.module.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if dist.get_rank() == 0:
-                weights[name] = parameter.detach().cpu().clone()
-    if dist.get_rank() == 0:
-        weights |= {name: value.detach().cpu() for name, value in engine.module.model.named_buffers() if value.is_leaf}
-        persistent = engine.module.model.state_dict().keys()
+    adapted = {
+        f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
+    }
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            continue
+        module = adapted.get(name)
+        low_rank = [] if module is None else [module.lora_A["default"].weight, module.lora_B["default"].weight]
+        with deepspeed.zero.GatheredParameters([parameter, *low_rank]):
+            if first:
+                weight = parameter.detach().cpu().clone()
+                if module is not None:
+                    a_RH, b_OR = (matrix.detach().cpu().float() for matrix in low_rank)
+                    weight = (weight.float() + module.scaling["default"] * (b_OR @ a_RH)).to(weight.dtype)
+                weights[name.replace(".base_layer.", ".")] = weight
+    if first:
+        weights |= {name: value.detach().cpu() for name, value in model.named_buffers() if value.is_leaf}
+        persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
         weights = {name: value for name, value in weights.items() if name in persistent}
     return weights
+
+
+def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
+    """The adapters alone on the first rank, by the names that peft gives them in files."""
+    import deepspeed
+
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.model.named_parameters():
+        if "lora_" in name:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if dist.get_rank() == 0:
+                    found[f"base_model.model.{name.replace('.default', '')}"] = parameter.detach().cpu().clone()
+    return found
+
+
+def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], model: Any, job: PhaseJob) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    assert job.lora is not None
+    folder.mkdir(parents=True)
+    save_file(adapter, folder / "adapter_model.safetensors")
+    targets = sorted({name.split(".")[-3] for name in adapter})
+    config = LoraConfig(
+        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM",
+        base_model_name_or_path=job.start,
+    )  # fmt: skip
+    config.save_pretrained(folder)

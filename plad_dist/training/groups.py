@@ -1,31 +1,33 @@
-"""Where a phase's groups come from: references of the prompts, or pairs."""
+"""Where a phase's groups come from: references of the prompts, answers of the teacher, or pairs.
+
+Blocks are opened as they are needed and only a few are held open, whatever the size of the data; how many groups each
+holds is in the manifest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from plad_dist.config import Model
 from plad_dist.data.prompts import train_prompts
-from plad_dist.data.schemas import PAIRS, SAMPLES
+from plad_dist.data.schemas import PAIRS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
+from plad_dist.data.store import Dataset, Part, part_name
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batching import Group
 
-
-class GroupSource(Protocol):
-    """A fixed, randomly accessible list of groups."""
-
-    def __len__(self) -> int: ...
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]: ...
+_OPEN_BLOCKS = 256
+Row = dict[str, Any]
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -33,88 +35,303 @@ class DataSpec:
     """Names a phase's groups. Plain values: it travels to the workers.
 
     Attributes:
-        kind: `references` of the training prompts, finished `teacher` samples, `pairs`, or the `chosen` side of pairs.
+        kind: `references` of the training prompts, finished `teacher` samples, `pairs`, `lists` (all responses of a prompt,
+            ranked by score), or the `chosen` side of pairs.
         path: of the dataset of pairs or samples; empty for references.
-        max_length: longest prompt plus response in tokens; longer references are cut, without an end-of-sequence.
+        context: most tokens of a sequence, a prompt with one response.
+        longest: most tokens of a group as the model computes them, None for any.
+        shares: responses share one pass over their prompt.
+        over_long: what becomes of a longer one.
+        end_ids: tokens that end a response.
+        references: of the dataset with log-likelihoods by the starting student; empty for none.
     """
 
-    kind: Literal["references", "teacher", "pairs", "chosen"]
+    kind: Literal["references", "teacher", "pairs", "lists", "chosen"]
     path: str
-    max_length: int
+    context: int
+    longest: int | None = None
+    shares: bool = True
+    over_long: Literal["fail", "drop", "truncate", "keep"] = "fail"
+    end_ids: tuple[int, ...] = ()
+    references: str = ""
+
+    @property
+    def counted(self) -> str:
+        """Name of the count in a part that says how many groups it holds."""
+        return {"references": "references", "teacher": "finished"}.get(self.kind, "groups")
+
+    def dataset(self, storage: Storage) -> Dataset:
+        """The dataset whose parts count the groups."""
+        match self.kind:
+            case "references":
+                return train_prompts(storage)
+            case "teacher":
+                return Dataset(storage, self.path, SAMPLES)
+            case _:
+                return Dataset(storage, self.path, PAIRS)
+
+
+def group_counts(spec: DataSpec, parts: Sequence[Part]) -> list[int]:
+    """Groups in every block."""
+    return [part.counts.get(spec.counted, 0) for part in parts]
 
 
 def open_groups(spec: DataSpec, storage: Storage, model: str, settings: Model) -> GroupSource:
     """The groups that a spec names, in the tokens of a model."""
+    dataset = spec.dataset(storage)
+    counts = group_counts(spec, dataset.require("run").parts)
     if spec.kind in ("references", "teacher"):
-        prompts = train_prompts(storage).read()
-        if spec.kind == "teacher":
-            prompts = with_responses(prompts, Dataset(storage, spec.path, SAMPLES).read())
-        return ReferenceGroups(prompts, Renderer(model, settings), spec.max_length)
-    return PairGroups(Dataset(storage, spec.path, PAIRS).read(), with_rejected=spec.kind == "pairs")
+        make = _Tokenize(Renderer(model, settings))
+        prompts = train_prompts(storage)
+        if spec.kind == "references":
+            return GroupSource(counts, lambda block, check: _Referenced(prompts.read_block(block, check)), make, spec)
+
+        def answers(block: int, check: bool) -> _Block:
+            return _Answered(prompts.read_block(block, check), dataset.read_block(block, check))
+
+        return GroupSource(counts, answers, make, spec)
+    references = Dataset(storage, spec.references, REFERENCES) if spec.references else None
+
+    def pairs(block: int, check: bool) -> _Block:
+        known = references.read_block(block, check) if references else None
+        return PairedRows(dataset.read_block(block, check), known, f"{dataset.path}/{part_name(block)}")
+
+    makers: dict[str, Callable[[list[list[Row]]], list[Group]]] = {
+        "pairs": make_pairs,
+        "chosen": _chosen,
+        "lists": partial(_lists, set(spec.end_ids)),
+    }
+    return GroupSource(counts, pairs, makers[spec.kind], spec)
 
 
-def with_responses(prompts: pa.Table, samples: pa.Table) -> pa.Table:
-    """The prompts of all finished samples, once per sample, with the sample's text in the place of the reference."""
-    finished = samples.filter(pc.equal(samples["finish_reason"], "stop")).select(["prompt_id", "text"])
-    rows = pc.index_in(finished["prompt_id"], value_set=prompts["prompt_id"].combine_chunks())
-    table = prompts.take(rows)
-    return table.set_column(table.schema.get_field_index("reference"), "reference", finished["text"])
+class GroupSource:
+    """A fixed, randomly accessible list of groups.
 
+    Args:
+        counts: groups in every block.
+        open_block: gives the rows of the groups of a block, by their number in it; verifies its parts where it is told to.
+        make: turns rows into groups.
 
-class ReferenceGroups:
-    """Prompts with their references as the only response, tokenized when taken."""
+    Attributes:
+        changed: groups that were `dropped` or `cut` because they were too long.
+    """
 
-    def __init__(self, prompts: pa.Table, renderer: Renderer, max_length: int) -> None:
-        references = prompts["reference"]
-        self._rows = np.flatnonzero(references.is_valid().to_numpy(zero_copy_only=False))
-        if not len(self._rows):
-            raise UserError("no prompt has a reference, so there is nothing to learn from; set reference_column")
-        self._prompts = _Rows(prompts, ["messages", "reference"])
-        self._renderer, self._max_length = renderer, max_length
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
-        rows = self._prompts.take(self._rows[np.asarray(indices)])
-        prompts = self._renderer.prompt_ids([row["messages"] for row in rows])
-        responses = self._renderer.response_ids([row["reference"] for row in rows])
-        room = self._max_length
-        return [
-            Group(prompt[: room - 1], [response[: room - min(len(prompt), room - 1)]])
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-
-
-class PairGroups:
-    """Pairs: the chosen response first, then, where it is wanted, the rejected one."""
-
-    def __init__(self, pairs: pa.Table, *, with_rejected: bool) -> None:
-        self._responses = ["chosen_token_ids", "rejected_token_ids"][: 2 if with_rejected else 1]
-        self._pairs = _Rows(pairs, ["prompt_token_ids", *self._responses])
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
-        rows = self._pairs.take(np.asarray(indices))
-        return [Group(row["prompt_token_ids"], [row[name] for name in self._responses]) for row in rows]
-
-
-class _Rows:
-    """Rows of a memory-mapped table by index, without copying its parts together."""
-
-    def __init__(self, table: pa.Table, columns: list[str]) -> None:
-        self._batches = table.select(columns).to_batches()
-        self._ends = np.cumsum([len(batch) for batch in self._batches])
+    def __init__(
+        self,
+        counts: Sequence[int],
+        open_block: Callable[[int, bool], _Block],
+        make: Callable[[list[list[Row]]], list[Group]],
+        spec: DataSpec,
+    ) -> None:
+        self._ends = np.cumsum(np.asarray(counts, dtype=np.int64))
+        self._open_block, self._make, self._spec = open_block, make, spec
+        self._open: OrderedDict[int, _Block] = OrderedDict()
+        self._verified: set[int] = set()
+        self.changed: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def take(self, indices: np.ndarray) -> list[dict[str, Any]]:
-        rows = []
-        for index in indices.tolist():
-            number = int(np.searchsorted(self._ends, index, side="right"))
-            batch = self._batches[number]
-            rows += batch.slice(index - int(self._ends[number]) + len(batch), 1).to_pylist()
+    def take(self, indices: Sequence[int] | np.ndarray) -> list[Group]:
+        """Groups by index, in this order. Over-long ones are refused, left out or cut, as the spec says.
+
+        Raises :class:`UserError` naming a group that is refused.
+        """
+        kept = []
+        for group in self._make([self._rows(int(index)) for index in indices]):
+            fitted = fit(group, self._spec)
+            self.changed["dropped"] += fitted is None
+            self.changed["cut"] += fitted is not None and fitted is not group
+            if fitted is not None:
+                kept.append(fitted)
+        return kept
+
+    def _rows(self, index: int) -> list[Row]:
+        block = int(np.searchsorted(self._ends, index, side="right"))
+        if block in self._open:
+            self._open.move_to_end(block)
+        else:
+            self._open[block] = self._open_block(block, block not in self._verified)
+            self._verified.add(block)
+            if len(self._open) > _OPEN_BLOCKS:
+                self._open.popitem(last=False)
+        return self._open[block].rows(index - (int(self._ends[block - 1]) if block else 0))
+
+
+def fit(group: Group, spec: DataSpec) -> Group | None:
+    """A group within the bounds of a spec: as it is, None where it is to be dropped, or cut.
+
+    Cut is the beginning of the prompt, and where a single token of it is left, the ends of the responses.
+    """
+    sequence = len(group.prompt) + max(map(len, group.responses))
+    tokens = group.tokens if spec.shares else group.tokens_apart
+    longest = spec.longest if spec.longest is not None else tokens
+    if (sequence <= spec.context and tokens <= longest) or spec.over_long == "keep":
+        return group
+    if spec.over_long == "drop":
+        return None
+    if spec.over_long == "fail":
+        raise UserError(too_long(group.name, sequence, spec.context, tokens, spec.longest))
+    copies = 1 if spec.shares else len(group.responses)
+    surplus = max(sequence - spec.context, -(-(tokens - longest) // copies))
+    if surplus < len(group.prompt):
+        return replace(group, prompt=group.prompt[surplus:])
+    most = min((longest - copies) // len(group.responses) + 1, spec.context - 1)
+    return replace(
+        group, prompt=group.prompt[-1:], responses=[response[: max(1, most)] for response in group.responses]
+    )
+
+
+def too_long(name: str, sequence: int, context: int, tokens: int, longest: int | None) -> str:
+    """What is wrong with a group over the bounds, and what to do."""
+    if sequence > context:
+        what = f"its prompt with a response has {sequence:,} tokens, the student's context holds {context:,}"
+    else:
+        what = f"its prompt and responses have {tokens:,} tokens, training.max_group_tokens is {longest:,}"
+    return f"{name}: {what}. Set training.over_long to drop or truncate."
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+class _Block:
+    """The rows of one block."""
+
+    def rows(self, number: int) -> list[Row]:
+        """Those of one group."""
+        raise NotImplementedError
+
+
+class _Referenced(_Block):
+    """Prompts that have a reference."""
+
+    def __init__(self, prompts: pa.Table) -> None:
+        self._prompts = prompts.select(["prompt_id", "messages", "reference"])
+        self._places = np.flatnonzero(prompts["reference"].is_valid().to_numpy(zero_copy_only=False))
+
+    def rows(self, number: int) -> list[Row]:
+        rows: list[Row] = self._prompts.slice(int(self._places[number]), 1).to_pylist()
         return rows
+
+
+class _Answered(_Block):
+    """Finished samples, each with the messages that it answers."""
+
+    def __init__(self, prompts: pa.Table, samples: pa.Table) -> None:
+        self._messages = dict(zip(prompts["prompt_id"].to_pylist(), range(prompts.num_rows), strict=True))
+        self._prompts, self._samples = prompts, samples.select(["prompt_id", "text"])
+        reasons = samples["finish_reason"].to_pylist()
+        self._places = [place for place, reason in enumerate(reasons) if reason == "stop"]
+
+    def rows(self, number: int) -> list[Row]:
+        sample = self._samples.slice(self._places[number], 1).to_pylist()[0]
+        messages = self._prompts["messages"][self._messages[sample["prompt_id"]]].as_py()
+        return [{"prompt_id": sample["prompt_id"], "messages": messages, "reference": sample["text"]}]
+
+
+class PairedRows(_Block):
+    """Pairs, those of one prompt together."""
+
+    def __init__(self, pairs: pa.Table, references: pa.Table | None, name: str) -> None:
+        if references is not None:
+            for column in ("chosen_reference_logp", "rejected_reference_logp"):
+                pairs = pairs.append_column(column, references[column])
+        self._pairs, self._name = pairs, name
+        ids = np.asarray(pairs["prompt_id"].to_pylist(), dtype=object)
+        self.starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])) if len(ids) else np.empty(0, np.int64)
+        self._ends = np.append(self.starts[1:], len(ids))
+
+    def rows(self, number: int) -> list[Row]:
+        start, end = int(self.starts[number]), int(self._ends[number])
+        rows: list[Row] = self._pairs.slice(start, end - start).to_pylist()
+        for place, row in enumerate(rows):
+            row["name"] = f"{self._name}: row {start + place} (counted from 0), prompt {row['prompt_id']}"
+        return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- groups
+
+
+class _Tokenize:
+    """Prompts with one response, tokenized when they are taken."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+
+    def __call__(self, rows: list[list[Row]]) -> list[Group]:
+        flat = [row for (row,) in rows]
+        prompts = self._renderer.prompt_ids([row["messages"] for row in flat])
+        responses = self._renderer.response_ids([row["reference"] for row in flat])
+        return [
+            Group(prompt, [response], name=f"prompt {row['prompt_id']}")
+            for row, prompt, response in zip(flat, prompts, responses, strict=True)
+        ]
+
+
+def make_pairs(rows: list[list[Row]]) -> list[Group]:
+    return [_responses(group) for group in rows]
+
+
+def _chosen(rows: list[list[Row]]) -> list[Group]:
+    """The chosen responses alone."""
+    found = []
+    for pairs in rows:
+        group = _responses(pairs)
+        kept = [group.responses[place] for place in group.anchored]
+        found.append(Group(group.prompt, kept, anchored=range(len(kept)), name=group.name))
+    return found
+
+
+def _lists(end_ids: set[int], rows: list[list[Row]]) -> list[Group]:
+    """All responses of a prompt, the one with the best score first, compared each with each.
+
+    Responses that were cut at the token limit come after all that ended, and are never raised by the anchor.
+    """
+    found = []
+    for pairs in rows:
+        group = _responses(pairs)
+        ended = [response[-1] in end_ids for response in group.responses]
+        order = sorted(range(len(ended)), key=lambda place: (not ended[place], -group.scores[place], place))
+        ranked: dict[str, Any] = {
+            name: [getattr(group, name)[place] for place in order]
+            for name in ("responses", "scores", "references", "sampled")
+            if getattr(group, name)
+        }
+        ranks = [(better, worse, worse - better) for better, worse in combinations(range(len(order)), 2)]
+        found.append(replace(group, pairs=ranks, anchored=(0,) if ended[order[0]] else (), **ranked))
+    return found
+
+
+def _responses(pairs: list[Row]) -> Group:
+    """A prompt's pairs as a group: every response once, the chosen ones first."""
+    places: dict[tuple[str, tuple[int, ...]], int] = {}
+    figures: list[tuple[float, float, float]] = []
+    for side in ("chosen", "rejected"):
+        for row in pairs:
+            key = side, tuple(row[f"{side}_token_ids"])
+            if key not in places:
+                places[key] = len(places)
+                logprob = row.get("rejected_logprob") if side == "rejected" else None
+                figures.append(
+                    (_number(row[f"{side}_score"]), _number(row.get(f"{side}_reference_logp")), _number(logprob))
+                )
+    compared = [
+        (places["chosen", tuple(row["chosen_token_ids"])], places["rejected", tuple(row["rejected_token_ids"])], 1)
+        for row in pairs
+    ]
+    scores, references, sampled = zip(*figures, strict=True)
+    return Group(
+        prompt=pairs[0]["prompt_token_ids"],
+        responses=[list(tokens) for _, tokens in places],
+        pairs=compared,
+        anchored=sorted({chosen for chosen, _, _ in compared}),
+        scores=scores,
+        references=references,
+        sampled=sampled,
+        name=pairs[0]["name"],
+        prompt_id=pairs[0]["prompt_id"],
+    )
+
+
+def _number(value: float | None) -> float:
+    return NAN if value is None else value

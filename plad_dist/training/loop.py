@@ -1,30 +1,38 @@
-"""What each training worker runs: DeepSpeed ZeRO-3 over the global steps of one phase."""
+"""What each training worker runs: DeepSpeed over the global steps of one phase."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from plad_dist.config import Model, Optimizer, Phase
-from plad_dist.data.models import load_model_config
+from plad_dist.config import Lora, Model, Optimizer, Phase
 from plad_dist.data.storage import Storage
+from plad_dist.errors import UserError
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoints import Checkpoints, TrainState
+from plad_dist.training.engine import build_engine
 from plad_dist.training.export import export_model
-from plad_dist.training.groups import DataSpec, GroupSource, open_groups
+from plad_dist.training.groups import DataSpec, open_groups
 from plad_dist.training.losses import group_losses
 from plad_dist.training.metrics import MetricsLog, StepTotals
-from plad_dist.training.policy import Policy, check_trainable, without_dropout
+from plad_dist.training.references import write_references
+from plad_dist.training.speed import Speed
 
 logger = logging.getLogger(__name__)
+
+STOPPED = "stopped.json"
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class PhaseJob:
         start: folder or hub name of the model to start from.
         heldout: pairs that are ranked but not trained on; None for none.
         deepspeed: the DeepSpeed config, without batch, precision and optimizer.
+        longest: most tokens of a group, None for any.
+        attention: which implementation is wanted.
         monitor: Ray actor that takes progress, None for none.
     """
 
@@ -51,7 +61,12 @@ class PhaseJob:
     deepspeed: dict[str, Any]
     dtype: str
     micro_batch_tokens: int
+    longest: int | None
+    attention: Literal["auto", "sdpa", "flex"]
+    lora: Lora | None
     gradient_checkpointing: bool
+    divergence_factor: float
+    trackers: tuple[str, ...]
     storage: Storage
     fingerprint: str
     monitor: Any = None
@@ -63,15 +78,48 @@ class PhaseJob:
         return root / kind / self.name
 
 
+class StoppedError(Exception):
+    """Training must not go on, and to try again would end alike. Every rank raises it in the same place.
+
+    Attributes:
+        by_user: the user must mend an input; otherwise the run failed.
+    """
+
+    def __init__(self, message: str, *, by_user: bool = False) -> None:
+        super().__init__(message)
+        self.by_user = by_user
+
+
 def train_loop(job: PhaseJob) -> None:
-    """Train a phase from its newest checkpoint to its last step, then export the model."""
+    """Train a phase from its newest checkpoint to its last step, then export the model.
+
+    What would end alike again is not raised but left in ``checkpoints/<phase>/stopped.json``.
+    """
     torch.manual_seed(job.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    worker = Worker(job, device)
+    worker = None
     try:
+        with _agreed():
+            worker = Worker(job, device)
         worker.run()
+    except StoppedError as stop:
+        if dist.get_rank() == 0:
+            text = json.dumps({"message": str(stop), "by_user": stop.by_user})
+            job.folder("checkpoints").mkdir(parents=True, exist_ok=True)
+            (job.folder("checkpoints") / STOPPED).write_text(text)
+        dist.barrier()
     finally:
-        worker.engine.destroy()
+        if worker is not None:
+            worker.close()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One global step as one rank does it: its micro-batches, each with the names of its groups, and all groups."""
+
+    micro_batches: list[tuple[MicroBatch, list[str]]]
+    groups: int
+    names: list[str]
 
 
 class Worker:
@@ -80,163 +128,280 @@ class Worker:
     def __init__(self, job: PhaseJob, device: torch.device) -> None:
         self.job, self.device = job, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.groups = open_groups(job.data, job.storage, job.start, job.settings)
         self.engine = build_engine(job, device)
-        self.checkpoints = Checkpoints(job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints)
-        self.state = TrainState(0, 0, 0, self.world, job.fingerprint)
+        self.layout = self.engine.module.attention.layout
+        self.checkpoints = Checkpoints(
+            job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints, only_trained=job.lora is not None
+        )
+        stage = self.engine.zero_optimization_stage()
+        self.state = TrainState(0, 0, 0, self.world, job.fingerprint, stage=stage)
+        self.speed = Speed(self.engine.module, device)
+        self._ahead = ThreadPoolExecutor(1, "groups")
+        self._next: tuple[int, Future[_Work]] | None = None
 
     def run(self) -> None:
-        """The phase from where it stands to its end."""
-        job = self.job
-        found = self.checkpoints.latest()
-        if found is not None:
-            self.checkpoints.load(self.engine, found)
-            self.state = found
-        log = MetricsLog(job.folder("events"), self.state.step, job.steps, job.monitor) if self.rank == 0 else None
+        """The phase from where it stands to its end. Raises :class:`StoppedError`."""
+        job, phase = self.job, self.job.phase
+        self._open_groups()
+        with _agreed():
+            found = self.checkpoints.latest()
+            if found is not None:
+                self.checkpoints.load(self.engine, found)
+                self.state = found
+        log = self._log() if self.rank == 0 else None
         if log is not None:
             log.begin(self._partition_report())
         if found is None:
-            self._rank_heldout(log)
-        while self.state.step < job.steps:
+            self._evaluate(log)
+        while self.state.step < job.steps and not self._exhausted:
             self._step(log)
-            if self.state.step % job.phase.checkpoint_every == 0 or self.state.step == job.steps:
+            step, best = self.state.step, False
+            if phase.evaluate_every and step % phase.evaluate_every == 0 and step < job.steps:
+                best = self._evaluate(log)
+            last = step == job.steps or self._exhausted
+            if step % phase.checkpoint_every == 0 or last or (best and phase.export == "best"):
                 self.checkpoints.save(self.engine, self.state)
-        self._rank_heldout(log)
-        export_model(self.engine, job, self.state)
+        if self._exhausted and log is not None:
+            log.say(f"stopped at step {self.state.step}: nothing better in {phase.patience} evaluations")
+        self._evaluate(log)
+        self._export(log)
         if log is not None:
             log.close()
+
+    def close(self) -> None:
+        """Give back everything."""
+        self._ahead.shutdown(wait=False, cancel_futures=True)
+        self.engine.destroy()
+
+    def _log(self) -> MetricsLog:
+        job = self.job
+        run = job.storage.url.rstrip("/").rpartition("/")[2]
+        return MetricsLog(job.folder("events"), self.state.step, job.steps, job.monitor, job.trackers, run)
+
+    def _open_groups(self) -> None:
+        """Open the groups, and for losses that compare with the starting student make its log-likelihoods first."""
+        job = self.job
+        data, heldout = job.data, job.heldout
+        if job.phase.loss.needs_references:
+            with _agreed():
+                data = write_references(data, job, self.engine, self.device)
+                heldout = write_references(heldout, job, self.engine, self.device) if heldout else None
+        self.groups = open_groups(data, job.storage, job.start, job.settings)
+        self.heldout = open_groups(heldout, job.storage, job.start, job.settings) if heldout else None
 
     # -- one global step
 
     def _step(self, log: MetricsLog | None) -> None:
         started = time.monotonic()
         job, step = self.job, self.state.step
-        indices = step_groups(len(self.groups), job.phase.batch_groups, job.seed, step)
-        groups = self.groups.take(indices)
-        shares = share_out(groups, job.micro_batch_tokens, self.world)[self.rank]
+        work = self._work_of(step)
+        waited = time.monotonic() - started
         rate = learning_rate_factor(job.phase.optimizer, step, job.steps)
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = parameters["initial_lr"] * rate
-        totals = StepTotals()
+        totals = StepTotals(job.phase.loss, self.device)
+        diverged: list[str] = []
         self.engine.train()
-        for number, share in enumerate(shares):
-            self.engine.set_gradient_accumulation_boundary(number == len(shares) - 1)
-            self._micro_step([groups[index] for index in share], len(groups), totals)
-        tokens = int(totals.reduce(self.device)["tokens"])
-        self.state = TrainState(
-            step + 1, self.state.groups + len(groups), self.state.tokens + tokens, self.world, job.fingerprint
+        for number, (micro_batch, names) in enumerate(work.micro_batches):
+            last = number == len(work.micro_batches) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
+            losses_B = self._backward(micro_batch, work.groups, totals)
+            if losses_B is not None:
+                diverged += [
+                    name for name, loss in zip(names, losses_B.tolist(), strict=True) if not math.isfinite(loss)
+                ]
+            if last:  # the weights are not touched before all ranks know that the step is sound
+                totals.reduce()
+                self._refuse_divergence(totals, diverged)
+            self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise StoppedError(self._diverged(f"the gradient norm is {norm}", work.names))
+        tokens = int(totals.sums["tokens"])
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            groups=self.state.groups + work.groups,
+            tokens=self.state.tokens + tokens,
+            workers=self.world,
         )
         if log is not None:
-            figures = totals.figures() | {
+            seconds = time.monotonic() - started
+            figures = totals.figures()
+            figures |= self._drift(figures) | self.speed.figures(totals.sums, seconds, self.world)
+            figures |= {
                 "lr": job.phase.optimizer.lr * rate,
-                "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-                "tokens_per_s": tokens / (time.monotonic() - started),
-                "seconds": time.monotonic() - started,
+                "grad_norm": norm,
+                "seconds": seconds,
+                "input_wait_share": waited / seconds,
+                "groups_dropped": float(self.groups.changed["dropped"]),
+                "groups_cut": float(self.groups.changed["cut"]),
             }
             log.step(self.state, figures)
 
-    def _micro_step(self, groups: list[Group], global_groups: int, totals: StepTotals) -> None:
-        batch = collate(groups, filler=0).to(self.device)
-        logps_BK = self.engine(batch)
+    def _backward(self, batch: MicroBatch, all_groups: int, totals: StepTotals) -> torch.Tensor | None:
+        """One micro-batch forward and backward. Returns the losses of its groups, None where it has none."""
+        batch = batch.to(self.device)
+        logps_S = self.engine(batch)
+        losses_B = None
         if batch.groups:
-            losses_B = group_losses(self.job.phase.loss, logps_BK, batch.lengths_BK)
+            losses_B = group_losses(self.job.phase.loss, batch.pairs, logps_S, batch.lengths_S, batch.references_S)
             loss = losses_B.sum()
-            totals.add(self.job.phase.loss, batch, logps_BK.detach(), losses_B.detach())
+            losses_B = losses_B.detach()
+            totals.add(batch, logps_S.detach(), losses_B)
         else:
-            loss = logps_BK.sum() * 0.0
+            loss = logps_S.sum() * 0.0
         # DeepSpeed means over ranks; the gradient wanted is the mean over the groups of all ranks.
-        self.engine.backward(loss * (self.world / global_groups))
-        self.engine.step()
+        self.engine.backward(loss * (self.world / max(1, all_groups)))
+        return losses_B
+
+    def _work_of(self, step: int) -> _Work:
+        """The micro-batches of a step, which were made while the one before was computed."""
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._ahead.submit(self._prepare, step))
+        with _agreed():
+            work = self._next[1].result()
+        self._next = (step + 1, self._ahead.submit(self._prepare, step + 1)) if step + 1 < self.job.steps else None
+        return work
+
+    def _prepare(self, step: int) -> _Work:
+        job = self.job
+        groups = self.groups.take(step_groups(len(self.groups), job.phase.batch_groups, job.seed, step))
+        micro_batches = [
+            (collate(share, filler=0, layout=self.layout), [group.name for group in share])
+            for share in self._share(groups)
+        ]
+        return _Work(micro_batches, len(groups), [group.name for group in groups])
+
+    def _share(self, groups: Sequence[Group]) -> list[list[Group]]:
+        """The groups of this rank's micro-batches. Raises :class:`UserError` for a group that none can hold."""
+        sizes = [self.layout.tokens(group) for group in groups]
+        budget = self.job.micro_batch_tokens
+        if sizes and max(sizes) > budget:
+            name = groups[int(np.argmax(sizes))].name
+            raise UserError(
+                f"{name}: its group has {max(sizes):,} tokens, more than training.micro_batch_tokens={budget:,} holds. Raise "
+                "it, or set training.max_group_tokens and training.over_long."
+            )
+        return [[groups[index] for index in share] for share in share_out(sizes, budget, self.world)[self.rank]]
+
+    # -- health
+
+    def _drift(self, figures: dict[str, float]) -> dict[str, float]:
+        """How far the likelihoods have moved since the first step."""
+        first = self.state.first
+        return {
+            f"{name}_drift": figures[name] - first[name] for name in ("chosen_logp", "rejected_logp") if name in first
+        }
+
+    def _refuse_divergence(self, totals: StepTotals, named: list[str]) -> None:
+        """Raise :class:`StoppedError` on all ranks where the loss is not a number or has exploded, before the weights change."""
+        figures, groups = totals.figures(), max(1.0, totals.sums["groups"])
+        loss = figures["loss"]
+        first = self.state.first or figures
+        scale = max(abs(first["loss"]), totals.sums["chosen_tokens"] / groups, 1.0)
+        if math.isfinite(loss) and loss <= self.job.divergence_factor * scale:
+            self.state = replace(self.state, first=first)
+            return
+        found: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(found, named)
+        names = [name for of_rank in found for name in of_rank]
+        raise StoppedError(
+            self._diverged(f"the loss is {loss:.6g}, at the first step it was {first['loss']:.6g}", names)
+        )
+
+    def _diverged(self, what: str, groups: list[str]) -> str:
+        kept = self.checkpoints.latest()
+        shown = "".join(f"\n  {name}" for name in groups[:10]) + ("\n  ..." if len(groups) > 10 else "")
+        return (
+            f"phase {self.job.name}: step {self.state.step + 1}: {what}. The step was not taken. Kept: "
+            f"{f'the checkpoint of step {kept.step}' if kept else 'no checkpoint yet'}. Lower the learning rate, raise "
+            f"mle_weight, or mend the data; then use another run.dir.{' Groups:' if groups else ''}{shown}"
+        )
 
     # -- held-out pairs
 
     @torch.no_grad()
-    def _rank_heldout(self, log: MetricsLog | None) -> None:
-        """How well held-out pairs are ranked by sequence log-likelihood."""
+    def _evaluate(self, log: MetricsLog | None) -> bool:
+        """Rank the held-out pairs and note whether the weights are the best so far, which is returned."""
         job = self.job
-        if job.heldout is None:
-            return
-        source: GroupSource = open_groups(job.heldout, job.storage, job.start, job.settings)
-        count = min(len(source), job.heldout_limit)
-        if not count:
-            return
-        groups = source.take(np.arange(count))
-        totals = StepTotals()
+        count = min(len(self.heldout), job.heldout_limit) if self.heldout is not None else 0
+        if self.heldout is None or not count or self.state.evaluated == self.state.step:
+            return False
+        with _agreed():
+            shares = self._share(self.heldout.take(np.arange(count)))
+        totals = StepTotals(job.phase.loss, self.device)
         self.engine.eval()
-        for share in share_out(groups, job.micro_batch_tokens, self.world)[self.rank]:
-            batch: MicroBatch = collate([groups[index] for index in share], filler=0).to(self.device)
-            logps_BK = self.engine(batch)
+        for share in shares:
+            batch = collate(share, filler=0, layout=self.layout).to(self.device)
+            logps_S = self.engine(batch)
             if batch.groups:
-                totals.add(job.phase.loss, batch, logps_BK, torch.zeros(batch.groups, device=self.device))
-        totals.reduce(self.device)
+                losses_B = group_losses(job.phase.loss, batch.pairs, logps_S, batch.lengths_S, batch.references_S)
+                totals.add(batch, logps_S, losses_B)
+        totals.reduce()
+        figures = totals.figures()
+        if not totals.sums["pairs"]:  # all were over the bounds
+            return False
         if log is not None:
-            log.heldout(self.state.step, count, totals.figures())
+            log.heldout(self.state.step, int(totals.sums["pairs"]), figures)
+        return self._compare(figures)
+
+    def _compare(self, figures: dict[str, float]) -> bool:
+        """Whether the figures of an evaluation are the best so far."""
+        value = {
+            "pairs_ranked_right": figures.get("pair_accuracy", 0.0),
+            "loss": -figures["loss"],
+            "chosen_logp": figures["chosen_logp"],
+        }[self.job.phase.best_by]
+        state = replace(self.state, evaluated=self.state.step)
+        if not math.isfinite(value):
+            self.state = state
+            return False
+        better = state.best is None or value > state.best
+        if self.state.step == 0:  # the start is no checkpoint of this phase
+            better = False
+        elif better:
+            state = replace(state, best=value, best_step=state.step, stale=0)
+        else:
+            state = replace(state, stale=state.stale + 1)
+        self.state = state
+        return better
+
+    @property
+    def _exhausted(self) -> bool:
+        patience = self.job.phase.patience
+        return patience is not None and self.state.stale >= patience
+
+    def _export(self, log: MetricsLog | None) -> None:
+        state = self.state
+        if self.job.phase.export == "best" and state.best_step not in (None, state.step):
+            state = self.checkpoints.at(state.best_step)
+            self.checkpoints.load(self.engine, state)
+            if log is not None:
+                log.say(f"exports the best checkpoint, of step {state.step}")
+        export_model(self.engine, self.job, state)
 
     def _partition_report(self) -> str:
         """One line that shows how the parameters are really partitioned."""
         parameters = list(self.engine.module.parameters())
-        total = sum(parameter.ds_numel for parameter in parameters)
-        held = sum(parameter.ds_tensor.numel() for parameter in parameters)
+        total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in parameters)
         stage = self.engine.zero_optimization_stage()
+        why = self.engine.module.attention.why
         return (
             f"zero stage {stage} with {self.world} ranks; {total:,} parameters, this rank holds "
             f"{held:,} ({held / total:.0%}); step {self.state.step} of {self.job.steps}; {len(self.groups):,} groups"
+            + (f"; responses do not share their prompt: {why}" if why else "")
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ pieces
-
-
-def build_engine(job: PhaseJob, device: torch.device) -> Any:
-    """The DeepSpeed engine of a phase. Under ZeRO-3 the model is partitioned while it loads."""
-    import deepspeed
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
-
-    model_config = load_model_config(job.start, job.settings)
-    check_trainable(model_config, job.name)
-    half = job.dtype == "bfloat16"
-    optimizer = job.phase.optimizer
-    zero = dict(job.deepspeed["zero_optimization"])
-    if optimizer.name == "muon":
-        zero["reduce_scatter"] = False  # Muon needs whole gradients
-    config = job.deepspeed | {
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm,
-        "bf16": {"enabled": half},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "optimizer": optimizer_section(optimizer),
-        "steps_per_print": 10**9,
-    }
-    partition_at_load = HfDeepSpeedConfig(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        job.start,
-        config=without_dropout(model_config),
-        revision=job.settings.revision,
-        trust_remote_code=job.settings.trust_remote_code,
-        dtype=torch.bfloat16 if half else torch.float32,
-        attn_implementation="sdpa",
-    )
-    del partition_at_load
-    model.config.use_cache = False
-    if job.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    policy = Policy(model)
-    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=policy.parameters())
-    for parameters in engine.optimizer.param_groups:
-        parameters["initial_lr"] = parameters["lr"]
-    return engine
-
-
-def optimizer_section(optimizer: Optimizer) -> dict[str, Any]:
-    """The DeepSpeed section of an optimizer."""
-    adam = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
-    if optimizer.name == "muon":
-        rates = {"muon_lr": optimizer.lr, "adam_lr": optimizer.adam_lr or optimizer.lr}
-        return {"type": "Muon", "params": adam | rates}
-    return {"type": "AdamW", "params": adam | {"lr": optimizer.lr, "torch_adam": True}}
+@contextmanager
+def _agreed() -> Iterator[None]:
+    """Turn what is wrong with the data, which every rank meets in the same place, into a stop."""
+    try:
+        yield
+    except UserError as error:
+        raise StoppedError(str(error), by_user=True) from None
 
 
 def learning_rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:

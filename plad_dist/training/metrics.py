@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +14,84 @@ from torch import Tensor
 from plad_dist.config import Loss
 from plad_dist.training.batching import MicroBatch
 from plad_dist.training.checkpoints import TrainState
+from plad_dist.training.trackers import Tracker, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
 _NAMES = (
-    "groups",
-    "tokens",
-    "loss",
-    "active",
-    "correct",
-    "chosen_logp",
-    "rejected_logp",
-    "chosen_tokens",
-    "rejected_tokens",
-)
+    "groups", "tokens", "tokens_apart", "loss", "chosen", "chosen_logp", "chosen_tokens", "pairs", "active", "correct",
+    "rejected", "rejected_logp", "rejected_tokens", "sampled", "sampler_gap",
+)  # fmt: skip
 
 
-@dataclass
 class StepTotals:
-    """Sums over the groups of one step, first of this rank and, after :meth:`reduce`, of all."""
+    """Sums over the groups of one step, first of this rank and, after :meth:`reduce`, of all.
 
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_NAMES, 0.0))
-    pairs: bool = False
+    They stay on the device until then, so that counting waits for nothing.
+    """
 
-    def add(self, loss: Loss, batch: MicroBatch, logps_BK: Tensor, losses_B: Tensor) -> None:
-        """Count a micro-batch."""
-        sums = self.sums
-        sums["groups"] += batch.groups
-        sums["tokens"] += batch.tokens
-        sums["loss"] += float(losses_B.sum())
-        sums["chosen_logp"] += float(logps_BK[:, 0].sum())
-        sums["chosen_tokens"] += float(batch.lengths_BK[:, 0].sum())
-        if logps_BK.shape[1] > 1:
-            self.pairs = True
-            scores_BK = logps_BK / batch.lengths_BK if loss.length_normalize else logps_BK
-            gap_B = scores_BK[:, 0] - scores_BK[:, 1]
-            sums["active"] += float((gap_B < loss.margin).sum())
-            sums["correct"] += float((gap_B > 0).sum())
-            sums["rejected_logp"] += float(logps_BK[:, 1].sum())
-            sums["rejected_tokens"] += float(batch.lengths_BK[:, 1].sum())
+    def __init__(self, loss: Loss, device: torch.device) -> None:
+        self._loss = loss
+        self._sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
+        self.sums: dict[str, float] = {}
 
-    def reduce(self, device: torch.device) -> dict[str, float]:
+    @torch.no_grad()
+    def add(self, batch: MicroBatch, logps_S: Tensor, losses_B: Tensor | None) -> None:
+        """Count a micro-batch. Without losses, those of an evaluation that looks at the log-likelihoods alone."""
+        pairs, lengths_S = batch.pairs, batch.lengths_S.double()
+        logps_S = logps_S.double()
+        anchored_S = torch.zeros_like(lengths_S).index_fill(0, pairs.anchored_A, 1.0)
+        rejected_S = torch.zeros_like(lengths_S).index_fill(0, pairs.rejected_P, 1.0) * (1 - anchored_S)
+        scores_S = logps_S / lengths_S if self._loss.per_token else logps_S
+        gap_P = scores_S[pairs.chosen_P] - scores_S[pairs.rejected_P]
+        if self._loss.name == "margin":
+            wanted_P = self._loss.margin * pairs.score_gap_P.double()
+        else:
+            wanted_P = (self._loss.hinge or 0.0) * pairs.steps_P.double()
+        sampled_S = batch.sampled_S.double()
+        known_S = ~sampled_S.isnan()
+        gap_S = torch.where(known_S, (logps_S - sampled_S).abs() / lengths_S, 0.0)
+        zero = logps_S.new_zeros(())
+        self._sums += torch.stack(
+            [
+                zero + batch.groups, zero + batch.tokens, zero + batch.tokens_apart,
+                zero if losses_B is None else losses_B.double().sum(),
+                anchored_S.sum(), (anchored_S * logps_S).sum(), (anchored_S * lengths_S).sum(),
+                zero + gap_P.numel(), (gap_P < wanted_P).sum().double(), (gap_P > 0).sum().double(),
+                rejected_S.sum(), (rejected_S * logps_S).sum(), (rejected_S * lengths_S).sum(),
+                known_S.sum().double(), gap_S.sum(),
+            ]
+        )  # fmt: skip
+
+    def reduce(self) -> dict[str, float]:
         """Add up over all ranks."""
-        values = torch.tensor([*self.sums.values(), float(self.pairs)], dtype=torch.float64, device=device)
-        dist.all_reduce(values)
-        *sums, pairs = values.tolist()
-        self.sums, self.pairs = dict(zip(_NAMES, sums, strict=True)), pairs > 0
+        dist.all_reduce(self._sums)
+        self.sums = dict(zip(_NAMES, self._sums.tolist(), strict=True))
         return self.sums
 
     def figures(self) -> dict[str, float]:
-        """Means per group. Log-likelihoods are per sequence, and per token under `_per_token`."""
-        sums, groups = self.sums, max(1.0, self.sums["groups"])
+        """Means per group, response and pair. Log-likelihoods are per sequence, and per token under `_per_token`."""
+        sums = self.sums
         figures = {
-            "loss": sums["loss"] / groups,
-            "chosen_logp": sums["chosen_logp"] / groups,
-            "chosen_logp_per_token": sums["chosen_logp"] / max(1.0, sums["chosen_tokens"]),
+            "loss": _ratio(sums["loss"], sums["groups"]),
+            "chosen_logp": _ratio(sums["chosen_logp"], sums["chosen"]),
+            "chosen_logp_per_token": _ratio(sums["chosen_logp"], sums["chosen_tokens"]),
+            "prompt_tokens_saved": _ratio(sums["tokens_apart"] - sums["tokens"], sums["tokens_apart"]),
         }
-        if self.pairs:
+        if sums["pairs"]:
             figures |= {
-                "pair_accuracy": sums["correct"] / groups,
-                "active_share": sums["active"] / groups,
-                "rejected_logp": sums["rejected_logp"] / groups,
-                "rejected_logp_per_token": sums["rejected_logp"] / max(1.0, sums["rejected_tokens"]),
+                "pair_accuracy": sums["correct"] / sums["pairs"],
+                "rejected_logp": _ratio(sums["rejected_logp"], sums["rejected"]),
+                "rejected_logp_per_token": _ratio(sums["rejected_logp"], sums["rejected_tokens"]),
             }
+            if self._loss.hinge is not None or self._loss.name == "margin":
+                figures["active_share"] = sums["active"] / sums["pairs"]
+        if sums["sampled"]:
+            figures["sampler_gap_per_token"] = sums["sampler_gap"] / sums["sampled"]
         return figures
+
+
+def _ratio(value: float, count: float) -> float:
+    return value / max(1.0, count)
 
 
 class MetricsLog:
@@ -87,15 +101,20 @@ class MetricsLog:
         folder: ``events/<phase>``.
         step: steps done before; what an earlier attempt wrote past it is superseded.
         monitor: Ray actor with a ``post`` method, or None.
+        trackers: packages that get the figures too.
+        run: what trackers call the run.
     """
 
-    def __init__(self, folder: Path, step: int, steps: int, monitor: Any) -> None:
+    def __init__(
+        self, folder: Path, step: int, steps: int, monitor: Any, trackers: tuple[str, ...] = (), run: str = ""
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self._phase, self._steps, self._monitor = folder.name, steps, monitor
+        self._trackers: list[Tracker] = open_trackers(trackers, run, folder.name)
 
     def step(self, state: TrainState, figures: dict[str, float]) -> None:
         """Figures of the step that was just done."""
@@ -105,7 +124,7 @@ class MetricsLog:
 
     def heldout(self, step: int, pairs: int, figures: dict[str, float]) -> None:
         """How held-out pairs are ranked after `step` steps."""
-        kept = {name: value for name, value in figures.items() if name != "loss"}
+        kept = {name: value for name, value in figures.items() if name not in ("prompt_tokens_saved", "active_share")}
         self._write({"step": step, "heldout_pairs": pairs, "heldout": kept}, "heldout", kept, step)
         self._post({"kind": "heldout", "step": step, **kept})
 
@@ -113,14 +132,23 @@ class MetricsLog:
         """Training begins or goes on; `text` says how, for the driver's log."""
         self._post({"kind": "begin", "steps": self._steps, "text": text})
 
+    def say(self, text: str) -> None:
+        """Something for the driver's log."""
+        self._post({"kind": "say", "text": text})
+
     def close(self) -> None:
         self._board.close()
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _write(self, record: dict[str, Any], group: str, figures: dict[str, float], step: int) -> None:
         self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
-        for name, value in figures.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+        named = {f"{group}/{name}": value for name, value in figures.items()}
+        for name, value in named.items():
+            self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(named, step)
 
     def _post(self, message: dict[str, Any]) -> None:
         if self._monitor is not None:

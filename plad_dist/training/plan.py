@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-import pyarrow.compute as pc
-
 from plad_dist.config import Config, Model, Phase, fingerprint
-from plad_dist.data.models import context_length, model_identity
+from plad_dist.data.models import context_length, load_model_config, model_identity
 from plad_dist.data.prompts import train_prompts
-from plad_dist.data.store import Dataset, Manifest
+from plad_dist.data.store import Manifest
+from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.phases import ROUND_PHASE, SEQKD, TEACHER, WARMUP
 from plad_dist.rundir import RunDir, require_model
+from plad_dist.training.attention import attention_of, check_rope
 from plad_dist.training.batching import steps_per_epoch
+from plad_dist.training.check import check_pairs
+from plad_dist.training.checkpoints import LATEST
 from plad_dist.training.deepspeed_config import load_deepspeed
-from plad_dist.training.groups import DataSpec
+from plad_dist.training.groups import DataSpec, group_counts
 from plad_dist.training.loop import PhaseJob
 from plad_dist.training.scratch import make_model
 
-Kind = Literal["references", "teacher", "pairs", "chosen"]
+Kind = Literal["references", "teacher", "pairs", "lists", "chosen"]
 
 # Keys of a phase that do not change what it trains.
 _OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
@@ -29,7 +32,8 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     """Everything about a phase. A model from scratch is made if it is not there.
 
     Raises:
-        UserError: the phase's inputs are missing.
+        UserError: the phase's inputs are missing, or pairs cannot be trained on.
+        RunFailed: there is nothing to train on.
     """
     training = config.training
     role = "teacher" if name == TEACHER else "student"
@@ -38,29 +42,51 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     calibrates = name in (ROUND_PHASE, SEQKD)
     start = run.student(config) if calibrates else _first_model(role, settings, config, run)
     require_model(start, f"train --phase {WARMUP}")
-    kind, source = _data(name, config, run)
-    manifest = source.require("run")
     context = context_length(start, settings)
+    check_rope(load_model_config(start, settings), context, role)
+    kind, path = _data(name, config, run)
+    shares = attention_of(load_model_config(start, settings), training.max_group_tokens).layout.shares
+    data = DataSpec(
+        kind=kind,
+        path=path,
+        context=context,
+        longest=training.max_group_tokens,
+        shares=shares,
+        over_long=training.over_long or ("fail" if calibrates else "truncate"),
+        end_ids=tuple(sorted(Renderer(start, settings).end_ids)) if kind == "lists" else (),
+    )
+    heldout = replace(data, kind="pairs", path=run.heldout_pairs().path) if calibrates else None
+    manifest = data.dataset(run.storage).require("run")
+    if heldout and not run.storage.holds(f"checkpoints/{name}/{LATEST}"):  # what is trained on was checked before
+        for spec in (data, heldout):
+            check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
-    steps = _equal_compute_steps(config, source) if name == SEQKD else _steps(phase, _count(kind, source, manifest))
+    groups = sum(group_counts(data, manifest.parts))
+    steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)
     identity = [
-        decides, steps, manifest.fingerprint, manifest.facts.get("content"), model_identity(start, settings), settings.template, kind, context,
-        config.run.seed, training.dtype,
+        decides, steps, manifest.fingerprint, manifest.facts.get("content"), model_identity(start, settings),
+        settings.template, kind, context, data.longest, data.over_long, data.end_ids, config.run.seed, training.dtype,
+        training.lora.model_dump(mode="json") if training.lora else None,
     ]  # fmt: skip
     return PhaseJob(
         name=name,
         start=start,
         settings=settings,
         phase=phase,
-        data=DataSpec(kind, source.path, context),
-        heldout=DataSpec("pairs", run.heldout_pairs().path, context) if calibrates else None,
+        data=data,
+        heldout=heldout,
         heldout_limit=training.heldout_pairs,
         seed=config.run.seed,
         steps=steps,
         deepspeed=load_deepspeed(training.deepspeed),
         dtype=training.dtype,
         micro_batch_tokens=training.micro_batch_tokens,
+        longest=training.max_group_tokens,
+        attention=training.attention,
+        lora=training.lora,
         gradient_checkpointing=training.gradient_checkpointing,
+        divergence_factor=training.divergence_factor,
+        trackers=tuple(training.trackers),
         storage=run.storage,
         fingerprint=fingerprint(identity),
     )
@@ -82,30 +108,18 @@ def _first_model(role: str, settings: Model, config: Config, run: RunDir) -> str
         prompts = train_prompts(run.storage)
         manifest = prompts.require("prepare")
         made_of = str(manifest.facts["content"])
-        make_model(settings.scratch, prompts.read(), made_of, config.run.seed, run.model(f"{role}-init"))
+        make_model(settings.scratch, prompts, made_of, config.run.seed, run.model(f"{role}-init"))
     return start
 
 
-def _data(name: str, config: Config, run: RunDir) -> tuple[Kind, Dataset]:
+def _data(name: str, config: Config, run: RunDir) -> tuple[Kind, str]:
     if name == ROUND_PHASE:
-        return "pairs", run.pairs()
+        return ("lists" if config.training.round.loss.name == "listwise" else "pairs"), run.pairs().path
     if name == SEQKD:
-        return "chosen", run.pairs()
+        return "chosen", run.pairs().path
     if name == WARMUP and config.training.warmup is not None and config.training.warmup.data == "teacher":
-        return "teacher", run.samples("teacher")
-    return "references", train_prompts(run.storage)
-
-
-def _count(kind: Kind, source: Dataset, manifest: Manifest) -> int:
-    """Groups that a phase has."""
-    match kind:
-        case "references":
-            return int(pc.count(source.read(["reference"])["reference"]).as_py())
-        case "teacher":
-            reasons = source.read(["finish_reason"])["finish_reason"]
-            return int(pc.sum(pc.equal(reasons, "stop")).as_py() or 0)
-        case _:
-            return manifest.rows
+        return "teacher", run.samples("teacher").path
+    return "references", ""
 
 
 def _steps(phase: Phase, groups: int) -> int:
@@ -117,14 +131,22 @@ def _steps(phase: Phase, groups: int) -> int:
     return min(steps, phase.max_steps or steps)
 
 
-def _equal_compute_steps(config: Config, pairs: Dataset) -> int:
+def _equal_compute_steps(config: Config, pairs: Manifest, *, shares: bool) -> int:
     """Steps of sequence-level KD that compute as many tokens as the round does on both sides of the pairs.
 
-    A group's prompt is computed once; each response's last token is predicted but not computed.
+    A group's prompt is computed once where responses share it, else for each of them; each response's last token is predicted
+    but not computed.
     """
-    columns = pairs.read(["prompt_token_ids", "chosen_token_ids", "rejected_token_ids"])
-    prompt, chosen, rejected = (pc.mean(pc.list_value_length(column)).as_py() for column in columns.columns)
+    # Over all groups, as they are in the manifest; groups over training.max_group_tokens are few.
+    chosen, rejected = (
+        pairs.count(f"tokens:{side}") - pairs.count(f"responses:{side}") for side in ("chosen", "rejected")
+    )
+    if shares:
+        both, alone = (pairs.count("tokens:prompt") + responses for responses in (chosen + rejected, chosen))
+    else:
+        alone = pairs.count("tokens:prompts_of_chosen") + chosen
+        both = alone + pairs.count("tokens:prompts_of_rejected") + rejected
     round_, seqkd = config.training.round, config.training.seqkd
     assert seqkd is not None
-    tokens = _steps(round_, columns.num_rows) * round_.batch_groups * (prompt + chosen + rejected - 2)
-    return max(1, round(tokens / ((prompt + chosen - 1) * seqkd.batch_groups)))
+    tokens = _steps(round_, pairs.count("groups")) * round_.batch_groups * both
+    return max(1, round(tokens / (alone * seqkd.batch_groups)))

@@ -11,12 +11,13 @@ import pyarrow as pa
 
 from plad_dist.config import ScratchModel, fingerprint
 from plad_dist.data.models import commit_model, model_fingerprint
+from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
-def make_model(scratch: ScratchModel, prompts: pa.Table, made_of: str, seed: int, folder: Path) -> None:
+def make_model(scratch: ScratchModel, prompts: Dataset | pa.Table, made_of: str, seed: int, folder: Path) -> None:
     """Write an untrained model with its tokenizer, unless it is there. Raises :class:`UserError` for a bad architecture."""
     identity = fingerprint([scratch.model_dump(mode="json"), made_of, seed])
     if model_fingerprint(folder) == identity:
@@ -86,9 +87,11 @@ def _model(scratch: ScratchModel, special: dict[str, int]) -> Any:
         raise UserError(f"scratch.architecture: transformers cannot make this {model_type} model: {error}") from None
 
 
-def _texts(prompts: pa.Table) -> Iterator[str]:
-    for batch in prompts.select(["messages", "reference"]).to_batches(max_chunksize=1024):
-        for row in batch.to_pylist():
-            yield from (message["content"] for message in row["messages"])
-            if row["reference"]:
-                yield row["reference"]
+def _texts(prompts: Dataset | pa.Table) -> Iterator[str]:
+    tables = [prompts] if isinstance(prompts, pa.Table) else prompts.blocks()
+    for table in tables:
+        for batch in table.select(["messages", "reference"]).to_batches(max_chunksize=1024):
+            for row in batch.to_pylist():
+                yield from (message["content"] for message in row["messages"])
+                if row["reference"]:
+                    yield row["reference"]

@@ -19,7 +19,7 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
 from plad_dist.training.checkpoints import Checkpoints
-from plad_dist.training.loop import PhaseJob, train_loop
+from plad_dist.training.loop import STOPPED, PhaseJob, train_loop
 from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")
@@ -39,8 +39,14 @@ def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Pr
     """
     jobs = [plan_phase(name, config, run) for name in names]
     jobs = [job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint]
+    for job in jobs:
+        run.storage.delete(f"checkpoints/{job.name}/{STOPPED}")
     if jobs:
         _fit(jobs, config, run, progress)
+    for job in jobs:
+        stopped = run.storage.read_json(f"checkpoints/{job.name}/{STOPPED}")
+        if stopped is not None:
+            raise (UserError if stopped["by_user"] else RunFailed)(stopped["message"])
 
 
 def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -> None:
@@ -82,6 +88,8 @@ def _entry(settings: dict[str, Any]) -> None:
     for job in settings["jobs"]:
         if model_fingerprint(job.folder("models")) != job.fingerprint:
             train_loop(job)
+            if (job.folder("checkpoints") / STOPPED).exists():
+                return
 
 
 def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception:
@@ -153,6 +161,8 @@ def _show(progress: Progress, message: dict[str, Any]) -> None:
         case "begin":
             progress.say(f"{stage}: {message['text']}")
             progress.start(stage, message["steps"], "steps")
+        case "say":
+            progress.say(f"{stage}: {message['text']}")
         case "heldout":
             progress.say(
                 f"{stage}: step {message['step']}: {message['pair_accuracy']:.1%} of held-out pairs ranked right"

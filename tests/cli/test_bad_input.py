@@ -103,8 +103,25 @@ def no_weights(folder: Path, raw: dict[str, Any]) -> None:
     raw["student"] = {"path": str(model_folder(folder)), "template": "{{ messages[-1].content }}"}
 
 
-def untrainable(folder: Path, raw: dict[str, Any]) -> None:
-    raw["student"]["scratch"]["architecture"] = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1}
+def tracker_not_installed(folder: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["trackers"] = ["wandb"]
+
+
+def patience_without_evaluations(folder: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["round"]["patience"] = 2
+
+
+def margin_loss_without_scores(folder: Path, raw: dict[str, Any]) -> None:
+    raw["training"]["round"]["loss"] = {"name": "margin"}
+    raw["pairing"] = {"score": "none"}
+
+
+def deepspeed_sets_the_batch(folder: Path, raw: dict[str, Any]) -> None:
+    deepspeed_file(folder, raw, {"zero_optimization": {"stage": 3}, "train_batch_size": 64})
+
+
+def deepspeed_misspelt(folder: Path, raw: dict[str, Any]) -> None:
+    deepspeed_file(folder, raw, {"zero_optimization": {"stage": 3, "overlap_com": True}})
 
 
 def secret_in_the_engine(folder: Path, raw: dict[str, Any]) -> None:
@@ -120,8 +137,12 @@ def deepspeed_missing(folder: Path, raw: dict[str, Any]) -> None:
 
 
 def deepspeed_not_stage_3(folder: Path, raw: dict[str, Any]) -> None:
+    deepspeed_file(folder, raw, {"zero_optimization": {"stage": 1}})
+
+
+def deepspeed_file(folder: Path, raw: dict[str, Any], config: dict[str, Any]) -> None:
     path = folder / "ds.json"
-    path.write_text('{"zero_optimization": {"stage": 2}}')
+    path.write_text(json.dumps(config))
     raw["training"]["deepspeed"] = str(path)
 
 
@@ -166,11 +187,15 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (bad_architecture, ["lama"]),
         (unknown_engine_argument, ["sampling.student.engine.max_num_seq", "did you mean `max_num_seqs`?"]),
         (engine_argument_of_ours, ["sampling.student.engine.model", "set by the run itself"]),
-        (untrainable, ["student: training mamba models is not supported yet", "llama"]),
+        (tracker_not_installed, ["training.trackers: wandb", "not installed"]),
+        (patience_without_evaluations, ["training.round", "evaluate_every"]),
+        (margin_loss_without_scores, ["training.round.loss.name: margin needs scores", "pairing.score"]),
+        (deepspeed_sets_the_batch, ["train_batch_size", "training.<phase>.batch_groups"]),
+        (deepspeed_misspelt, ["zero_optimization.overlap_com", "installed DeepSpeed"]),
         (secret_in_the_engine, ["hf_token", "HF_TOKEN environment variable"]),
         (tensor_parallel_in_words, ["tensor_parallel_size: expected a whole number", "'two'"]),
         (deepspeed_missing, ["training.deepspeed", "zero9", "zero3"]),
-        (deepspeed_not_stage_3, ["training.deepspeed", "stage 3"]),
+        (deepspeed_not_stage_3, ["training.deepspeed", "stage 2 or 3"]),
         (run_dir_is_a_file, ["is a file, expected a directory"]),
         (run_dir_of_something_else, ["not empty and not a run directory"]),
         (run_dir_below_a_file, ["run.dir", "cannot be made"]),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.training.batching import Group, collate, share_out, step_groups, steps_per_epoch, tree_mask
+from plad_dist.training.attention import _dense_mask
+from plad_dist.training.batching import Group, Layout, collate, share_out, step_groups, steps_per_epoch
 
 groups_strategy = st.lists(
     st.builds(
@@ -34,13 +36,14 @@ def test_epochs_and_seeds_differ_in_order() -> None:
 
 @given(groups_strategy, st.integers(16, 300), st.integers(1, 5))
 def test_groups_are_shared_out_once_and_in_step(groups: list[Group], budget: int, workers: int) -> None:
-    shares = share_out(groups, budget, workers)
+    sizes = [group.tokens for group in groups]
+    shares = share_out(sizes, budget, workers)
     assert len(shares) == workers
     assert len({len(share) for share in shares}) == 1, "every rank runs the same number of micro-batches"
     assert sorted(index for share in shares for batch in share for index in batch) == list(range(len(groups)))
     for share in shares:
         for batch in share:
-            assert len(batch) <= 1 or sum(groups[index].tokens for index in batch) <= budget
+            assert len(batch) <= 1 or sum(sizes[index] for index in batch) <= budget
 
 
 @given(groups_strategy)
@@ -50,8 +53,8 @@ def test_every_response_token_is_predicted_by_the_token_before_it(groups: list[G
     assert batch.tokens == sum(group.tokens for group in groups)
     assert (batch.segments_RT >= 0).sum() == batch.tokens
     owners = batch.responses_N.numpy()
-    rebuilt = [batch.targets_N.numpy()[owners == owner].tolist() for owner in range(batch.lengths_BK.numel())]
-    assert sorted(map(tuple, rebuilt)) == sorted(tuple(response) for group in groups for response in group.responses)
+    rebuilt = [batch.targets_N.numpy()[owners == owner].tolist() for owner in range(batch.lengths_S.numel())]
+    assert rebuilt == [list(response) for group in groups for response in group.responses]
     for owner, response in enumerate(rebuilt):
         before = ids[batch.predictors_N[batch.responses_N == owner]].tolist()
         assert before[1:] == response[:-1]
@@ -60,7 +63,7 @@ def test_every_response_token_is_predicted_by_the_token_before_it(groups: list[G
 @given(groups_strategy)
 def test_a_token_sees_its_prompt_and_its_own_response_alone(groups: list[Group]) -> None:
     batch = collate(groups, filler=0)
-    mask = tree_mask(batch.segments_RT, batch.branches_RT)[:, 0]
+    mask = _dense_mask(batch, None)[:, 0]
     for r in range(mask.shape[0]):
         for i in range(mask.shape[1]):
             segment, branch = batch.segments_RT[r, i], batch.branches_RT[r, i]
@@ -79,13 +82,37 @@ def test_without_groups_a_micro_batch_weighs_nothing() -> None:
 
 def test_a_group_over_the_budget_gets_a_micro_batch_of_its_own() -> None:
     groups = [Group([1] * 50, [[2] * 50, [3] * 50]), Group([1], [[2], [3]])]
-    assert share_out(groups, 16, 1) == [[[0], [1]]]
+    assert share_out([group.tokens for group in groups], 16, 1) == [[[0], [1]]]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_the_shares_are_even(workers: int) -> None:
-    groups = [Group([1] * (n % 7 + 1), [[2] * (n % 11 + 1)]) for n in range(120)]
-    loads = [
-        sum(groups[index].tokens for batch in share for index in batch) for share in share_out(groups, 10_000, workers)
-    ]
+    sizes = [Group([1] * (n % 7 + 1), [[2] * (n % 11 + 1)]).tokens for n in range(120)]
+    loads = [sum(sizes[index] for batch in share for index in batch) for share in share_out(sizes, 10_000, workers)]
     assert max(loads) - min(loads) <= 18
+
+
+@given(groups_strategy, st.integers(1, 4))
+def test_groups_that_are_computed_together_are_of_like_length(groups: list[Group], workers: int) -> None:
+    """So that rows are padded little: the micro-batches cut the groups, sorted by length, into runs."""
+    sizes = [group.tokens for group in groups]
+    shares = share_out(sizes, 300, workers)
+    runs = [shares[worker][number] for number in range(len(shares[0])) for worker in range(workers)]
+    in_order = [sizes[index] for run in runs for index in run]
+    assert in_order == sorted(sizes, reverse=True)
+
+
+@given(groups_strategy)
+def test_without_sharing_every_response_has_its_prompt(groups: list[Group]) -> None:
+    batch = collate(groups, filler=0, layout=Layout(shares=False))
+    assert batch.tokens == batch.tokens_apart == sum(group.tokens_apart for group in groups)
+    mask = _dense_mask(batch, None)[:, 0]
+    seen = mask.sum(-1)[batch.segments_RT >= 0]
+    assert torch.equal(seen, batch.position_ids_RT[batch.segments_RT >= 0] + 1)
+    alone = collate(groups, filler=0, layout=Layout(shares=False, packs=False))
+    assert len(alone.input_ids_RT) == sum(len(group.responses) for group in groups)
+
+
+def test_the_tokens_that_sharing_saves_are_counted() -> None:
+    batch = collate([Group([1] * 100, [[2] * 11, [3] * 21])], filler=0)
+    assert (batch.tokens, batch.tokens_apart) == (130, 230)

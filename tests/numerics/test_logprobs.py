@@ -1,89 +1,185 @@
-"""Log-likelihoods and gradients against plain float64 references."""
+"""Log-likelihoods and gradients of packed rows against plain float64 forwards of every sequence by itself."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from plad_dist.config import Loss
+from plad_dist.errors import UserError
 from plad_dist.training import logprobs
-from plad_dist.training.batching import Group, collate
+from plad_dist.training.attention import Attention, attention_of, check_rope
+from plad_dist.training.batching import Group, Layout, collate, plain_pair
 from plad_dist.training.losses import group_losses
-from plad_dist.training.policy import Policy
+from plad_dist.training.policy import Policy, logit_shape
+from plad_dist.training.probe import check_family
 
 GROUPS = [
-    Group([5, 6, 7, 8, 9], [[10, 11, 12, 2], [20, 21, 2]]),
-    Group([4], [[30, 2], [31, 32, 33, 34, 2]]),
-    Group([9, 8, 7], [[40], [41, 42]]),
+    plain_pair([5, 6, 7, 8, 9], [10, 11, 12, 2], [20, 21, 2]),
+    plain_pair([4], [30, 2], [31, 32, 33, 34, 2]),
+    Group([9, 8, 7], [[40], [41, 42], [43, 44, 45], [46, 2]], pairs=[(0, 2, 1), (1, 3, 1)], anchored=(0, 1)),
+    plain_pair(list(range(3, 40)), list(range(40, 60)), list(range(50, 62))),
 ]
+SHAPE = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97, "intermediate_size": 48,
+    "num_key_value_heads": 1, "max_position_embeddings": 128, "head_dim": 16,
+}  # fmt: skip
+OPT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97, "ffn_dim": 48,
+    "max_position_embeddings": 128, "word_embed_proj_dim": 16,
+}  # fmt: skip
+NEO = {
+    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 97, "intermediate_size": 48, "max_position_embeddings": 128,
+}  # fmt: skip
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", SHAPE),
+    "llama, untied, biased": ("llama", SHAPE | {"tie_word_embeddings": False, "attention_bias": True}),
+    "mistral": ("mistral", SHAPE | {"sliding_window": None}),
+    "mistral with a sliding window": ("mistral", SHAPE | {"sliding_window": 6}),
+    "qwen2": ("qwen2", SHAPE),
+    "qwen2 with a sliding window": ("qwen2", SHAPE | SLIDING | {"use_sliding_window": True}),
+    "qwen3": ("qwen3", SHAPE),
+    "gemma": ("gemma", SHAPE),
+    "gemma2": ("gemma2", SHAPE | SLIDING | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("gemma3_text", SHAPE | SLIDING),
+    "granite": ("granite", SHAPE | {"logits_scaling": 4.0}),
+    "cohere": ("cohere", SHAPE | {"logit_scale": 0.25}),
+    "gpt_neox": ("gpt_neox", SHAPE),
+    "gpt_neo": ("gpt_neo", NEO | {"attention_types": [[["global"], 2]]}),
+    "gpt_neo, local": ("gpt_neo", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 100}),
+    "gpt_neo, windows shorter than rows": ("gpt_neo", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 8}),
+    "opt": ("opt", OPT),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97}),
+}  # fmt: skip
+MORE_TOKENS = 100  # than the longest group has
+SHARED = set(FAMILIES) - {"gpt_neo, windows shorter than rows", "bloom"}
 
 
-def tiny_model(family: str) -> torch.nn.Module:
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97}
+def config_of(name: str) -> Any:
+    model_type, shape = FAMILIES[name]
+    return AutoConfig.for_model(model_type, **shape)
+
+
+def make(name: str, implementation: str | None = "sdpa") -> Any:
+    """A tiny random model whose logits differ enough for softcaps to bite."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family,
-        **shape,
-        **({"sliding_window": None} if family == "mistral" else {}),
-        intermediate_size=48,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        head_dim=16,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    config = config_of(name)
+    config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
+    return model.eval()
 
 
-def separate_logps(model: torch.nn.Module, groups: list[Group]) -> torch.Tensor:
+def separate_logps(model: Any, groups: list[Group]) -> Tensor:
     """Every sequence by itself through the plain model."""
-    rows = []
+    found = []
     for group in groups:
         for response in group.responses:
             ids = torch.tensor([[*group.prompt, *response]])
             logps = model(input_ids=ids).logits[0].log_softmax(-1)
             start = len(group.prompt)
             targets = torch.tensor(response)
-            rows.append(logps[start - 1 : start - 1 + len(response)].gather(1, targets[:, None]).sum())
-    return torch.stack(rows).view(len(groups), -1)
+            found.append(logps[start - 1 : start - 1 + len(response)].gather(1, targets[:, None]).sum())
+    return torch.stack(found)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: str) -> None:
-    model = tiny_model(family)
-    reference = tiny_model(family).double()
-    reference.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    attention = attention_of(config_of(family), MORE_TOKENS)
+    assert attention.layout.shares == (family in SHARED)
+    assert (attention.why is None) == attention.layout.shares
+    model, reference = make(family, attention.implementation), make(family, "eager").double()
     loss = Loss(name="rank", margin=1.0, mle_weight=0.5)
-    lengths_BK = torch.tensor([[len(r) for r in group.responses] for group in GROUPS])
 
-    expected = separate_logps(reference, GROUPS)
-    group_losses(loss, expected, lengths_BK).sum().backward()
+    expected_S = separate_logps(reference, GROUPS)
+    batch = collate(GROUPS, filler=0, layout=attention.layout)
+    group_losses(loss, batch.pairs, expected_S, batch.lengths_S, batch.references_S).sum().backward()
 
-    policy = Policy(model)
-    batch = collate(GROUPS, filler=0)
-    logps_BK = policy(batch)
-    assert torch.equal(batch.lengths_BK, lengths_BK)
-    group_losses(loss, logps_BK, batch.lengths_BK).sum().backward()
+    policy = Policy(model, attention)
+    logps_S = policy(batch)
+    group_losses(loss, batch.pairs, logps_S, batch.lengths_S, batch.references_S).sum().backward()
 
-    torch.testing.assert_close(logps_BK.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logps_S.double(), expected_S, rtol=1e-5, atol=0)
     ours = dict(policy.model.named_parameters())
-    for name, parameter in reference.named_parameters():
-        scale = parameter.grad.abs().max().item()
-        torch.testing.assert_close(ours[name].grad.double(), parameter.grad, rtol=0, atol=1e-5 * max(scale, 1e-3))
+    grads = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():  # some, as of the bias of keys, are nought but for rounding
+        scale = max(grad.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(ours[name].grad.double(), grad, rtol=0, atol=1e-3 * scale)
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(), Layout(shares=False), Layout(shares=False, packs=False), Layout(row_tokens=512)]
+)
+def test_every_layout_gives_the_same_logps(layout: Layout) -> None:
+    policy = Policy(make("qwen3"), Attention(layout, "sdpa", by_layer=True))
+    batch = collate(GROUPS, filler=0, layout=layout)
+    torch.testing.assert_close(
+        policy(batch).double(), separate_logps(make("qwen3").double(), GROUPS), rtol=1e-5, atol=0
+    )
+    assert batch.tokens == sum(layout.tokens(group) for group in GROUPS)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_block_mask_of_flex_attention_is_the_dense_one(window: int | None) -> None:
+    """FlexAttention itself needs a GPU to be worth it; the mask is the same rule on any device."""
+    from plad_dist.training.attention import _block_mask, _dense_mask, _sees
+
+    batch = collate(GROUPS, filler=0, layout=Layout(row_tokens=256))
+    dense = _dense_mask(batch, window)[:, 0]
+    rows, places = batch.input_ids_RT.shape
+    by_hand = torch.zeros_like(dense)
+    sees = _sees(batch, window)
+    for row in range(rows):
+        for query in range(places):
+            for key in range(places):
+                by_hand[row, query, key] = bool(sees(row, 0, query, key))
+    assert torch.equal(by_hand, dense)
+    blocks = _block_mask(batch, window)
+    assert blocks.shape == (rows, 1, places, places)
+
+
+def test_flex_attention_gives_the_same_logps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    model = make("llama", "flex_attention").requires_grad_(False)  # on CPU it has no backward
+    batch = collate(GROUPS, filler=0, layout=Layout(row_tokens=256))
+    # The plain implementation: what a compiler makes of it is no matter here.
+    monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
+    monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
+    logps_S = Policy(model, Attention(Layout(), "flex_attention"))(batch)
+    torch.testing.assert_close(logps_S.double(), separate_logps(make("llama").double(), GROUPS), rtol=1e-5, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- the output layer
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunks_of_the_output_layer_change_nothing(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 1.5)])
+def test_chunks_of_the_output_layer_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, scale: float, softcap: float | None
+) -> None:
     monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 3 * 50)
     torch.manual_seed(1)
     layer = torch.nn.Linear(8, 50, bias=bias).double()
-    hidden_NH = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    hidden_NH = 3 * torch.randn(10, 8, dtype=torch.float64)
+    hidden_NH.requires_grad_()
     targets_N = torch.randint(50, (10,))
     weights_N = torch.randn(10, dtype=torch.float64)
+    weights_N[2:5] = 0.0  # tokens of satisfied pairs
 
-    logps_N = layer(hidden_NH).log_softmax(-1).gather(1, targets_N[:, None]).squeeze(1)
+    logits_NV = layer(hidden_NH) * scale
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    logps_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None]).squeeze(1)
     wanted = torch.autograd.grad((logps_N * weights_N).sum(), [hidden_NH, *layer.parameters()])
 
-    head = logprobs.LogprobHead(layer)
+    head = logprobs.LogprobHead(layer, scale, softcap)
     got_N = head(hidden_NH, targets_N)
     got = torch.autograd.grad((got_N * weights_N).sum(), [hidden_NH, *head.parameters()])
 
@@ -92,13 +188,74 @@ def test_chunks_of_the_output_layer_change_nothing(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_rank_is_the_hinge_on_sequence_log_likelihoods_with_its_anchor() -> None:
-    logps_BK = torch.tensor([[-3.0, -5.0], [-4.0, -3.5], [-1.0, -1.5]], dtype=torch.float64)
-    lengths_BK = torch.tensor([[3, 5], [2, 2], [1, 1]])
-    hinge = group_losses(Loss(name="rank", margin=1.0, mle_weight=0.0), logps_BK, lengths_BK)
-    assert hinge.tolist() == [0.0, 1.5, 0.5]
-    anchored = group_losses(Loss(name="rank", margin=1.0, mle_weight=2.0), logps_BK, lengths_BK)
-    assert anchored.tolist() == [6.0, 9.5, 2.5]
-    means = group_losses(Loss(name="rank", margin=1.0, mle_weight=0.0, length_normalize=True), logps_BK, lengths_BK)
-    assert means.tolist() == [1.0, 1.25, 0.5]
-    assert group_losses(Loss(name="mle"), logps_BK, lengths_BK).tolist() == [3.0, 4.0, 1.0]
+def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 64 * 1000)
+    seen: list[int] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                seen.append(result.numel())
+            return result
+
+    layer = torch.nn.Linear(4, 1000, bias=False)
+    hidden_NH = torch.randn(1024, 4, requires_grad=True)
+    with Watch():
+        logprobs.LogprobHead(layer)(hidden_NH, torch.randint(1000, (1024,))).sum().backward()
+    assert max(seen) <= 64 * 1000
+
+
+def test_satisfied_pairs_are_left_out_of_the_output_layers_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    plain = logprobs._logits
+
+    def counting(hidden_CH: Tensor, *rest: Any) -> Tensor:
+        computed.append(len(hidden_CH))
+        return plain(hidden_CH, *rest)
+
+    monkeypatch.setattr(logprobs, "_logits", counting)
+    head = logprobs.LogprobHead(torch.nn.Linear(4, 9))
+    logps_N = head(torch.randn(6, 4, requires_grad=True), torch.randint(9, (6,)))
+    (logps_N * torch.tensor([1.0, 0, 0, 2.0, 0, 0])).sum().backward()
+    assert computed == [6, 2]
+
+
+@pytest.mark.parametrize("family", ["bloom", "mamba"])
+def test_an_unknown_family_is_tried_before_it_is_trained(family: str) -> None:
+    config = AutoConfig.for_model(
+        family, **({"hidden_size": 32, "n_head": 2} if family == "bloom" else {"hidden_size": 32})
+    )
+    attention = attention_of(config, None)
+    assert not attention.ready
+    check_family(config, attention)
+
+
+def test_a_family_whose_output_layer_is_not_plain_is_refused() -> None:
+    """Its logits have a factor that nobody told the trainer of."""
+    config = AutoConfig.for_model("hyperclovax", **SHAPE, logits_scaling=2.0)
+    with pytest.raises(UserError, match="hyperclovax models cannot be trained: their output layer is not a plain one"):
+        check_family(config, attention_of(config, None))
+
+
+def test_positions_that_depend_on_the_batch_are_refused() -> None:
+    config = AutoConfig.for_model("llama", max_position_embeddings=4096)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    check_rope(config, 4096, "student")
+    with pytest.raises(UserError, match=r"student\.max_length to at most 4096"):
+        check_rope(config, 8192, "student")
+
+
+def test_a_padded_vocabulary_counts_as_the_model_has_it() -> None:
+    """Words that no tokenizer uses are in the model's softmax, and so in ours."""
+    model = make("llama")
+    model.resize_token_embeddings(128)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+    expected_S = separate_logps(model, GROUPS)
+    policy = Policy(model, attention_of(model.config, None))
+    torch.testing.assert_close(policy(collate(GROUPS, filler=0)), expected_S, rtol=1e-5, atol=0)
+
+
+def test_the_shape_of_logits_is_the_familys() -> None:
+    shapes = {name: logit_shape(config_of(name)) for name in ("gemma2", "granite", "cohere", "llama")}
+    assert shapes == {"gemma2": (1.0, 3.0), "granite": (0.25, None), "cohere": (0.25, None), "llama": (1.0, None)}

@@ -1,0 +1,146 @@
+"""Peak memory of the log-prob head, forward and backward, against the plain output layer and, on a GPU, Liger's.
+
+T=8,192 predicted tokens, a vocabulary of V=128,256 words, hidden size H=1,024; hidden states and weight have gradients. Each
+way runs in a process of its own; what it had before it begins (inputs, the runtime) is taken off its peak.
+
+- `plain`: ``log_softmax(linear(hidden))`` gathered at the targets;
+- `ours`: :class:`~plad_dist.training.logprobs.LogprobHead`;
+- `liger`: its fused linear cross entropy, summed over the tokens, where a CUDA device and the package are there.
+
+`peak_ratio_vs_plain` is our peak over the plain one, in float32 on a CPU and bfloat16 on a GPU; `max_rel_grad_error` is the largest
+difference of our gradients from a float64 reference, relative to the largest gradient, on a smaller problem (T=512, V=32,000).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+T, V, H = 8_192, 128_256, 1_024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measure(arguments.way)))
+        return
+    import torch
+
+    ways = ["plain", "ours", *(["liger"] if torch.cuda.is_available() else [])]
+    found = {way: in_a_process(way) for way in ways}
+    figures: dict[str, Any] = {
+        "peak_ratio_vs_plain": round(found["ours"]["peak_gb"] / found["plain"]["peak_gb"], 4),
+        "max_rel_grad_error": grad_error(),
+    }
+    for way, values in found.items():
+        figures |= {f"{way}_peak_gb": round(values["peak_gb"], 3), f"{way}_seconds": round(values["seconds"], 2)}
+    print(json.dumps(figures | {"T": T, "V": V, "H": H}))
+
+
+def in_a_process(way: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.logprob_memory", "--way", way]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{way} failed: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(way: str) -> dict[str, float]:
+    """Peak memory above the inputs, and seconds, of one forward and backward."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    torch.manual_seed(0)
+    hidden_TH = torch.randn(T, H, device=device, dtype=dtype, requires_grad=True)
+    layer = torch.nn.Linear(H, V, bias=False, device=device, dtype=dtype)
+    targets_T = torch.randint(V, (T,), device=device)
+    log_probabilities = {"plain": plain, "ours": ours, "liger": liger}[way](layer)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    watch = Resident()
+    before = torch.cuda.memory_allocated() if cuda else watch.now()
+    begun = time.perf_counter()
+    with watch:
+        log_probabilities(hidden_TH, targets_T).sum().backward()
+        if cuda:
+            torch.cuda.synchronize()
+    seconds = time.perf_counter() - begun
+    peak = torch.cuda.max_memory_allocated() if cuda else watch.peak
+    return {"peak_gb": (peak - before) / 1e9, "seconds": seconds}
+
+
+def plain(layer: Any) -> Any:
+    return lambda hidden, targets: layer(hidden).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+
+
+def ours(layer: Any) -> Any:
+    from plad_dist.training.logprobs import LogprobHead
+
+    return LogprobHead(layer)
+
+
+def liger(layer: Any) -> Any:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return lambda hidden, targets: -loss(layer.weight, hidden, targets)
+
+
+class Resident:
+    """The most memory that this process has resident while the block runs, looked at every few milliseconds."""
+
+    def __enter__(self) -> Resident:
+        self.peak, self._ended = self.now(), threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+        self._watch.join()
+        self.peak = max(self.peak, self.now())
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.005):
+            self.peak = max(self.peak, self.now())
+
+    @staticmethod
+    def now() -> int:
+        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def grad_error() -> float:
+    """Largest error of our float32 gradients against plain float64 ones."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(256, 32_000, bias=False)
+    hidden = torch.randn(512, 256, requires_grad=True)
+    targets, weights = torch.randint(32_000, (512,)), torch.randn(512)
+    got = torch.autograd.grad((ours(layer)(hidden, targets) * weights).sum(), [hidden, layer.weight])
+    wide = torch.nn.Linear(256, 32_000, bias=False, dtype=torch.float64)
+    wide.load_state_dict({"weight": layer.weight.double()})
+    exact = hidden.detach().double().requires_grad_()
+    logps = wide(exact).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    wanted = torch.autograd.grad((logps * weights.double()).sum(), [exact, wide.weight])
+    return max(
+        float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(got, wanted, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    main()

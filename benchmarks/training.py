@@ -1,0 +1,289 @@
+"""The trainer against TRL's CPOTrainer: the same hinge on the same pairs, from the same weights, in one process.
+
+TRL's `CPOConfig(loss_type="hinge", beta=1/margin, cpo_alpha=0)` is the loss `rank` without anchor, up to the factor `margin`. Both
+train a random Llama of about 25M parameters with a vocabulary of 32,000 in float32 with AdamW, the same global batch, threads and
+gradient clipping; ours is a whole worker (DeepSpeed ZeRO-3 at one rank, health figures included), TRL's a whole `train()` without
+evaluation and checkpoints. Gradient checkpointing, which TRL turns on by default, is off on both sides. TRL gets the micro-batch
+that it is fastest with of those that fit (`--trl-micro-batch`), ours its token budget. The margin is so wide that no pair is
+satisfied, so that nothing is skipped. The global batch is the same pairs in every step, so that losses can be compared step by step.
+
+Two shapes: `tldr` (prompts of about 380 tokens, responses of about 45) and `hh` (about 190 and 130), lengths varied. For each:
+
+- `speedup_vs_trl`: pairs a second of whole optimizer steps, ours over TRL's, the median over rounds that alternate the two; the
+  first step of every run is left out;
+- `max_rel_logprob_error`: sequence log-likelihoods of our packed rows against a plain float64 forward of each sequence by itself;
+- `loss_rel_diff_vs_trl`: the largest relative difference of the losses of a step, margin times TRL's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VOCABULARY, EOS, PAIRS, STEPS, MARGIN = 32_000, 2, 16, 3, 500.0
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+# mean and spread of the tokens of prompts and of responses
+SHAPES = {"tldr": (380, 90, 45, 15), "hh": (190, 80, 130, 60)}
+LR, BETAS, EPS = 1e-6, (0.9, 0.999), 1e-8
+THREADS = os.cpu_count() or 1
+RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+Row = dict[str, list[int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--tokens", type=int, default=4096, help="our micro-batch, in tokens")
+    parser.add_argument("--trl-micro-batch", type=int, default=4, help="TRL's micro-batch, in pairs")
+    arguments = parser.parse_args()
+    os.environ |= {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="plad-training-") as folder:
+        model = make_model(Path(folder) / "model")
+        start_one_rank()
+        for shape in arguments.shapes:
+            figures[shape] = measure(
+                Path(folder) / shape, model, shape, arguments.rounds, arguments.tokens, arguments.trl_micro_batch
+            )
+    print(json.dumps(figures))
+
+
+def measure(
+    folder: Path, model: Path, shape: str, rounds: int, tokens: int, trl_micro_batch: int
+) -> dict[str, float | int]:
+    """Alternate the two trainers on one shape."""
+    rows = make_pairs(shape)
+    systems: dict[str, Callable[[int], tuple[list[float], list[float]]]] = {
+        "ours": lambda number: ours(folder / f"run-{number}", model, rows, tokens),
+        "trl": lambda number: trl(folder / f"trl-{number}", model, rows, trl_micro_batch),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in systems}
+    losses: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for name in sorted(systems, reverse=bool(number % 2)):
+            seconds, losses[name] = systems[name](number)
+            rates[name].append(PAIRS / statistics.median(seconds[1:]))
+            print(
+                f"{shape}: round {number + 1}: {name}: {rates[name][-1]:.2f} pairs/s, losses {losses[name]}", flush=True
+            )
+    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["trl"], strict=True)]
+    return {
+        "speedup_vs_trl": round(statistics.median(ratios), 3),
+        "max_rel_logprob_error": logprob_error(model, rows),
+        "loss_rel_diff_vs_trl": max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["trl"], strict=True)),
+        "pairs_per_s": round(statistics.median(rates["ours"]), 3),
+        "trl_pairs_per_s": round(statistics.median(rates["trl"]), 3),
+        "prompt_tokens": round(statistics.mean(len(row["prompt"]) for row in rows)),
+        "threads": THREADS,
+        "response_tokens": round(statistics.mean(len(row["chosen"]) + len(row["rejected"]) for row in rows) / 2),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ model and pairs
+
+
+def make_model(folder: Path) -> Path:
+    """A random Llama with a tokenizer whose words are its tokens: `w17` is token 17."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=f"w{EOS}", pad_token="w0", unk_token="w0"
+    ).save_pretrained(folder)
+    arguments: dict[str, Any] = dict(ARCHITECTURE)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        arguments.pop("model_type"),
+        **arguments,
+        vocab_size=VOCABULARY,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_pairs(shape: str) -> list[Row]:
+    """Random tokens in the lengths of a task."""
+    rng = random.Random(1)
+    prompt, prompt_spread, response, response_spread = SHAPES[shape]
+
+    def tokens(mean: int, spread: int) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(max(4, round(rng.gauss(mean, spread))))]
+
+    return [
+        {
+            "prompt": tokens(prompt, prompt_spread),
+            "chosen": [*tokens(response, response_spread), EOS],
+            "rejected": [*tokens(response, response_spread), EOS],
+        }
+        for _ in range(PAIRS)
+    ]
+
+
+def start_one_rank() -> None:
+    """A process group of this process alone, as a worker has it."""
+    import torch.distributed as dist
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+
+
+# ------------------------------------------------------------------------------------------------------ the two trainers
+
+
+def ours(folder: Path, model: Path, rows: list[Row], tokens: int) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the steps of a worker."""
+    import torch
+
+    from plad_dist.config import Loss, Model, Optimizer, Phase
+    from plad_dist.data.schemas import PAIRS as SCHEMA
+    from plad_dist.data.storage import Storage
+    from plad_dist.data.store import Dataset
+    from plad_dist.training.deepspeed_config import load_deepspeed
+    from plad_dist.training.groups import DataSpec
+    from plad_dist.training.loop import PhaseJob, Worker
+    from plad_dist.training.metrics import read_metrics
+
+    storage = Storage(str(folder))
+    pairs = Dataset(storage, "pairs", SCHEMA)
+    part, _ = pairs.commit(0, _table(rows), fingerprint="b", attempt="a", counts={"groups": len(rows)})
+    pairs.finish(1, fingerprint="b", facts={}, known=[part])
+    optimizer = Optimizer(lr=LR, betas=BETAS, eps=EPS, schedule="constant", warmup_share=0.0, clip_norm=1.0)
+    loss = Loss(name="rank", margin=MARGIN, mle_weight=0.0)
+    job = PhaseJob(
+        name="round-0", start=str(model), settings=Model(path=str(model), template="{{ messages }}"),
+        phase=Phase(batch_groups=PAIRS, optimizer=optimizer, loss=loss), data=DataSpec("pairs", "pairs", context=1024), heldout=None,
+        heldout_limit=0, seed=1, steps=STEPS + 1, deepspeed=load_deepspeed("zero3"), dtype="float32", micro_batch_tokens=tokens,
+        longest=None, attention="auto", lora=None, gradient_checkpointing=False, divergence_factor=1e9, trackers=(),
+        storage=storage, fingerprint="b",
+    )  # fmt: skip
+    torch.set_num_threads(THREADS)
+    os.environ |= RANK  # for DeepSpeed; TRL would take it for a launcher and wrap its model
+    worker = Worker(job, torch.device("cpu"))
+    worker._open_groups()
+    log, seconds = worker._log(), []
+    for _ in range(STEPS + 1):
+        begun = time.perf_counter()
+        worker._step(log)
+        seconds.append(time.perf_counter() - begun)
+    log.close()
+    worker.close()
+    for name in RANK:
+        del os.environ[name]
+    return seconds, [record["loss"] for record in read_metrics(job.folder("events"))[0]]
+
+
+def _table(rows: list[Row]) -> Any:
+    import pyarrow as pa
+
+    from plad_dist.data.schemas import PAIRS as SCHEMA
+
+    table = [
+        {
+            "prompt_id": str(number), "prompt_token_ids": row["prompt"], "chosen_token_ids": row["chosen"],
+            "rejected_token_ids": row["rejected"], "chosen_text": "", "rejected_text": "", "round": 0,
+        }
+        for number, row in enumerate(rows)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(table, schema=SCHEMA)
+
+
+def trl(folder: Path, model: Path, rows: list[Row], micro_batch: int) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the steps of TRL's trainer, its losses times the margin."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.begun, self.seconds, self.losses = 0.0, [], []  # type: ignore[var-annotated]
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.begun)
+
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(MARGIN * float(logs["loss"]))
+
+    texts = [{side: " ".join(f"w{token}" for token in tokens) for side, tokens in row.items()} for row in rows]
+    clock = Clock()
+    trainer = CPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa"),
+        args=CPOConfig(
+            output_dir=str(folder), loss_type="hinge", beta=1 / MARGIN, cpo_alpha=0.0, max_length=1024,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=PAIRS // micro_batch, max_steps=STEPS + 1,
+            learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=1.0,
+            lr_scheduler_type="constant", optim="adamw_torch", logging_steps=1, logging_strategy="steps", save_strategy="no",
+            report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=AutoTokenizer.from_pretrained(model),
+        callbacks=[clock],
+    )  # fmt: skip
+    torch.set_num_threads(THREADS)
+    trainer.train()
+    return clock.seconds, clock.losses
+
+
+# ----------------------------------------------------------------------------------------------------------- exactness
+
+
+def logprob_error(model: Path, rows: list[Row]) -> float:
+    """Our packed log-likelihoods against each sequence by itself in float64."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from plad_dist.training.attention import attention_of
+    from plad_dist.training.batching import collate, plain_pair
+    from plad_dist.training.policy import Policy
+
+    groups = [plain_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
+    policy = Policy(plain, attention_of(plain.config, None))
+    with torch.no_grad():
+        found_S = policy(collate(groups, filler=0)).double()
+        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+        expected = []
+        for group in groups:
+            for response in group.responses:
+                ids = torch.tensor([[*group.prompt, *response]])
+                logps_TV = reference(input_ids=ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
+                expected.append(logps_TV.gather(1, torch.tensor(response)[:, None]).sum())
+    expected_S = torch.stack(expected)
+    return float(((found_S - expected_S) / expected_S).abs().max())
+
+
+if __name__ == "__main__":
+    main()

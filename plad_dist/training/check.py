@@ -1,0 +1,129 @@
+"""Whether pairs can be trained on, before the first step: one pass over their columns, a block at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from plad_dist.config import Loss, Model
+from plad_dist.data.models import load_model_config
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset, part_name
+from plad_dist.errors import UserError
+from plad_dist.training.groups import DataSpec, PairedRows, fit, make_pairs
+
+_READERS = 4
+_SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+
+
+@dataclass
+class _Found:
+    """What a block holds: tokens of its longest group as it is trained on, and what is wrong, with the row."""
+
+    longest: int = 0
+    longest_row: str = ""
+    problem: str = ""
+
+
+def check_pairs(
+    spec: DataSpec, storage: Storage, model: str, settings: Model, loss: Loss, micro_batch_tokens: int
+) -> None:
+    """Look through all pairs of a phase.
+
+    Raises:
+        UserError: an empty response, a token that is not in the student's vocabulary, missing or non-finite scores where the
+            loss needs them, or a group that no micro-batch holds. Part and row are named.
+    """
+    dataset = spec.dataset(storage)
+    parts = dataset.require("pair").parts
+    vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
+    with ThreadPoolExecutor(_READERS) as threads:
+        blocks = threads.map(
+            lambda block: _check(dataset, spec, block, vocabulary, loss, model, micro_batch_tokens), range(len(parts))
+        )
+        for found in blocks:
+            if found.problem:
+                raise UserError(found.problem)
+            if found.longest > micro_batch_tokens:
+                raise UserError(
+                    f"{found.longest_row}: its group has {found.longest:,} tokens, more than "
+                    f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens and "
+                    "training.over_long."
+                )
+
+
+def _check(
+    dataset: Dataset, spec: DataSpec, block: int, vocabulary: int, loss: Loss, model: str, micro_batch_tokens: int
+) -> _Found:
+    table, found = dataset.read_block(block), _Found()
+    where = f"{dataset.path}/{part_name(block)}"
+    for row, problem in _problems(table, vocabulary, loss, model):
+        found.problem = f"{where}: row {row} (counted from 0), prompt {table['prompt_id'][row]}: {problem}"
+        return found
+    if not table.num_rows:
+        return found
+    bound, sequence, starts = _group_tokens(table, spec)
+    limit = min(spec.longest or micro_batch_tokens, micro_batch_tokens)
+    rows = PairedRows(table, None, where)
+    for number in np.flatnonzero((bound > limit) | (sequence > spec.context)):  # exactly, where it may matter
+        (group,) = make_pairs([rows.rows(int(number))])
+        try:
+            fitted = fit(group, spec)
+        except UserError as error:
+            found.problem = str(error)
+            return found
+        tokens = 0 if fitted is None else fitted.tokens if spec.shares else fitted.tokens_apart
+        if tokens > found.longest:
+            found.longest, found.longest_row = tokens, f"{where}: row {int(starts[number])} (counted from 0)"
+    return found
+
+
+def _problems(table: pa.Table, vocabulary: int, loss: Loss, model: str) -> Iterator[tuple[int, str]]:
+    """(row, what is wrong) of the first row with each kind of problem."""
+    for side in _SIDES:
+        empty = np.flatnonzero(_lengths(table, side) == 0)
+        if len(empty):
+            yield int(empty[0]), f"{side} is empty: there is nothing to predict. Pair again with pairing.empty: drop."
+        column = table[side].combine_chunks()
+        outside = pc.or_(pc.less(column.values, 0), pc.greater_equal(column.values, vocabulary))
+        if pc.any(outside).as_py():
+            place = int(np.flatnonzero(outside.to_numpy(zero_copy_only=False))[0])
+            row = int(pc.list_parent_indices(column)[place].as_py())
+            yield (
+                row,
+                (
+                    f"{side} holds token {column.values[place]}, the vocabulary of {model} has {vocabulary:,}: these pairs were "
+                    "made with the tokenizer of another model. Pair again for this student."
+                ),
+            )
+    if loss.needs_scores:
+        for side in ("chosen_score", "rejected_score"):
+            scores = table[side].to_pylist()
+            for row, score in enumerate(scores):
+                if score is None or not math.isfinite(score):
+                    yield (
+                        row,
+                        f"{side} is {score}: the loss {loss.name} needs a finite score. Set pairing.score, or min_score_gap.",
+                    )
+
+
+def _group_tokens(table: pa.Table, spec: DataSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every group: its tokens, equal responses counted each, its longest sequence, and the row where it begins."""
+    ids = np.asarray(table["prompt_id"].to_pylist(), dtype=object)
+    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    prompt, chosen, rejected = (_lengths(table, side) for side in _SIDES)
+    sequence = np.maximum.reduceat(prompt + np.maximum(chosen, rejected), starts)
+    if spec.shares:
+        return prompt[starts] + np.add.reduceat(chosen + rejected - 2, starts), sequence, starts
+    return np.add.reduceat(2 * prompt + chosen + rejected - 2, starts), sequence, starts
+
+
+def _lengths(table: pa.Table, column: str) -> Any:
+    return pc.list_value_length(table[column]).to_numpy()

@@ -1,0 +1,104 @@
+"""The DeepSpeed engine of a phase: the model, partitioned while it loads, and its optimizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from plad_dist.config import Lora, Optimizer
+from plad_dist.data.models import load_model_config
+from plad_dist.errors import UserError
+from plad_dist.training.attention import attention_of
+from plad_dist.training.policy import Policy, without_dropout
+from plad_dist.training.probe import check_family
+
+if TYPE_CHECKING:
+    from plad_dist.training.loop import PhaseJob
+
+
+def build_engine(job: PhaseJob, device: torch.device) -> Any:
+    """The engine over a :class:`Policy`. Under ZeRO-3 no rank ever holds the whole model."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    model_config = without_dropout(load_model_config(job.start, job.settings))
+    attention = attention_of(model_config, job.longest, job.attention)
+    if not attention.ready:
+        check_family(model_config, attention)
+    half = job.dtype == "bfloat16"
+    config = engine_config(job.deepspeed, job.phase.optimizer, half=half)
+    partition_at_load = HfDeepSpeedConfig(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        job.start,
+        config=model_config,
+        revision=job.settings.revision,
+        trust_remote_code=job.settings.trust_remote_code,
+        dtype=torch.bfloat16 if half else torch.float32,
+        attn_implementation=attention.implementation,
+    )
+    del partition_at_load
+    model.config.use_cache = False
+    if job.lora is not None:
+        add_adapters(model, job.lora, job.seed)
+    if job.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model, attention)
+    learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=learning)
+    for parameters in engine.optimizer.param_groups:
+        parameters["initial_lr"] = parameters["lr"]
+    return engine
+
+
+def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool) -> dict[str, Any]:
+    """A DeepSpeed config completed with what the run's config decides."""
+    zero = dict(deepspeed["zero_optimization"])
+    if optimizer.name == "muon":
+        zero["reduce_scatter"] = False  # Muon needs whole gradients
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return deepspeed | {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.clip_norm,
+        "bf16": {"enabled": half},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "optimizer": _optimizer_section(optimizer, offloaded=offloaded),
+        "steps_per_print": 10**9,
+    }
+
+
+def _optimizer_section(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:
+    """The DeepSpeed section of an optimizer. An offloaded AdamW is DeepSpeed's own for CPUs."""
+    adam = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+    if optimizer.name == "muon":
+        rates = {"muon_lr": optimizer.lr, "adam_lr": optimizer.adam_lr or optimizer.lr}
+        return {"type": "Muon", "params": adam | rates}
+    return {"type": "AdamW", "params": adam | {"lr": optimizer.lr} | ({} if offloaded else {"torch_adam": True})}
+
+
+def add_adapters(model: Any, lora: Lora, seed: int) -> None:
+    """Put low-rank adapters into a model, in place, and freeze all else. They start the same on every rank.
+
+    Raises:
+        UserError: a target is no linear layer of the model, or its output layer.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(seed)
+    head = model.get_output_embeddings()
+    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
+    linear = {name for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
+    targets = sorted(linear) if lora.target_modules == "all-linear" else lora.target_modules
+    if not targets or not set(targets) <= linear:
+        raise UserError(
+            f"training.lora.target_modules: {', '.join(sorted(set(targets) - linear)) or 'none'}: expected names of linear layers "
+            f"of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
+        )
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)

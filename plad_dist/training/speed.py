@@ -1,0 +1,57 @@
+"""How fast a step was, against what the device could do."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+# Dense bfloat16 peaks in FLOP/s, by what the device's name holds. From NVIDIA's data sheets.
+_PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12,
+}  # fmt: skip
+
+
+class Speed:
+    """Rates of the steps of one worker.
+
+    Args:
+        policy: the model; its parameters are counted once.
+    """
+
+    def __init__(self, policy: Any, device: torch.device) -> None:
+        self._device = device
+        head = policy.model.get_output_embeddings().weight
+        sizes = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in policy.parameters()}
+        self._head = sizes[id(head)]
+        embeddings = policy.model.get_input_embeddings().weight
+        # The look-up in the embeddings is no arithmetic.
+        self._body = sum(sizes.values()) - sum(sizes[key] for key in {id(head), id(embeddings)})
+        self._peak = _peak(device)
+
+    def figures(self, sums: Mapping[str, float], seconds: float, workers: int) -> dict[str, float]:
+        """Rates and memory of a step.
+
+        Model FLOPs are 6 for each parameter and computed token (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B), for
+        the output layer each predicted token; attention and what is computed twice are left out.
+        """
+        figures = {"tokens_per_s": sums["tokens"] / seconds, "groups_per_s": sums["groups"] / seconds}
+        predicted = sums["chosen_tokens"] + sums["rejected_tokens"]
+        if self._peak is not None:
+            flops = 6 * (self._body * sums["tokens"] + self._head * predicted)
+            figures["model_flops_utilisation"] = flops / seconds / (self._peak * workers)
+        if self._device.type == "cuda":
+            figures["memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        else:
+            figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        return figures
+
+
+def _peak(device: torch.device) -> float | None:
+    """What the device could do, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAKS.items() if part in name), None)

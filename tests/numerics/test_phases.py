@@ -1,0 +1,164 @@
+"""What a phase does besides steps: references, adapters, evaluations, the best checkpoint, stops. Real DeepSpeed, one worker."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from plad_dist.data.schemas import REFERENCES
+from plad_dist.data.store import Dataset
+from plad_dist.rundir import RunDir
+from plad_dist.training.metrics import read_metrics
+from plad_dist.verify import verify
+from tests.numerics.workers import config_with_pairs, losses, make_run, train
+
+pytestmark = pytest.mark.engine
+PHASE = "round-0"
+
+
+def trained(folder: Path, training: dict[str, Any] | None = None, workers: int = 1, **round_: Any) -> RunDir:
+    raw = config_with_pairs(folder, **({"max_steps": 4} | round_))
+    raw["training"] |= training or {}
+    run = make_run(raw)
+    train(folder, raw, PHASE, workers)
+    return run
+
+
+def logp(model: Any, prompt: list[int], response: list[int]) -> float:
+    with torch.no_grad():
+        logps = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
+    return sum(float(logps[len(prompt) - 1 + place, token]) for place, token in enumerate(response))
+
+
+def test_references_are_the_starting_students_and_made_once(tmp_path: Path) -> None:
+    run = trained(tmp_path, workers=2, loss={"name": "dpo"})
+    assert losses(run, PHASE)[0] == pytest.approx(math.log(2), rel=1e-5), "nothing has moved yet"
+    (folder,) = (run.root / run.pairs().path).glob("references-*")
+    found = Dataset(run.storage, f"{run.pairs().path}/{folder.name}", REFERENCES)
+    table, pairs = found.read(), run.pairs().read()
+    assert table["prompt_id"].to_pylist() == pairs["prompt_id"].to_pylist()
+    start = AutoModelForCausalLM.from_pretrained(tmp_path / "student").double()
+    for row, reference in zip(pairs.to_pylist()[::7], table.to_pylist()[::7], strict=True):
+        for side in ("chosen", "rejected"):
+            expected = logp(start, row["prompt_token_ids"], row[f"{side}_token_ids"])
+            assert reference[f"{side}_reference_logp"] == pytest.approx(expected, rel=1e-5)
+    checked, _ = verify(run.storage.url)
+    assert not [problem for item in checked for problem in item.problems if "references" in problem]
+
+
+@pytest.mark.parametrize(
+    "loss", [{"name": "listwise"}, {"name": "margin", "margin": 2.0}, {"name": "orpo", "beta": 0.5}]
+)
+def test_other_losses_go_down(tmp_path: Path, loss: dict[str, Any]) -> None:
+    run = trained(tmp_path, loss=loss, max_steps=12, optimizer={"lr": 1e-2})
+    assert all(math.isfinite(value) for value in losses(run, PHASE))
+    _, heldout = read_metrics(run.root / "events" / PHASE)
+    assert heldout[-1]["heldout"]["loss"] < heldout[0]["heldout"]["loss"]
+
+
+def test_adapters_are_merged_into_the_model_and_kept_by_themselves(tmp_path: Path) -> None:
+    """Two workers, left after three steps and resumed."""
+    raw = config_with_pairs(tmp_path, max_steps=6, optimizer={"lr": 2e-2})
+    raw["training"]["lora"] = {"r": 4, "alpha": 8, "save_adapter": True}
+    run = make_run(raw)
+    train(tmp_path, raw, PHASE, 2, stop=3)
+    (checkpoint,) = (run.root / "checkpoints" / PHASE).glob("step-*")
+    train(tmp_path, raw, PHASE, 2)
+    assert checkpoint.is_dir()
+    found = losses(run, PHASE)
+    assert len(found) == 6
+    assert found[-1] < found[0]
+    start, merged = load_file(tmp_path / "student/model.safetensors"), load_file(run.model(PHASE) / "model.safetensors")
+    assert start.keys() == merged.keys()
+    changed = {name for name in start if not torch.equal(start[name], merged[name])}
+    assert changed
+    assert all("proj" in name for name in changed), "embeddings, norms and the output layer are frozen"
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    adapted = PeftModel.from_pretrained(base, run.model(PHASE) / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    whole = AutoModelForCausalLM.from_pretrained(run.model(PHASE))
+    torch.testing.assert_close(adapted(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_training_stops_when_nothing_gets_better_and_exports_the_best(tmp_path: Path) -> None:
+    """At this rate the held-out loss rises soon."""
+    run = trained(
+        tmp_path, max_steps=40, evaluate_every=2, best_by="loss", patience=2, export="best", keep_checkpoints=1,
+        optimizer={"lr": 5e-2, "warmup_share": 0.0},
+    )  # fmt: skip
+    steps, heldout = read_metrics(run.root / "events" / PHASE)
+    values = {row["step"]: row["heldout"]["loss"] for row in heldout}
+    last = steps[-1]["step"]
+    assert last < 40
+    best = min((step for step in values if step), key=values.__getitem__)
+    assert last == best + 4
+    facts = json.loads((run.model(PHASE) / "plad.json").read_text())["facts"]
+    assert (facts["step"], facts["best_step"]) == (best, best)
+    names = sorted(path.name for path in (run.root / "checkpoints" / PHASE).glob("step-*"))
+    assert names == sorted({f"step-{best:08d}", f"step-{last:08d}"})
+    model = AutoModelForCausalLM.from_pretrained(run.model(PHASE)).double()
+    right = [
+        logp(model, row["prompt_token_ids"], row["chosen_token_ids"])
+        > logp(model, row["prompt_token_ids"], row["rejected_token_ids"])
+        for row in run.heldout_pairs().read().to_pylist()
+    ]
+    at_best = next(row["heldout"] for row in heldout if row["step"] == best)
+    assert sum(right) / len(right) == pytest.approx(at_best["pair_accuracy"]), "the weights are those of the best step"
+
+
+def test_a_diverging_phase_stops_before_the_step_and_names_groups(tmp_path: Path) -> None:
+    run = trained(
+        tmp_path, {"divergence_factor": 1.01}, max_steps=40, checkpoint_every=2,
+        optimizer={"lr": 1.0, "warmup_share": 0.0, "clip_norm": 1e9},
+    )  # fmt: skip
+    stopped = json.loads((run.root / "checkpoints" / PHASE / "stopped.json").read_text())
+    assert "The step was not taken. Kept:" in stopped["message"]
+    assert not stopped["by_user"]
+    assert not (run.model(PHASE) / "plad.json").exists()
+
+
+def test_a_loss_that_is_no_number_names_the_groups(tmp_path: Path) -> None:
+    raw = config_with_pairs(tmp_path, max_steps=4)
+    weights = load_file(tmp_path / "student/model.safetensors")
+    weights["model.embed_tokens.weight"][100] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "student/model.safetensors", {"format": "pt"})
+    run = make_run(raw)
+    train(tmp_path, raw, PHASE, 1)
+    message = json.loads((run.root / "checkpoints" / PHASE / "stopped.json").read_text())["message"]
+    assert "step 1: the loss is nan" in message
+    assert "no checkpoint yet" in message
+    assert "pairs/round-0/part-0000" in message
+
+
+@pytest.mark.parametrize("training", [{"deepspeed": "zero2"}, {"gradient_checkpointing": True}])
+def test_how_it_is_computed_does_not_matter(tmp_path: Path, plain: list[float], training: dict[str, Any]) -> None:
+    assert losses(trained(tmp_path, training, workers=2), PHASE) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(trained(tmp_path_factory.mktemp("plain")), PHASE)
+
+
+def test_every_step_has_its_health_figures(tmp_path: Path) -> None:
+    steps, heldout = read_metrics(trained(tmp_path).root / "events" / PHASE)
+    wanted = {
+        "loss", "active_share", "pair_accuracy", "chosen_logp", "rejected_logp", "chosen_logp_per_token", "chosen_logp_drift",
+        "rejected_logp_drift", "grad_norm", "lr", "tokens_per_s", "prompt_tokens_saved", "input_wait_share", "memory_gb",
+        "groups_dropped", "groups_cut",
+    }  # fmt: skip
+    assert wanted <= steps[-1].keys()
+    assert steps[0]["chosen_logp_drift"] == 0
+    assert 0 < steps[0]["prompt_tokens_saved"] < 1
+    assert [row["step"] for row in heldout] == [0, 4]

@@ -1,0 +1,130 @@
+"""Phases trained by real DeepSpeed workers over gloo, each a process, on pairs that were made by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from plad_dist.config import Config
+from plad_dist.config_file import parse_config
+from plad_dist.data.prompts import prepare
+from plad_dist.data.schemas import PAIRS
+from plad_dist.rundir import RunDir, open_run
+from plad_dist.training.metrics import read_metrics
+from tests.conftest import tiny_config, write_prompts
+from tests.tiny import TEMPLATE, make_random_model
+
+WORKER = """
+import json, sys, dataclasses
+from datetime import timedelta
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+from plad_dist.config_file import parse_config
+from plad_dist.rundir import RunDir
+from plad_dist.training import loop, plan
+raw, phase, stop = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+config = parse_config(raw, "test")
+job = dataclasses.replace(plan.plan_phase(phase, config, RunDir.of(config)), dtype="float32")
+if stop:
+    worker = loop.Worker(job, torch.device("cpu"))
+    worker._open_groups()
+    log = worker._log() if worker.rank == 0 else None
+    worker._evaluate(log)
+    while worker.state.step < stop:
+        worker._step(log)
+    worker.checkpoints.save(worker.engine, worker.state)
+    worker.close()
+else:
+    loop.train_loop(job)
+dist.barrier()
+"""
+
+
+def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int = 0) -> None:
+    """Run a phase with so many workers, to its end or up to a step."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, json.dumps(raw), phase, str(stop)],
+            env=environment
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_PORT": str(port)},
+            stdout=(folder / f"worker-{rank}.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(workers)
+    ]
+    codes = [process.wait(timeout=300) for process in processes]
+    assert codes == [0] * workers, (folder / "worker-0.log").read_text()[-3000:]
+
+
+def config_with_pairs(folder: Path, **round_: Any) -> dict[str, Any]:
+    """A run whose pairs are there: numbers as token ids, one to three pairs a prompt; a random student."""
+    write_prompts(folder, 60)
+    raw = tiny_config(folder)
+    make_random_model(folder / "student", 2)
+    raw["student"] = {"path": str(folder / "student"), "template": TEMPLATE}
+    raw["teacher"] = {"path": str(folder / "student"), "template": TEMPLATE}
+    del raw["training"]["teacher"], raw["training"]["warmup"]
+    # No parameter is small enough to stay gathered: every one is released and gathered again.
+    zero = json.loads(Path("ds_configs/zero3.json").read_text())
+    zero["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000}
+    (folder / "zero3.json").write_text(json.dumps(zero))
+    raw["training"] |= {"micro_batch_tokens": 128, "heldout_pairs": 16, "deepspeed": str(folder / "zero3.json")}
+    raw["training"]["round"] = {
+        "epochs": 10, "max_steps": 20, "batch_groups": 12, "checkpoint_every": 100, "optimizer": {"lr": 3e-3},
+        "loss": {"mle_weight": 1.0},
+    } | round_  # fmt: skip
+    return raw
+
+
+def make_run(raw: dict[str, Any], rows: list[list[dict[str, Any]]] | None = None) -> RunDir:
+    """The run directory with prompts and pairs in it, two blocks of them."""
+    config: Config = parse_config(raw, "test")
+    run = open_run(config)
+    prepare(config, run.storage)
+    blocks = rows or [some_pairs(seed, 24) for seed in (0, 1)]
+    for dataset, tables in ((run.pairs(), blocks), (run.heldout_pairs(), [some_pairs(9, 12)])):
+        for block, pairs in enumerate(tables):
+            counts: Counter[str] = Counter({"pairs": len(pairs), "groups": len({row["prompt_id"] for row in pairs})})
+            for side in ("prompt", "chosen", "rejected"):
+                counts[f"tokens:{side}"] = sum(len(row[f"{side}_token_ids"]) for row in pairs)
+            counts["responses:chosen"] = counts["responses:rejected"] = len(pairs)
+            table = pa.Table.from_pylist(pairs, schema=PAIRS)
+            dataset.commit(block, table, fingerprint="by hand", attempt="a", counts=dict(counts))
+        dataset.finish(len(tables), fingerprint="by hand", facts={})
+    return run
+
+
+def some_pairs(seed: int, prompts: int) -> list[dict[str, Any]]:
+    """Pairs of random tokens; the chosen ones come from the lower half of the vocabulary, so that there is something to learn."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(prompts):
+        prompt = [rng.randrange(3, 280) for _ in range(rng.randint(2, 20))]
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            chosen = [rng.randrange(3, 140) for _ in range(rng.randint(1, 9))]
+            rejected = [rng.randrange(140, 280) for _ in range(rng.randint(1, 9))]
+            rows.append(
+                {
+                    "prompt_id": f"{seed}-{number}", "prompt_token_ids": prompt, "chosen_token_ids": [*chosen, 2],
+                    "rejected_token_ids": [*rejected, 2], "chosen_text": "", "rejected_text": "",
+                    "chosen_score": 1.0 + rng.random(), "rejected_score": rng.random(), "rejected_logprob": None, "round": 0,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def losses(run: RunDir, phase: str) -> list[float]:
+    return [record["loss"] for record in read_metrics(run.root / "events" / phase)[0]]

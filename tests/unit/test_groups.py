@@ -1,0 +1,179 @@
+"""Groups from pairs, and the checks before the first step: bad pairs are named by part and row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plad_dist.config import Loss, Model
+from plad_dist.errors import UserError
+from plad_dist.rundir import RunDir
+from plad_dist.training.batching import Group
+from plad_dist.training.check import check_pairs
+from plad_dist.training.groups import DataSpec, fit, open_groups
+from tests.numerics.workers import config_with_pairs, make_run, some_pairs
+from tests.tiny import TEMPLATE
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture(scope="module")
+def raw(folder: Path) -> dict[str, Any]:
+    return config_with_pairs(folder)
+
+
+def run_of(folder: Path, raw: dict[str, Any], blocks: list[Rows], name: str) -> RunDir:
+    return make_run(raw | {"run": {"dir": str(folder / name), "seed": 5}}, blocks)
+
+
+def groups_of(run: RunDir, folder: Path, kind: str = "pairs", **spec: Any) -> Any:
+    settings = Model(path=str(folder / "student"), template=TEMPLATE)
+    data = DataSpec(kind, run.pairs().path, **({"context": 1000} | spec))  # type: ignore[arg-type]
+    return open_groups(data, run.storage, str(folder / "student"), settings)
+
+
+def test_pairs_of_a_prompt_are_one_group_with_every_response_once(folder: Path, raw: dict[str, Any]) -> None:
+    rows = some_pairs(0, 1)[:1]
+    shared = [rows[0], rows[0] | {"rejected_token_ids": [150, 2]}, rows[0] | {"chosen_token_ids": [9, 2]}]
+    other = some_pairs(1, 1)[:1]
+    source = groups_of(run_of(folder, raw, [shared, other], "one"), folder)
+    assert len(source) == 2
+    first, second = source.take([0, 1])
+    chosen, rejected = rows[0]["chosen_token_ids"], rows[0]["rejected_token_ids"]
+    assert first.responses == [chosen, [9, 2], rejected, [150, 2]]
+    assert first.pairs == [(0, 2, 1), (0, 3, 1), (1, 2, 1)]
+    assert list(first.anchored) == [0, 1]
+    assert second.responses == [other[0]["chosen_token_ids"], other[0]["rejected_token_ids"]]
+    assert "part-00001.arrow: row 0 (counted from 0), prompt 1-0" in second.name
+
+
+def test_groups_are_found_by_index_in_any_order_and_any_block(folder: Path, raw: dict[str, Any]) -> None:
+    run = run_of(folder, raw, [some_pairs(0, 9), [], some_pairs(1, 5)], "many")
+    source = groups_of(run, folder)
+    names = [group.prompt_id for group in source.take(np.arange(14))]
+    assert names == [f"0-{n}" for n in range(9)] + [f"1-{n}" for n in range(5)]
+    assert [group.prompt_id for group in source.take([13, 0, 9, 8])] == ["1-4", "0-0", "1-0", "0-8"]
+
+
+def test_a_list_is_ranked_by_score_and_compared_each_with_each(folder: Path, raw: dict[str, Any]) -> None:
+    base = some_pairs(0, 1)[0]
+    rows = [
+        base | {"chosen_token_ids": [5, 2], "chosen_score": 0.4, "rejected_token_ids": [150, 2], "rejected_score": 0.5},
+        base | {"chosen_token_ids": [6, 2], "chosen_score": 0.9, "rejected_token_ids": [150, 2], "rejected_score": 0.5},
+    ]
+    (group,) = groups_of(run_of(folder, raw, [rows], "lists"), folder, "lists", end_ids=(2,)).take([0])
+    assert group.responses == [[6, 2], [150, 2], [5, 2]]
+    assert group.pairs == [(0, 1, 1), (0, 2, 2), (1, 2, 1)]
+    assert list(group.anchored) == [0]
+
+
+def test_a_response_that_was_cut_is_ranked_behind_all_that_ended(folder: Path, raw: dict[str, Any]) -> None:
+    base = some_pairs(0, 1)[0]
+    cut = base | {
+        "chosen_token_ids": [5, 2],
+        "chosen_score": 0.1,
+        "rejected_token_ids": [150, 151],
+        "rejected_score": 0.9,
+    }
+    source = groups_of(run_of(folder, raw, [[cut]], "cut"), folder, "lists", end_ids=(2,))
+    (group,) = source.take([0])
+    assert group.responses == [[5, 2], [150, 151]]
+    assert list(group.anchored) == [0]
+    neither = cut | {"chosen_token_ids": [5, 6]}
+    (group,) = groups_of(run_of(folder, raw, [[neither]], "neither"), folder, "lists", end_ids=(2,)).take([0])
+    assert list(group.anchored) == [], "what did not end is not raised"
+
+
+def test_the_chosen_side_alone_has_every_chosen_response_once(folder: Path, raw: dict[str, Any]) -> None:
+    base = some_pairs(0, 1)[0]
+    rows = [base, base | {"rejected_token_ids": [150, 2]}]
+    (group,) = groups_of(run_of(folder, raw, [rows], "chosen"), folder, "chosen").take([0])
+    assert group.responses == [base["chosen_token_ids"]]
+    assert not group.pairs
+
+
+def bounds(over_long: str, **spec: Any) -> DataSpec:
+    return DataSpec("pairs", "", over_long=over_long, **({"context": 1000} | spec))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("longest", range(6, 30))
+def test_a_group_that_is_cut_fits_and_keeps_its_pairs(longest: int, shares: bool) -> None:
+    group = Group(list(range(20)), [[1] * 9, [2] * 5], pairs=[(0, 1, 1)], name="here")
+    cut = fit(group, bounds("truncate", longest=longest, shares=shares))
+    assert cut is not None
+    assert (cut.tokens if shares else cut.tokens_apart) <= longest
+    assert cut.pairs == group.pairs
+    assert cut.prompt == group.prompt[-len(cut.prompt) :], "the end of the prompt is what is answered"
+    if longest > 14:
+        assert cut.responses == group.responses
+    assert fit(group, bounds("truncate", longest=60)) is group
+    assert fit(group, bounds("drop", longest=longest)) is None
+    with pytest.raises(
+        UserError, match=rf"here: its prompt and responses have 32 tokens, .*max_group_tokens is {longest}"
+    ):
+        fit(group, bounds("fail", longest=longest))
+
+
+@pytest.mark.parametrize("context", [3, 8, 20, 28])
+def test_the_context_bounds_each_sequence_and_not_the_group(context: int) -> None:
+    group = Group(list(range(20)), [[1] * 9, [2] * 9, [3] * 9], name="here")
+    assert fit(group, bounds("fail", context=29)) is group, "44 tokens, but no sequence of more than 29"
+    cut = fit(group, bounds("truncate", context=context))
+    assert cut is not None
+    assert len(cut.prompt) + max(map(len, cut.responses)) <= context
+    with pytest.raises(UserError, match="a response has 29 tokens, the student's context holds"):
+        fit(group, bounds("fail", context=context))
+
+
+def changed(row: int, **values: Any) -> Callable[[Rows], None]:
+    return lambda rows: rows[row].update(values)
+
+
+@pytest.mark.parametrize(
+    ("harm", "loss", "message"),
+    [
+        (changed(3, chosen_token_ids=[]), Loss(), r"part-00001\.arrow: row 3 .*chosen_token_ids is empty"),
+        (changed(2, prompt_token_ids=[]), Loss(), r"row 2 .*prompt_token_ids is empty"),
+        (changed(4, rejected_token_ids=[5, 999]), Loss(), r"row 4 .*rejected_token_ids holds token 999.*another model"),
+        (changed(4, rejected_token_ids=[-1]), Loss(), "holds token -1"),
+        (changed(1, chosen_score=None), Loss(name="margin"), r"row 1 .*chosen_score is None: the loss margin needs"),
+        (changed(1, rejected_score=float("nan")), Loss(name="listwise"), "rejected_score is nan"),
+        (changed(-1, prompt_token_ids=[5] * 300), Loss(), r"part-00001\.arrow: row .*the student's context holds 100"),
+        (changed(-1, prompt_token_ids=[5] * 80), Loss(), r"more than training\.micro_batch_tokens=64 holds"),
+    ],
+)
+def test_bad_pairs_are_named_before_the_first_step(
+    folder: Path, raw: dict[str, Any], tmp_path: Path, harm: Callable[[Rows], None], loss: Loss, message: str
+) -> None:
+    rows = some_pairs(1, 8)
+    harm(rows)
+    run = run_of(tmp_path, raw, [some_pairs(0, 8), rows], "bad")
+    spec = DataSpec("pairs", run.pairs().path, context=100)
+    model = str(folder / "student")
+    with pytest.raises(UserError, match=message):
+        check_pairs(spec, run.storage, model, Model(path=model, template=TEMPLATE), loss, 64)
+
+
+def test_sound_pairs_pass_and_equal_responses_count_once(folder: Path, raw: dict[str, Any]) -> None:
+    """A chosen response that is in many pairs is computed once."""
+    base = some_pairs(0, 1)[0] | {"chosen_token_ids": [5] * 40}
+    rows = [base | {"rejected_token_ids": [150 + number, 2]} for number in range(4)]
+    run = run_of(folder, raw, [rows, some_pairs(1, 8)], "sound")
+    model = str(folder / "student")
+    settings = Model(path=model, template=TEMPLATE)
+    tokens = max(len(base["prompt_token_ids"]) + 39 + 4, 60)
+    spec = DataSpec("pairs", run.pairs().path, context=100)
+    check_pairs(spec, run.storage, model, settings, Loss(), tokens)
+    with pytest.raises(UserError, match="more than"):
+        check_pairs(replace(spec, shares=False), run.storage, model, settings, Loss(), tokens)
