@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VOCABULARY, EOS, PAIRS, STEPS, MARGIN = 32_000, 2, 16, 3, 500.0
+VOCABULARY, EOS, PAIRS, STEPS, MARGIN = 32_000, 2, 8, 2, 500.0
 ARCHITECTURE = {
     "model_type": "llama",
     "hidden_size": 384,
@@ -236,7 +236,14 @@ def trl(folder: Path, model: Path, rows: list[Row], micro_batch: int) -> tuple[l
             if "loss" in logs:
                 self.losses.append(MARGIN * float(logs["loss"]))
 
-    texts = [{side: " ".join(f"w{token}" for token in tokens) for side, tokens in row.items()} for row in rows]
+    # Answers begin with a space, which keeps their first word apart from the prompt's last.
+    texts = [
+        {
+            side: (" " if side != "prompt" else "") + " ".join(f"w{token}" for token in tokens)
+            for side, tokens in row.items()
+        }
+        for row in rows
+    ]
     clock = Clock()
     trainer = CPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa"),
