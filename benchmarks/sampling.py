@@ -206,7 +206,7 @@ def pool(work: Work) -> tuple[int, float]:
     from plad_dist.sampling.actor import Sampler
     from plad_dist.sampling.engine import Engine
     from plad_dist.sampling.job import SamplingJob
-    from plad_dist.sampling.placement import Placement
+    from plad_dist.sampling.placement import Placement, window_for
     from plad_dist.sampling.run import Assignment, Fleet, run_fleets
 
     class Clock(Progress):
@@ -231,7 +231,10 @@ def pool(work: Work) -> tuple[int, float]:
         name: os.environ[name] for name in ("VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
     }
     assignment = Assignment(job, range(len(units)), units)
-    fleet = Fleet("pool", (assignment,), Sampler, (work.storage, engine), Placement(1.0), environment=environment)
+    fleet = Fleet(
+        "pool", (assignment,), Sampler, (work.storage, engine), Placement(1.0), environment=environment,
+        window=window_for(ENGINE["max_num_seqs"], BLOCK, config.sampling.window),
+    )  # fmt: skip
     clock = Clock(every_s=1e9)
     run_fleets(config, work.storage, [fleet], clock)
     manifest = job.dataset(work.storage).require("sample")

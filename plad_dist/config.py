@@ -313,7 +313,7 @@ class Sampling(Section):
         4,
         ge=1,
         le=64,
-        description="Blocks in flight on one engine, so that it never drains.",
+        description="Blocks in flight on one engine, at least; more where it answers more prompts at once than a quarter of them.",
         json_schema_extra=OPERATIONAL,
     )
     max_attempts: int = Field(

@@ -40,6 +40,15 @@ def engines_use_gpus() -> bool:
     return False
 
 
+def window_for(at_once: int, block_size: int, least: int) -> int:
+    """Blocks to lease to an actor that answers so many prompts at once, so that it never has fewer than that.
+
+    A block stays in the window until its longest response is written; on average half of the rows in it are done by then, and
+    at times most. So there are four times as many rows as the actor takes.
+    """
+    return max(least, -(-4 * at_once // block_size))
+
+
 def place(engine: Mapping[str, Any], cpus: float, *, has_gpus: bool) -> Placement:
     """The resources that an engine with these vLLM arguments needs."""
     tensor, pipeline = (int(engine.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))

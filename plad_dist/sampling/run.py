@@ -58,7 +58,7 @@ class Fleet:
     Attributes:
         worker: class of the actors (:class:`~plad_dist.sampling.work.BlockWorker`); `arguments` go to its constructor.
         replicas: most actors, `auto` for as many as the GPUs hold; `min_replicas`: fewest with which the stage goes on.
-        lease_timeout_s, stall_timeout_s: in the place of the config's, where the workers have limits of their own.
+        window, lease_timeout_s, stall_timeout_s: in the place of the config's, where the workers need others.
         environment: variables of the actors' processes. No secrets: Ray shows and logs them.
     """
 
@@ -69,6 +69,7 @@ class Fleet:
     placement: Placement
     replicas: int | Literal["auto"] = 1
     min_replicas: int = 1
+    window: int | None = None
     lease_timeout_s: float | None = None
     stall_timeout_s: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -263,7 +264,7 @@ class _Driver:
             return None
         sampling = self._sampling
         limits = Limits(
-            window=sampling.window,
+            window=fleet.window or sampling.window,
             max_attempts=sampling.max_attempts,
             heartbeat_timeout_s=sampling.heartbeat_timeout_s,
             stall_timeout_s=fleet.stall_timeout_s or sampling.stall_timeout_s,

@@ -20,10 +20,11 @@ from plad_dist.rundir import ROUND, RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.job import SamplingJob
-from plad_dist.sampling.placement import Placement, engines_use_gpus, place
+from plad_dist.sampling.placement import Placement, engines_use_gpus, place, window_for
 from plad_dist.sampling.remote import EndpointBackend
 from plad_dist.sampling.run import Assignment, Fleet, run_fleets
 
+_SEQUENCES = 256  # that vLLM answers at once where max_num_seqs is not given, or more on large GPUs
 HELDOUT_ROUND = -1  # keeps the seeds of held-out samples apart from those of training samples
 
 
@@ -230,6 +231,7 @@ def _fleet(config: Config, run: RunDir, speaker: _Speaker, assignments: list[Ass
             arguments=(run.storage, backend, config.sampling.max_attempts),
             placement=Placement(wanted.cpus),
             replicas=1,  # one client: limits on requests, tokens and money are those of one key
+            window=window_for(settings.endpoint.concurrency, config.prompts.block_size, config.sampling.window),
             # The client itself knows how long to wait; no other actor could do a block faster.
             lease_timeout_s=math.inf,
             stall_timeout_s=max(
@@ -253,5 +255,8 @@ def _fleet(config: Config, run: RunDir, speaker: _Speaker, assignments: list[Ass
         placement=placement,
         replicas=wanted.replicas,
         min_replicas=wanted.min_replicas,
+        window=window_for(
+            int(wanted.engine.get("max_num_seqs", _SEQUENCES)), config.prompts.block_size, config.sampling.window
+        ),
         environment=environment,
     )

@@ -16,7 +16,7 @@ from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.rundir import RunDir
 from plad_dist.sampling import stage
-from plad_dist.sampling.placement import Placement, place, replicas_that_fit, spanning
+from plad_dist.sampling.placement import Placement, place, replicas_that_fit, spanning, window_for
 from plad_dist.sampling.run import Assignment
 from tests.tiny import TEMPLATE, make_random_model
 
@@ -150,6 +150,11 @@ def test_an_engine_stays_in_a_node_unless_it_has_a_pipeline() -> None:
     assert place({"tensor_parallel_size": 1}, 4, has_gpus=False) == Placement(4)
     assert spanning({"pipeline_parallel_size": 2})["distributed_executor_backend"] == "ray"
     assert spanning({"tensor_parallel_size": 2}) == {"tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(("at_once", "block", "window"), [(64, 32, 8), (256, 512, 4), (1024, 512, 8), (10, 1, 40)])
+def test_an_engine_has_four_times_the_rows_that_it_answers_at_once(at_once: int, block: int, window: int) -> None:
+    assert window_for(at_once, block, 4) == window
 
 
 def test_auto_replicas_are_as_many_as_the_gpus_hold() -> None:
