@@ -49,7 +49,7 @@ def test_a_config_survives_being_written_and_read() -> None:
         ({"sampling": {"teacher": {"temperature": -1}}}, "sampling.teacher.temperature: input should be greater than"),
         (
             {"training": {"round": {"loss": {"name": "rnak"}}}},
-            "training.round.loss.name: input should be 'rank' or 'mle'",
+            "training.round.loss.name: input should be 'rank', 'margin', 'listwise'",
         ),
         ({"training": {"round": {"loss": {"name": "mle"}}}}, "must be a preference loss"),
         ({"teacher": {}}, "teacher: needs exactly one of `path`"),

@@ -143,6 +143,7 @@ def test_pairs_carry_the_scores_of_the_reward_model(tmp_path: Path) -> None:
                 "text": texts,
                 "token_ids": [[7 + i, 2] for i in range(len(texts))],
                 "finish_reason": ["stop"] * len(texts),
+                "logprob": [-1.0] * len(texts),
             }
         )
         for texts in (["one", "two two", "five " * 40], ["three", "four one"])
