@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, TaskCancelledError
 
 from plad_dist.config import Config
+from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Journal, Manifest, Part, part_name
 from plad_dist.errors import RunFailed, UserError
@@ -452,7 +453,7 @@ class _Driver:
     def _failed(self, fleet: _Running, actor: str, about: Any, cause: Exception) -> None:
         match about:
             case "start" if fleet.started_once:
-                self._lost(fleet, actor, f"did not start: {_first_line(cause)}")
+                self._lost(fleet, actor, f"did not start: {first_line(cause)}")
             case "start":
                 raise RunFailed(f"{actor}: did not start: {cause!r}") from None
             case _Stopping():
@@ -470,7 +471,7 @@ class _Driver:
             case Lease():
                 logger.warning("%s: %s failed: %s", actor, about.block, cause)
                 fleet.metrics.retried()
-                fleet.pool.fail(about, _first_line(cause))
+                fleet.pool.fail(about, first_line(cause))
 
     def _started(self, fleet: _Running, actor: str, problem: str | None) -> None:
         if problem is not None:
@@ -580,8 +581,3 @@ def _errors(part: Part) -> int:
 
 def _resources(found: Mapping[str, float]) -> str:
     return ", ".join(f"{found.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

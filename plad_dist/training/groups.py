@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -194,15 +194,14 @@ def too_long(name: str, sequence: int, context: int, tokens: int, longest: int |
 # -------------------------------------------------------------------------------------------------------------- blocks
 
 
-class _Block:
+class _Block(Protocol):
     """The rows of one block."""
 
     def rows(self, number: int) -> list[Row]:
         """Those of one group."""
-        raise NotImplementedError
 
 
-class _Referenced(_Block):
+class _Referenced:
     """Prompts that have a reference."""
 
     def __init__(self, prompts: pa.Table) -> None:
@@ -214,7 +213,7 @@ class _Referenced(_Block):
         return rows
 
 
-class _Answered(_Block):
+class _Answered:
     """Finished samples, each with the messages that it answers."""
 
     def __init__(self, prompts: pa.Table, samples: pa.Table) -> None:
@@ -229,7 +228,7 @@ class _Answered(_Block):
         return [{"prompt_id": sample["prompt_id"], "messages": messages, "reference": sample["text"]}]
 
 
-class PairedRows(_Block):
+class PairedRows:
     """Pairs, those of one prompt together."""
 
     def __init__(self, pairs: pa.Table, references: pa.Table | None, name: str) -> None:
