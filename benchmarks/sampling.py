@@ -11,15 +11,19 @@ seed for every sample, the log-probability of the sampled tokens, text) and the 
   batches well above the engine's `max_num_seqs`, as its documentation advises.
 
 What is timed is sampling alone, from an engine that is up to the last sample in the hands of the caller (for the pool: to the
-manifest). Bare vLLM keeps one engine, the other two start one in every round, before the clock starts: the pool's starts when
-its actor is up, Ray Data's when its first request begins (told by the times that it reports of its rows, which leaves out
-what it did before). Systems alternate, one engine at work at a time. `ratio_vs_vllm` and `ratio_vs_ray_data` are medians over
-rounds of the ratio of generated tokens a second in the same round; `tokens_per_s` is the pool's median.
+manifest). Bare vLLM and the pool keep an engine that has done the work once before; the pool does a dataset a round, which its
+actor begins when it is told to. Ray Data starts an engine in every round, and its clock starts when its first request begins
+(told by the times that it reports of its rows, which leaves out what it did before). Systems alternate, one engine at work at a
+time, after a pause in which the one before winds up, in an order that turns round every time: a shared machine's speed changes
+within minutes by more than the systems differ.
+`ratio_vs_vllm` and `ratio_vs_ray_data` are medians over rounds of the ratio of generated tokens a second in the same round;
+`tokens_per_s` is the pool's median.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -27,9 +31,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plad_dist.sampling.job import SamplingJob
+    from plad_dist.sampling.work import BlockResult, Hints
 
 PROMPTS, BLOCK, MAX_TOKENS, ENDINGS = 256, 32, 128, 240
 ENGINE: dict[str, Any] = {
@@ -37,6 +46,7 @@ ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "enable_chunked_prefill": False,
+    "enable_prefix_caching": False,  # the same prompts are asked in every round
     "max_num_batched_tokens": 16_384,
     "kv_cache_memory_bytes": 1 << 30,
     "max_model_len": 512,
@@ -52,13 +62,13 @@ ARCHITECTURE = {
     "tie_word_embeddings": True,
 }
 VOCABULARY = 16_384
-SEED, ROUND = 1, 0
+SEED, ROUND, PAUSE_S = 1, 0, 15.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--without", action="append", default=[], choices=["vllm", "ray_data"], help="leave a peer out")
     arguments = parser.parse_args()
@@ -84,12 +94,13 @@ def measure(folder: Path, rounds: int, count: int, without: set[str]) -> dict[st
     work = Work(folder, model, texts)
     systems: dict[str, Callable[[], tuple[int, float]]] = {
         "vllm": bare(work) if "vllm" not in without else lambda: (0, 1.0),
-        "pool": partial(pool, work),
+        "pool": Pool(work, rounds),
         "ray_data": partial(ray_data, work),
     }
     rates: dict[str, list[float]] = {name: [] for name in systems if name not in without}
     for round_ in range(rounds):
         for name in sorted(rates, reverse=bool(round_ % 2)):
+            time.sleep(PAUSE_S)
             tokens, seconds = systems[name]()
             rates[name].append(tokens / seconds)
             print(
@@ -163,7 +174,7 @@ class Work:
         rows = [{"prompt_id": f"{row:08d}", "messages": messages} for row, messages in enumerate(conversations)]
         self.ids = Renderer(str(model), self.settings).prompt_ids(conversations)
         self.seeds = [sample_seed(SEED, ROUND, "teacher", str(row["prompt_id"]), 0) for row in rows]
-        self.run, self.storage = 0, Storage(str(folder / "run"))
+        self.storage = Storage(str(folder / "run"))
         prompts = Dataset(self.storage, "prompts", SCHEMA)
         blocks = range(0, len(rows), BLOCK)
         for block, start in enumerate(blocks):
@@ -189,7 +200,6 @@ def bare(work: Work) -> Callable[[], tuple[int, float]]:
     parameters = [SamplingParams(**work.sampling_params(row)) for row in range(len(prompts))]
 
     def ask() -> tuple[int, float]:
-        llm.reset_prefix_cache()
         begun = time.perf_counter()
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         seconds = time.perf_counter() - begun
@@ -199,49 +209,72 @@ def bare(work: Work) -> Callable[[], tuple[int, float]]:
     return ask
 
 
-def pool(work: Work) -> tuple[int, float]:
-    """This project's fleet with one actor, from the moment it is up to the manifest."""
-    from plad_dist.config_file import parse_config
-    from plad_dist.progress import Progress
-    from plad_dist.sampling.actor import Sampler
-    from plad_dist.sampling.engine import Engine
-    from plad_dist.sampling.job import SamplingJob
-    from plad_dist.sampling.placement import Placement, window_for
-    from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+class Pool:
+    """This project's fleet with one actor, which is up before the first clock starts and works through one dataset a call."""
 
-    class Clock(Progress):
-        up = 0.0
+    def __init__(self, work: Work, runs: int) -> None:
+        from plad_dist.config_file import parse_config
+        from plad_dist.progress import Progress
+        from plad_dist.sampling.actor import Sampler
+        from plad_dist.sampling.engine import Engine
+        from plad_dist.sampling.job import SamplingJob
+        from plad_dist.sampling.placement import Placement, window_for
+        from plad_dist.sampling.run import Assignment, Fleet, run_fleets
 
-        def say(self, text: str) -> None:
-            self.up = self.up or time.time()
+        class Gated(Sampler):
+            """Begins a dataset when it is told to."""
 
-    work.run += 1
-    model = {"path": str(work.model)}
-    source = {"type": "files", "paths": ["-"], "reference_column": "reference"}
-    config = parse_config(
-        {"run": {"dir": "-"}, "prompts": {"source": source}, "teacher": model, "student": model}, "benchmark"
-    )
-    job = SamplingJob(
-        prompts="prompts", output=f"samples/{work.run}", role="teacher", model="m", weights=str(work.model),
-        decoding=work.decoding, n=1, seed=SEED, round=ROUND, seed_round=ROUND, fingerprint="benchmark",
-    )  # fmt: skip
-    units = [part.rows for part in work.blocks]
-    engine = partial(Engine, str(work.model), work.settings, ENGINE, SEED)
-    environment = {
-        name: os.environ[name] for name in ("VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
-    }
-    assignment = Assignment(job, range(len(units)), units)
-    fleet = Fleet(
-        "pool", (assignment,), Sampler, (work.storage, engine), Placement(1.0), environment=environment,
-        window=window_for(ENGINE["max_num_seqs"], BLOCK, config.sampling.window),
-    )  # fmt: skip
-    clock = Clock(every_s=1e9)
-    run_fleets(config, work.storage, [fleet], clock)
-    manifest = job.dataset(work.storage).require("sample")
-    assert manifest.rows == len(work.ids)
-    assert not manifest.count("errors")
-    written = (work.folder / "run" / job.output / "manifest.json").stat().st_mtime
-    return manifest.count("tokens"), written - clock.up
+            async def work(self, job: SamplingJob, block: int, attempt: str, hints: Hints) -> BlockResult:
+                while not gate(work, job.output).exists():
+                    await asyncio.sleep(0.05)
+                return await super().work(job, block, attempt, hints)
+
+        model = {"path": str(work.model)}
+        source = {"type": "files", "paths": ["-"], "reference_column": "reference"}
+        sections = {"run": {"dir": "-"}, "prompts": {"source": source}, "teacher": model, "student": model}
+        config = parse_config(sections | {"sampling": {"stall_timeout_s": 1e6, "lease_timeout_s": 1e6}}, "benchmark")
+        self.work, self.begun = work, 0
+        self.jobs = [
+            SamplingJob(
+                prompts="prompts", output=f"samples/{run}", role="teacher", model="m", weights=str(work.model),
+                decoding=work.decoding, n=1, seed=SEED, round=ROUND, seed_round=ROUND, fingerprint="benchmark",
+            )
+            for run in range(1 + runs)
+        ]  # fmt: skip
+        units = [part.rows for part in work.blocks]
+        environment = ("VLLM_LOGGING_LEVEL", "VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")
+        fleet = Fleet(
+            "pool",
+            tuple(Assignment(job, range(len(units)), units) for job in self.jobs),
+            Gated,
+            (work.storage, partial(Engine, str(work.model), work.settings, ENGINE, SEED)),
+            Placement(1.0),
+            environment={name: os.environ[name] for name in environment},
+            window=window_for(ENGINE["max_num_seqs"], BLOCK, config.sampling.window),
+        )
+        drive = partial(run_fleets, config, work.storage, [fleet], Progress(every_s=1e9))
+        self.driver = ThreadPoolExecutor(1).submit(drive)
+        self()  # warm
+
+    def __call__(self) -> tuple[int, float]:
+        """Sample the next dataset: from its release to its manifest."""
+        job, self.begun = self.jobs[self.begun], self.begun + 1
+        folder = self.work.folder / "run" / job.output
+        begun = time.time()
+        gate(self.work, job.output).touch()
+        while not (folder / "manifest.json").exists():
+            if self.driver.done():
+                self.driver.result()
+            time.sleep(0.1)
+        manifest = job.dataset(self.work.storage).require("sample")
+        assert manifest.rows == len(self.work.ids)
+        assert not manifest.count("errors")
+        return manifest.count("tokens"), (folder / "manifest.json").stat().st_mtime - begun
+
+
+def gate(work: Work, output: str) -> Path:
+    """The file whose presence releases a dataset."""
+    return work.folder / f"{Path(output).name}.go"
 
 
 def ray_data(work: Work) -> tuple[int, float]:

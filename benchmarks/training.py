@@ -26,8 +26,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plad_dist.training.loop import PhaseJob
 
 VOCABULARY, EOS, PAIRS, STEPS, MARGIN = 32_000, 2, 8, 2, 500.0
 ARCHITECTURE = {
@@ -103,16 +107,11 @@ def measure(
 
 
 def make_model(folder: Path) -> Path:
-    """A random Llama with a tokenizer whose words are its tokens: `w17` is token 17."""
+    """A random Llama with its tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=f"w{EOS}", pad_token="w0", unk_token="w0"
-    ).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     arguments: dict[str, Any] = dict(ARCHITECTURE)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -127,7 +126,17 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_pairs(shape: str) -> list[Row]:
+def make_tokenizer() -> Any:
+    """A tokenizer whose words are its tokens: `w17` is token 17."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{EOS}", pad_token="w0", unk_token="w0")
+
+
+def make_pairs(shape: str, count: int = PAIRS) -> list[Row]:
     """Random tokens in the lengths of a task."""
     rng = random.Random(1)
     prompt, prompt_spread, response, response_spread = SHAPES[shape]
@@ -141,18 +150,18 @@ def make_pairs(shape: str) -> list[Row]:
             "chosen": [*tokens(response, response_spread), EOS],
             "rejected": [*tokens(response, response_spread), EOS],
         }
-        for _ in range(PAIRS)
+        for _ in range(count)
     ]
 
 
-def start_one_rank() -> None:
+def start_one_rank(backend: str = "gloo") -> None:
     """A process group of this process alone, as a worker has it."""
     import torch.distributed as dist
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
 
 
 # ------------------------------------------------------------------------------------------------------ the two trainers
@@ -162,14 +171,23 @@ def ours(folder: Path, model: Path, rows: list[Row], tokens: int) -> tuple[list[
     """Seconds and losses of the steps of a worker."""
     import torch
 
+    torch.set_num_threads(THREADS)
+    os.environ |= RANK  # for DeepSpeed; TRL would take it for a launcher and wrap its model
+    seconds, records = run_worker(worker_job(folder, model, rows, tokens, STEPS + 1), torch.device("cpu"))
+    for name in RANK:
+        del os.environ[name]
+    return seconds, [record["loss"] for record in records]
+
+
+def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: int, **changes: Any) -> PhaseJob:
+    """A phase whose steps all take all pairs. `changes`: fields of the job in the place of those for one CPU."""
     from plad_dist.config import Loss, Model, Optimizer, Phase
     from plad_dist.data.schemas import PAIRS as SCHEMA
     from plad_dist.data.storage import Storage
     from plad_dist.data.store import Dataset
     from plad_dist.training.deepspeed_config import load_deepspeed
     from plad_dist.training.groups import DataSpec
-    from plad_dist.training.loop import PhaseJob, Worker
-    from plad_dist.training.metrics import read_metrics
+    from plad_dist.training.loop import PhaseJob
 
     storage = Storage(str(folder))
     pairs = Dataset(storage, "pairs", SCHEMA)
@@ -179,25 +197,29 @@ def ours(folder: Path, model: Path, rows: list[Row], tokens: int) -> tuple[list[
     loss = Loss(name="rank", margin=MARGIN, mle_weight=0.0)
     job = PhaseJob(
         name="round-0", start=str(model), settings=Model(path=str(model), template="{{ messages }}"),
-        phase=Phase(batch_groups=PAIRS, optimizer=optimizer, loss=loss), data=DataSpec("pairs", "pairs", context=1024), heldout=None,
-        heldout_limit=0, seed=1, steps=STEPS + 1, deepspeed=load_deepspeed("zero3"), dtype="float32", micro_batch_tokens=tokens,
-        longest=None, attention="auto", lora=None, gradient_checkpointing=False, divergence_factor=1e9, trackers=(),
-        storage=storage, fingerprint="b",
+        phase=Phase(batch_groups=len(rows), optimizer=optimizer, loss=loss), data=DataSpec("pairs", "pairs", context=1024),
+        heldout=None, heldout_limit=0, seed=1, steps=steps, deepspeed=load_deepspeed("zero3"), dtype="float32",
+        micro_batch_tokens=tokens, longest=None, attention="auto", lora=None, gradient_checkpointing=False,
+        divergence_factor=1e9, trackers=(), storage=storage, fingerprint="b",
     )  # fmt: skip
-    torch.set_num_threads(THREADS)
-    os.environ |= RANK  # for DeepSpeed; TRL would take it for a launcher and wrap its model
-    worker = Worker(job, torch.device("cpu"))
+    return replace(job, **changes)
+
+
+def run_worker(job: PhaseJob, device: Any) -> tuple[list[float], list[dict[str, Any]]]:
+    """Seconds of each step of a worker, and what it logged of it."""
+    from plad_dist.training.loop import Worker
+    from plad_dist.training.metrics import read_metrics
+
+    worker = Worker(job, device)
     worker._open_groups()
     log, seconds = worker._log(), []
-    for _ in range(STEPS + 1):
+    for _ in range(job.steps):
         begun = time.perf_counter()
         worker._step(log)
         seconds.append(time.perf_counter() - begun)
     log.close()
     worker.close()
-    for name in RANK:
-        del os.environ[name]
-    return seconds, [record["loss"] for record in read_metrics(job.folder("events"))[0]]
+    return seconds, read_metrics(job.folder("events"))[0]
 
 
 def _table(rows: list[Row]) -> Any:
@@ -215,8 +237,16 @@ def _table(rows: list[Row]) -> Any:
     return pa.Table.from_pylist(table, schema=SCHEMA)
 
 
-def trl(folder: Path, model: Path, rows: list[Row], micro_batch: int) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the steps of TRL's trainer, its losses times the margin."""
+def trl(
+    folder: Path,
+    model: Path,
+    rows: list[Row],
+    micro_batch: int,
+    steps: int = STEPS + 1,
+    *,
+    gradient_checkpointing: bool = False,
+) -> tuple[list[float], list[float]]:
+    """Seconds and losses of the steps of TRL's trainer, its losses times the margin: bfloat16 on a GPU, float32 on a CPU."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -245,14 +275,15 @@ def trl(folder: Path, model: Path, rows: list[Row], micro_batch: int) -> tuple[l
         for row in rows
     ]
     clock = Clock()
+    cuda = torch.cuda.is_available()
     trainer = CPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa"),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if cuda else torch.float32),
         args=CPOConfig(
             output_dir=str(folder), loss_type="hinge", beta=1 / MARGIN, cpo_alpha=0.0, max_length=1024,
-            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=PAIRS // micro_batch, max_steps=STEPS + 1,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=len(rows) // micro_batch, max_steps=steps,
             learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=1.0,
             lr_scheduler_type="constant", optim="adamw_torch", logging_steps=1, logging_strategy="steps", save_strategy="no",
-            report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
+            report_to=[], use_cpu=not cuda, bf16=cuda, gradient_checkpointing=gradient_checkpointing, disable_tqdm=True,
             remove_unused_columns=False,
         ),
         train_dataset=Dataset.from_list(texts),
