@@ -18,7 +18,7 @@ TARGET = Path(__file__).with_name("configuration.md")
 HEADER = """# Configuration reference
 
 A run is one YAML file with the keys below; `key.sub=value` on the command line overrides any of them. Generated from
-`plad_dist/config.py` by `python docs/generate_configuration.py`; do not edit.
+`plad_dist/config/` by `python docs/generate_configuration.py`; do not edit.
 
 A key marked ● decides what the run produces: once a stage that depends on it has begun, a run directory refuses another
 value. The other keys say how the work is carried out and may change between resumes.

@@ -1,0 +1,57 @@
+"""The whole of a run in one validated schema. Every default of the product is written here, once.
+
+A run is a YAML file of these sections; ``key.sub=value`` arguments override it (:mod:`plad_dist.config_file`).
+"""
+
+from plad_dist.config.models import Endpoint, Model, ScratchModel
+from plad_dist.config.pairing import Pairing, RewardModel
+from plad_dist.config.prompts import Columns, DatasetSource, FilesSource, Prompts, PythonFunctionsSource
+from plad_dist.config.root import (
+    Cluster,
+    Config,
+    Evaluation,
+    Run,
+    fingerprint,
+    flatten,
+    is_operational,
+    operational_keys,
+    schema_fields,
+)
+from plad_dist.config.sampling import Decoding, RoleSampling, Sampling, Teacher
+from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.training import Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup
+
+__all__ = [
+    "OPERATIONAL",
+    "Cluster",
+    "Columns",
+    "Config",
+    "DatasetSource",
+    "Decoding",
+    "Endpoint",
+    "Evaluation",
+    "FilesSource",
+    "Lora",
+    "Loss",
+    "MlePhase",
+    "Model",
+    "Optimizer",
+    "Pairing",
+    "Phase",
+    "Prompts",
+    "PythonFunctionsSource",
+    "RewardModel",
+    "RoleSampling",
+    "Run",
+    "Sampling",
+    "ScratchModel",
+    "Section",
+    "Teacher",
+    "Training",
+    "Warmup",
+    "fingerprint",
+    "flatten",
+    "is_operational",
+    "operational_keys",
+    "schema_fields",
+]

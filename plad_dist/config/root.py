@@ -1,0 +1,229 @@
+"""The whole of a run, and walking its schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import types
+from collections.abc import Iterator
+from functools import cache
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from plad_dist.config.models import Model
+from plad_dist.config.pairing import Pairing
+from plad_dist.config.prompts import Columns, Prompts
+from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Teacher
+from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.training import Training
+
+
+class Run(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = Field(description="Run directory: a path, or file://, s3://, gs://, az:// URI.", min_length=1)
+    seed: int = Field(17, ge=0, lt=2**31, description="Every random choice of the run follows from it.")
+
+
+class Cluster(Section):
+    """Which Ray cluster does the work."""
+
+    address: str | None = Field(
+        None,
+        description="Ray address to join (`auto`, `host:port`). Empty: the RAY_ADDRESS variable, else a local Ray.",
+        json_schema_extra=OPERATIONAL,
+    )
+    start_timeout_s: int = Field(
+        600,
+        ge=10,
+        description="Seconds to wait for the cluster to give the actors and workers their resources.",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
+class Evaluation(Section):
+    """Step 4: every system answers the held-out prompts."""
+
+    limit: int = Field(500, ge=1, description="Held-out prompts used.")
+    decodings: dict[str, Decoding] = Field(
+        default={}, description="Named decodings. Empty: `greedy`, and `sampled` as the student is sampled for pairs."
+    )
+    warmup_temperatures: list[Annotated[float, Field(gt=0, le=5)]] = Field(
+        default=[0.5, 0.25], description="Lower temperatures at which the warm-up student is shown too."
+    )
+    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples for the 95% intervals.")
+    examples: int = Field(20, ge=0, description="Outputs shown side by side in the report.")
+
+    @field_validator("decodings")
+    @classmethod
+    def _names(cls, value: dict[str, Decoding]) -> dict[str, Decoding]:
+        for name in value:
+            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+                raise ValueError(f"decoding name {name!r}: use letters, digits, '-', '_' and '.' alone")
+        return value
+
+
+class Config(Section):
+    """A run."""
+
+    run: Run
+    cluster: Cluster = Cluster()
+    prompts: Prompts
+    teacher: Model | None = Field(None, description="The teacher. Empty: `teachers` names several.")
+    teachers: dict[str, Teacher] = Field(
+        default={}, description="Several teachers by name, each with a part of the prompts."
+    )
+    student: Model
+    sampling: Sampling = Sampling()
+    pairing: Pairing = Pairing()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _scratch_models_are_trained(self) -> Config:
+        if self.teacher and self.teacher.scratch and not self.training.teacher:
+            raise ValueError("teacher.scratch makes an untrained teacher: add a `training.teacher` section")
+        if self.training.lora and (self.student.scratch or (self.teacher and self.teacher.scratch)):
+            raise ValueError(
+                "training.lora: adapters of a model from scratch would learn beside random weights; leave it out"
+            )
+        if self.student.scratch and not self.training.warmup:
+            raise ValueError("student.scratch makes an untrained student: add a `training.warmup` section")
+        for name, model in (("teacher", self.teacher), ("student", self.student)):
+            if model and model.scratch and model.template is None:
+                raise ValueError(f"{name}.scratch makes a tokenizer without a chat template: set {name}.template")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_and_student(self) -> Config:
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("needs exactly one of `teacher` and `teachers`")
+        if self.student.endpoint:
+            raise ValueError("student.endpoint: only a teacher may be behind a server; the student is trained here")
+        for name, teacher in self.teachers.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
+                raise ValueError(f"teachers: name {name!r}: use letters, digits, '-' and '_' alone, and not `student`")
+            if teacher.scratch:
+                raise ValueError(f"teachers.{name}.scratch: only a single `teacher` can be made from scratch")
+            if teacher.sampling and teacher.sampling.n != self.sampling.teacher.n:
+                raise ValueError(f"teachers.{name}.sampling.n: must be that of sampling.teacher.n")
+        if self.training.teacher and (self.teacher is None or self.teacher.endpoint):
+            raise ValueError("training.teacher: trains a single `teacher` with a path or from scratch")
+        return self
+
+    @model_validator(mode="after")
+    def _student_ends_with_a_token(self) -> Config:
+        if self.sampling.student.stop:
+            raise ValueError(
+                "sampling.student.stop: the student must end with a token, not a stop string, to be trained on it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scores_where_needed(self) -> Config:
+        name = self.training.round.loss.name
+        if self.training.round.loss.needs_scores and self.pairing.score == "none":
+            raise ValueError(f"training.round.loss.name: {name} needs scores: set pairing.score")
+        return self
+
+    @model_validator(mode="after")
+    def _references_where_needed(self) -> Config:
+        source = self.prompts.source
+        if isinstance(source, Columns) and source.reference_column is None:
+            if self.training.teacher:
+                raise ValueError("training.teacher learns from references: set prompts.source.reference_column")
+            if self.training.warmup and self.training.warmup.data == "references":
+                raise ValueError(
+                    "training.warmup.data is `references`: set prompts.source.reference_column, or use `data: teacher`"
+                )
+        return self
+
+    def all_teachers(self) -> dict[str, Teacher]:
+        """The teachers by name; a single one is called `teacher`. Each with how it is sampled."""
+        teachers = {"teacher": Teacher(**self.teacher.model_dump())} if self.teacher else self.teachers
+        return {
+            name: teacher.model_copy(update={"sampling": teacher.sampling or self.sampling.teacher})
+            for name, teacher in teachers.items()
+        }
+
+    def trained(self, role: str) -> Model:
+        """The section of a model that the run may train: `teacher` (a single one) or `student`."""
+        model = self.teacher if role == "teacher" else self.student
+        assert model is not None, "only a single teacher is trained"
+        return model
+
+    def decodings(self) -> dict[str, Decoding]:
+        """The decodings that every system is evaluated with, by name."""
+        if self.evaluation.decodings:
+            return dict(self.evaluation.decodings)
+        student = self.sampling.student
+        sampled = Decoding(**{name: getattr(student, name) for name in Decoding.model_fields})
+        return {"greedy": sampled.model_copy(update={"temperature": 0.0}), "sampled": sampled}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides what the run produces; run.dir and operational keys are left out."""
+        return fingerprint({key: value for key, value in self.flat().items() if not is_operational(key)})
+
+    def flat(self) -> dict[str, Any]:
+        """Every resolved key with its value, by dotted name."""
+        return dict(flatten(self.model_dump(mode="json")))
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested mappings."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def schema_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the schema with its field, depth first. Alternatives of a union follow one another; `*` is any name."""
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        yield path, field
+        for section in _sections_in(field.annotation):
+            yield from schema_fields(section, f"{path}.")
+        for section in _named_sections_in(field.annotation):
+            yield from schema_fields(section, f"{path}.*.")
+
+
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [section for item in get_args(annotation) for section in _sections_in(item)]
+    return []
+
+
+def _named_sections_in(annotation: Any) -> list[type[Section]]:
+    """Sections that the values of a mapping are."""
+    return _sections_in(get_args(annotation)[1]) if get_origin(annotation) is dict else []
+
+
+@cache
+def operational_keys() -> set[str]:
+    """Keys whose change does not change what a run produces: they may differ between resumes."""
+    operational = {path for path, field in schema_fields() if (field.json_schema_extra or {}) == OPERATIONAL}
+    return operational | {"run.dir"}
+
+
+def is_operational(key: str) -> bool:
+    """Whether a dotted key, or the key that holds it, is operational."""
+    parts = key.split(".")
+    if "engine" in parts[:-1]:
+        return parts[parts.index("engine") + 1] in OPERATIONAL_ENGINE
+    if parts[0] == "teachers" and len(parts) > 2:
+        parts[1] = "*"
+    keys = operational_keys()
+    return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
