@@ -219,7 +219,8 @@ class Pool:
         from plad_dist.sampling.engine import Engine
         from plad_dist.sampling.job import SamplingJob
         from plad_dist.sampling.placement import Placement, window_for
-        from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+        from plad_dist.sampling.fleet import Assignment, Fleet
+        from plad_dist.sampling.run import run_fleets
 
         class Gated(Sampler):
             """Begins a dataset when it is told to."""

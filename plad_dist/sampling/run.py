@@ -11,8 +11,8 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, TaskCancelledError
@@ -20,179 +20,23 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, TaskCanc
 from plad_dist.config import Config
 from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Journal, Manifest, Part, part_name
+from plad_dist.data.store import Part
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.observe import FleetMetrics
 from plad_dist.progress import Progress
-from plad_dist.sampling.placement import Placement, replicas_that_fit
+from plad_dist.sampling.fleet import Fleet, RunningFleet, Task
+from plad_dist.sampling.output import Output
 from plad_dist.sampling.pool import BlockPool, Lease, Limits
-from plad_dist.sampling.work import Beat, BlockJob, BlockResult, EngineDiedError, StopStageError
+from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, StopStageError
 
 logger = logging.getLogger("plad")
 
 _TICK_S = 1.0
 _BEAT_EVERY_S = 5.0
 _ENGINES_IN_DOUBT = 8  # a fleet stops after max_attempts failures in a row for each of so many actors
-_EXAMPLES = 3
 _ID_LINE = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 _STOP_S = 30.0
 _REPLACE_AFTER_S, _LONGEST_PAUSE_S = 2.0, 300.0
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Blocks of a job that one fleet does.
-
-    Attributes:
-        units: of progress (samples, prompts) in each block of the whole dataset.
-    """
-
-    job: BlockJob
-    blocks: Sequence[int]
-    units: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """Actors of one kind and what they do.
-
-    Attributes:
-        worker: class of the actors (:class:`~plad_dist.sampling.work.BlockWorker`); `arguments` go to its constructor.
-        replicas: most actors, `auto` for as many as the GPUs hold; `min_replicas`: fewest with which the stage goes on.
-        window, lease_timeout_s, stall_timeout_s: in the place of the config's, where the workers need others.
-        environment: variables of the actors' processes. No secrets: Ray shows and logs them.
-    """
-
-    name: str
-    assignments: tuple[Assignment, ...]
-    worker: type
-    arguments: tuple[Any, ...]
-    placement: Placement
-    replicas: int | Literal["auto"] = 1
-    min_replicas: int = 1
-    window: int | None = None
-    lease_timeout_s: float | None = None
-    stall_timeout_s: float | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A block of one of a fleet's assignments."""
-
-    assignment: int
-    block: int
-    output: str
-
-    def __str__(self) -> str:
-        return f"{self.output}/{part_name(self.block)}"
-
-
-class _Output:
-    """One dataset on its way to completion, possibly by several fleets."""
-
-    def __init__(self, job: BlockJob, units: Sequence[int], storage: Storage) -> None:
-        self.job, self.units = job, units
-        self.dataset: Dataset = job.dataset(storage)
-        self.journal = Journal(self.dataset, job.fingerprint)
-        self.parts: dict[int, Part | None] = self.dataset.go_on(job.fingerprint)
-        self.started = time.monotonic()
-        self.examples: list[str] = []
-        known = [part for part in self.parts.values() if part is not None]
-        self.rows, self.errors = sum(part.rows for part in known), sum(_errors(part) for part in known)
-
-    @property
-    def missing(self) -> list[int]:
-        return [block for block in range(len(self.units)) if block not in self.parts]
-
-    @property
-    def complete(self) -> bool:
-        return len(self.parts) >= len(self.units)
-
-    def add(self, block: int, result: BlockResult) -> bool:
-        """Note a committed block. False: it was known already."""
-        if self.parts.get(block) is not None:
-            return False
-        self.parts[block] = result.part
-        self.rows += result.part.rows
-        self.errors += _errors(result.part)
-        self.journal.add(result.part)
-        if result.first_error and len(self.examples) < _EXAMPLES:
-            self.examples.append(result.first_error)
-        return True
-
-    def check_errors(self, allowed: float, *, at_end: bool) -> None:
-        """Raise :class:`RunFailed` where too many rows are error rows, over all attempts at this dataset."""
-        if self.errors > allowed * self.rows and (self.rows >= 100 or at_end):
-            worst = max((part for part in self.parts.values() if part), key=_errors).name
-            examples = "".join(f"\n  {example}" for example in self.examples)
-            raise RunFailed(
-                f"{self.job.output}: {self.errors:,} of {self.rows:,} rows are errors, more than sampling.max_error_share={allowed:g}."
-                f"{' Examples:' if examples else ''}{examples}\nWhat is committed is kept. Mend the cause and delete the parts "
-                f"with errors (such as {worst}) to have them done again, or raise sampling.max_error_share; then run again."
-            )
-
-    def finish(self, allowed: float, facts: Callable[[Sequence[Part]], dict[str, Any]]) -> Manifest:
-        """Write the manifest. Raises :class:`RunFailed`, and writes none, where all parts together have too many errors."""
-        seconds = round(time.monotonic() - self.started, 3)
-
-        def checked(parts: Sequence[Part]) -> dict[str, Any]:
-            self.parts = dict(enumerate(parts))  # those that the journal lacked too
-            self.rows, self.errors = sum(part.rows for part in parts), sum(map(_errors, parts))
-            self.check_errors(allowed, at_end=True)
-            return facts(parts) | {"seconds": seconds}
-
-        known = [part for part in self.parts.values() if part is not None]
-        return self.dataset.finish(len(self.units), fingerprint=self.job.fingerprint, known=known, facts=checked)
-
-
-@dataclass(eq=False)
-class _Running:
-    """A fleet at work: its actors by name and what is under way.
-
-    Attributes:
-        most: actors at this moment at most.
-        starting: when each actor that is not ready yet got its resources.
-        failed_starts: in a row, with nothing finished by any actor in between.
-    """
-
-    fleet: Fleet
-    pool: BlockPool
-    metrics: FleetMetrics
-    actors: dict[str, Any] = field(default_factory=dict)
-    most: int = 1
-    starting: dict[str, float] = field(default_factory=dict)
-    failed_starts: int = 0
-    ready: dict[str, Beat] = field(default_factory=dict)
-    asked: set[str] = field(default_factory=set)  # actors whose heartbeat is awaited
-    groups: dict[str, Any] = field(default_factory=dict)  # placement groups by actor
-    born: int = 0
-    started_once: bool = False
-    enough_since: float = field(default_factory=time.monotonic)
-    not_before: float = 0.0
-
-    def leased(self, actor: str) -> list[Task]:
-        return [task for task in self.pool.leased(actor) if isinstance(task, Task)]
-
-    @property
-    def useful(self) -> int:
-        """Actors that would have something to do."""
-        return min(self.most, self.pool.unfinished)
-
-    @property
-    def fewest(self) -> int:
-        """Actors with which the stage goes on."""
-        return min(self.fleet.min_replicas, self.useful)
-
-    @property
-    def placed(self) -> int:
-        """Actors that have their resources."""
-        return len(self.ready) + len(self.starting)
-
-    def size(self) -> None:
-        """Note how many actors there may be now: a cluster grows and shrinks."""
-        wanted = self.fleet.replicas
-        self.most = replicas_that_fit(self.fleet.placement, ray.cluster_resources()) if wanted == "auto" else wanted
 
 
 def run_fleets(
@@ -217,11 +61,11 @@ def run_fleets(
         UserError: an actor refused to start.
         RunFailed: a block kept failing, too many rows were errors, or there were too few actors for too long.
     """
-    outputs: dict[str, _Output] = {}
+    outputs: dict[str, Output] = {}
     for assignment in (assignment for fleet in fleets for assignment in fleet.assignments):
         job = assignment.job
         if job.output not in outputs and job.dataset(storage).manifest() is None:
-            outputs[job.output] = _Output(job, assignment.units, storage)
+            outputs[job.output] = Output(job, assignment.units, storage)
     driver = _Driver(config, storage, progress, outputs, facts)
     running = [found for fleet in fleets if (found := driver.open(fleet, stage)) is not None]
     if running:
@@ -244,16 +88,16 @@ class _Driver:
         config: Config,
         storage: Storage,
         progress: Progress,
-        outputs: dict[str, _Output],
+        outputs: dict[str, Output],
         facts: Callable[[Sequence[Part]], dict[str, Any]],
     ) -> None:
         self._sampling, self._cluster = config.sampling, config.cluster
         self._storage, self._progress, self._outputs, self._facts = storage, progress, outputs, facts
         # What each outstanding Ray call is about: the fleet, the actor, and its lease, or what else was asked.
-        self._calls: dict[Any, tuple[_Running, str, Lease | _Stopping | str]] = {}
+        self._calls: dict[Any, tuple[RunningFleet, str, Lease | _Stopping | str]] = {}
         self._last_beat = self._last_tick = time.monotonic()
 
-    def open(self, fleet: Fleet, stage: str) -> _Running | None:
+    def open(self, fleet: Fleet, stage: str) -> RunningFleet | None:
         """The fleet with its missing blocks, None where it has none."""
         tasks = []
         for index, assignment in enumerate(fleet.assignments):
@@ -271,7 +115,7 @@ class _Driver:
             stall_timeout_s=fleet.stall_timeout_s or sampling.stall_timeout_s,
             lease_timeout_s=fleet.lease_timeout_s or sampling.lease_timeout_s,
         )
-        running = _Running(fleet, BlockPool(tasks, limits), FleetMetrics(stage, fleet.name))
+        running = RunningFleet(fleet, BlockPool(tasks, limits), FleetMetrics(stage, fleet.name))
         running.size()
         return running
 
@@ -280,7 +124,7 @@ class _Driver:
         for name in [name for name, output in self._outputs.items() if output.complete]:
             self._outputs.pop(name).finish(self._sampling.max_error_share, self._facts)
 
-    def run(self, running: list[_Running]) -> None:
+    def run(self, running: list[RunningFleet]) -> None:
         next_tick = 0.0
         while any(not fleet.pool.finished for fleet in running):
             calls = list(self._calls)
@@ -296,7 +140,7 @@ class _Driver:
 
     # -- once a second
 
-    def _tick(self, running: list[_Running], now: float) -> None:
+    def _tick(self, running: list[RunningFleet], now: float) -> None:
         beats = now - self._last_beat >= min(_BEAT_EVERY_S, self._sampling.heartbeat_timeout_s / 4)
         self._last_beat = now if beats else self._last_beat
         away, self._last_tick = now - self._last_tick - _TICK_S, now
@@ -323,7 +167,7 @@ class _Driver:
         self._progress.note(self._state(running))
         self._progress.tick()
 
-    def _scale(self, fleet: _Running, now: float) -> None:
+    def _scale(self, fleet: RunningFleet, now: float) -> None:
         """Ask for actors up to what is useful; let idle ones go."""
         while now >= fleet.not_before and len(fleet.actors) < fleet.useful:
             self._add_actor(fleet)
@@ -336,7 +180,7 @@ class _Driver:
             for name in [*waiting, *idle][:surplus]:
                 self._end(fleet, name)
 
-    def _refuse_too_few(self, running: list[_Running], now: float) -> None:
+    def _refuse_too_few(self, running: list[RunningFleet], now: float) -> None:
         for fleet in running:
             # It may be waiting for the resources of another fleet, which get free when that is done.
             others = any(other.placed for other in running if other is not fleet)
@@ -345,7 +189,7 @@ class _Driver:
             elif now - fleet.enough_since > self._cluster.start_timeout_s:
                 raise RunFailed(self._no_resources(fleet))
 
-    def _no_resources(self, fleet: _Running) -> str:
+    def _no_resources(self, fleet: RunningFleet) -> str:
         return (
             f"{fleet.fleet.name}: {fleet.placed} sampling actors for {self._cluster.start_timeout_s} s, wanted at least "
             f"{fleet.fewest} of {fleet.most}, each with {fleet.fleet.placement}. The cluster has "
@@ -353,14 +197,14 @@ class _Driver:
             "add nodes, or lower replicas, min_replicas or cpus, then run again."
         )
 
-    def _state(self, running: list[_Running]) -> str:
+    def _state(self, running: list[RunningFleet]) -> str:
         engines = ", ".join(f"{fleet.fleet.name} {len(fleet.ready)}/{len(fleet.actors)}" for fleet in running)
         errors = sum(output.errors for output in self._outputs.values())
         return f"up: {engines}" + (f", {errors:,} errors" if errors else "")
 
     # -- actors
 
-    def _add_actor(self, fleet: _Running) -> None:
+    def _add_actor(self, fleet: RunningFleet) -> None:
         name = f"{fleet.fleet.name}-{fleet.born}"
         fleet.born += 1
         placement = fleet.fleet.placement
@@ -379,7 +223,7 @@ class _Driver:
         self._calls[fleet.actors[name].__ray_ready__.remote()] = (fleet, name, "placed")
         self._calls[fleet.actors[name].start.remote()] = (fleet, name, "start")
 
-    def _end(self, fleet: _Running, name: str) -> None:
+    def _end(self, fleet: RunningFleet, name: str) -> None:
         """Stop an actor that is not needed any more. An engine that is up ends by itself."""
         logger.info("%s: nothing left for it to do, stopped", name)
         stopping = _Stopping(fleet.actors.pop(name), fleet.groups.pop(name, None))
@@ -396,7 +240,7 @@ class _Driver:
             del self._calls[call]
 
     def _lost(
-        self, fleet: _Running, name: str, reason: str, under_way: Mapping[Any, tuple[int, ...]] | None = None
+        self, fleet: RunningFleet, name: str, reason: str, under_way: Mapping[Any, tuple[int, ...]] | None = None
     ) -> None:
         """An actor is gone or given up: its leases go back and another takes its place. `under_way`: its engine died."""
         logger.warning("%s died (%s); its blocks are leased again", name, reason)
@@ -450,7 +294,7 @@ class _Driver:
                 case _Stopping():
                     about.end()
 
-    def _failed(self, fleet: _Running, actor: str, about: Any, cause: Exception) -> None:
+    def _failed(self, fleet: RunningFleet, actor: str, about: Any, cause: Exception) -> None:
         match about:
             case "start" if fleet.started_once:
                 self._lost(fleet, actor, f"did not start: {first_line(cause)}")
@@ -473,7 +317,7 @@ class _Driver:
                 fleet.metrics.retried()
                 fleet.pool.fail(about, first_line(cause))
 
-    def _started(self, fleet: _Running, actor: str, problem: str | None) -> None:
+    def _started(self, fleet: RunningFleet, actor: str, problem: str | None) -> None:
         if problem is not None:
             if not fleet.started_once:
                 raise UserError(problem)
@@ -487,7 +331,7 @@ class _Driver:
         self._progress.say(f"{actor}: is up ({len(fleet.ready)} of at most {fleet.most})")
         self._lease(fleet, actor, time.monotonic())
 
-    def _heard(self, fleet: _Running, actor: str, beat: Beat) -> None:
+    def _heard(self, fleet: RunningFleet, actor: str, beat: Beat) -> None:
         fleet.asked.discard(actor)
         if actor in fleet.ready:
             if beat.finished > fleet.ready[actor].finished:
@@ -495,7 +339,7 @@ class _Driver:
             fleet.ready[actor] = beat
             fleet.pool.beat(actor, beat.finished, time.monotonic())
 
-    def _lease(self, fleet: _Running, actor: str, now: float) -> None:
+    def _lease(self, fleet: RunningFleet, actor: str, now: float) -> None:
         while (lease := fleet.pool.take(actor, now)) is not None:
             task = lease.block
             assert isinstance(task, Task)
@@ -503,7 +347,7 @@ class _Driver:
             call = fleet.actors[actor].work.remote(job, task.block, uuid.uuid4().hex, lease.hints)
             self._calls[call] = (fleet, actor, lease)
 
-    def _committed(self, fleet: _Running, lease: Lease, result: BlockResult) -> None:
+    def _committed(self, fleet: RunningFleet, lease: Lease, result: BlockResult) -> None:
         task = lease.block
         assert isinstance(task, Task)
         for other in fleet.pool.committed(task):
@@ -527,7 +371,7 @@ class _Driver:
             del self._calls[call]
             ray.cancel(call)
 
-    def stop(self, running: list[_Running]) -> None:
+    def stop(self, running: list[RunningFleet]) -> None:
         """Stop all engines; what does not stop by itself within seconds is killed."""
         ending: dict[Any, Any] = {}
         for call in [
@@ -573,10 +417,6 @@ def _why_died(error: RayActorError) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and line != ActorDiedError.BASE_ERROR_MSG and not _ID_LINE.match(line)]
     return " ".join(told)[:300] or "its actor died"
-
-
-def _errors(part: Part) -> int:
-    return part.counts.get("errors", 0)
 
 
 def _resources(found: Mapping[str, float]) -> str:

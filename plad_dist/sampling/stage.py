@@ -19,10 +19,11 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import ROUND, RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.fleet import Assignment, Fleet
 from plad_dist.sampling.job import SamplingJob
 from plad_dist.sampling.placement import Placement, engines_use_gpus, place, window_for
 from plad_dist.sampling.remote import EndpointBackend
-from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+from plad_dist.sampling.run import run_fleets
 
 _SEQUENCES = 256  # that vLLM answers at once where max_num_seqs is not given, or more on large GPUs
 HELDOUT_ROUND = -1  # keeps the seeds of held-out samples apart from those of training samples

@@ -24,9 +24,10 @@ from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.progress import Progress
 from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.fleet import Assignment, Fleet
 from plad_dist.sampling.job import SamplingJob
 from plad_dist.sampling.placement import Placement
-from plad_dist.sampling.run import Assignment, Fleet, run_fleets
+from plad_dist.sampling.run import run_fleets
 from plad_dist.sampling.work import Hints
 from tests.conftest import tiny_config
 from tests.fakes import FakeBackend

@@ -16,8 +16,8 @@ from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.rundir import RunDir
 from plad_dist.sampling import stage
+from plad_dist.sampling.fleet import Assignment
 from plad_dist.sampling.placement import Placement, place, replicas_that_fit, spanning, window_for
-from plad_dist.sampling.run import Assignment
 from tests.tiny import TEMPLATE, make_random_model
 
 
