@@ -71,7 +71,7 @@ def _write(config: Config, datasets: dict[str, Dataset]) -> None:
         if time.monotonic() - last > _SAY_EVERY_S:
             last = time.monotonic()
             logger.info(
-                "prepare: %s prompts so far", f"{sum(counts['rows'] for counts in selection.counts.values()):,}"
+                "prepare: %s prompts read", f"{sum(counts['rows'] for counts in selection.counts.values()):,}"
             )
     for name, writer in writers.items():
         writer.finish(selection.counts[name])

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 from plad_dist.config import Config, Model
 from plad_dist.data.models import check_local_model, check_weights, load_model_config
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer
+from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine import check_engine_args
 
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
-    """Raise :class:`UserError` for the first thing that is wrong. Writes nothing.
+    """Raise :class:`UserError` for everything that is found wrong, all in one message. Writes nothing.
 
     Args:
         all_rows: read every prompt; otherwise the first of each source, since `prepare` reads them all.
         command: the one that is to run; empty for all. Those that make no model need no file system.
     """
+    problems: dict[str, None] = {}  # each once, in order
+    for check in _checks(config, run, all_rows=all_rows, command=command):
+        try:
+            check()
+        except UserError as error:
+            problems[str(error)] = None
+    if len(problems) > 1:
+        raise UserError(f"{len(problems)} problems:\n" + "\n".join(problems))
+    if problems:
+        raise UserError(*problems)
+
+
+def _checks(config: Config, run: RunDir, *, all_rows: bool, command: str | None) -> Iterator[Callable[[], object]]:
+    """Cheap ones first. Each raises :class:`UserError` for one thing."""
     from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.deepspeed_config import check_deepspeed, load_deepspeed
     from plad_dist.training.trackers import check_trackers
 
     if command not in ("prepare", "sample", "pair"):
-        _ = run.root
-    check_same_run(config, run)
-    load_deepspeed(config.training.deepspeed)
-    check_trackers(config.training.trackers)
+        yield lambda: run.root
+    yield partial(check_same_run, config, run)
+    yield partial(load_deepspeed, config.training.deepspeed)
+    yield partial(check_trackers, config.training.trackers)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
-        check_engine_args(wanted.engine, f"sampling.{role}.engine")
+        yield partial(check_engine_args, wanted.engine, f"sampling.{role}.engine")
     for name, teacher in config.teachers.items():
         if teacher.sampling:
-            check_engine_args(teacher.sampling.engine, f"teachers.{name}.sampling.engine")
-    models = {
-        f"teachers.{name}" if config.teachers else name: teacher for name, teacher in config.all_teachers().items()
-    }
-    check_scorer(config.pairing)
-    for model in (*models.values(), config.student):
-        if model.path is not None:
-            check_local_model(model.path)
+            yield partial(check_engine_args, teacher.sampling.engine, f"teachers.{name}.sampling.engine")
+    yield partial(check_scorer, config.pairing)
+    models = (*config.all_teachers().values(), config.student)
+    for path in [model.path for model in models if model.path is not None]:
+        yield partial(check_local_model, path)
     if train_prompts(run.storage).manifest() is not None:
         return  # what follows was checked when the run began
-    check_deepspeed(config.training.deepspeed)
-    check_prompts(config, all_rows=False)
-    for teacher in models.values():
-        _check_model(teacher)
-    _check_model(config.student)
+    yield partial(check_deepspeed, config.training.deepspeed)
+    yield partial(check_prompts, config, all_rows=False)
+    for model in models:
+        yield partial(_check_model, model)
     if all_rows:
-        check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
+        yield partial(check_prompts, config, all_rows=True)  # with the tokenizers of the models
 
 
 def _check_model(model: Model) -> None:

@@ -320,6 +320,20 @@ def test_keys_of_stages_that_have_not_begun_may_change(
     )
 
 
+def test_everything_that_is_wrong_with_the_inputs_is_said_at_once(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
+) -> None:
+    folder, raw = tiny
+    raw["sampling"]["teacher"]["engine"] = {"max_num_seq": 4}
+    raw["training"]["deepspeed"] = "zero9"
+    code, printed = command("validate", str(write_config(folder, raw)))
+    assert code == 2
+    assert "2 problems:" in printed
+    assert "max_num_seqs" in printed, "the nearest name"
+    assert "zero9" in printed
+    assert "Traceback" not in printed
+
+
 def test_a_run_directory_without_write_permission_is_refused(tiny: tuple[Path, dict[str, Any]]) -> None:
     _, raw = tiny
     raw["run"]["dir"] = "/proc/plad-run"  # nobody may make folders there, root included
