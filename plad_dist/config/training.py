@@ -73,9 +73,13 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Optimizer(Section):
-    """AdamW or Muon, with linear warm-up and a schedule."""
+    """AdamW, with 8-bit states if asked for, or Muon, with linear warm-up and a schedule."""
 
-    name: Literal["adamw", "muon"] = Field("adamw", description="muon: matrices by Muon, the rest by AdamW.")
+    name: Literal["adamw", "adamw_8bit", "muon"] = Field(
+        "adamw",
+        description="adamw_8bit: its states in 8 bits by bitsandbytes, a quarter of the memory. muon: matrices by Muon, the rest "
+        "by AdamW. An optimizer offloaded to the CPU is always adamw.",
+    )
     lr: float = Field(1e-5, gt=0.0, le=1.0, description="Peak learning rate.")
     adam_lr: float | None = Field(None, gt=0.0, le=1.0, description="Muon only: rate of the AdamW part. Empty: lr.")
     betas: tuple[Beta, Beta] = (0.9, 0.95)

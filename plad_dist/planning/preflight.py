@@ -36,13 +36,13 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
 def _checks(config: Config, run: RunDir, *, all_rows: bool, command: str | None) -> Iterator[Callable[[], object]]:
     """Cheap ones first. Each raises :class:`UserError` for one thing."""
     from plad_dist.pairing.scores import check_scorer
-    from plad_dist.training.deepspeed_config import check_deepspeed, load_deepspeed
+    from plad_dist.training.deepspeed_config import check_deepspeed, check_optimizers
     from plad_dist.training.trackers import check_trackers
 
     if command not in ("prepare", "sample", "pair"):
         yield lambda: run.root
     yield partial(check_same_run, config, run)
-    yield partial(load_deepspeed, config.training.deepspeed)
+    yield partial(check_optimizers, config.training.deepspeed, config.training)
     yield partial(check_trackers, config.training.trackers)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
         yield partial(check_engine_args, wanted.engine, f"sampling.{role}.engine")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plad_dist.config import Training
 from plad_dist.errors import UserError
 
 # What the run's own config decides, and by which key.
@@ -47,6 +48,25 @@ def load_deepspeed(name: str) -> dict[str, Any]:
         if key in config:
             raise UserError(f"training.deepspeed: {path}: {key}: is set by the run's {ours}; remove one of the two")
     return config
+
+
+def is_offloaded(config: dict[str, Any]) -> bool:
+    """Whether the optimizer is on the CPU, where DeepSpeed has one AdamW of its own."""
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def check_optimizers(name: str, training: Training) -> None:
+    """Raise :class:`UserError` for phases whose optimizer cannot be offloaded as the DeepSpeed config wants it."""
+    if not is_offloaded(load_deepspeed(name)):
+        return
+    for phase in ("teacher", "warmup", "round", "seqkd"):
+        section = getattr(training, phase)
+        if section is not None and section.optimizer.name != "adamw":
+            raise UserError(
+                f"training.{phase}.optimizer.name: {section.optimizer.name}: an optimizer offloaded to the CPU "
+                f"(training.deepspeed: {name}) is always adamw; set that, or another DeepSpeed config"
+            )
 
 
 def check_deepspeed(name: str) -> None:

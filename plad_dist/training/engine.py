@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +12,7 @@ from plad_dist.config import Lora, Optimizer
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import UserError
 from plad_dist.training.attention import attention_of
+from plad_dist.training.deepspeed_config import is_offloaded
 from plad_dist.training.policy import Policy, without_dropout
 from plad_dist.training.probe import check_family
 
@@ -28,7 +31,8 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     if not attention.ready:
         check_family(model_config, attention)
     half = job.dtype == "bfloat16"
-    config = engine_config(job.deepspeed, job.phase.optimizer, half=half)
+    optimizer = job.phase.optimizer
+    config = engine_config(job.deepspeed, optimizer, half=half)
     partition_at_load = HfDeepSpeedConfig(config)
     model = AutoModelForCausalLM.from_pretrained(
         job.start,
@@ -47,7 +51,8 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model, attention)
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=learning)
+    given = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
+    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=learning, optimizer=given)
     for parameters in engine.optimizer.param_groups:
         parameters["initial_lr"] = parameters["lr"]
     return engine
@@ -58,7 +63,9 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool
     zero = dict(deepspeed["zero_optimization"])
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    section = {"optimizer": _optimizer_section(optimizer, offloaded=is_offloaded(deepspeed))}
+    if optimizer.name == "adamw_8bit":
+        section = {"zero_allow_untested_optimizer": True}
     return deepspeed | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
@@ -66,9 +73,18 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool
         "gradient_clipping": optimizer.clip_norm,
         "bf16": {"enabled": half},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "optimizer": _optimizer_section(optimizer, offloaded=offloaded),
         "steps_per_print": 10**9,
+        **section,
     }
+
+
+def eight_bit_adamw(optimizer: Optimizer) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """AdamW whose states are quantised block by block (Dettmers et al. 2022, arXiv 2110.02861); it is made of the parameters."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return partial(
+        AdamW8bit, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+    )
 
 
 def _optimizer_section(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:

@@ -146,6 +146,22 @@ def test_how_it_is_computed_does_not_matter(tmp_path: Path, plain: list[float], 
     assert losses(trained(tmp_path, training, workers=2), PHASE) == pytest.approx(plain, rel=1e-5)
 
 
+def test_eight_bit_states_stay_near_full_ones_and_resume_alike(tmp_path: Path) -> None:
+    runs = {}
+    for name, optimizer, stop in (("full", "adamw", 0), ("eight", "adamw_8bit", 0), ("resumed", "adamw_8bit", 6)):
+        folder = tmp_path / name
+        folder.mkdir()
+        raw = config_with_pairs(folder, max_steps=12, checkpoint_every=3, optimizer={"name": optimizer, "lr": 3e-3})
+        runs[name] = make_run(raw)
+        if stop:
+            train(folder, raw, PHASE, 2, stop)
+        train(folder, raw, PHASE, 2)
+    full, eight = losses(runs["full"], PHASE), losses(runs["eight"], PHASE)
+    assert full != eight
+    assert eight == pytest.approx(full, rel=0.05)
+    assert losses(runs["resumed"], PHASE) == eight
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(trained(tmp_path_factory.mktemp("plain")), PHASE)
