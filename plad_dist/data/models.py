@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_dist.config import Model, fingerprint
+from plad_dist.data.storage import sync, sync_tree
 from plad_dist.errors import UserError
 
 MARKER = "plad.json"
@@ -21,11 +22,13 @@ _PIECES, _PIECE_BYTES = 32, 1 << 20
 def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, Any]) -> None:
     """Put a finished model folder in its place; its marker says what it was made of."""
     (temporary / MARKER).write_text(json.dumps({"fingerprint": made_of, "facts": facts}, indent=1))
+    sync_tree(temporary)
     if final.exists():
         stale = final.with_name(f".stale-{final.name}-{os.getpid()}")
         final.rename(stale)
         shutil.rmtree(stale, ignore_errors=True)
     temporary.rename(final)
+    sync(final.parent)
 
 
 def model_marker(folder: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2.sandbox
 
-from plad_dist.config import Model
+from plad_dist.config import Model, fingerprint
 from plad_dist.data.models import check_local_model, first_line
 from plad_dist.errors import UserError
 
@@ -71,6 +71,11 @@ class Renderer:
             return self._jinja.render(messages=messages)
         except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
             raise UserError(f"template of {self.model}: cannot render {messages!r:.80}: {error}") from None
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of how texts become tokens."""
+        return fingerprint([self.tokenizer.get_vocab(), self.eos_id])
 
     @property
     def eos_id(self) -> int:

@@ -10,7 +10,8 @@ from plad_dist.config import Config, Model, Pairing, fingerprint, flatten, is_op
 from plad_dist.data.models import context_length, model_identity, resolve_model
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
+from plad_dist.data.store import Dataset, Part
+from plad_dist.data.templates import Renderer
 from plad_dist.pairing.pairs import facts_of
 from plad_dist.pairing.reward import as_model
 from plad_dist.pairing.worker import PairJob, PairWorker
@@ -76,7 +77,11 @@ def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run
         replicas=pairing.workers,
         environment={"OMP_NUM_THREADS": str(max(1, int(pairing.cpus_per_worker)))},
     )
-    run_fleets(config, run.storage, [fleet], progress, stage="pair", unit="prompts", facts=facts_of)
+
+    def facts(parts: Sequence[Part]) -> dict[str, Any]:
+        return facts_of(parts) | {"tokenizer": Renderer(run.student(config), config.student).identity}
+
+    run_fleets(config, run.storage, [fleet], progress, stage="pair", unit="prompts", facts=facts)
 
 
 def _job(

@@ -19,6 +19,7 @@ _BY_POSITION = (
     "cohere", "gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "opt", "qwen2", "qwen3",
 )  # fmt: skip
 _FLEX_ROW_TOKENS = 2048  # a block mask skips what is masked, so long rows cost no attention
+_FLEX_BLOCK = 128  # it masks blocks of so many places; rows of whole blocks need fewer compiled kernels
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def attention_of(config: Any, longest: int | None, wanted: Literal["auto", "sdpa
     flex = wanted == "flex" or (wanted == "auto" and torch.cuda.is_available())
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
     implementation = "flex_attention" if flex else "eager" if softcap else "sdpa"
-    layout = Layout(row_tokens=_FLEX_ROW_TOKENS) if flex else Layout()
+    layout = Layout(row_tokens=_FLEX_ROW_TOKENS, multiple=_FLEX_BLOCK) if flex else Layout()
     return Attention(layout, implementation, window=window, by_layer=bool(kinds))
 
 

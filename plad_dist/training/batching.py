@@ -69,12 +69,14 @@ class Layout:
         shares: responses share one pass over their prompt. Otherwise each stands by itself.
         packs: a row may hold several of what stands by itself.
         row_tokens: rows are filled up to so many tokens; with dense masks, attention over a row costs its length squared.
+        multiple: rows are padded to a multiple of so many tokens.
         longest_row: most tokens that a row may have, None for any.
     """
 
     shares: bool = True
     packs: bool = True
     row_tokens: int = 128
+    multiple: int = 1
     longest_row: int | None = None
 
     def tokens(self, group: Group) -> int:
@@ -83,6 +85,7 @@ class Layout:
 
 
 TREE = Layout()
+_WIDTHS = 4  # of rows that are tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +98,11 @@ class MicroBatch:
         branches_RT: 0 for prompt tokens, k for tokens of the k-th response.
         predictors_N: flat index into ``R * T`` of the position that predicts each response token.
         targets_N: the predicted tokens.
-        responses_N: which response each predicted token is of.
+        responses_N, places_N: which response each predicted token is of, and its place in it.
         lengths_S: response tokens.
         references_S, sampled_S: log-likelihoods by the starting student and as the engine reported them, NaN without.
         pairs: what is compared.
+        longest: tokens of the longest response.
         groups: B; 0 for a micro-batch that only keeps the ranks in step.
         tokens: tokens computed, padding left out; `tokens_apart` were those without sharing.
     """
@@ -110,10 +114,12 @@ class MicroBatch:
     predictors_N: Tensor
     targets_N: Tensor
     responses_N: Tensor
+    places_N: Tensor
     lengths_S: Tensor
     references_S: Tensor
     sampled_S: Tensor
     pairs: Pairs
+    longest: int
     groups: int
     tokens: int
     tokens_apart: int
@@ -141,9 +147,9 @@ def step_groups(count: int, batch: int, seed: int, step: int) -> np.ndarray:
     return _epoch_order(count, seed, epoch)[position * batch : (position + 1) * batch]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    return np.random.default_rng([seed, epoch]).permutation(np.arange(count, dtype=np.uint32))
 
 
 def steps_per_epoch(count: int, batch: int) -> int:
@@ -211,7 +217,7 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = TREE) -> Micr
         parts = [numbered] if layout.shares else [[response] for response in numbered]
         pieces += [_Piece(group.prompt, part) for part in parts]
     return replace(
-        _assemble(_rows(pieces, layout), filler, number),
+        _assemble(_rows(pieces, layout), filler, number, layout.multiple),
         lengths_S=torch.tensor([len(response) for group in groups for response in group.responses]),
         references_S=_column([group.references for group in groups], groups),
         sampled_S=_column([group.sampled for group in groups], groups),
@@ -225,9 +231,18 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = TREE) -> Micr
 def _rows(pieces: list[_Piece], layout: Layout) -> list[list[_Piece]]:
     if not layout.packs:
         return [[piece] for piece in pieces]
-    room = max(layout.row_tokens, *(piece.tokens for piece in pieces))
-    if layout.longest_row is not None:
-        room = max(min(room, layout.longest_row), *(piece.tokens for piece in pieces))
+    longest = max(piece.tokens for piece in pieces)
+    widest = max(longest, min(layout.row_tokens, layout.longest_row or layout.row_tokens))
+    # What is computed is as many rows as wide as the widest: of a few widths, the one that pads least, and of those the smallest.
+    rooms = sorted({longest + (widest - longest) * part // _WIDTHS for part in range(_WIDTHS + 1)})
+    return min((_first_fit(pieces, room) for room in rooms), key=lambda rows: len(rows) * _width(rows))
+
+
+def _width(rows: list[list[_Piece]]) -> int:
+    return max(sum(piece.tokens for piece in row) for row in rows)
+
+
+def _first_fit(pieces: list[_Piece], room: int) -> list[list[_Piece]]:
     rows: list[list[_Piece]] = []
     free: list[int] = []
     for piece in pieces:
@@ -241,8 +256,8 @@ def _rows(pieces: list[_Piece], layout: Layout) -> list[list[_Piece]]:
     return rows
 
 
-def _assemble(rows: list[list[_Piece]], filler: int, responses: int) -> MicroBatch:
-    width = max(sum(piece.tokens for piece in row) for row in rows)
+def _assemble(rows: list[list[_Piece]], filler: int, responses: int, multiple: int) -> MicroBatch:
+    width = -(-_width(rows) // multiple) * multiple
     shape = (len(rows), width)
     ids, positions = np.full(shape, filler, np.int64), np.zeros(shape, np.int64)
     segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
@@ -277,10 +292,12 @@ def _assemble(rows: list[list[_Piece]], filler: int, responses: int) -> MicroBat
         predictors_N=torch.from_numpy(np.concatenate(predictors)),
         targets_N=torch.from_numpy(np.concatenate(targets)),
         responses_N=torch.from_numpy(np.repeat(np.arange(responses), [len(one) for one in targets])),
+        places_N=torch.from_numpy(np.concatenate([np.arange(len(one)) for one in targets])),
         lengths_S=nothing,
         references_S=nothing,
         sampled_S=nothing,
         pairs=_pairs([]),
+        longest=max(len(one) for one in targets),
         groups=0,
         tokens=0,
         tokens_apart=0,

@@ -44,7 +44,8 @@ def check_pairs(
     dataset = spec.dataset(storage)
     parts = dataset.require("pair").parts
     vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
-    with ThreadPoolExecutor(_READERS) as threads:
+    threads = ThreadPoolExecutor(_READERS)
+    try:
         blocks = threads.map(
             lambda block: _check(dataset, spec, block, vocabulary, loss, model, micro_batch_tokens), range(len(parts))
         )
@@ -57,6 +58,8 @@ def check_pairs(
                     f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens and "
                     "training.over_long."
                 )
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _check(

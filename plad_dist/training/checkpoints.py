@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from plad_dist.data.storage import sync
 from plad_dist.errors import RunFailed, UserError
 
 LATEST, STATE = "latest.json", "state.json"
+_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class TrainState:
         tokens: tokens computed.
         workers: world size that wrote the checkpoint.
         fingerprint: of the phase: its config, data and starting model.
-        stage: of ZeRO, which decides the files of a checkpoint.
+        stage, optimizer: of ZeRO and where it steps, which decide what the files of a checkpoint hold.
         first: figures of the first step.
         evaluated: step of the latest evaluation; `best` is the best value, at `best_step`; `stale` evaluations have brought
             nothing better since.
@@ -42,6 +45,7 @@ class TrainState:
     workers: int
     fingerprint: str
     stage: int = 3
+    optimizer: str = ""
     first: dict[str, float] = field(default_factory=dict)
     evaluated: int = -1
     best: float | None = None
@@ -95,12 +99,15 @@ class Checkpoints:
         engine.save_checkpoint(
             str(self._folder), tag=temporary, save_latest=False, exclude_frozen_parameters=self._only_trained
         )
+        sync(*_written_by(dist.get_rank(), self._folder / temporary))
         dist.barrier()
         if first:
             text = json.dumps(asdict(state), indent=1)
             (self._folder / temporary / STATE).write_text(text)
+            sync(self._folder / temporary / STATE, self._folder / temporary)
             shutil.rmtree(self._folder / final, ignore_errors=True)
             (self._folder / temporary).rename(self._folder / final)
+            sync(self._folder)
             _replace(self._folder / LATEST, text)
             self._prune({final, step_name(state.best_step if state.best_step is not None else state.step)})
         dist.barrier()
@@ -113,10 +120,11 @@ class Checkpoints:
                 f"{dist.get_world_size()}: set training.num_workers={state.workers} to go on (changing the number of "
                 "workers in the middle of a phase is not supported yet)"
             )
-        if state.stage != engine.zero_optimization_stage():
+        written, now = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
+        if written != now:
             raise UserError(
-                f"{self._folder / step_name(state.step)}: written by ZeRO stage {state.stage}, training.deepspeed is now of stage "
-                f"{engine.zero_optimization_stage()}: set one of stage {state.stage} to go on"
+                f"{self._folder / step_name(state.step)}: written by ZeRO stage {written[0]} with {written[1]}, with "
+                f"training.deepspeed as it is now it would be stage {now[0]} with {now[1]}: set the one that it was to go on"
             )
         engine.load_checkpoint(str(self._folder), tag=step_name(state.step), load_module_strict=not self._only_trained)
 
@@ -128,12 +136,26 @@ class Checkpoints:
                 shutil.rmtree(self._folder / name, ignore_errors=True)
 
 
+def optimizer_of(engine: Any) -> str:
+    """The optimizer that really steps: DeepSpeed has its own on the CPU."""
+    return type(engine.basic_optimizer).__name__
+
+
 def step_name(step: int) -> str:
     """Folder of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
+def _written_by(rank: int, folder: Path) -> list[Path]:
+    """The files that a rank wrote: its own parts, and as the first what belongs to none."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    owners = [match and int(match[1]) for match in (_OF_RANK.search(path.name) for path in files)]
+    return [path for path, owner in zip(files, owners, strict=True) if owner == rank or (owner is None and rank == 0)]
+
+
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
+    sync(temporary)
     temporary.replace(path)
+    sync(path.parent)

@@ -30,6 +30,8 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     attention = attention_of(model_config, job.longest, job.attention)
     if not attention.ready:
         check_family(model_config, attention)
+    if attention.implementation == "flex_attention" and device.type != "cuda":
+        raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
     half = job.dtype == "bfloat16"
     optimizer = job.phase.optimizer
     config = engine_config(job.deepspeed, optimizer, half=half)
@@ -58,12 +60,25 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     return engine
 
 
+def release(engine: Any) -> None:
+    """Let go of all that an engine holds. DeepSpeed keeps the model in globals, which outlive the engine's own end.
+
+    The caller drops its own references first, or memory stays taken.
+    """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.utils import groups
+
+    engine.destroy()
+    FWD_MODULE_STACK.clear()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine makes its own, and refuses to find one
+
+
 def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool) -> dict[str, Any]:
     """A DeepSpeed config completed with what the run's config decides."""
     zero = dict(deepspeed["zero_optimization"])
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
-    section = {"optimizer": _optimizer_section(optimizer, offloaded=is_offloaded(deepspeed))}
+    section: dict[str, Any] = {"optimizer": _optimizer_section(optimizer, offloaded=is_offloaded(deepspeed))}
     if optimizer.name == "adamw_8bit":
         section = {"zero_allow_untested_optimizer": True}
     return deepspeed | {

@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Model
+from plad_dist.data.models import load_model_config
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import PAIRS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part, part_name
 from plad_dist.data.templates import Renderer
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.batching import Group
 
 _OPEN_BLOCKS = 256
+_TEXTS = ["chosen_text", "rejected_text"]  # of pairs, which are trained on by their tokens
 Row = dict[str, Any]
 NAN = float("nan")
 
@@ -81,7 +83,8 @@ def open_groups(spec: DataSpec, storage: Storage, model: str, settings: Model) -
     dataset = spec.dataset(storage)
     counts = group_counts(spec, dataset.require("run").parts)
     if spec.kind in ("references", "teacher"):
-        make = _Tokenize(Renderer(model, settings))
+        vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
+        make = _Tokenize(Renderer(model, settings), vocabulary)
         prompts = train_prompts(storage)
         if spec.kind == "references":
             return GroupSource(counts, lambda block, check: _Referenced(prompts.read_block(block, check)), make, spec)
@@ -233,9 +236,13 @@ class PairedRows:
 
     def __init__(self, pairs: pa.Table, references: pa.Table | None, name: str) -> None:
         if references is not None:
+            if not references["prompt_id"].equals(pairs["prompt_id"]):
+                raise RunFailed(
+                    f"{name}: its column of reference log-likelihoods is of other rows; delete references-*"
+                )
             for column in ("chosen_reference_logp", "rejected_reference_logp"):
                 pairs = pairs.append_column(column, references[column])
-        self._pairs, self._name = pairs, name
+        self._pairs, self._name = pairs.drop_columns(_TEXTS), name
         ids = np.asarray(pairs["prompt_id"].to_pylist(), dtype=object)
         self.starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])) if len(ids) else np.empty(0, np.int64)
         self._ends = np.append(self.starts[1:], len(ids))
@@ -254,13 +261,25 @@ class PairedRows:
 class _Tokenize:
     """Prompts with one response, tokenized when they are taken."""
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._renderer = renderer
+    def __init__(self, renderer: Renderer, vocabulary: int) -> None:
+        self._renderer, self._vocabulary = renderer, vocabulary
 
     def __call__(self, rows: list[list[Row]]) -> list[Group]:
         flat = [row for (row,) in rows]
         prompts = self._renderer.prompt_ids([row["messages"] for row in flat])
+        for row, prompt in zip(flat, prompts, strict=True):
+            if not prompt:
+                raise UserError(
+                    f"prompt {row['prompt_id']}: renders to no token, so that nothing would predict its response's first. "
+                    "Leave it out, or set a template that always gives a token."
+                )
         responses = self._renderer.response_ids([row["reference"] for row in flat])
+        for row, prompt, response in zip(flat, prompts, responses, strict=True):
+            if (token := max(*prompt, *response)) >= self._vocabulary:
+                raise UserError(
+                    f"prompt {row['prompt_id']}: its tokenizer gives token {token}, the vocabulary of {self._renderer.model} has "
+                    f"{self._vocabulary:,}: it is the tokenizer of another model"
+                )
         return [
             Group(prompt, [response], name=f"prompt {row['prompt_id']}")
             for row, prompt, response in zip(flat, prompts, responses, strict=True)
@@ -284,19 +303,26 @@ def _chosen(rows: list[list[Row]]) -> list[Group]:
 def _lists(end_ids: set[int], rows: list[list[Row]]) -> list[Group]:
     """All responses of a prompt, the one with the best score first, compared each with each.
 
-    Responses that were cut at the token limit come after all that ended, and are never raised by the anchor.
+    Responses that were cut at the token limit come after all that ended, and are never raised by the anchor. Of equal responses
+    the first is kept, and between those of equal score nothing is wanted.
     """
     found = []
     for pairs in rows:
         group = _responses(pairs)
         ended = [response[-1] in end_ids for response in group.responses]
-        order = sorted(range(len(ended)), key=lambda place: (not ended[place], -group.scores[place], place))
+        worth = [(not end, -score) for end, score in zip(ended, group.scores, strict=True)]
+        kept = {tuple(group.responses[place]): place for place in reversed(range(len(worth)))}.values()
+        order = sorted(kept, key=lambda place: (worth[place], place))
         ranked: dict[str, Any] = {
             name: [getattr(group, name)[place] for place in order]
             for name in ("responses", "scores", "references", "sampled")
             if getattr(group, name)
         }
-        ranks = [(better, worse, worse - better) for better, worse in combinations(range(len(order)), 2)]
+        ranks = [
+            (better, worse, worse - better)
+            for better, worse in combinations(range(len(order)), 2)
+            if worth[order[better]] < worth[order[worse]]
+        ]
         found.append(replace(group, pairs=ranks, anchored=(0,) if ended[order[0]] else (), **ranked))
     return found
 

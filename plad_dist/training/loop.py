@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ import torch.distributed as dist
 
 from plad_dist.config import Lora, Model, Optimizer, Phase
 from plad_dist.data.storage import Storage
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
-from plad_dist.training.checkpoints import Checkpoints, TrainState
-from plad_dist.training.engine import build_engine
+from plad_dist.training.checkpoints import Checkpoints, TrainState, optimizer_of
+from plad_dist.training.engine import build_engine, release
 from plad_dist.training.export import export_model
 from plad_dist.training.groups import DataSpec, open_groups
 from plad_dist.training.losses import group_losses
@@ -31,8 +32,10 @@ from plad_dist.training.references import write_references
 from plad_dist.training.speed import Speed
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STOPPED = "stopped.json"
+_WORST = 3  # groups named where the loss has exploded
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,10 @@ class Worker:
             job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints, only_trained=job.lora is not None
         )
         stage = self.engine.zero_optimization_stage()
-        self.state = TrainState(0, 0, 0, self.world, job.fingerprint, stage=stage)
+        self.state = TrainState(0, 0, 0, self.world, job.fingerprint, stage=stage, optimizer=optimizer_of(self.engine))
         self.speed = Speed(self.engine.module, device)
         self._ahead = ThreadPoolExecutor(1, "groups")
+        self._metrics: MetricsLog | None = None
         self._next: tuple[int, Future[_Work]] | None = None
 
     def run(self) -> None:
@@ -144,7 +148,7 @@ class Worker:
         job, phase = self.job, self.job.phase
         self._open_groups()
         with _agreed():
-            found = self.checkpoints.latest()
+            found = of_first_rank(self.checkpoints.latest)
             if found is not None:
                 self.checkpoints.load(self.engine, found)
                 self.state = found
@@ -165,18 +169,25 @@ class Worker:
             log.say(f"stopped at step {self.state.step}: nothing better in {phase.patience} evaluations")
         self._evaluate(log)
         self._export(log)
-        if log is not None:
-            log.close()
 
     def close(self) -> None:
         """Give back everything."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
-        self.engine.destroy()
+        if self._metrics is not None:
+            self._metrics.close()
+        engine = self.engine
+        del self.engine
+        release(engine)
+        del engine
+        gc.collect()  # parameters and their optimizer refer to one another
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _log(self) -> MetricsLog:
         job = self.job
         run = job.storage.url.rstrip("/").rpartition("/")[2]
-        return MetricsLog(job.folder("events"), self.state.step, job.steps, job.monitor, job.trackers, run)
+        self._metrics = MetricsLog(job.folder("events"), self.state.step, job.steps, job.monitor, job.trackers, run)
+        return self._metrics
 
     def _open_groups(self) -> None:
         """Open the groups, and for losses that compare with the starting student make its log-likelihoods first."""
@@ -200,19 +211,17 @@ class Worker:
         for parameters in self.engine.optimizer.param_groups:
             parameters["lr"] = parameters["initial_lr"] * rate
         totals = StepTotals(job.phase.loss, self.device)
-        diverged: list[str] = []
+        found: list[tuple[list[str], torch.Tensor]] = []
         self.engine.train()
         for number, (micro_batch, names) in enumerate(work.micro_batches):
             last = number == len(work.micro_batches) - 1
             self.engine.set_gradient_accumulation_boundary(last)
             losses_B = self._backward(micro_batch, work.groups, totals)
             if losses_B is not None:
-                diverged += [
-                    name for name, loss in zip(names, losses_B.tolist(), strict=True) if not math.isfinite(loss)
-                ]
+                found.append((names, losses_B))
             if last:  # the weights are not touched before all ranks know that the step is sound
                 totals.reduce()
-                self._refuse_divergence(totals, diverged)
+                self._refuse_divergence(totals, found)
             self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
@@ -294,8 +303,12 @@ class Worker:
             f"{name}_drift": figures[name] - first[name] for name in ("chosen_logp", "rejected_logp") if name in first
         }
 
-    def _refuse_divergence(self, totals: StepTotals, named: list[str]) -> None:
-        """Raise :class:`StoppedError` on all ranks where the loss is not a number or has exploded, before the weights change."""
+    def _refuse_divergence(self, totals: StepTotals, losses: list[tuple[list[str], torch.Tensor]]) -> None:
+        """Raise :class:`StoppedError` on all ranks where the loss is not a number or has exploded, before the weights change.
+
+        Args:
+            losses: of the groups of this rank, with their names; the worst are named.
+        """
         figures, groups = totals.figures(), max(1.0, totals.sums["groups"])
         loss = figures["loss"]
         first = self.state.first or figures
@@ -303,9 +316,12 @@ class Worker:
         if math.isfinite(loss) and loss <= self.job.divergence_factor * scale:
             self.state = replace(self.state, first=first)
             return
-        found: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(found, named)
-        names = [name for of_rank in found for name in of_rank]
+        own = [pair for names, losses_B in losses for pair in zip(losses_B.tolist(), names, strict=True)]
+        found: list[list[tuple[float, str]]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(found, own)
+        all_losses = [pair for of_rank in found for pair in of_rank]
+        broken = [name for loss, name in all_losses if not math.isfinite(loss)]
+        names = broken or [name for _, name in sorted(all_losses, reverse=True)[:_WORST]]
         raise StoppedError(
             self._diverged(f"the loss is {loss:.6g}, at the first step it was {first['loss']:.6g}", names)
         )
@@ -375,7 +391,8 @@ class Worker:
     def _export(self, log: MetricsLog | None) -> None:
         state = self.state
         if self.job.phase.export == "best" and state.best_step not in (None, state.step):
-            state = self.checkpoints.at(state.best_step)
+            step = state.best_step
+            state = of_first_rank(lambda: self.checkpoints.at(step))
             self.checkpoints.load(self.engine, state)
             if log is not None:
                 log.say(f"exports the best checkpoint, of step {state.step}")
@@ -393,6 +410,24 @@ class Worker:
             f"{held:,} ({held / total:.0%}); step {self.state.step} of {self.job.steps}; {len(self.groups):,} groups"
             + (f"; responses do not share their prompt: {why}" if why else "")
         )
+
+
+def of_first_rank(look: Callable[[], T]) -> T:
+    """What the first rank finds, on all ranks. Each looking by itself, some could see an older state of a shared file system.
+
+    Raises what the first rank raises, on all ranks.
+    """
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [(look(), None)]
+        except (UserError, RunFailed) as error:
+            found = [(None, error)]
+    dist.broadcast_object_list(found, src=0)
+    value, problem = found[0]
+    if problem is not None:
+        raise problem
+    return value
 
 
 @contextmanager

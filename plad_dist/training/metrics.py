@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class StepTotals:
         self.sums: dict[str, float] = {}
 
     @torch.no_grad()
-    def add(self, batch: MicroBatch, logps_S: Tensor, losses_B: Tensor | None) -> None:
-        """Count a micro-batch. Without losses, those of an evaluation that looks at the log-likelihoods alone."""
+    def add(self, batch: MicroBatch, logps_S: Tensor, losses_B: Tensor) -> None:
+        """Count a micro-batch."""
         pairs, lengths_S = batch.pairs, batch.lengths_S.double()
         logps_S = logps_S.double()
         anchored_S = torch.zeros_like(lengths_S).index_fill(0, pairs.anchored_A, 1.0)
@@ -54,7 +55,7 @@ class StepTotals:
         self._sums += torch.stack(
             [
                 zero + batch.groups, zero + batch.tokens, zero + batch.tokens_apart,
-                zero if losses_B is None else losses_B.double().sum(),
+                losses_B.double().sum(),
                 anchored_S.sum(), (anchored_S * logps_S).sum(), (anchored_S * lengths_S).sum(),
                 zero + gap_P.numel(), (gap_P < wanted_P).sum().double(), (gap_P > 0).sum().double(),
                 rejected_S.sum(), (rejected_S * logps_S).sum(), (rejected_S * lengths_S).sum(),
@@ -139,16 +140,24 @@ class MetricsLog:
     def close(self) -> None:
         self._board.close()
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for tracker in list(self._trackers):
+            self._tell(tracker, tracker.close)
+
+    def _tell(self, tracker: Tracker, call: Callable[[], None]) -> None:
+        """Training does not depend on a tracker's server: one that fails is left out, and that is said."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever its package raises
+            self._trackers.remove(tracker)
+            self.say(f"no more figures go to {type(tracker).__name__.strip('_')}: {error!r:.200}")
 
     def _write(self, record: dict[str, Any], group: str, figures: dict[str, float], step: int) -> None:
         self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
         named = {f"{group}/{name}": value for name, value in figures.items()}
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.log(named, step)
+        for tracker in list(self._trackers):
+            self._tell(tracker, lambda: tracker.log(named, step))  # noqa: B023 - called at once
 
     def _post(self, message: dict[str, Any]) -> None:
         if self._monitor is not None:

@@ -44,7 +44,15 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     require_model(start, f"train --phase {WARMUP}")
     context = context_length(start, settings)
     check_rope(load_model_config(start, settings), context, role)
+    _check_vocabulary(start, settings)
+    _check_partitions(config)
     kind, path = _data(name, config, run)
+    if not calibrates and context > training.micro_batch_tokens and training.max_group_tokens is None:
+        raise UserError(
+            f"training.micro_batch_tokens is {training.micro_batch_tokens:,}, the {role}'s context {context:,}: a longer sequence "
+            f"would stop phase {name} on its way. Set training.max_group_tokens, to which sequences are then cut, raise "
+            f"micro_batch_tokens, or set {role}.max_length."
+        )
     shares = attention_of(load_model_config(start, settings), training.max_group_tokens).layout.shares
     data = DataSpec(
         kind=kind,
@@ -57,6 +65,12 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     )
     heldout = replace(data, kind="pairs", path=run.heldout_pairs().path) if calibrates else None
     manifest = data.dataset(run.storage).require("run")
+    made_with, own = manifest.facts.get("tokenizer"), Renderer(start, settings).identity if calibrates else None
+    if calibrates and made_with not in (None, own):
+        raise UserError(
+            f"{path}: these pairs are in the tokens of another student than {start}. Delete {path} and {run.heldout_pairs().path} to have "
+            "them made anew, or restore the student."
+        )
     if heldout and not run.storage.holds(f"checkpoints/{name}/{LATEST}"):  # what is trained on was checked before
         for spec in (data, heldout):
             check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
@@ -64,7 +78,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     groups = sum(group_counts(data, manifest.parts))
     steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)
     identity = [
-        decides, steps, manifest.fingerprint, manifest.facts.get("content"), model_identity(start, settings),
+        decides, steps, manifest.contents, manifest.facts.get("content"), model_identity(start, settings),
         settings.template, kind, context, data.longest, data.over_long, data.end_ids, config.run.seed, training.dtype,
         training.lora.model_dump(mode="json") if training.lora else None,
     ]  # fmt: skip
@@ -90,6 +104,29 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         storage=run.storage,
         fingerprint=fingerprint(identity),
     )
+
+
+def _check_vocabulary(model: str, settings: Model) -> None:
+    """Raise :class:`UserError` where the tokenizer has tokens that the model has not."""
+    tokens = int(Renderer(model, settings).tokenizer.vocab_size)  # without added ones, such as padding
+    vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
+    if tokens > vocabulary:
+        raise UserError(
+            f"{model}: its tokenizer has {tokens:,} tokens, the model's embeddings {vocabulary:,}: it is the tokenizer of another "
+            "model. Put the right one into the folder."
+        )
+
+
+def _check_partitions(config: Config) -> None:
+    """Raise :class:`UserError` for a second partition of ZeRO (hpZ) that the workers cannot be divided into."""
+    zero = load_deepspeed(config.training.deepspeed)["zero_optimization"]
+    workers = config.training.num_workers
+    size = min(int(zero.get("zero_hpz_partition_size", 1)), workers)
+    if size > 1 and workers % size:
+        raise UserError(
+            f"training.num_workers={workers} is no multiple of zero_hpz_partition_size={size} (training.deepspeed: "
+            f"{config.training.deepspeed}): set one that is, or another DeepSpeed config"
+        )
 
 
 def _phase(name: str, config: Config) -> Phase:

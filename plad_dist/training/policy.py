@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from plad_dist.training.attention import Attention, masks_of
@@ -37,8 +36,9 @@ class Policy(nn.Module):
         hidden_RTH = self.model.base_model(**inputs).last_hidden_state
         hidden_NH = hidden_RTH.flatten(0, 1)[batch.predictors_N]
         logps_N = head(hidden_NH, batch.targets_N)
-        sums_S = torch.zeros(batch.lengths_S.numel(), dtype=logps_N.dtype, device=logps_N.device)
-        return sums_S.index_add(0, batch.responses_N, logps_N)
+        # A place for each: scattered sums are added up in another order every time on a GPU.
+        padded_SL = logps_N.new_zeros(len(batch.lengths_S), batch.longest)
+        return padded_SL.index_put((batch.responses_N, batch.places_N), logps_N).sum(1)
 
 
 def logit_shape(config: Any) -> tuple[float, float | None]:

@@ -37,7 +37,7 @@ def write_references(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.d
     pairs = spec.dataset(job.storage)
     manifest = pairs.require("pair")
     bounds = [spec.context, spec.longest, spec.shares, spec.over_long]
-    decides = [manifest.fingerprint, model_identity(job.start, job.settings), job.dtype, bounds]
+    decides = [manifest.contents, model_identity(job.start, job.settings), job.dtype, bounds]
     made_of = fingerprint(decides)
     references = Dataset(job.storage, f"{spec.path}/references-{made_of[:12]}", REFERENCES)
     spec = replace(spec, references=references.path)

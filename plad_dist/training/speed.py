@@ -25,10 +25,13 @@ class Speed:
         self._device = device
         head = policy.model.get_output_embeddings().weight
         sizes = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in policy.parameters()}
-        self._head = sizes[id(head)]
         embeddings = policy.model.get_input_embeddings().weight
+        # 2 FLOPs forward, 2 for the gradient of what comes in, and 2 for that of the weight, if it learns.
+        flops = {id(parameter): 6 if parameter.requires_grad else 4 for parameter in policy.parameters()}
+        self._head = flops[id(head)] * sizes[id(head)]
         # The look-up in the embeddings is no arithmetic.
-        self._body = sum(sizes.values()) - sum(sizes[key] for key in {id(head), id(embeddings)})
+        body = sizes.keys() - {id(head), id(embeddings)}
+        self._body = sum(flops[key] * sizes[key] for key in body)
         self._peak = _peak(device)
 
     def figures(self, sums: Mapping[str, float], seconds: float, workers: int) -> dict[str, float]:
@@ -40,7 +43,7 @@ class Speed:
         figures = {"tokens_per_s": sums["tokens"] / seconds, "groups_per_s": sums["groups"] / seconds}
         predicted = sums["chosen_tokens"] + sums["rejected_tokens"]
         if self._peak is not None:
-            flops = 6 * (self._body * sums["tokens"] + self._head * predicted)
+            flops = self._body * sums["tokens"] + self._head * predicted
             figures["model_flops_utilisation"] = flops / seconds / (self._peak * workers)
         if self._device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
 from plad_dist.training.checkpoints import Checkpoints
-from plad_dist.training.loop import STOPPED, PhaseJob, train_loop
+from plad_dist.training.loop import STOPPED, PhaseJob, of_first_rank, train_loop
 from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")
@@ -86,9 +87,9 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
 def _entry(settings: dict[str, Any]) -> None:
     """What Ray Train calls on every worker, again after every failure."""
     for job in settings["jobs"]:
-        if model_fingerprint(job.folder("models")) != job.fingerprint:
+        if of_first_rank(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
             train_loop(job)
-            if (job.folder("checkpoints") / STOPPED).exists():
+            if of_first_rank((job.folder("checkpoints") / STOPPED).exists):
                 return
 
 
