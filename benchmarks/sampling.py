@@ -217,9 +217,9 @@ class Pool:
         from plad_dist.progress import Progress
         from plad_dist.sampling.actor import Sampler
         from plad_dist.sampling.engine import Engine
+        from plad_dist.sampling.fleet import Assignment, Fleet
         from plad_dist.sampling.job import SamplingJob
         from plad_dist.sampling.placement import Placement, window_for
-        from plad_dist.sampling.fleet import Assignment, Fleet
         from plad_dist.sampling.run import run_fleets
 
         class Gated(Sampler):
