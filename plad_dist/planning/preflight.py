@@ -15,14 +15,17 @@ from plad_dist.sampling.engine import check_engine_args
 
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
-    """Raise :class:`UserError` for everything that is found wrong, all in one message. Writes nothing.
+    """Raise :class:`UserError` for everything that is found wrong with the inputs, in one message. Writes nothing.
 
     Args:
         all_rows: read every prompt; otherwise the first of each source, since `prepare` reads them all.
         command: the one that is to run; empty for all. Those that make no model need no file system.
     """
+    if command not in ("prepare", "sample", "pair"):
+        _ = run.root
+    check_same_run(config, run)
     problems: dict[str, None] = {}  # each once, in order
-    for check in _checks(config, run, all_rows=all_rows, command=command):
+    for check in _checks(config, run, all_rows=all_rows):
         try:
             check()
         except UserError as error:
@@ -33,15 +36,12 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         raise UserError(*problems)
 
 
-def _checks(config: Config, run: RunDir, *, all_rows: bool, command: str | None) -> Iterator[Callable[[], object]]:
-    """Cheap ones first. Each raises :class:`UserError` for one thing."""
+def _checks(config: Config, run: RunDir, *, all_rows: bool) -> Iterator[Callable[[], object]]:
+    """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing."""
     from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.deepspeed_config import check_deepspeed, check_optimizers
     from plad_dist.training.trackers import check_trackers
 
-    if command not in ("prepare", "sample", "pair"):
-        yield lambda: run.root
-    yield partial(check_same_run, config, run)
     yield partial(check_optimizers, config.training.deepspeed, config.training)
     yield partial(check_trackers, config.training.trackers)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
