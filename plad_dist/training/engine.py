@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -61,15 +62,19 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
 
 
 def release(engine: Any) -> None:
-    """Let go of all that an engine holds. DeepSpeed keeps the model in globals, which outlive the engine's own end.
+    """Let go of all that an engine holds: DeepSpeed keeps the model where it outlives the engine's own end.
 
-    The caller drops its own references first, or memory stays taken.
+    Memory is free when the caller drops its own references.
     """
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.utils import groups
 
     engine.destroy()
     FWD_MODULE_STACK.clear()
+    # A cache of a method, which has the coordinators of all engines in its keys.
+    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine makes its own, and refuses to find one
 
 

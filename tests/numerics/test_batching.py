@@ -116,3 +116,15 @@ def test_without_sharing_every_response_has_its_prompt(groups: list[Group]) -> N
 def test_the_tokens_that_sharing_saves_are_counted() -> None:
     batch = collate([Group([1] * 100, [[2] * 11, [3] * 21])], filler=0)
     assert (batch.tokens, batch.tokens_apart) == (130, 230)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_a_micro_batch_pads_no_more_than_rows_of_the_longest_group(sizes: list[int]) -> None:
+    layout = Layout(row_tokens=2048)
+    batch = collate([Group([1] * size, [[2]]) for size in sizes], 0, layout)
+    rows, width = batch.input_ids_RT.shape
+    assert rows * width <= len(sizes) * max(sizes)
+    assert width <= max(2048, *sizes)
+    padded = collate([Group([1] * size, [[2]]) for size in sizes], 0, Layout(row_tokens=2048, multiple=128))
+    assert padded.input_ids_RT.shape[1] % 128 == 0
+    assert (padded.segments_RT >= 0).sum() == sum(sizes)

@@ -17,7 +17,7 @@ from plad_dist.data.store import Dataset
 from plad_dist.rundir import RunDir
 from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
-from tests.numerics.workers import config_with_pairs, losses, make_run, train
+from tests.numerics.workers import config_with_pairs, losses, make_run, train, two_engines
 
 pytestmark = pytest.mark.engine
 PHASE = "round-0"
@@ -144,6 +144,16 @@ def test_a_loss_that_is_no_number_names_the_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize("training", [{"deepspeed": "zero2"}, {"gradient_checkpointing": True}])
 def test_how_it_is_computed_does_not_matter(tmp_path: Path, plain: list[float], training: dict[str, Any]) -> None:
     assert losses(trained(tmp_path, training, workers=2), PHASE) == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("second_partition", [1, 2])
+def test_an_engine_that_ended_holds_no_memory(tmp_path: Path, second_partition: int) -> None:
+    raw = config_with_pairs(tmp_path)
+    zero = json.loads((tmp_path / "zero3.json").read_text())
+    zero["zero_optimization"]["zero_hpz_partition_size"] = second_partition
+    (tmp_path / "zero3.json").write_text(json.dumps(zero))
+    make_run(raw)
+    train(tmp_path, raw, PHASE, 2, work=two_engines)
 
 
 def test_eight_bit_states_stay_near_full_ones_and_resume_alike(tmp_path: Path) -> None:

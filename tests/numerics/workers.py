@@ -3,70 +3,102 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import socket
-import subprocess
-import sys
+import weakref
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
+import torch.distributed as dist
 
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare
 from plad_dist.data.schemas import PAIRS
 from plad_dist.rundir import RunDir, open_run
+from plad_dist.training.loop import PhaseJob, Worker, train_loop
 from plad_dist.training.metrics import read_metrics
+from plad_dist.training.plan import plan_phase
 from tests.conftest import tiny_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 
-WORKER = """
-import json, sys, dataclasses
-from datetime import timedelta
-import torch, torch.distributed as dist
-dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-from plad_dist.config_file import parse_config
-from plad_dist.rundir import RunDir
-from plad_dist.training import loop, plan
-raw, phase, stop = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-config = parse_config(raw, "test")
-job = dataclasses.replace(plan.plan_phase(phase, config, RunDir.of(config)), dtype="float32")
-if stop:
-    worker = loop.Worker(job, torch.device("cpu"))
+# Workers are forked from a process that has imported what takes them ten seconds; each still has its own engine and rank.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["deepspeed", "transformers.models.llama", "peft", "plad_dist.training.loop"])
+
+Work = Callable[[dict[str, Any], str, int], None]
+
+
+def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int = 0, work: Work | None = None) -> None:
+    """Run a phase with so many workers, to its end or up to a step. `work`: something else than that."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # the server of the forks has them from its start
+    processes = []
+    for rank in range(workers):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        log = str(folder / f"worker-{rank}.log")
+        processes.append(_FORKS.Process(target=_rank, args=(own, log, work or train_phase, raw, phase, stop)))
+        processes[-1].start()
+    for process in processes:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * workers, (folder / "worker-0.log").read_text()[-3000:]
+
+
+def _rank(own: dict[str, Any], log: str, work: Work, raw: dict[str, Any], phase: str, stop: int) -> None:
+    """One worker, in a process of its own."""
+    with open(log, "w") as file:  # noqa: PTH123
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= {name: str(value) for name, value in own.items()}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    work(raw, phase, stop)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def job_of(raw: dict[str, Any], phase: str) -> PhaseJob:
+    """A phase as a worker gets it."""
+    config = parse_config(raw, "test")
+    return replace(plan_phase(phase, config, RunDir.of(config)), dtype="float32")
+
+
+def train_phase(raw: dict[str, Any], phase: str, stop: int) -> None:
+    """A phase to its end, or up to a step and a checkpoint."""
+    job = job_of(raw, phase)
+    if not stop:
+        return train_loop(job)
+    worker = Worker(job, torch.device("cpu"))
     worker._open_groups()
     log = worker._log() if worker.rank == 0 else None
     worker._evaluate(log)
     while worker.state.step < stop:
         worker._step(log)
     worker.checkpoints.save(worker.engine, worker.state)
-    worker.close()
-else:
-    loop.train_loop(job)
-dist.barrier()
-"""
+    return worker.close()
 
 
-def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int = 0) -> None:
-    """Run a phase with so many workers, to its end or up to a step."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, json.dumps(raw), phase, str(stop)],
-            env=environment
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_PORT": str(port)},
-            stdout=(folder / f"worker-{rank}.log").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(workers)
-    ]
-    codes = [process.wait(timeout=300) for process in processes]
-    assert codes == [0] * workers, (folder / "worker-0.log").read_text()[-3000:]
+def two_engines(raw: dict[str, Any], phase: str, stop: int) -> None:
+    """Two engines one after the other in a process, as two phases of a worker group have them."""
+    for _ in range(2):
+        worker = Worker(job_of(raw, phase), torch.device("cpu"))
+        worker._open_groups()
+        worker._step(None)
+        held = weakref.ref(worker.engine.module.model)
+        worker.close()
+        assert held() is None, "the engine's memory is still taken"
 
 
 def config_with_pairs(folder: Path, **round_: Any) -> dict[str, Any]:

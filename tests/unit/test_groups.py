@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from plad_dist.config import Loss, Model
-from plad_dist.errors import UserError
+from plad_dist.config_file import parse_config
+from plad_dist.data.schemas import REFERENCES
+from plad_dist.data.store import Dataset
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir
 from plad_dist.training.batching import Group
 from plad_dist.training.check import check_pairs
-from plad_dist.training.groups import DataSpec, fit, open_groups
+from plad_dist.training.groups import DataSpec, _Tokenize, fit, open_groups
+from plad_dist.training.plan import plan_phase
 from tests.numerics.workers import config_with_pairs, make_run, some_pairs
 from tests.tiny import TEMPLATE
 
@@ -92,6 +98,87 @@ def test_a_response_that_was_cut_is_ranked_behind_all_that_ended(folder: Path, r
     neither = cut | {"chosen_token_ids": [5, 6]}
     (group,) = groups_of(run_of(folder, raw, [[neither]], "neither"), folder, "lists", end_ids=(2,)).take([0])
     assert list(group.anchored) == [], "what did not end is not raised"
+
+
+def test_a_list_wants_nothing_between_equal_scores_and_has_a_text_once(folder: Path, raw: dict[str, Any]) -> None:
+    base = some_pairs(0, 1)[0] | {"chosen_token_ids": [5, 2], "chosen_score": 0.4}
+    rows = [
+        base | {"rejected_token_ids": [5, 2], "rejected_score": 0.4},
+        base | {"rejected_token_ids": [6, 2], "rejected_score": 0.4},
+        base | {"rejected_token_ids": [7, 2], "rejected_score": 0.1},
+    ]
+    (group,) = groups_of(run_of(folder, raw, [rows], "ties"), folder, "lists", end_ids=(2,)).take([0])
+    assert group.responses == [[5, 2], [6, 2], [7, 2]]
+    assert group.pairs == [(0, 2, 2), (1, 2, 1)]
+
+
+def test_references_of_other_rows_are_not_taken_for_these(folder: Path, raw: dict[str, Any]) -> None:
+    run = run_of(folder, raw, [some_pairs(0, 3)], "compared")
+    other = Dataset(run.storage, "references", REFERENCES)
+    rows = run.pairs().read()["prompt_id"].to_pylist()
+    values = pa.array([0.0] * len(rows), pa.float32())
+    table = pa.table([pa.array(["other", *rows[1:]]), values, values], names=REFERENCES.names).cast(REFERENCES)
+    other.commit(0, table, fingerprint="x", attempt="a")
+    other.finish(1, fingerprint="x", facts={})
+    with pytest.raises(RunFailed, match="is of other rows"):
+        groups_of(run, folder, references="references").take([0])
+
+
+def make_raw(folder: Path, raw: dict[str, Any], **student: Any) -> dict[str, Any]:
+    return raw | {"run": {"dir": str(folder / "plan"), "seed": 5}, "student": raw["student"] | student}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"warmup": {"epochs": 1}, "micro_batch_tokens": 16},
+            r"micro_batch_tokens is 16, the student's context .*Set training\.max_group_tokens",
+        ),
+        (
+            {"deepspeed": "zero3_multinode", "num_workers": 12},
+            r"num_workers=12 is no multiple of zero_hpz_partition_size=8",
+        ),
+    ],
+)
+def test_what_would_stop_a_phase_on_its_way_is_said_before(
+    tmp_path: Path, raw: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    changed_raw = make_raw(tmp_path, raw) | {"training": raw["training"] | change}
+    run = make_run(changed_raw)
+    with pytest.raises(UserError, match=message):
+        plan_phase("warmup" if "warmup" in change else "round-0", parse_config(changed_raw, "test"), run)
+
+
+def test_pairs_in_the_tokens_of_another_student_are_refused(tmp_path: Path, raw: dict[str, Any]) -> None:
+    changed_raw = make_raw(tmp_path, raw)
+    run = make_run(changed_raw)
+    manifest = json.loads((run.root / run.pairs().path / "manifest.json").read_text())
+    manifest["facts"]["tokenizer"] = "another"
+    (run.root / run.pairs().path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"pairs/round-0: these pairs are in the tokens of another student"):
+        plan_phase("round-0", parse_config(changed_raw, "test"), run)
+
+
+class _Texts:
+    """A renderer of what it is given."""
+
+    model = "here"
+
+    def prompt_ids(self, prompts: list[list[int]]) -> list[list[int]]:
+        return prompts
+
+    def response_ids(self, texts: list[list[int]]) -> list[list[int]]:
+        return texts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [([], [5], "prompt p: renders to no token"), ([5], [9, 20], "prompt p: its tokenizer gives token 20, .* has 20")],
+)
+def test_a_prompt_that_cannot_be_trained_on_is_named(prompt: list[int], response: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _Tokenize(_Texts(), 20)([[{"prompt_id": "p", "messages": prompt, "reference": response}]])  # type: ignore[arg-type]
 
 
 def test_the_chosen_side_alone_has_every_chosen_response_once(folder: Path, raw: dict[str, Any]) -> None:
