@@ -32,7 +32,7 @@ chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
 	$(BIN)/python -m pytest tests/chaos
 
 bench: setup ## Run the benchmarks, peers beside; long. Each prints one JSON line.
-	for name in pool store sampling training logprob_memory; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+	for name in pool store sampling training logprob_memory gpu_training; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plad_dist.config import Decoding, Model
+from plad_dist.data.models import first_line
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import UserError
 from plad_dist.sampling.placement import spanning
@@ -259,7 +260,8 @@ def root_cause(error: Exception) -> str:
         for stream in (2, 1):
             if (found := _last_error_printed(stream)) is not None:
                 return found
-    return text.splitlines()[0] if text else type(error).__name__
+        return f"its process died without a word: it was killed, perhaps for want of memory ({first_line(error)})"
+    return first_line(error)
 
 
 def _last_error_printed(stream: int) -> str | None:

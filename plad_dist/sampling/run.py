@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError, TaskCancelledError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, TaskCancelledError
 
 from plad_dist.config import Config
 from plad_dist.data.models import first_line
@@ -414,6 +414,9 @@ def _kill(handle: Any, group: Any) -> None:
 
 def _why_died(error: RayActorError) -> str:
     """Ray's reason, without its opening sentence, its ids and its advice."""
+    if isinstance(error, ActorUnavailableError):
+        reason = str(error).partition("RpcError: ")[2].partition(" rpc_code")[0]
+        return f"its node or its process is gone, or cannot be reached: {reason or 'no connection'}"
     lines = [line.strip() for line in str(error).splitlines()]
     told = [line for line in lines if line and line != ActorDiedError.BASE_ERROR_MSG and not _ID_LINE.match(line)]
     return " ".join(told)[:300] or "its actor died"

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from plad_dist.config import Loss, Model
+from plad_dist.config import Loss, Model, fingerprint
 from plad_dist.data.models import load_model_config
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
@@ -20,6 +20,7 @@ from plad_dist.errors import UserError
 from plad_dist.training.groups import DataSpec, PairedRows, fit, make_pairs
 
 _READERS = 4
+_passed: set[str] = set()  # phases on the same pairs need one look
 _SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
@@ -42,7 +43,12 @@ def check_pairs(
             loss needs them, or a group that no micro-batch holds. Part and row are named.
     """
     dataset = spec.dataset(storage)
-    parts = dataset.require("pair").parts
+    manifest = dataset.require("pair")
+    parts = manifest.parts
+    bounds = [spec.context, spec.longest, spec.shares, spec.over_long, micro_batch_tokens]
+    looked_for = fingerprint([dataset.path, manifest.contents, bounds, loss.needs_scores, model])
+    if looked_for in _passed:
+        return
     vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
     threads = ThreadPoolExecutor(_READERS)
     try:
@@ -60,6 +66,7 @@ def check_pairs(
                 )
     finally:
         threads.shutdown(cancel_futures=True)
+    _passed.add(looked_for)
 
 
 def _check(

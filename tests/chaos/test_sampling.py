@@ -165,6 +165,7 @@ def test_verify_passes(night: Night, morning: Any) -> None:
 def test_the_log_says_who_died_and_why(night: Night, morning: Any) -> None:
     reasons = re.findall(r" died \((.*)\); its blocks are leased again", night.log())
     assert len(reasons) >= 3
+    assert any("died without a word" in reason for reason in reasons), reasons
     assert any("told to end" in reason for reason in reasons), reasons
     assert any("node" in reason for reason in reasons), reasons
     assert not any(reason == "The actor died unexpectedly before finishing this task." for reason in reasons)
