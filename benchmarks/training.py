@@ -127,13 +127,20 @@ def make_model(folder: Path) -> Path:
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer whose words are its tokens: `w17` is token 17."""
+    """A tokenizer whose words are its tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    tokenizer = Tokenizer(models.WordLevel({word(token): token for token in range(VOCABULARY)}, unk_token=word(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"w{EOS}", pad_token="w0", unk_token="w0")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=word(EOS), pad_token=word(0), unk_token=word(0)
+    )
+
+
+def word(token: int) -> str:
+    """`w17` is token 17. Special tokens are found within words too, so they look like none."""
+    return f"<{token}>" if token in (0, EOS) else f"w{token}"
 
 
 def make_pairs(shape: str, count: int = PAIRS) -> list[Row]:
@@ -249,7 +256,7 @@ def trl(
     """Seconds and losses of the steps of TRL's trainer, its losses times the margin: bfloat16 on a GPU, float32 on a CPU."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
     class Clock(TrainerCallback):
@@ -268,10 +275,7 @@ def trl(
 
     # Answers begin with a space, which keeps their first word apart from the prompt's last.
     texts = [
-        {
-            side: (" " if side != "prompt" else "") + " ".join(f"w{token}" for token in tokens)
-            for side, tokens in row.items()
-        }
+        {side: (" " if side != "prompt" else "") + " ".join(map(word, tokens)) for side, tokens in row.items()}
         for row in rows
     ]
     clock = Clock()
@@ -287,7 +291,7 @@ def trl(
             remove_unused_columns=False,
         ),
         train_dataset=Dataset.from_list(texts),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        processing_class=make_tokenizer(),
         callbacks=[clock],
     )  # fmt: skip
     torch.set_num_threads(THREADS)
