@@ -305,17 +305,20 @@ def trl(
 def logprob_error(model: Path, rows: list[Row]) -> float:
     """Our packed log-likelihoods against each sequence by itself in float64."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from plad_dist.training.attention import attention_of
     from plad_dist.training.batching import collate, plain_pair
     from plad_dist.training.policy import Policy
 
     groups = [plain_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa")
-    policy = Policy(plain, attention_of(plain.config, None))
+    attention = attention_of(AutoConfig.from_pretrained(model), None)
+    plain = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation=attention.implementation
+    )
+    policy = Policy(plain, attention)
     with torch.no_grad():
-        found_S = policy(collate(groups, filler=0)).double()
+        found_S = policy(collate(groups, filler=0, layout=attention.layout)).double()
         reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
         expected = []
         for group in groups:

@@ -181,7 +181,7 @@ class Training(Section):
     )
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto",
-        description="auto: FlexAttention on GPU, masked SDPA on CPU. Some families have their own.",
+        description="auto: FlexAttention on GPU, SDPA piece by piece on CPU. sdpa: with a mask over whole rows. Some families have their own.",
         json_schema_extra=OPERATIONAL,
     )
     lora: Lora | None = Field(None, description="Train adapters instead of all weights. Empty: all weights.")

@@ -5,6 +5,7 @@ Shapes: R rows, T tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from plad_dist.errors import UserError
 from plad_dist.training.batching import Layout, MicroBatch
+from plad_dist.training.tree import TREE_ATTENTION, TreeMask
 
 # Models whose layers take a ready mask and place tokens by their position ids alone: a tree mask is exact.
 _BY_POSITION = (
     "cohere", "gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "opt", "qwen2", "qwen3",
 )  # fmt: skip
 _FLEX_ROW_TOKENS = 2048  # a block mask skips what is masked, so long rows cost no attention
+_PIECE_TOKENS = 96  # for which a piece is worth calls of its own
 _FLEX_BLOCK = 128  # it masks blocks of so many places; rows of whole blocks need fewer compiled kernels
 
 
@@ -48,7 +51,7 @@ def attention_of(config: Any, longest: int | None, wanted: Literal["auto", "sdpa
 
     Args:
         longest: most tokens of a group, None for any.
-        wanted: implementation; auto is flex on a CUDA device and sdpa elsewhere.
+        wanted: implementation; auto is flex on a CUDA device and SDPA piece by piece elsewhere.
     """
     family = config.model_type
     if family == "gpt_neo":
@@ -67,8 +70,13 @@ def attention_of(config: Any, longest: int | None, wanted: Literal["auto", "sdpa
         window = None
     flex = wanted == "flex" or (wanted == "auto" and torch.cuda.is_available())
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    implementation = "flex_attention" if flex else "eager" if softcap else "sdpa"
-    layout = Layout(row_tokens=_FLEX_ROW_TOKENS, multiple=_FLEX_BLOCK) if flex else Layout()
+    piecewise = not flex and not softcap and wanted == "auto"
+    implementation = "flex_attention" if flex else "eager" if softcap else TREE_ATTENTION if piecewise else "sdpa"
+    layout = (
+        Layout(row_tokens=_FLEX_ROW_TOKENS, multiple=_FLEX_BLOCK)
+        if flex
+        else Layout(piecewise=_PIECE_TOKENS if piecewise else None)
+    )
     return Attention(layout, implementation, window=window, by_layer=bool(kinds))
 
 
@@ -105,10 +113,13 @@ def masks_of(batch: MicroBatch, attention: Attention, dtype: torch.dtype) -> Any
     """
     if not attention.ready:
         return None
+    make: Callable[[MicroBatch, int | None], Any]
     if attention.implementation == "flex_attention":
         make = _block_mask
+    elif batch.pieces:
+        make = TreeMask
     else:
-        make = _dense_mask if attention.implementation == "sdpa" else _additive(dtype)
+        make = _additive(dtype) if attention.implementation == "eager" else _dense_mask
     if not attention.by_layer:
         return make(batch, attention.window)
     masks = {"full_attention": make(batch, None)}

@@ -70,6 +70,8 @@ class Layout:
         packs: a row may hold several of what stands by itself.
         row_tokens: rows are filled up to so many tokens; with dense masks, attention over a row costs its length squared.
         multiple: rows are padded to a multiple of so many tokens.
+        piecewise: attention goes piece by piece where pieces have so many tokens on average: all then lie in one row, without
+            padding. None for never.
         longest_row: most tokens that a row may have, None for any.
     """
 
@@ -77,6 +79,7 @@ class Layout:
     packs: bool = True
     row_tokens: int = 128
     multiple: int = 1
+    piecewise: int | None = None
     longest_row: int | None = None
 
     def tokens(self, group: Group) -> int:
@@ -102,6 +105,7 @@ class MicroBatch:
         lengths_S: response tokens.
         references_S, sampled_S: log-likelihoods by the starting student and as the engine reported them, NaN without.
         pairs: what is compared.
+        pieces: of a row that holds all: tokens of each prompt and of each response beside it; else empty.
         longest: tokens of the longest response.
         groups: B; 0 for a micro-batch that only keeps the ranks in step.
         tokens: tokens computed, padding left out; `tokens_apart` were those without sharing.
@@ -119,6 +123,7 @@ class MicroBatch:
     references_S: Tensor
     sampled_S: Tensor
     pairs: Pairs
+    pieces: tuple[tuple[int, tuple[int, ...]], ...]
     longest: int
     groups: int
     tokens: int
@@ -202,8 +207,13 @@ class _Piece:
     responses: list[tuple[int, Sequence[int]]]
 
     @property
+    def inner(self) -> tuple[int, ...]:
+        """Tokens of each response but its last, which predicts nothing."""
+        return tuple(len(response) - 1 for _, response in self.responses)
+
+    @property
     def tokens(self) -> int:
-        return len(self.prompt) + sum(len(response) - 1 for _, response in self.responses)
+        return len(self.prompt) + sum(self.inner)
 
 
 def collate(groups: Sequence[Group], filler: int, layout: Layout = TREE) -> MicroBatch:
@@ -216,12 +226,16 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = TREE) -> Micr
         number += len(numbered)
         parts = [numbered] if layout.shares else [[response] for response in numbered]
         pieces += [_Piece(group.prompt, part) for part in parts]
+    enough = layout.piecewise
+    one_row = enough is not None and sum(piece.tokens for piece in pieces) >= enough * len(pieces)
+    rows = [pieces] if one_row else _rows(pieces, layout)
     return replace(
-        _assemble(_rows(pieces, layout), filler, number, layout.multiple),
+        _assemble(rows, filler, number, layout.multiple),
         lengths_S=torch.tensor([len(response) for group in groups for response in group.responses]),
         references_S=_column([group.references for group in groups], groups),
         sampled_S=_column([group.sampled for group in groups], groups),
         pairs=_pairs(groups),
+        pieces=tuple((len(piece.prompt), piece.inner) for piece in pieces) if one_row else (),
         groups=len(groups) if real else 0,
         tokens=sum(layout.tokens(group) for group in groups) if real else 0,
         tokens_apart=sum(group.tokens_apart for group in groups) if real else 0,
@@ -297,6 +311,7 @@ def _assemble(rows: list[list[_Piece]], filler: int, responses: int, multiple: i
         references_S=nothing,
         sampled_S=nothing,
         pairs=_pairs([]),
+        pieces=(),
         longest=max(len(one) for one in targets),
         groups=0,
         tokens=0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,9 +89,14 @@ def separate_logps(model: Any, groups: list[Group]) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.parametrize("by_piece", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: str) -> None:
+def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: str, by_piece: bool) -> None:
     attention = attention_of(config_of(family), MORE_TOKENS)
+    if by_piece and attention.layout.piecewise is None:
+        pytest.skip("its attention is never taken apart")
+    if by_piece:
+        attention = replace(attention, layout=replace(attention.layout, piecewise=1))
     assert attention.layout.shares == (family in SHARED)
     assert (attention.why is None) == attention.layout.shares
     model, reference = make(family, attention.implementation), make(family, "eager").double()
@@ -98,6 +104,7 @@ def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: st
 
     expected_S = separate_logps(reference, GROUPS)
     batch = collate(GROUPS, filler=0, layout=attention.layout)
+    assert bool(batch.pieces) == by_piece
     group_losses(loss, batch.pairs, expected_S, batch.lengths_S, batch.references_S).sum().backward()
 
     policy = Policy(model, attention)
