@@ -58,6 +58,8 @@ def main() -> None:
         rows = training.make_pairs(shape, arguments.pairs)
         print(json.dumps(measure(system, Path(model), rows, arguments.tokens, arguments.config)))
         return
+    if arguments.smoke:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     if not arguments.smoke and not torch.cuda.is_available():

@@ -29,9 +29,9 @@ import os
 import random
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,7 +254,8 @@ class Pool:
             window=window_for(ENGINE["max_num_seqs"], BLOCK, config.sampling.window),
         )
         drive = partial(run_fleets, config, work.storage, [fleet], Progress(every_s=1e9))
-        self.driver = ThreadPoolExecutor(1).submit(drive)
+        self.driver = threading.Thread(target=drive, daemon=True)
+        self.driver.start()
         self()  # warm
 
     def __call__(self) -> tuple[int, float]:
@@ -264,8 +265,8 @@ class Pool:
         begun = time.time()
         gate(self.work, job.output).touch()
         while not (folder / "manifest.json").exists():
-            if self.driver.done():
-                self.driver.result()
+            if not self.driver.is_alive() and not (folder / "manifest.json").exists():
+                raise SystemExit("the fleet has ended before its work")
             time.sleep(0.1)
         manifest = job.dataset(self.work.storage).require("sample")
         assert manifest.rows == len(self.work.ids)

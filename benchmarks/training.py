@@ -60,7 +60,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="our micro-batch, in tokens")
     parser.add_argument("--trl-micro-batch", type=int, default=4, help="TRL's micro-batch, in pairs")
     arguments = parser.parse_args()
-    os.environ |= {"DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="plad-training-") as folder:
         model = make_model(Path(folder) / "model")

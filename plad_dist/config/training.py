@@ -77,8 +77,8 @@ class Optimizer(Section):
 
     name: Literal["adamw", "adamw_8bit", "muon"] = Field(
         "adamw",
-        description="adamw_8bit: its states in 8 bits by bitsandbytes, a quarter of the memory. muon: matrices by Muon, the rest "
-        "by AdamW. An optimizer offloaded to the CPU is always adamw.",
+        description="adamw_8bit: its states in 8 bits by bitsandbytes, a quarter of the memory; not with an offloaded optimizer. "
+        "muon: matrices by Muon, the rest by AdamW.",
     )
     lr: float = Field(1e-5, gt=0.0, le=1.0, description="Peak learning rate.")
     adam_lr: float | None = Field(None, gt=0.0, le=1.0, description="Muon only: rate of the AdamW part. Empty: lr.")

@@ -25,7 +25,7 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         _ = run.root
     check_same_run(config, run)
     problems: dict[str, None] = {}  # each once, in order
-    for check in _checks(config, run, all_rows=all_rows):
+    for check in _checks(config, run):
         try:
             check()
         except UserError as error:
@@ -34,9 +34,11 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(problems))
     if problems:
         raise UserError(*problems)
+    if all_rows and train_prompts(run.storage).manifest() is None:
+        check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
 
 
-def _checks(config: Config, run: RunDir, *, all_rows: bool) -> Iterator[Callable[[], object]]:
+def _checks(config: Config, run: RunDir) -> Iterator[Callable[[], object]]:
     """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing."""
     from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.deepspeed_config import check_deepspeed, check_optimizers
@@ -59,8 +61,6 @@ def _checks(config: Config, run: RunDir, *, all_rows: bool) -> Iterator[Callable
     yield partial(check_prompts, config, all_rows=False)
     for model in models:
         yield partial(_check_model, model)
-    if all_rows:
-        yield partial(check_prompts, config, all_rows=True)  # with the tokenizers of the models
 
 
 def _check_model(model: Model) -> None:

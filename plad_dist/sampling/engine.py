@@ -260,7 +260,8 @@ def root_cause(error: Exception) -> str:
         for stream in (2, 1):
             if (found := _last_error_printed(stream)) is not None:
                 return found
-        return f"its process died without a word: it was killed, perhaps for want of memory ({first_line(error)})"
+        if re.search(r"EngineDeadError|encountered an issue", text):
+            return f"its process died without a word: was it killed, or out of memory? ({first_line(error)})"
     return first_line(error)
 
 

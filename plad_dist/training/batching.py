@@ -249,11 +249,12 @@ def _rows(pieces: list[_Piece], layout: Layout) -> list[list[_Piece]]:
     widest = max(longest, min(layout.row_tokens, layout.longest_row or layout.row_tokens))
     # What is computed is as many rows as wide as the widest: of a few widths, the one that pads least, and of those the smallest.
     rooms = sorted({longest + (widest - longest) * part // _WIDTHS for part in range(_WIDTHS + 1)})
-    return min((_first_fit(pieces, room) for room in rooms), key=lambda rows: len(rows) * _width(rows))
+    return min((_first_fit(pieces, room) for room in rooms), key=lambda rows: len(rows) * _width(rows, layout.multiple))
 
 
-def _width(rows: list[list[_Piece]]) -> int:
-    return max(sum(piece.tokens for piece in row) for row in rows)
+def _width(rows: list[list[_Piece]], multiple: int) -> int:
+    longest = max(sum(piece.tokens for piece in row) for row in rows)
+    return -(-longest // multiple) * multiple
 
 
 def _first_fit(pieces: list[_Piece], room: int) -> list[list[_Piece]]:
@@ -271,7 +272,7 @@ def _first_fit(pieces: list[_Piece], room: int) -> list[list[_Piece]]:
 
 
 def _assemble(rows: list[list[_Piece]], filler: int, responses: int, multiple: int) -> MicroBatch:
-    width = -(-_width(rows) // multiple) * multiple
+    width = _width(rows, multiple)
     shape = (len(rows), width)
     ids, positions = np.full(shape, filler, np.int64), np.zeros(shape, np.int64)
     segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)

@@ -121,7 +121,7 @@ class Checkpoints:
                 "workers in the middle of a phase is not supported yet)"
             )
         written, now = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
-        if written != now:
+        if written != now and (state.optimizer or written[0] != now[0]):
             raise UserError(
                 f"{self._folder / step_name(state.step)}: written by ZeRO stage {written[0]} with {written[1]}, with "
                 f"training.deepspeed as it is now it would be stage {now[0]} with {now[1]}: set the one that it was to go on"

@@ -62,10 +62,10 @@ def check_optimizers(name: str, training: Training) -> None:
         return
     for phase in ("teacher", "warmup", "round", "seqkd"):
         section = getattr(training, phase)
-        if section is not None and section.optimizer.name != "adamw":
+        if section is not None and section.optimizer.name == "adamw_8bit":
             raise UserError(
-                f"training.{phase}.optimizer.name: {section.optimizer.name}: an optimizer offloaded to the CPU "
-                f"(training.deepspeed: {name}) is always adamw; set that, or another DeepSpeed config"
+                f"training.{phase}.optimizer.name: adamw_8bit: DeepSpeed offloads no such optimizer to the CPU "
+                f"(training.deepspeed: {name}); set adamw, or another DeepSpeed config"
             )
 
 

@@ -318,10 +318,11 @@ def _lists(end_ids: set[int], rows: list[list[Row]]) -> list[Group]:
             for name in ("responses", "scores", "references", "sampled")
             if getattr(group, name)
         }
+        rank = {value: number for number, value in enumerate(sorted({worth[place] for place in order}))}
         ranks = [
-            (better, worse, worse - better)
+            (better, worse, rank[worth[order[worse]]] - rank[worth[order[better]]])
             for better, worse in combinations(range(len(order)), 2)
-            if worth[order[better]] < worth[order[worse]]
+            if worth[order[better]] != worth[order[worse]]
         ]
         found.append(replace(group, pairs=ranks, anchored=(0,) if ended[order[0]] else (), **ranked))
     return found

@@ -173,8 +173,6 @@ class Worker:
     def close(self) -> None:
         """Give back everything."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
-        if self._metrics is not None:
-            self._metrics.close()
         engine = self.engine
         del self.engine
         release(engine)
@@ -182,6 +180,8 @@ class Worker:
         gc.collect()  # parameters and their optimizer refer to one another
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self._metrics is not None:
+            self._metrics.close()
 
     def _log(self) -> MetricsLog:
         job = self.job

@@ -47,12 +47,6 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     _check_vocabulary(start, settings)
     _check_partitions(config)
     kind, path = _data(name, config, run)
-    if not calibrates and context > training.micro_batch_tokens and training.max_group_tokens is None:
-        raise UserError(
-            f"training.micro_batch_tokens is {training.micro_batch_tokens:,}, the {role}'s context {context:,}: a longer sequence "
-            f"would stop phase {name} on its way. Set training.max_group_tokens, to which sequences are then cut, raise "
-            f"micro_batch_tokens, or set {role}.max_length."
-        )
     shares = attention_of(load_model_config(start, settings), training.max_group_tokens).layout.shares
     data = DataSpec(
         kind=kind,

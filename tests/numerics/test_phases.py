@@ -17,7 +17,7 @@ from plad_dist.data.store import Dataset
 from plad_dist.rundir import RunDir
 from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
-from tests.numerics.workers import config_with_pairs, losses, make_run, train, two_engines
+from tests.numerics.workers import config_with_pairs, losses, make_run, some_pairs, train, two_engines
 
 pytestmark = pytest.mark.engine
 PHASE = "round-0"
@@ -170,6 +170,25 @@ def test_eight_bit_states_stay_near_full_ones_and_resume_alike(tmp_path: Path) -
     assert full != eight
     assert eight == pytest.approx(full, rel=0.05)
     assert losses(runs["resumed"], PHASE) == eight
+
+
+def test_attention_by_piece_trains_as_under_a_mask(tmp_path: Path) -> None:
+    """Long groups, which are taken apart, on several ranks and with activations computed twice."""
+    found = []
+    for number, training in enumerate(({"attention": "sdpa"}, {}, {"gradient_checkpointing": True})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        raw = config_with_pairs(folder, max_steps=4)
+        raw["training"] |= {"micro_batch_tokens": 600, **training}
+        rows = some_pairs(0, 24)
+        for row in rows:
+            row["prompt_token_ids"] = row["prompt_token_ids"] * 10 + [5] * 90
+        run = make_run(raw, [rows])
+        train(folder, raw, PHASE, 2)
+        found.append(losses(run, PHASE))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    assert found[1] != found[0], "it is not the same arithmetic"
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_a_list_wants_nothing_between_equal_scores_and_has_a_text_once(folder: P
     ]
     (group,) = groups_of(run_of(folder, raw, [rows], "ties"), folder, "lists", end_ids=(2,)).take([0])
     assert group.responses == [[5, 2], [6, 2], [7, 2]]
-    assert group.pairs == [(0, 2, 2), (1, 2, 1)]
+    assert group.pairs == [(0, 2, 1), (1, 2, 1)]
 
 
 def test_references_of_other_rows_are_not_taken_for_these(folder: Path, raw: dict[str, Any]) -> None:
@@ -132,10 +132,6 @@ def make_raw(folder: Path, raw: dict[str, Any], **student: Any) -> dict[str, Any
     ("change", "message"),
     [
         (
-            {"warmup": {"epochs": 1}, "micro_batch_tokens": 16},
-            r"micro_batch_tokens is 16, the student's context .*Set training\.max_group_tokens",
-        ),
-        (
             {"deepspeed": "zero3_multinode", "num_workers": 12},
             r"num_workers=12 is no multiple of zero_hpz_partition_size=8",
         ),
@@ -147,7 +143,7 @@ def test_what_would_stop_a_phase_on_its_way_is_said_before(
     changed_raw = make_raw(tmp_path, raw) | {"training": raw["training"] | change}
     run = make_run(changed_raw)
     with pytest.raises(UserError, match=message):
-        plan_phase("warmup" if "warmup" in change else "round-0", parse_config(changed_raw, "test"), run)
+        plan_phase("round-0", parse_config(changed_raw, "test"), run)
 
 
 def test_pairs_in_the_tokens_of_another_student_are_refused(tmp_path: Path, raw: dict[str, Any]) -> None:
