@@ -18,6 +18,7 @@ from plad_dist.rundir import RunDir
 from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
 from tests.numerics.workers import config_with_pairs, losses, make_run, some_pairs, train, two_engines
+from tests.tiny import make_random_model
 
 pytestmark = pytest.mark.engine
 PHASE = "round-0"
@@ -179,6 +180,7 @@ def test_attention_by_piece_trains_as_under_a_mask(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         raw = config_with_pairs(folder, max_steps=4)
+        make_random_model(folder / "student", 2, max_position_embeddings=512)
         raw["training"] |= {"micro_batch_tokens": 600, **training}
         rows = some_pairs(0, 24)
         for row in rows:
