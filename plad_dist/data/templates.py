@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import jinja2.meta
 import jinja2.sandbox
 
 from plad_dist.config import Model, fingerprint
@@ -97,6 +98,9 @@ def compile_template(template: str, model: str) -> jinja2.Template:
     """A model's template over `messages`, sandboxed. Raises :class:`UserError` where it is none."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     try:
+        names = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        if unknown := names - {"messages"} - environment.globals.keys():
+            raise UserError(f"template of {model}: there is no {', '.join(sorted(unknown))}; it is given `messages`")
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise UserError(f"template of {model}: not a valid Jinja template: {error}") from None

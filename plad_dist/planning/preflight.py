@@ -8,7 +8,7 @@ from functools import partial
 from plad_dist.config import Config, Model
 from plad_dist.data.models import check_local_model, check_weights, load_model_config
 from plad_dist.data.prompts import check_prompts, train_prompts
-from plad_dist.data.templates import Renderer
+from plad_dist.data.templates import Renderer, compile_template
 from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine import check_engine_args
@@ -59,11 +59,13 @@ def _checks(config: Config, run: RunDir) -> Iterator[Callable[[], object]]:
         return  # what follows was checked when the run began
     yield partial(check_deepspeed, config.training.deepspeed)
     yield partial(check_prompts, config, all_rows=False)
-    for model in models:
-        yield partial(_check_model, model)
+    for name, model in zip((*config.all_teachers(), "student"), models, strict=True):
+        yield partial(_check_model, name, model)
 
 
-def _check_model(model: Model) -> None:
+def _check_model(name: str, model: Model) -> None:
+    if model.template is not None:
+        compile_template(model.template, name)
     if model.endpoint is not None:
         return
     if model.scratch is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,12 +77,17 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
                 worker_runtime_env={"env_vars": environment},
             ),
         )
+        before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
         except SystemExit:  # Ray Train's own answer to Ctrl-C, once it has stopped the workers
             raise KeyboardInterrupt from None
         except Exception as error:
             raise _explained(error, jobs, run) from error
+        finally:
+            # Ray Train leaves its own handler behind, which would swallow every Ctrl-C in the stages that follow.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)
 
 
 def _entry(settings: dict[str, Any]) -> None:

@@ -320,6 +320,22 @@ def test_keys_of_stages_that_have_not_begun_may_change(
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[-1", "template of student: not a valid Jinja template"),
+        ("{{ messags[-1].content }}", "template of student: there is no messags; it is given `messages`"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_before_anything_is_read(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]], template: str, message: str
+) -> None:
+    folder, raw = tiny
+    raw["student"]["template"] = template
+    code, printed = command("validate", str(write_config(folder, raw)))
+    assert (code, message in printed) == (2, True), printed
+
+
 def test_everything_that_is_wrong_with_the_inputs_is_said_at_once(
     tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
 ) -> None:
