@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from plad_dist.training.loop import PhaseJob
+    from plad_dist.training.job import PhaseJob
 
 VOCABULARY, EOS, PAIRS, STEPS, MARGIN = 32_000, 2, 8, 2, 500.0
 ARCHITECTURE = {
@@ -199,7 +199,7 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
     from plad_dist.data.store import Dataset
     from plad_dist.training.deepspeed_config import load_deepspeed
     from plad_dist.training.groups import DataSpec
-    from plad_dist.training.loop import PhaseJob
+    from plad_dist.training.job import PhaseJob
 
     storage = Storage(str(folder))
     pairs = Dataset(storage, "pairs", SCHEMA)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,11 +14,9 @@ from plad_dist.data.models import load_model_config
 from plad_dist.errors import UserError
 from plad_dist.training.attention import attention_of
 from plad_dist.training.deepspeed_config import is_offloaded
+from plad_dist.training.job import PhaseJob
 from plad_dist.training.policy import Policy, without_dropout
 from plad_dist.training.probe import check_family
-
-if TYPE_CHECKING:
-    from plad_dist.training.loop import PhaseJob
 
 
 def build_engine(job: PhaseJob, device: torch.device) -> Any:

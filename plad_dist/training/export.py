@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,10 +13,8 @@ import transformers
 
 from plad_dist.data.models import commit_model
 from plad_dist.data.templates import load_tokenizer
-
-if TYPE_CHECKING:
-    from plad_dist.training.checkpoints import TrainState
-    from plad_dist.training.loop import PhaseJob
+from plad_dist.training.checkpoints import TrainState
+from plad_dist.training.job import PhaseJob
 
 
 def export_model(engine: Any, job: PhaseJob, state: TrainState) -> None:

@@ -7,90 +7,32 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from plad_dist.config import Lora, Model, Optimizer, Phase
-from plad_dist.data.storage import Storage
-from plad_dist.errors import RunFailed, UserError
+from plad_dist.config import Optimizer
+from plad_dist.errors import UserError
+from plad_dist.training.agreement import StoppedError, agreed, of_first_rank
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoints import Checkpoints, TrainState, optimizer_of
 from plad_dist.training.engine import build_engine, release
 from plad_dist.training.export import export_model
-from plad_dist.training.groups import DataSpec, open_groups
+from plad_dist.training.groups import open_groups
+from plad_dist.training.job import PhaseJob
 from plad_dist.training.losses import group_losses
 from plad_dist.training.metrics import MetricsLog, StepTotals
 from plad_dist.training.references import write_references
 from plad_dist.training.speed import Speed
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 STOPPED = "stopped.json"
 _WORST = 3  # groups named where the loss has exploded
-
-
-@dataclass(frozen=True)
-class PhaseJob:
-    """Everything that a worker needs to know. Plain values.
-
-    Attributes:
-        name: of the phase; its folders under checkpoints/, models/ and events/.
-        start: folder or hub name of the model to start from.
-        heldout: pairs that are ranked but not trained on; None for none.
-        deepspeed: the DeepSpeed config, without batch, precision and optimizer.
-        longest: most tokens of a group, None for any.
-        attention: which implementation is wanted.
-        monitor: Ray actor that takes progress, None for none.
-    """
-
-    name: str
-    start: str
-    settings: Model
-    phase: Phase
-    data: DataSpec
-    heldout: DataSpec | None
-    heldout_limit: int
-    seed: int
-    steps: int
-    deepspeed: dict[str, Any]
-    dtype: str
-    micro_batch_tokens: int
-    longest: int | None
-    attention: Literal["auto", "sdpa", "flex"]
-    lora: Lora | None
-    gradient_checkpointing: bool
-    divergence_factor: float
-    trackers: tuple[str, ...]
-    storage: Storage
-    fingerprint: str
-    monitor: Any = None
-
-    def folder(self, kind: str) -> Path:
-        """The phase's folder of a kind (checkpoints, models, events)."""
-        root = self.storage.local_root
-        assert root is not None, "training needs a run directory on a file system"
-        return root / kind / self.name
-
-
-class StoppedError(Exception):
-    """Training must not go on, and to try again would end alike. Every rank raises it in the same place.
-
-    Attributes:
-        by_user: the user must mend an input; otherwise the run failed.
-    """
-
-    def __init__(self, message: str, *, by_user: bool = False) -> None:
-        super().__init__(message)
-        self.by_user = by_user
 
 
 def train_loop(job: PhaseJob) -> None:
@@ -102,7 +44,7 @@ def train_loop(job: PhaseJob) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     worker = None
     try:
-        with _agreed():
+        with agreed():
             worker = Worker(job, device)
         worker.run()
     except StoppedError as stop:
@@ -147,7 +89,7 @@ class Worker:
         """The phase from where it stands to its end. Raises :class:`StoppedError`."""
         job, phase = self.job, self.job.phase
         self._open_groups()
-        with _agreed():
+        with agreed():
             found = of_first_rank(self.checkpoints.latest)
             if found is not None:
                 self.checkpoints.load(self.engine, found)
@@ -194,7 +136,7 @@ class Worker:
         job = self.job
         data, heldout = job.data, job.heldout
         if job.phase.loss.needs_references:
-            with _agreed():
+            with agreed():
                 data = write_references(data, job, self.engine, self.device)
                 heldout = write_references(heldout, job, self.engine, self.device) if heldout else None
         self.groups = open_groups(data, job.storage, job.start, job.settings)
@@ -268,7 +210,7 @@ class Worker:
         """The micro-batches of a step, which were made while the one before was computed."""
         if self._next is None or self._next[0] != step:
             self._next = (step, self._ahead.submit(self._prepare, step))
-        with _agreed():
+        with agreed():
             work = self._next[1].result()
         self._next = (step + 1, self._ahead.submit(self._prepare, step + 1)) if step + 1 < self.job.steps else None
         return work
@@ -344,7 +286,7 @@ class Worker:
         count = min(len(self.heldout), job.heldout_limit) if self.heldout is not None else 0
         if self.heldout is None or not count or self.state.evaluated == self.state.step:
             return False
-        with _agreed():
+        with agreed():
             shares = self._share(self.heldout.take(np.arange(count)))
         totals = StepTotals(job.phase.loss, self.device)
         self.engine.eval()
@@ -410,33 +352,6 @@ class Worker:
             f"{held:,} ({held / total:.0%}); step {self.state.step} of {self.job.steps}; {len(self.groups):,} groups"
             + (f"; responses do not share their prompt: {why}" if why else "")
         )
-
-
-def of_first_rank(look: Callable[[], T]) -> T:
-    """What the first rank finds, on all ranks. Each looking by itself, some could see an older state of a shared file system.
-
-    Raises what the first rank raises, on all ranks.
-    """
-    found: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            found = [(look(), None)]
-        except (UserError, RunFailed) as error:
-            found = [(None, error)]
-    dist.broadcast_object_list(found, src=0)
-    value, problem = found[0]
-    if problem is not None:
-        raise problem
-    return value
-
-
-@contextmanager
-def _agreed() -> Iterator[None]:
-    """Turn what is wrong with the data, which every rank meets in the same place, into a stop."""
-    try:
-        yield
-    except UserError as error:
-        raise StoppedError(str(error), by_user=True) from None
 
 
 def learning_rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:

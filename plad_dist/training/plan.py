@@ -19,7 +19,7 @@ from plad_dist.training.check import check_pairs
 from plad_dist.training.checkpoints import LATEST
 from plad_dist.training.deepspeed_config import load_deepspeed
 from plad_dist.training.groups import DataSpec, group_counts
-from plad_dist.training.loop import PhaseJob
+from plad_dist.training.job import PhaseJob
 from plad_dist.training.scratch import make_model
 
 Kind = Literal["references", "teacher", "pairs", "lists", "chosen"]

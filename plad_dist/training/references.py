@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,9 +21,7 @@ from plad_dist.data.schemas import REFERENCES
 from plad_dist.data.store import Dataset
 from plad_dist.training.batching import Group, collate, share_out
 from plad_dist.training.groups import NAN, DataSpec, fit, group_counts, open_groups
-
-if TYPE_CHECKING:
-    from plad_dist.training.loop import PhaseJob
+from plad_dist.training.job import PhaseJob
 
 
 @torch.no_grad()

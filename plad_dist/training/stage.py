@@ -20,8 +20,10 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
+from plad_dist.training.agreement import of_first_rank
 from plad_dist.training.checkpoints import Checkpoints
-from plad_dist.training.loop import STOPPED, PhaseJob, of_first_rank, train_loop
+from plad_dist.training.job import PhaseJob
+from plad_dist.training.loop import STOPPED, train_loop
 from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")

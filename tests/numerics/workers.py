@@ -24,7 +24,8 @@ from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare
 from plad_dist.data.schemas import PAIRS
 from plad_dist.rundir import RunDir, open_run
-from plad_dist.training.loop import PhaseJob, Worker, train_loop
+from plad_dist.training.job import PhaseJob
+from plad_dist.training.loop import Worker, train_loop
 from plad_dist.training.metrics import read_metrics
 from plad_dist.training.plan import plan_phase
 from tests.conftest import tiny_config, write_prompts
