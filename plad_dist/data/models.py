@@ -115,6 +115,11 @@ def context_length(model: str, settings: Model) -> int:
     return int(min(value for value in (settings.max_length, own, 1 << 20) if value))
 
 
+def vocabulary_size(config: Any) -> int:
+    """Tokens that a model with a transformers config has embeddings for."""
+    return int(config.get_text_config().vocab_size)
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message."""
     lines = str(error).strip().splitlines()

@@ -70,7 +70,7 @@ def _write(config: Config, datasets: dict[str, Dataset]) -> None:
         writers[name].add(prompt)
         if time.monotonic() - last > _SAY_EVERY_S:
             last = time.monotonic()
-            logger.info("prepare: %s prompts read", f"{sum(counts['rows'] for counts in selection.counts.values()):,}")
+            logger.info("prepare: %s prompts taken", f"{sum(counts['rows'] for counts in selection.counts.values()):,}")
     for name, writer in writers.items():
         writer.finish(selection.counts[name])
     if said := selection.summary():

@@ -68,7 +68,7 @@ class Storage:
         """Write a new object in one atomic step. Returns False, and writes nothing, where there already is one."""
         with self._explained(key, "written"):
             if self.local_root is not None:
-                return _write_durably(self.local_root / key, data, os.link)
+                return write_durably(self.local_root / key, data, os.link)
             try:
                 # A multipart upload cannot be conditional, so large objects go in one request too.
                 obstore.put(self._store, key, data, mode="create", use_multipart=False)
@@ -80,7 +80,7 @@ class Storage:
         """Write an object atomically, over the old one if there is one."""
         with self._explained(key, "written"):
             if self.local_root is not None:
-                _write_durably(self.local_root / key, data, os.replace)
+                write_durably(self.local_root / key, data, os.replace)
                 return
             obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
 
@@ -166,7 +166,7 @@ class Storage:
             ) from None
 
 
-def _write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
+def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
     """Write a file that is whole or not there, also after a loss of power. False where `put` finds one there.
 
     The bytes are on the disk before they get their name: file systems that several nodes share may keep what a lost node
@@ -199,7 +199,7 @@ def sync(*paths: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Wait until all that is in a folder is on the disk."""
-    sync(*(path for path in folder.rglob("*")), folder)
+    sync(*folder.rglob("*"), folder)
 
 
 def reason(error: Exception) -> str:

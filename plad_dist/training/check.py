@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from plad_dist.config import Loss, Model, fingerprint
-from plad_dist.data.models import load_model_config
+from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import UserError
@@ -49,7 +49,7 @@ def check_pairs(
     looked_for = fingerprint([dataset.path, manifest.contents, bounds, loss.needs_scores, model])
     if looked_for in _passed:
         return
-    vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
+    vocabulary = vocabulary_size(load_model_config(model, settings))
     threads = ThreadPoolExecutor(_READERS)
     try:
         blocks = threads.map(

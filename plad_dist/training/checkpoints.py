@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from plad_dist.data.storage import sync
+from plad_dist.data.storage import sync, write_durably
 from plad_dist.errors import RunFailed, UserError
 
 LATEST, STATE = "latest.json", "state.json"
@@ -108,7 +108,7 @@ class Checkpoints:
             shutil.rmtree(self._folder / final, ignore_errors=True)
             (self._folder / temporary).rename(self._folder / final)
             sync(self._folder)
-            _replace(self._folder / LATEST, text)
+            write_durably(self._folder / LATEST, text.encode(), os.replace)
             self._prune({final, step_name(state.best_step if state.best_step is not None else state.step)})
         dist.barrier()
 
@@ -151,11 +151,3 @@ def _written_by(rank: int, folder: Path) -> list[Path]:
     files = [path for path in folder.iterdir() if path.is_file()]
     owners = [match and int(match[1]) for match in (_OF_RANK.search(path.name) for path in files)]
     return [path for path, owner in zip(files, owners, strict=True) if owner == rank or (owner is None and rank == 0)]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)

@@ -81,10 +81,8 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool
     zero = dict(deepspeed["zero_optimization"])
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
-    section: dict[str, Any] = {"optimizer": _optimizer_section(optimizer, offloaded=is_offloaded(deepspeed))}
-    if optimizer.name == "adamw_8bit":
-        section = {"zero_allow_untested_optimizer": True}
     return deepspeed | {
+        **_optimizer_keys(optimizer, offloaded=is_offloaded(deepspeed)),
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -92,7 +90,6 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool
         "bf16": {"enabled": half},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
-        **section,
     }
 
 
@@ -105,13 +102,16 @@ def eight_bit_adamw(optimizer: Optimizer) -> Callable[[list[torch.nn.Parameter]]
     )
 
 
-def _optimizer_section(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:
-    """The DeepSpeed section of an optimizer. An offloaded AdamW is DeepSpeed's own for CPUs."""
+def _optimizer_keys(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:
+    """What DeepSpeed is told of an optimizer. An offloaded AdamW is DeepSpeed's own for CPUs; that of 8 bits is given to it."""
+    if optimizer.name == "adamw_8bit":
+        return {"zero_allow_untested_optimizer": True}
     adam = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
     if optimizer.name == "muon":
         rates = {"muon_lr": optimizer.lr, "adam_lr": optimizer.adam_lr or optimizer.lr}
-        return {"type": "Muon", "params": adam | rates}
-    return {"type": "AdamW", "params": adam | {"lr": optimizer.lr} | ({} if offloaded else {"torch_adam": True})}
+        return {"optimizer": {"type": "Muon", "params": adam | rates}}
+    own = {"lr": optimizer.lr} | ({} if offloaded else {"torch_adam": True})
+    return {"optimizer": {"type": "AdamW", "params": adam | own}}
 
 
 def add_adapters(model: Any, lora: Lora, seed: int) -> None:

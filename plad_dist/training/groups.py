@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Model
-from plad_dist.data.models import load_model_config
+from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import PAIRS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
@@ -83,8 +83,7 @@ def open_groups(spec: DataSpec, storage: Storage, model: str, settings: Model) -
     dataset = spec.dataset(storage)
     counts = group_counts(spec, dataset.require("run").parts)
     if spec.kind in ("references", "teacher"):
-        vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
-        make = _Tokenize(Renderer(model, settings), vocabulary)
+        make = _Tokenize(Renderer(model, settings), vocabulary_size(load_model_config(model, settings)))
         prompts = train_prompts(storage)
         if spec.kind == "references":
             return GroupSource(counts, lambda block, check: _Referenced(prompts.read_block(block, check)), make, spec)
@@ -267,14 +266,13 @@ class _Tokenize:
     def __call__(self, rows: list[list[Row]]) -> list[Group]:
         flat = [row for (row,) in rows]
         prompts = self._renderer.prompt_ids([row["messages"] for row in flat])
-        for row, prompt in zip(flat, prompts, strict=True):
+        responses = self._renderer.response_ids([row["reference"] for row in flat])
+        for row, prompt, response in zip(flat, prompts, responses, strict=True):
             if not prompt:
                 raise UserError(
                     f"prompt {row['prompt_id']}: renders to no token, so that nothing would predict its response's first. "
                     "Leave it out, or set a template that always gives a token."
                 )
-        responses = self._renderer.response_ids([row["reference"] for row in flat])
-        for row, prompt, response in zip(flat, prompts, responses, strict=True):
             if (token := max(*prompt, *response)) >= self._vocabulary:
                 raise UserError(
                     f"prompt {row['prompt_id']}: its tokenizer gives token {token}, the vocabulary of {self._renderer.model} has "

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from plad_dist.config import Config, Model, Phase, fingerprint
-from plad_dist.data.models import context_length, load_model_config, model_identity
+from plad_dist.data.models import context_length, load_model_config, model_identity, vocabulary_size
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
@@ -43,11 +43,12 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     start = run.student(config) if calibrates else _first_model(role, settings, config, run)
     require_model(start, f"train --phase {WARMUP}")
     context = context_length(start, settings)
-    check_rope(load_model_config(start, settings), context, role)
-    _check_vocabulary(start, settings)
+    model, renderer = load_model_config(start, settings), Renderer(start, settings)
+    check_rope(model, context, role)
+    _check_vocabulary(start, renderer, vocabulary_size(model))
     _check_partitions(config)
     kind, path = _data(name, config, run)
-    shares = attention_of(load_model_config(start, settings), training.max_group_tokens).layout.shares
+    shares = attention_of(model, training.max_group_tokens).layout.shares
     data = DataSpec(
         kind=kind,
         path=path,
@@ -55,12 +56,11 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         longest=training.max_group_tokens,
         shares=shares,
         over_long=training.over_long or ("fail" if calibrates else "truncate"),
-        end_ids=tuple(sorted(Renderer(start, settings).end_ids)) if kind == "lists" else (),
+        end_ids=tuple(sorted(renderer.end_ids)) if kind == "lists" else (),
     )
     heldout = replace(data, kind="pairs", path=run.heldout_pairs().path) if calibrates else None
     manifest = data.dataset(run.storage).require("run")
-    made_with, own = manifest.facts.get("tokenizer"), Renderer(start, settings).identity if calibrates else None
-    if calibrates and made_with not in (None, own):
+    if calibrates and manifest.facts.get("tokenizer") not in (None, renderer.identity):
         raise UserError(
             f"{path}: these pairs are in the tokens of another student than {start}. Delete {path} and {run.heldout_pairs().path} to have "
             "them made anew, or restore the student."
@@ -100,10 +100,9 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     )
 
 
-def _check_vocabulary(model: str, settings: Model) -> None:
+def _check_vocabulary(model: str, renderer: Renderer, vocabulary: int) -> None:
     """Raise :class:`UserError` where the tokenizer has tokens that the model has not."""
-    tokens = int(Renderer(model, settings).tokenizer.vocab_size)  # without added ones, such as padding
-    vocabulary = int(load_model_config(model, settings).get_text_config().vocab_size)
+    tokens = int(renderer.tokenizer.vocab_size)  # without added ones, such as padding
     if tokens > vocabulary:
         raise UserError(
             f"{model}: its tokenizer has {tokens:,} tokens, the model's embeddings {vocabulary:,}: it is the tokenizer of another "

@@ -155,6 +155,9 @@ def test_an_engine_that_ended_holds_no_memory(tmp_path: Path, second_partition: 
     (tmp_path / "zero3.json").write_text(json.dumps(zero))
     make_run(raw)
     train(tmp_path, raw, PHASE, 2, work=two_engines)
+    for rank in (0, 1):
+        said = (tmp_path / f"worker-{rank}.log").read_text().splitlines()
+        assert [line for line in said if line.startswith("memory:")] == ["memory: free"] * 2
 
 
 def test_eight_bit_states_stay_near_full_ones_and_resume_alike(tmp_path: Path) -> None:
