@@ -134,25 +134,40 @@ def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run
 def verify(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory: path or URI.")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="Take out what is bad, so that the next run makes it anew.")
+        bool, typer.Option("--repair", help="Set aside what is bad, so that the next run makes it anew.")
     ] = False,
 ) -> None:
-    """Check every part of a run against its manifest: missing, surplus, truncated, altered. Reads every byte."""
-    from plad_dist.verify import repair as take_out
+    """Check every part of a run against its manifest: missing, surplus, truncated, altered. Reads every byte.
+
+    Models are checked by their headers. Exit code 0 where nothing is wrong or all was repaired, 1 otherwise.
+    """
+    from plad_dist.verify import repair as set_aside
     from plad_dist.verify import verify as check
     from plad_dist.verify import verify_table
 
-    checked, problems = check(run_dir)
+    checked, others = check(run_dir)
     _print(verify_table(run_dir, checked))
-    problems = [f"{item.path}: {problem}" for item in checked for problem in item.problems] + problems
+    problems = [f"{item.path}: {problem}" for item in checked for problem in item.problems] + others
     if not problems:
-        typer.echo(f"{run_dir}: nothing is wrong")
+        incomplete = [item.path for item in checked if item.state == "incomplete"]
+        rest = (
+            f"; not complete yet: {', '.join(incomplete)}: run the command that makes them again" if incomplete else ""
+        )
+        typer.echo(f"{run_dir}: nothing is wrong{rest}")
         return
-    lines = "\n  ".join(problems)
-    told = f"{run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {lines}"
-    if repair and (done := take_out(run_dir, checked)):
-        told += "\nRepaired, run again to make it anew:\n  " + "\n  ".join(done)
-    raise RunFailed(told)
+    told = f"{run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:" + "".join(
+        f"\n  {line}" for line in problems
+    )
+    if not repair:
+        if any(item.bad for item in checked):
+            told += f"\n`plad verify {run_dir} --repair` sets bad parts aside; run again then, and their blocks alone are redone."
+        raise RunFailed(told)
+    done = set_aside(run_dir, checked)
+    typer.echo(
+        told + "\nRepaired; run again to make this anew:" + "".join(f"\n  {line}" for line in done or ["nothing"])
+    )
+    if left := [f"{item.path}: {problem}" for item in checked for problem in item.problems] + others:
+        raise RunFailed(f"{run_dir}: cannot be repaired here:" + "".join(f"\n  {line}" for line in left))
 
 
 @app.command()

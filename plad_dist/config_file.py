@@ -30,7 +30,7 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = list(dict.fromkeys(line for item in error.errors() for line in _explain(item)))
         raise UserError(f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -44,12 +44,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
         raise UserError(
             f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}."
         )
     return raw
+
+
+def yaml_reason(error: Exception) -> str:
+    """What is wrong with a YAML text, and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + (getattr(error, "problem", None) or " ".join(str(error).split()))
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -87,7 +94,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     except (yaml.YAMLError, ValueError) as error:
         if "{{" in text:  # a template, which only looks like YAML
             return _set(raw, key, text, override)
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        raise UserError(f"override {override!r}: the value is not valid YAML: {yaml_reason(error)}") from None
     return _set(raw, key, value, override)
 
 
@@ -103,23 +110,59 @@ def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
     section[leaf] = value
 
 
-def _explain(item: Any) -> str:
-    """One line for one validation error: the key, what was expected, what was got."""
-    location = [str(part) for part in item["loc"] if part not in ("files", "dataset", "python_functions")]
-    key = ".".join(location) or "config"
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(location)}"
-    if item["type"] == "missing":
-        return f"{key}: missing; it has no default"
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{key}: {message}"
-    return f"{key}: {message[0].lower() + message[1:]}; got {_kind(item['input'])}"
+# What pydantic calls the alternatives of a union, which are no keys.
+_ALTERNATIVES = re.compile(r"files|dataset|python_functions|int|float|str|literal\[.*")
+
+
+def _explain(item: Any) -> list[str]:
+    """Lines for one validation error: the key, what was expected, what was got."""
+    location = [str(part) for part in item["loc"] if not _ALTERNATIVES.fullmatch(str(part))]
+    key = ".".join(location)
+    match item["type"]:
+        case "extra_forbidden":
+            return [f"{key}: unknown key{_nearest(location)}"]
+        case "missing":
+            return [f"{key}: missing; it has no default"]
+        case "value_error":
+            message = item["msg"].removeprefix("Value error, ")
+            return [f"{key}: {message}"] if key else message.splitlines()  # those of the whole name their keys
+        case "union_tag_invalid":
+            got, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
+            return [f"{key}.type: {got!r}: expected one of {tags}"]
+        case "union_tag_not_found":
+            return [f"{key}.type: missing; it has no default"]
+    expected = item["msg"].partition(", unable to parse")[0].replace("Input should be", "expected")
+    expected = expected.replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    expected = re.sub("expected (greater|less)", r"expected a value \1", expected)
+    union = [part for part in item["loc"] if str(part).startswith("literal[")]
+    if union or item["loc"][-1] == "int":  # one line for all alternatives
+        expected = "expected " + " or ".join(_kinds(location))
+    return [f"{key}: {expected[0].lower() + expected[1:]}; got {_kind(item['input'])}"]
+
+
+def _kinds(location: list[str]) -> list[str]:
+    """The alternatives of a key whose values are of several kinds, in words."""
+    field = dict(schema_fields())[".".join(location)]
+    words = {int: "a whole number", float: "a number", str: "a text", type(None): "nothing"}
+    kinds = []
+    for kind in typing.get_args(field.annotation):
+        kinds += [f"`{value}`" for value in typing.get_args(kind)] if kind not in words else [words[kind]]
+    return kinds
 
 
 def _nearest(location: list[str]) -> str:
     parent, name = location[:-1], location[-1]
-    known = sorted({key[-1] for path, _ in schema_fields() if _is_below(key := path.split("."), parent)} - {name, "*"})
+    paths = [path.split(".") for path, _ in schema_fields()]
+    known = sorted({path[-1] for path in paths if _is_below(path, parent)} - {name, "*"})
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    # The same word elsewhere: the nearer to where it was written, the better.
+    elsewhere = [path for path in paths if path[-1] == name]
+    if elsewhere:
+        below = [path for path in elsewhere if path[: len(parent)] == parent]
+        names = [f"`{'.'.join(path)}`" for path in (below or elsewhere)[:3]]
+        return f"; did you mean {' or '.join(names)}?"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{close[0]}`?"

@@ -13,8 +13,8 @@ from plad_dist.cluster import connected
 from plad_dist.config import Config
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.errors import UserError
-from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report
-from plad_dist.pairing.build import build_pairs, is_paired
+from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report, trained_models
+from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import ROUND_PHASE, SEQKD, TEACHER, WARMUP, phase_names
 from plad_dist.planning.preflight import check_inputs
 from plad_dist.progress import Progress
@@ -30,12 +30,14 @@ class Step:
     Attributes:
         command: the `plad` command that it belongs to.
         done: whether its output is committed.
+        inputs: raises :class:`UserError` where what an earlier stage makes is not there.
         work: does it; returns a sentence about what came of it, or None.
     """
 
     name: str
     command: str
     done: Callable[[], bool]
+    inputs: Callable[[], object]
     work: Callable[[], str | None]
     needs_ray: bool = True
 
@@ -53,6 +55,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
                 f"train {', '.join(wanted)}",
                 "train",
                 lambda: training.are_trained(wanted, run),
+                lambda: training.require_inputs(wanted[0], run),
                 lambda: training.train_phases(wanted, config, run, progress),
             )
 
@@ -61,21 +64,37 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
             name,
             "sample",
             lambda: sampling.is_sampled(config, run, roles),
+            lambda: train_prompts(run.storage).require("prepare"),
             lambda: sampling.sample(config, run, progress, roles),
         )
 
     warmup = config.training.warmup
-    yield Step("prepare", "prepare", lambda: _prepared(run), lambda: _prepare(config, run), needs_ray=False)
+    yield Step(
+        "prepare", "prepare", lambda: _prepared(run), lambda: None, lambda: _prepare(config, run), needs_ray=False
+    )
     if warmup and warmup.data == "teacher":
         yield from train(TEACHER)
         yield sample("sample teacher", ("teacher",))
     yield from train(TEACHER, WARMUP)
     yield sample("sample", ("teacher", "student"))
-    yield Step("pair", "pair", lambda: is_paired(run), lambda: _pair(config, run, progress))
-    yield from train(ROUND_PHASE, SEQKD)
-    yield Step("evaluate", "evaluate", lambda: is_evaluated(config, run), lambda: _evaluate(config, run, progress))
     yield Step(
-        "report", "report", lambda: run.storage.read(REPORT) is not None, lambda: report(config, run), needs_ray=False
+        "pair", "pair", lambda: is_paired(run), lambda: pair_jobs(config, run), lambda: _pair(config, run, progress)
+    )
+    yield from train(ROUND_PHASE, SEQKD)
+    yield Step(
+        "evaluate",
+        "evaluate",
+        lambda: is_evaluated(config, run),
+        lambda: trained_models(config, run),
+        lambda: _evaluate(config, run, progress),
+    )
+    yield Step(
+        "report",
+        "report",
+        lambda: run.storage.read(REPORT) is not None,
+        lambda: finished_metrics(run),
+        lambda: report(config, run),
+        needs_ray=False,
     )
 
 
@@ -88,14 +107,17 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     """
     run = RunDir.of(config)
     check_inputs(config, run, command=command)
-    run = open_run(config)
-    log_to_run(run)
     progress = Progress()
+    steps = [step for step in steps_of(config, run, progress, phase) if command in (None, step.command)]
+    for step in steps if command else ():  # what one command needs is there, or it leaves nothing behind
+        if not step.done():
+            step.inputs()
+            break
+    open_run(config)
+    log_to_run(run)
     todo = 0
     with connected(config) as connect:
-        for step in steps_of(config, run, progress, phase):
-            if command and step.command != command:
-                continue
+        for step in steps:
             if step.done():
                 logger.info("%s: committed, skipped", step.name)
                 continue
@@ -109,6 +131,7 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
 def _work(step: Step, run: RunDir, connect: Callable[[], None]) -> None:
     logger.info("%s: begins", step.name)
     started = time.monotonic()
+    step.inputs()
     if step.needs_ray:
         connect()
     said = step.work()

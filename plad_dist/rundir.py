@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from plad_dist.config import Config, Model, flatten, is_operational
+from plad_dist.config_file import yaml_reason
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, SAMPLES
 from plad_dist.data.storage import Storage
@@ -24,6 +25,7 @@ from plad_dist.errors import RunFailed, UserError
 ROUND = 0
 RUN_FILE = "run.yaml"
 TIMINGS = "logs/timings.json"
+_SHOWN_KEYS = 10
 
 # What each stage leaves first, in the order of the stages.
 _STAGES = (
@@ -156,12 +158,18 @@ def check_same_run(config: Config, run: RunDir) -> None:
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     conflicts = [key for key in differing if not is_operational(key) and _has_begun(key, run)]
     if conflicts:
-        lines = [f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in conflicts]
+        lines = [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in conflicts[:_SHOWN_KEYS]]
+        if len(conflicts) > _SHOWN_KEYS:
+            lines.append(f"and {len(conflicts) - _SHOWN_KEYS} more")
         raise UserError(
             f"run.dir: {run.storage.url}: was begun with another config. Keys that differ:\n  "
             + "\n  ".join(lines)
             + "\nUse another run.dir, or give these keys their old values."
         )
+
+
+def _shown(values: dict[str, Any], key: str) -> str:
+    return repr(values[key]) if values.get(key) is not None else "not set"
 
 
 def load_run(path: str) -> dict[str, Any]:
@@ -170,7 +178,7 @@ def load_run(path: str) -> dict[str, Any]:
     root = run.storage.local_root
     if root is not None and not root.is_dir():
         raise UserError(f"{path}: no such run directory")
-    document = _existing(run)
+    document = _run_file(run)
     if document is None:
         raise UserError(f"{path}: not a run directory: it has no {RUN_FILE}")
     return document
@@ -180,16 +188,27 @@ def _existing(run: RunDir) -> dict[str, Any] | None:
     root = run.storage.local_root
     if root is not None and not _is_folder(root):
         return None
+    document = _run_file(run)
+    if document is None and root is not None and any(not item.name.startswith(".") for item in root.iterdir()):
+        raise UserError(f"run.dir: {root}: not empty and not a run directory (no {RUN_FILE}); use another one")
+    return document
+
+
+def _run_file(run: RunDir) -> dict[str, Any] | None:
     data = run.storage.read(RUN_FILE)
     if data is None:
-        if root is not None and any(not item.name.startswith(".") for item in root.iterdir()):
-            raise UserError(f"run.dir: {root}: not empty and not a run directory (no {RUN_FILE}); use another one")
         return None
     try:
         document = yaml.safe_load(data)
         return {"config": dict(document["config"]), "fingerprint": str(document["fingerprint"])}
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise RunFailed(f"{run.storage.url}/{RUN_FILE}: damaged ({error}); restore it from the config") from None
+    except yaml.YAMLError as error:
+        why = yaml_reason(error)
+    except (KeyError, TypeError, ValueError):
+        why = "expected `config` and `fingerprint`"
+    raise RunFailed(
+        f"{run.storage.url}/{RUN_FILE}: damaged ({why}). Nothing was changed. Put the file back from a copy, or use another "
+        "run directory."
+    )
 
 
 def _is_folder(root: Path) -> bool:

@@ -9,7 +9,8 @@ from rich.table import Table
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import MARKER
 from plad_dist.data.prompts import heldout_prompts, train_prompts
-from plad_dist.data.store import Dataset, Part
+from plad_dist.data.store import MANIFEST, Dataset, Manifest, Part
+from plad_dist.errors import RunFailed
 from plad_dist.evaluation.stage import METRICS, REPORT, systems_of
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
@@ -40,12 +41,20 @@ def status_table(path: str) -> Table:
 
 def _blocks(prompts: Dataset, limit: int | None) -> int | None:
     """How many blocks are sampled, None while the prompts are not complete."""
-    manifest = prompts.manifest()
+    try:
+        manifest = prompts.manifest()
+    except RunFailed:
+        return None
     return len(rows_by_block(manifest, limit)) if manifest else None
 
 
 def _dataset_row(dataset: Dataset, blocks: int | None = None) -> tuple[str, str, str]:
-    manifest = dataset.manifest()
+    try:
+        manifest = dataset.manifest()
+    except RunFailed:
+        return dataset.path, "damaged", f"{MANIFEST} cannot be read; see `plad verify`"
+    if manifest is not None and (harm := _harm(dataset, manifest)):
+        return dataset.path, "damaged", f"{harm}; see `plad verify`"
     if manifest is not None:
         return dataset.path, "complete", f"{manifest.rows:,} rows in {_progress(len(manifest.parts), manifest.parts)}"
     parts = dataset.committed()
@@ -53,6 +62,15 @@ def _dataset_row(dataset: Dataset, blocks: int | None = None) -> tuple[str, str,
     if not parts:
         return dataset.path, "-", ""
     return dataset.path, "begun", _progress(len(parts), known, blocks)
+
+
+def _harm(dataset: Dataset, manifest: Manifest) -> str:
+    """What the names and sizes in storage say against a manifest; nothing is read."""
+    sizes = dataset.storage.sizes(dataset.path)
+    missing = sum(part.name not in sizes for part in manifest.parts)
+    cut = sum(sizes.get(part.name, part.bytes) != part.bytes for part in manifest.parts)
+    told = [(missing, "missing"), (cut, "of another size")]
+    return ", ".join(f"{count:,} part{'s' * (count > 1)} {what}" for count, what in told if count)
 
 
 def _progress(parts: int, known: Sequence[Part], blocks: int | None = None) -> str:

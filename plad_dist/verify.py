@@ -1,6 +1,6 @@
 """Whether a run directory holds what its manifests say: every part there, whole, unaltered, and of one origin.
 
-What is found to be wrong can be taken out, so that the next run makes it anew and nothing else.
+What is found to be wrong can be set aside, so that the next run makes it anew and nothing else.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from rich.table import Table
 
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import model_marker
+from plad_dist.data.models import model_marker, weights_problems
 from plad_dist.data.schemas import PAIRS, PROMPTS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import (
     DAMAGED,
     JOURNAL,
     MANIFEST,
+    DamagedPart,
     Dataset,
     Manifest,
     Part,
@@ -43,6 +44,7 @@ class Checked:
     """One dataset and what is wrong with it.
 
     Attributes:
+        parts, rows: those that can be read.
         state: complete, incomplete (a stage was interrupted), or damaged.
         bad: names of parts that are missing or not what they should be.
     """
@@ -113,8 +115,8 @@ def _check(dataset: Dataset) -> Checked:
     try:
         manifest = dataset.manifest()
     except RunFailed as error:
-        return Checked(dataset.path, len(there), 0, "damaged", [str(error)], {MANIFEST})
-    checked = Checked(dataset.path, len(there), 0, "complete" if manifest else "incomplete")
+        return Checked(dataset.path, 0, 0, "damaged", [str(error).removeprefix(f"{dataset.url}/")], {MANIFEST})
+    checked = Checked(dataset.path, 0, 0, "complete" if manifest else "incomplete")
     listed = {part.name: part for part in (manifest.parts if manifest else dataset.journaled())}
     if manifest is not None:
         for name in sorted(listed.keys() - there):
@@ -122,10 +124,12 @@ def _check(dataset: Dataset) -> Checked:
         for name in sorted(there - listed.keys()):
             checked.blame(name, f"{name}: surplus: the manifest does not list it")
     with ThreadPoolExecutor(_THREADS) as threads:
-        results = list(threads.map(lambda name: _check_one(dataset, name, listed.get(name)), sorted(there)))
+        wanted = sorted(there & listed.keys() if manifest else there)
+        results = list(threads.map(lambda name: _check_one(dataset, name, listed.get(name)), wanted))
     fingerprints = Counter(found.fingerprint for found in results if found.fingerprint)
     expected = manifest.fingerprint if manifest else fingerprints.most_common(1)[0][0] if fingerprints else ""
     for found in results:
+        checked.parts += found.readable
         checked.rows += found.rows
         for problem in found.problems:
             checked.blame(found.name, problem)
@@ -141,6 +145,7 @@ def _check(dataset: Dataset) -> Checked:
 @dataclass
 class _Found:
     name: str
+    readable: bool = False
     rows: int = 0
     fingerprint: str = ""
     problems: list[str] = field(default_factory=list)
@@ -155,15 +160,18 @@ def _check_one(dataset: Dataset, name: str, listed: Part | None) -> _Found:
             found.problems.append(f"{name}: missing")
             return found
         if listed is not None:
-            check_part(listed, data, name)
-        facts, found.rows = part_facts(data, name)
+            check_part(listed, data)
+        facts, found.rows = part_facts(data)
         found.fingerprint = facts.fingerprint
-        schema = open_part(data, name).schema
+        schema = open_part(data).schema
         if not schema.equals(dataset.schema, check_metadata=False):
             found.problems.append(f"{name}: its columns are not those of {dataset.path}: {', '.join(schema.names)}")
         if listed is not None and listed.rows != found.rows:
             found.problems.append(f"{name}: has {found.rows:,} rows, the manifest says {listed.rows:,}")
-    except RunFailed as error:
+        found.readable = True
+    except DamagedPart as error:
+        found.problems.append(f"{name}: {error}")
+    except RunFailed as error:  # the storage does not answer
         found.problems.append(str(error))
     except (pa.ArrowException, ValueError, OSError) as error:  # names of columns that are no text, say
         found.problems.append(f"{name}: damaged: not a readable Arrow file ({error})")
@@ -231,9 +239,9 @@ def _what_differs(name: str, found: list[tuple[str, int]], expected: list[tuple[
 
 
 def repair(url: str, checked: list[Checked]) -> list[str]:
-    """Take out what was found to be bad, so that the next run makes it anew. Sound parts keep their checksums.
+    """Set aside what was found to be bad, so that the next run makes it anew. Sound parts keep their checksums.
 
-    Bad parts are not deleted: they go to `damaged/` beside the others. Returns what was done, a sentence a dataset.
+    Bad parts are not deleted: they go to `damaged/` beside the others. Returns what was done, a line for each part.
     """
     storage = RunDir.at(url).storage
     done = []
@@ -242,11 +250,12 @@ def repair(url: str, checked: list[Checked]) -> list[str]:
             continue
         dataset = Dataset(storage, item.path, _schema(item.path))
         manifest = _readable_manifest(dataset)
-        dataset.reopen(manifest, item.bad)
-        parts = sorted(item.bad - {MANIFEST})
-        done.append(
-            f"{item.path}: {', '.join([*parts[:3], *(['...'] if len(parts) > 3 else [])]) or MANIFEST} taken out"
-        )
+        moved = dataset.reopen(manifest, item.bad)
+        done += [
+            f"{item.path}/{name}: {f'moved to {item.path}/{DAMAGED}/' if name in moved else 'is to be made anew'}"
+            for name in sorted(item.bad)
+        ]
+        item.problems, item.bad, item.state = [], set(), "incomplete"
     return done
 
 
@@ -258,22 +267,24 @@ def _readable_manifest(dataset: Dataset) -> Manifest | None:
 
 
 def _check_models(run: RunDir) -> list[str]:
-    """Every finished model has weights."""
+    """Every finished model has whole weights, by their headers."""
     problems = []
     for name in run.storage.sizes("models"):
         if name.startswith(".") or not name.endswith("/"):
             continue
         folder = f"models/{name[:-1]}"
-        if run.storage.local_root is None or model_marker(run.storage.local_root / folder) is None:
-            continue
-        if not any(file.endswith(".safetensors") and size for file, size in run.storage.sizes(folder).items()):
-            problems.append(f"{folder}: has no weights (*.safetensors)")
+        root = run.storage.local_root
+        if root is not None and model_marker(root / folder) is not None:
+            problems += [
+                f"{folder}: {problem}. Delete {folder} and run again: it is exported anew from its last checkpoint"
+                for problem in weights_problems(root / folder)
+            ]
     return problems
 
 
 def verify_table(url: str, checked: list[Checked]) -> Table:
     """One line for each dataset."""
-    table = Table("dataset", "state", "parts", "rows", title=url)
+    table = Table("dataset", "state", "readable parts", "rows", title=url)
     for item in checked:
         table.add_row(item.path, item.state, f"{item.parts:,}", f"{item.rows:,}")
     return table

@@ -83,62 +83,13 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
-    def _scratch_models_are_trained(self) -> Config:
-        if self.teacher and self.teacher.scratch and not self.training.teacher:
-            raise ValueError("teacher.scratch makes an untrained teacher: add a `training.teacher` section")
-        if self.training.lora and (self.student.scratch or (self.teacher and self.teacher.scratch)):
-            raise ValueError(
-                "training.lora: adapters of a model from scratch would learn beside random weights; leave it out"
-            )
-        if self.student.scratch and not self.training.warmup:
-            raise ValueError("student.scratch makes an untrained student: add a `training.warmup` section")
-        for name, model in (("teacher", self.teacher), ("student", self.student)):
-            if model and model.scratch and model.template is None:
-                raise ValueError(f"{name}.scratch makes a tokenizer without a chat template: set {name}.template")
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_and_student(self) -> Config:
-        if (self.teacher is None) == (not self.teachers):
-            raise ValueError("needs exactly one of `teacher` and `teachers`")
-        if self.student.endpoint:
-            raise ValueError("student.endpoint: only a teacher may be behind a server; the student is trained here")
-        for name, teacher in self.teachers.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
-                raise ValueError(f"teachers: name {name!r}: use letters, digits, '-' and '_' alone, and not `student`")
-            if teacher.scratch:
-                raise ValueError(f"teachers.{name}.scratch: only a single `teacher` can be made from scratch")
-            if teacher.sampling and teacher.sampling.n != self.sampling.teacher.n:
-                raise ValueError(f"teachers.{name}.sampling.n: must be that of sampling.teacher.n")
-        if self.training.teacher and (self.teacher is None or self.teacher.endpoint):
-            raise ValueError("training.teacher: trains a single `teacher` with a path or from scratch")
-        return self
-
-    @model_validator(mode="after")
-    def _student_ends_with_a_token(self) -> Config:
-        if self.sampling.student.stop:
-            raise ValueError(
-                "sampling.student.stop: the student must end with a token, not a stop string, to be trained on it"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _scores_where_needed(self) -> Config:
-        name = self.training.round.loss.name
-        if self.training.round.loss.needs_scores and self.pairing.score == "none":
-            raise ValueError(f"training.round.loss.name: {name} needs scores: set pairing.score")
-        return self
-
-    @model_validator(mode="after")
-    def _references_where_needed(self) -> Config:
-        source = self.prompts.source
-        if isinstance(source, Columns) and source.reference_column is None:
-            if self.training.teacher:
-                raise ValueError("training.teacher learns from references: set prompts.source.reference_column")
-            if self.training.warmup and self.training.warmup.data == "references":
-                raise ValueError(
-                    "training.warmup.data is `references`: set prompts.source.reference_column, or use `data: teacher`"
-                )
+    def _keys_agree(self) -> Config:
+        """All that is wrong between keys is said at once, a line each that begins with its key."""
+        problems = [
+            *_of_scratch_models(self), *_of_teachers(self), *_of_the_student(self), *_of_scores_and_references(self),
+        ]  # fmt: skip
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
     def all_teachers(self) -> dict[str, Teacher]:
@@ -170,6 +121,54 @@ class Config(Section):
     def flat(self) -> dict[str, Any]:
         """Every resolved key with its value, by dotted name."""
         return dict(flatten(self.model_dump(mode="json")))
+
+
+def _of_scratch_models(config: Config) -> Iterator[str]:
+    teacher, student, training = config.teacher, config.student, config.training
+    if teacher and teacher.scratch and not training.teacher:
+        yield "training.teacher: missing; teacher.scratch makes an untrained teacher, this section trains it"
+    if student.scratch and not training.warmup:
+        yield "training.warmup: missing; student.scratch makes an untrained student, this section trains it"
+    if training.lora and (student.scratch or (teacher and teacher.scratch)):
+        yield "training.lora: adapters of a model from scratch would learn beside random weights; leave it out"
+    for name, model in (("teacher", teacher), ("student", student)):
+        if model and model.scratch and model.template is None:
+            yield f"{name}.template: missing; {name}.scratch makes a tokenizer without a chat template"
+
+
+def _of_teachers(config: Config) -> Iterator[str]:
+    if (config.teacher is None) == (not config.teachers):
+        yield "teacher: exactly one of `teacher` and `teachers` is needed"
+    for name, teacher in config.teachers.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
+            yield f"teachers: name {name!r}: use letters, digits, '-' and '_' alone, and not `student`"
+        if teacher.scratch:
+            yield f"teachers.{name}.scratch: only a single `teacher` can be made from scratch"
+        if teacher.sampling and teacher.sampling.n != config.sampling.teacher.n:
+            yield f"teachers.{name}.sampling.n: must be that of sampling.teacher.n"
+    if config.training.teacher and (config.teacher is None or config.teacher.endpoint):
+        yield "training.teacher: trains a single `teacher` with a path or from scratch"
+
+
+def _of_the_student(config: Config) -> Iterator[str]:
+    if config.student.endpoint:
+        yield "student.endpoint: only a teacher may be behind a server; the student is trained here"
+    if config.sampling.student.stop:
+        yield "sampling.student.stop: the student must end with a token, not a stop string, to be trained on it"
+
+
+def _of_scores_and_references(config: Config) -> Iterator[str]:
+    loss, source, training = config.training.round.loss, config.prompts.source, config.training
+    if loss.needs_scores and config.pairing.score == "none":
+        yield f"training.round.loss.name: {loss.name} needs scores: set pairing.score"
+    if isinstance(source, Columns) and source.reference_column is None:
+        if training.teacher:
+            yield "prompts.source.reference_column: missing; training.teacher learns from references"
+        if training.warmup and training.warmup.data == "references":
+            yield (
+                "prompts.source.reference_column: missing; training.warmup.data is `references`; set it, or use "
+                "`data: teacher`"
+            )
 
 
 def fingerprint(value: Any) -> str:

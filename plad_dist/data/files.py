@@ -38,7 +38,7 @@ def expand(patterns: list[str], key: str) -> list[str]:
     """Paths and URIs of the files that patterns name, each once. Raises :class:`UserError` for one that names none."""
     found: dict[str, None] = {}
     for pattern in patterns:
-        names = _remote_files(pattern, key) if "://" in pattern else _local_files(pattern)
+        names = _remote_files(pattern, key) if "://" in pattern else _local_files(pattern, key)
         if not names:
             raise UserError(f"{key}.paths: no file matches {pattern!r}")
         found |= dict.fromkeys(names)
@@ -78,7 +78,7 @@ def records(file: str, columns: list[str] | None) -> Iterator[Record]:
                     f"{file}: unknown kind {suffix!r}; expected .jsonl, .json or .csv (each also with .gz), .parquet or .arrow"
                 )
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        why = str(error) or "its end is missing"
+        why = str(error).rstrip(". ") or "its end is missing"
         raise UserError(f"{file}: not a readable {suffix[1:]} file: {why}. Is it whole, and of this kind?") from None
     except BaseError as error:
         raise RunFailed(f"{file}: cannot be read: {reason(error)}. Run again when it can be.") from None
@@ -92,12 +92,12 @@ def _suffix(file: str) -> str:
 # ------------------------------------------------------------------------------------------------------ naming, opening
 
 
-def _local_files(pattern: str) -> list[str]:
+def _local_files(pattern: str, key: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [str(path)]
     if not glob.has_magic(pattern):
-        raise UserError(f"{path}: no such prompts file")
+        raise UserError(f"{key}.paths: {path}: no such prompts file")
     return [name for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
 
 
@@ -119,7 +119,7 @@ def _remote_files(pattern: str, key: str) -> list[str]:
             and any(fnmatch.fnmatchcase(item["path"], one) for one in patterns)
         )
     except (NotFoundError, FileNotFoundError):
-        raise UserError(f"{pattern}: no such prompts file") from None
+        raise UserError(f"{key}.paths: {pattern}: no such prompts file") from None
     except BaseError as error:
         raise UserError(
             f"{pattern}: cannot be looked up: {reason(error)}. Credentials are taken from the environment."
@@ -208,6 +208,10 @@ def _json_lines(file: str) -> Iterator[Record]:
         where = f"{file}:{number}"
         try:
             record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{where}: not valid JSON: {error.msg} at column {error.colno}; expected one JSON object a line"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not valid JSON: {error}; expected one JSON object a line") from None
         if ("\\ud" in line or "\\uD" in line) and not _is_unicode(record):

@@ -17,6 +17,7 @@ from plad_dist.errors import UserError
 MARKER = "plad.json"
 _IDENTIFYING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 _PIECES, _PIECE_BYTES = 32, 1 << 20
+_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, Any]) -> None:
@@ -90,10 +91,46 @@ def check_local_model(model: str) -> None:
 
 
 def check_weights(model: str) -> None:
-    """Raise :class:`UserError` for a local model folder without weights. Pickled weights are not loaded."""
+    """Raise :class:`UserError` for a local model folder without whole weights. Pickled weights are not loaded."""
     path = Path(model).expanduser()
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        raise UserError(f"{model}: has no *.safetensors weights; other formats are not loaded, convert them first")
+    if path.is_dir() and (problems := weights_problems(path)):
+        raise UserError(
+            f"{model}: {'; '.join(problems)}. Copy the model anew; weights in other formats are not loaded, convert them first"
+        )
+
+
+def weights_problems(folder: Path) -> list[str]:
+    """What is wrong with a model folder's weights, by the headers of its files: none, cut, or not all of the index."""
+    there = {file.name for file in folder.glob("*.safetensors")}
+    if not there:
+        return ["has no *.safetensors weights"]
+    index = folder / "model.safetensors.index.json"
+    listed: set[str] = set()
+    if index.is_file():
+        try:
+            listed = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return [f"{index.name}: damaged"]
+    problems = [f"{name}: missing, though {index.name} lists it" for name in sorted(listed - there)]
+    for name in sorted(listed & there or there):
+        expected, size = _bytes_by_header(folder / name), (folder / name).stat().st_size
+        if expected is None:
+            problems.append(f"{name}: not a safetensors file")
+        elif expected != size:
+            problems.append(f"{name}: has {size:,} bytes, its header says {expected:,}")
+    return problems
+
+
+def _bytes_by_header(file: Path) -> int | None:
+    """Bytes that a safetensors file should have; None where its header cannot be read."""
+    try:
+        with file.open("rb") as data:
+            length = int.from_bytes(data.read(8), "little")
+            header = json.loads(data.read(min(length, _HEADER_BYTES)))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return 8 + length + max(ends, default=0)
 
 
 def load_model_config(model: str, settings: Model) -> Any:
@@ -106,7 +143,12 @@ def load_model_config(model: str, settings: Model) -> Any:
             model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model}: not a model that transformers can load: {first_line(error)}") from None
+        kind = (
+            "not a model that"
+            if Path(model).expanduser().is_dir()
+            else "no folder here, and not a model of the hub that"
+        )
+        raise UserError(f"{model}: {kind} transformers can load: {first_line(error)}") from None
 
 
 def context_length(model: str, settings: Model) -> int:

@@ -24,7 +24,7 @@ from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
 from plad_dist.data.sources import FilesSource, Prompt, read_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Manifest, Part, part_facts, part_name
+from plad_dist.data.store import Dataset, Manifest, Part, part_name
 from plad_dist.errors import UserError
 
 logger = logging.getLogger("plad")
@@ -151,7 +151,7 @@ class _Writer:
     def _parts_to_keep(self) -> set[int]:
         """Blocks that an earlier attempt committed. Those of another config, of which nothing was made yet, are deleted."""
         there = set(self._dataset.committed())
-        if not there or self._dataset.manifest() is not None or self._made(min(there)) == self._made_of:
+        if not there or self._dataset.manifest() is not None or self._dataset.origin(min(there)) == self._made_of:
             return there
         logger.info("prepare: what was begun in %s with another config is begun anew", self._dataset.path)
         for block in there:
@@ -207,14 +207,9 @@ class _Writer:
     def _is_committed(self, block: int, table: pa.Table) -> bool:
         """Whether the rows of a committed block are those of a table."""
         data = self._dataset.storage.view(f"{self._dataset.path}/{part_name(block)}")
-        return self._made(block) == self._made_of and bool(
+        return self._dataset.origin(block) == self._made_of and bool(
             pa.ipc.open_file(pa.BufferReader(data)).read_all().equals(table)
         )
-
-    def _made(self, block: int) -> str:
-        """Fingerprint of what a committed block was made of."""
-        key = f"{self._dataset.path}/{part_name(block)}"
-        return part_facts(self._dataset.storage.view(key), f"{self._dataset.storage.url}/{key}")[0].fingerprint
 
     def _changed(self, block: int) -> UserError:
         return UserError(

@@ -49,15 +49,24 @@ class Selection:
             for name, prompt in self._without_over_long(kept):
                 self.counts[name]["rows"] += 1
                 yield name, prompt
-        if not self.counts[TRAIN]["rows"]:
-            raise UserError(
-                "prompts.source: no training prompts are left; give more rows or a smaller heldout_fraction"
-            )
-        if not self.counts[HELDOUT]["rows"]:
-            raise UserError(
-                "prompts: no held-out prompts, so nothing could be evaluated; set prompts.heldout, or a larger "
-                "heldout_fraction"
-            )
+        for name, key in ((TRAIN, "prompts.source"), (HELDOUT, "prompts.heldout")):
+            if not self.counts[name]["rows"]:
+                raise UserError(self._none_left(name, key))
+
+    def _none_left(self, name: str, key: str) -> str:
+        """Why a set has no prompts, and what to do."""
+        what = "training" if name == TRAIN else "held-out"
+        if dropped := [
+            f"{n:,} {key.removeprefix('dropped.')}" for key, n in self.counts[name].items() if "dropped" in key
+        ]:
+            return f"{key}: no {what} prompts are left, all are dropped: {', '.join(dropped)}; see prompts.duplicates and .over_long"
+        other = self.counts[HELDOUT if name == TRAIN else TRAIN]["rows"]
+        if self._config.prompts.heldout is not None or not other:
+            return f"{key}: no {what} prompts; give more rows"
+        return (
+            f"prompts.heldout_fraction: {self._config.prompts.heldout_fraction:g} of these {other:,} rows leaves no {what} prompts; "
+            "give more rows, set another fraction, or prompts.heldout"
+        )
 
     def _without_heldout(self, rows: list[Row]) -> list[Row]:
         """Training rows that `prompts.heldout`, which is read before them, has too are left out."""

@@ -148,7 +148,7 @@ class _Reader:
     def _column(self, record: dict[str, Any], name: str, option: str, where: str) -> Any:
         if name not in record:
             has = ", ".join(sorted(map(str, record))) or "none"
-            raise UserError(f"{where}: no column {name!r}; it has {has}. Set {self._key}.{option}.")
+            raise UserError(f"{where}: no column {name!r}; it has {has}. Set {self._key}.{option} to one of them.")
         return record[name]
 
 

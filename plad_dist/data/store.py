@@ -18,6 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -34,7 +35,10 @@ DAMAGED = "damaged"
 _PART = re.compile(r"part-(\d{5,})\.arrow")
 _READERS = 16
 _JOURNAL_PARTS, _JOURNAL_SECONDS = 2048, 30.0
-_REPAIR = "`plad verify RUN_DIR --repair` takes out what is bad; run again then: its block alone is redone."
+
+
+class DamagedPart(ValueError):
+    """The bytes of a part are not what they should be. The message says in what way, not which part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,11 @@ class Dataset:
     path: str
     schema: pa.Schema
 
+    @property
+    def url(self) -> str:
+        """Path or URI of the folder."""
+        return f"{self.storage.url}/{self.path}"
+
     # -- writing
 
     def commit(
@@ -159,20 +168,25 @@ class Dataset:
         data = self.storage.read(f"{self.path}/{name}")
         return self._inspected(name, data, fingerprint)[0] if data is not None else None
 
+    def origin(self, block: int) -> str:
+        """Fingerprint of what a committed block was made of."""
+        name = part_name(block)
+        with self._refused_if_damaged(name):
+            return part_facts(self.storage.view(f"{self.path}/{name}"))[0].fingerprint
+
     def _inspect(self, name: str, fingerprint: str | None = None) -> tuple[Part, str]:
         """A committed part from its bytes, and the attempt that wrote it."""
         data = self.storage.read(f"{self.path}/{name}")
         if data is None:
-            raise RunFailed(
-                f"{self.storage.url}/{self.path}/{name}: committed earlier, now gone. Run again: its block alone is redone."
-            )
+            raise RunFailed(f"{self.url}/{name}: committed earlier, now gone. Run again: its block alone is redone.")
         return self._inspected(name, data, fingerprint)
 
     def _inspected(self, name: str, data: bytes, fingerprint: str | None) -> tuple[Part, str]:
-        facts, rows = part_facts(data, f"{self.storage.url}/{self.path}/{name}")
+        with self._refused_if_damaged(name):
+            facts, rows = part_facts(data)
         if fingerprint is not None and facts.fingerprint != fingerprint:
             raise UserError(
-                f"{self.storage.url}/{self.path}/{name}: made by another config or other inputs "
+                f"{self.url}/{name}: made by another config or other inputs "
                 f"(fingerprint {facts.fingerprint[:12] or 'none'}, expected {fingerprint[:12]}). Use another run.dir."
             )
         return Part(name, rows, len(data), _checksum(data), facts.counts), facts.attempt
@@ -235,21 +249,28 @@ class Dataset:
         for name in old:
             self.storage.delete(f"{folder}/{name}")
 
-    def reopen(self, manifest: Manifest | None, bad: Collection[str]) -> None:
+    def reopen(self, manifest: Manifest | None, bad: Collection[str]) -> list[str]:
         """Make the dataset incomplete, without its bad parts, which go to `damaged/`: the next run makes them anew.
 
         Args:
             manifest: of a complete dataset; a journal keeps what it says of the sound parts. None where there is none.
+            bad: names of parts, and of the manifest where it is the damaged one.
+
+        Returns:
+            Those of `bad` that were there and were moved.
         """
         if manifest is not None:
             self.rewrite_journal(manifest.fingerprint, (part for part in manifest.parts if part.name not in bad))
-        for name in bad:
+        moved = []
+        for name in sorted(bad):
             data = self.storage.read(f"{self.path}/{name}")
             if data is not None:
                 self.storage.replace(f"{self.path}/{DAMAGED}/{name}", data)
                 self.storage.delete(f"{self.path}/{name}")
+                moved.append(name)
         self.storage.delete(f"{self.path}/{MANIFEST}")
         _parts.cache_clear()
+        return moved
 
     def manifest(self) -> Manifest | None:
         """The manifest, None while the dataset is not complete."""
@@ -259,15 +280,13 @@ class Dataset:
         try:
             return Manifest(raw["fingerprint"], [Part(**part) for part in raw["parts"]], raw["facts"])
         except (KeyError, TypeError) as error:
-            raise RunFailed(
-                f"{self.storage.url}/{self.path}/{MANIFEST}: not a manifest of this version ({error})"
-            ) from None
+            raise RunFailed(f"{self.url}/{MANIFEST}: not a manifest of this version ({error})") from None
 
     def require(self, made_by: str) -> Manifest:
         """The manifest. Raises :class:`UserError` naming the command that makes the dataset where it is not complete."""
         manifest = self.manifest()
         if manifest is None:
-            raise UserError(f"{self.storage.url}/{self.path}: not complete yet; run `plad {made_by}` first")
+            raise UserError(f"{self.url}: not complete yet; run `plad {made_by}` first")
         return manifest
 
     def read_block(self, block: int, check: bool = True) -> pa.Table:
@@ -296,13 +315,24 @@ class Dataset:
         return table.select(columns) if columns is not None else table
 
     def _read_part(self, part: Part, check: bool = True) -> pa.Table:
-        key = f"{self.path}/{part.name}"
-        data = self.storage.view(key)
-        if data is None:
-            raise RunFailed(f"{self.storage.url}/{key}: missing. {_REPAIR}")
-        if check:
-            check_part(part, data, f"{self.storage.url}/{key}")
-        return open_part(data, key).read_all().replace_schema_metadata(None)
+        data = self.storage.view(f"{self.path}/{part.name}")
+        with self._refused_if_damaged(part.name):
+            if data is None:
+                raise DamagedPart("missing")
+            if check:
+                check_part(part, data)
+            return open_part(data).read_all().replace_schema_metadata(None)
+
+    @contextmanager
+    def _refused_if_damaged(self, name: str) -> Iterator[None]:
+        """Say which part is damaged, and what to do."""
+        try:
+            yield
+        except DamagedPart as error:
+            raise RunFailed(
+                f"{self.url}/{name}: {error}. Nothing was overwritten. `plad verify {self.storage.url} "
+                "--repair` sets bad parts aside; run again then, and their blocks alone are redone."
+            ) from None
 
 
 @lru_cache(maxsize=32)
@@ -370,28 +400,36 @@ def part_block(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def part_facts(data: Any, name: str) -> tuple[PartFacts, int]:
-    """Origin and rows of a part from its bytes. Raises :class:`RunFailed` where it is no whole Arrow file."""
-    reader = open_part(data, name)
+def part_facts(data: Any) -> tuple[PartFacts, int]:
+    """Origin and rows of a part from its bytes. Raises :class:`DamagedPart` where it is no whole Arrow file."""
+    reader = open_part(data)
     try:
         metadata = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
         rows = sum(reader.get_batch(index).num_rows for index in range(reader.num_record_batches))
         counts = json.loads(metadata.get("plad.counts", "{}"))
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise _damaged(name, error) from None
+        raise _unreadable(error) from None
     return PartFacts(metadata.get("plad.fingerprint", ""), metadata.get("plad.attempt", ""), counts), rows
 
 
-def check_part(part: Part, data: Any, name: str) -> None:
-    """Raise :class:`RunFailed` unless the bytes are those that the manifest lists."""
+def check_part(part: Part, data: Any) -> None:
+    """Raise :class:`DamagedPart` unless the bytes are those that the manifest lists."""
     if len(data) != part.bytes:
-        raise _damaged(name, f"it has {len(data):,} bytes, {part.bytes:,} were committed")
+        raise DamagedPart(f"damaged: it has {len(data):,} bytes, {part.bytes:,} were committed")
     if _checksum(data) != part.xxh3_128:
-        raise _damaged(name, "its checksum is not that of the manifest")
+        raise DamagedPart("damaged: its checksum is not that of the manifest")
 
 
-def _damaged(name: str, reason: object) -> RunFailed:
-    return RunFailed(f"{name}: damaged: {reason}. Nothing was overwritten. {_REPAIR}")
+def open_part(data: Any) -> Any:
+    """A part's Arrow reader. Raises :class:`DamagedPart` where it is none."""
+    try:
+        return pa.ipc.open_file(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> DamagedPart:
+    return DamagedPart(f"damaged: not a readable Arrow file ({str(error).rstrip('.')})")
 
 
 def _checksum(data: Any) -> str:
@@ -405,11 +443,3 @@ def _encode(table: pa.Table, facts: dict[str, str]) -> bytes:
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     return sink.getvalue()
-
-
-def open_part(data: Any, name: str) -> Any:
-    """A part's Arrow reader. Raises :class:`RunFailed` where it is none."""
-    try:
-        return pa.ipc.open_file(pa.BufferReader(data))
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(name, f"not a readable Arrow file ({error})") from None

@@ -13,7 +13,7 @@ from plad_dist.data.prompts import heldout_prompts
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import Output, compare
 from plad_dist.progress import Progress
-from plad_dist.rundir import ROUND, RUN_FILE, TIMINGS, RunDir
+from plad_dist.rundir import ROUND, RUN_FILE, TIMINGS, RunDir, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems, system_decodings
 from plad_dist.training.metrics import read_metrics
 
@@ -26,6 +26,14 @@ _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-c
 def trained_systems(config: Config) -> dict[str, str]:
     """Model folder by system, for those that come after the sampling of pairs."""
     return ({"seqkd": "seqkd"} if config.training.seqkd else {}) | {"plad": f"round-{ROUND}"}
+
+
+def trained_models(config: Config, run: RunDir) -> dict[str, str]:
+    """Folders of the systems that are trained last. Raises :class:`UserError` where one is not there."""
+    folders = {system: str(run.model(name)) for system, name in trained_systems(config).items()}
+    for folder in folders.values():
+        require_model(folder, "train")
+    return folders
 
 
 def systems_of(config: Config) -> list[str]:
@@ -41,11 +49,7 @@ def is_evaluated(config: Config, run: RunDir) -> bool:
 
 def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Sample the trained systems on the held-out prompts, compare all, write ``metrics.json`` and return it."""
-    folders = {system: run.model(name) for system, name in trained_systems(config).items()}
-    for folder in folders.values():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: not there yet; run `plad train` first")
-    sample_systems(config, run, {system: str(folder) for system, folder in folders.items()}, progress)
+    sample_systems(config, run, trained_models(config, run), progress)
     answers = {
         (system, name): [_output(row) for row in run.system_samples(system, name).read().to_pylist()]
         for system in systems_of(config)

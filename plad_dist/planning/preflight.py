@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -25,11 +26,11 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         _ = run.root
     check_same_run(config, run)
     problems: dict[str, None] = {}  # each once, in order
-    for check in _checks(config, run):
+    for key, check in _checks(config, run):
         try:
             check()
         except UserError as error:
-            problems[str(error)] = None
+            problems[f"{key}{error}"] = None
     if len(problems) > 1:
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(problems))
     if problems:
@@ -38,42 +39,57 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
 
 
-def _checks(config: Config, run: RunDir) -> Iterator[Callable[[], object]]:
-    """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing."""
+def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing; its key goes before."""
     from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.deepspeed_config import check_deepspeed, check_optimizers
     from plad_dist.training.trackers import check_trackers
 
-    yield partial(check_optimizers, config.training.deepspeed, config.training)
-    yield partial(check_trackers, config.training.trackers)
+    yield "", partial(_check_place, run)
+    yield "", partial(check_optimizers, config.training.deepspeed, config.training)
+    yield "", partial(check_trackers, config.training.trackers)
     for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
-        yield partial(check_engine_args, wanted.engine, f"sampling.{role}.engine")
+        yield "", partial(check_engine_args, wanted.engine, f"sampling.{role}.engine")
     for name, teacher in config.teachers.items():
         if teacher.sampling:
-            yield partial(check_engine_args, teacher.sampling.engine, f"teachers.{name}.sampling.engine")
-    yield partial(check_scorer, config.pairing)
-    models = (*config.all_teachers().values(), config.student)
-    for path in [model.path for model in models if model.path is not None]:
-        yield partial(check_local_model, path)
-    if train_prompts(run.storage).manifest() is not None:
-        return  # what follows was checked when the run began
-    yield partial(check_deepspeed, config.training.deepspeed)
-    yield partial(check_prompts, config, all_rows=False)
-    for name, model in zip((*config.all_teachers(), "student"), models, strict=True):
-        yield partial(_check_model, name, model)
-
-
-def _check_model(name: str, model: Model) -> None:
-    if model.template is not None:
-        compile_template(model.template, name)
-    if model.endpoint is not None:
+            yield "", partial(check_engine_args, teacher.sampling.engine, f"teachers.{name}.sampling.engine")
+    yield "", partial(check_scorer, config.pairing)
+    teachers = {f"teachers.{name}" if config.teachers else name: model for name, model in config.all_teachers().items()}
+    models: dict[str, Model] = {**teachers, "student": config.student}
+    if train_prompts(run.storage).manifest() is not None:  # the rest was checked when the run began
+        for key, model in models.items():
+            if model.path is not None:
+                yield f"{key}.path: ", partial(check_local_model, model.path)
         return
+    yield "", partial(check_deepspeed, config.training.deepspeed)
+    yield "", partial(check_prompts, config, all_rows=False)
+    for key, model in models.items():
+        yield from _model_checks(key, model)
+
+
+def _check_place(run: RunDir) -> None:
+    """Raise :class:`UserError` for a folder that cannot be written, without writing. Stores show it when they are used."""
+    root = run.storage.local_root
+    if root is not None and not os.access(
+        next(path for path in (root, *root.parents) if path.exists()), os.W_OK | os.X_OK
+    ):
+        raise UserError(
+            f"run.dir: {root}: cannot be written; use another one, or give this user the right to write there"
+        )
+
+
+def _model_checks(key: str, model: Model) -> Iterator[tuple[str, Callable[[], object]]]:
+    if model.template is not None:
+        yield "", partial(compile_template, model.template, key)
     if model.scratch is not None:
         from plad_dist.training.scratch import check_architecture
 
-        check_architecture(model.scratch)
-    else:
-        assert model.path is not None
-        load_model_config(model.path, model)
-        Renderer(model.path, model)
-        check_weights(model.path)
+        yield f"{key}.", partial(check_architecture, model.scratch)
+    elif model.path is not None:
+        yield f"{key}.path: ", partial(_check_pretrained, model.path, model)
+
+
+def _check_pretrained(path: str, model: Model) -> None:
+    load_model_config(path, model)
+    Renderer(path, model)
+    check_weights(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def check_optimizers(name: str, training: Training) -> None:
 
 def check_deepspeed(name: str) -> None:
     """Raise :class:`UserError` for keys of `zero_optimization` that the installed DeepSpeed does not take."""
+    # Importing it warns of having no GPU, which a driver needs not.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

@@ -347,9 +347,10 @@ class Worker:
         held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in parameters)
         stage = self.engine.zero_optimization_stage()
         why = self.engine.module.attention.why
+        resumes = "goes on from the checkpoint of " if self.state.step else ""
         return (
             f"zero stage {stage} with {self.world} ranks; {total:,} parameters, this rank holds "
-            f"{held:,} ({held / total:.0%}); step {self.state.step} of {self.job.steps}; {len(self.groups):,} groups"
+            f"{held:,} ({held / total:.0%}); {resumes}step {self.state.step} of {self.job.steps}; {len(self.groups):,} groups"
             + (f"; responses do not share their prompt: {why}" if why else "")
         )
 

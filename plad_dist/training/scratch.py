@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from plad_dist.config import ScratchModel, fingerprint
-from plad_dist.data.models import commit_model, model_fingerprint
+from plad_dist.data.models import commit_model, first_line, model_fingerprint
 from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError
 
@@ -76,15 +77,21 @@ def check_architecture(scratch: ScratchModel) -> Any:
 
 def _model(scratch: ScratchModel, special: dict[str, int]) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     arguments = dict(scratch.architecture)
     model_type = arguments.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
+        hint = f"; did you mean `{close[0]}`?" if close else ""
+        raise UserError(f"scratch.architecture.model_type: transformers has no {model_type!r}{hint}")
     try:
         config = AutoConfig.for_model(model_type, **arguments, **special)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # noqa: BLE001 - whatever a config class makes of bad arguments
-        raise UserError(f"scratch.architecture: transformers cannot make this {model_type} model: {error}") from None
+        raise UserError(
+            f"scratch.architecture: transformers cannot make this {model_type} model: {first_line(error)}"
+        ) from None
 
 
 def _texts(prompts: Dataset | pa.Table) -> Iterator[str]:

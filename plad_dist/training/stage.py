@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from plad_dist.config import Config
 from plad_dist.data.models import model_fingerprint
+from plad_dist.data.prompts import train_prompts
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.phases import ROUND_PHASE, SEQKD
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
@@ -28,10 +31,20 @@ from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")
 
+_SAY_EVERY_S = 20.0
+
 
 def are_trained(names: Sequence[str], run: RunDir) -> bool:
     """Whether phases have their models."""
     return all(model_fingerprint(run.model(name)) is not None for name in names)
+
+
+def require_inputs(name: str, run: RunDir) -> None:
+    """Raise :class:`UserError` where what a phase is trained on is not there."""
+    if name in (ROUND_PHASE, SEQKD):
+        run.pairs().require("pair")
+    else:
+        train_prompts(run.storage).require("prepare")
 
 
 def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Progress) -> None:
@@ -63,7 +76,8 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
     environment = {"OMP_NUM_THREADS": str(max(1, int(training.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false"}
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
-    with _monitored(progress) as monitor:
+    names = ", ".join(job.name for job in jobs)
+    with _monitored(progress, f"train {names}: starting {training.num_workers} workers") as monitor:
         trainer = TorchTrainer(
             _entry,
             train_loop_config={"jobs": [replace(job, dtype=dtype, monitor=monitor) for job in jobs]},
@@ -83,6 +97,8 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
         try:
             trainer.fit()
         except SystemExit:  # Ray Train's own answer to Ctrl-C, once it has stopped the workers
+            job, kept = _kept(jobs, run)
+            progress.say(f"train {job.name}: stopped; kept: {kept}")
             raise KeyboardInterrupt from None
         except Exception as error:
             raise _explained(error, jobs, run) from error
@@ -109,14 +125,19 @@ def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception
         cause = inner
     if isinstance(cause, UserError):
         return cause
-    job = next((job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint), jobs[-1])
-    latest = Checkpoints(job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints).latest()
-    kept = f"the checkpoint of step {latest.step}" if latest else "no checkpoint was written yet"
+    job, kept = _kept(jobs, run)
     reason = str(cause).strip().splitlines()
     return RunFailed(
         f"phase {job.name}: {type(cause).__name__}: {reason[-1] if reason else ''} Kept: {kept}. "
         "The workers' logs lie in Ray's session folder (/tmp/ray/session_latest/logs). Run again to go on."
     )
+
+
+def _kept(jobs: list[PhaseJob], run: RunDir) -> tuple[PhaseJob, str]:
+    """The phase that training was in, and what of it is kept."""
+    job = next((job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint), jobs[-1])
+    latest = Checkpoints(job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints).latest()
+    return job, f"the checkpoint of step {latest.step}" if latest else "no checkpoint was written yet"
 
 
 class _Monitor:
@@ -134,15 +155,16 @@ class _Monitor:
 
 
 @contextmanager
-def _monitored(progress: Progress) -> Iterator[Any]:
-    """An actor that workers post to, and whose messages are shown while the block runs."""
+def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
+    """An actor that workers post to, and whose messages are shown while the block runs; `waiting` until there are some."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(_Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
-    finished = threading.Event()
+    finished, heard, begun = threading.Event(), threading.Event(), time.monotonic()
 
     def show_news() -> None:
         try:
             for message in ray.get(monitor.drain.remote(), timeout=30):
+                heard.set()
                 _show(progress, message)
         except ray.exceptions.GetTimeoutError:
             return  # the machine is busy, with starting workers mostly
@@ -150,8 +172,12 @@ def _monitored(progress: Progress) -> Iterator[Any]:
             logger.warning("no news from the workers: %s", error)
 
     def follow() -> None:
+        said = begun
         while not finished.wait(1.0):
             show_news()
+            if not heard.is_set() and time.monotonic() - said >= _SAY_EVERY_S:
+                said = time.monotonic()
+                progress.say(f"{waiting}, {said - begun:.0f} s so far")
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

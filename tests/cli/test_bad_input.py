@@ -103,6 +103,16 @@ def no_weights(folder: Path, raw: dict[str, Any]) -> None:
     raw["student"] = {"path": str(model_folder(folder)), "template": "{{ messages[-1].content }}"}
 
 
+def weights_cut(folder: Path, raw: dict[str, Any]) -> None:
+    model = model_folder(folder)
+    (model / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0" + b'{"w": {"')
+    raw["student"] = {"path": str(model), "template": "{{ messages[-1].content }}"}
+
+
+def replicas_in_words(folder: Path, raw: dict[str, Any]) -> None:
+    raw["sampling"]["student"]["replicas"] = "many"
+
+
 def tracker_not_installed(folder: Path, raw: dict[str, Any]) -> None:
     raw["training"]["trackers"] = ["wandb"]
 
@@ -175,16 +185,18 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
-        (prompts_missing, ["prompts.jsonl", "no such prompts file"]),
+        (prompts_missing, ["prompts.source.paths: ", "prompts.jsonl", "no such prompts file"]),
+        (replicas_in_words, ["1 problem", 'sampling.student.replicas: expected a whole number or `auto`; got "many"']),
+        (weights_cut, ["student.path: ", "model.safetensors: not a safetensors file", "Copy the model anew"]),
         (prompts_empty, ["prompts.jsonl", "no prompts in it"]),
         (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has answer, prompt"]),
-        (model_missing, ["nowhere", "no such model folder"]),
+        (model_missing, ["student.path: ", "nowhere", "no such model folder"]),
         (not_a_model, ["not a model folder", "config.json"]),
         (no_template, ["no chat template", "template"]),
         (no_template_for_scratch, ["student", "template"]),
         (broken_template, ["not a valid Jinja template"]),
         (no_weights, ["has no *.safetensors weights"]),
-        (bad_architecture, ["lama"]),
+        (bad_architecture, ["student.scratch.architecture.model_type", "no 'lama'; did you mean `llama`?"]),
         (unknown_engine_argument, ["sampling.student.engine.max_num_seq", "did you mean `max_num_seqs`?"]),
         (engine_argument_of_ours, ["sampling.student.engine.model", "set by the run itself"]),
         (tracker_not_installed, ["training.trackers: wandb", "not installed"]),
@@ -248,7 +260,10 @@ def test_a_broken_line_is_named_by_its_number_and_no_prompts_are_written(
         (["run", "CONFIG", "run.sed=3"], "run.sed: unknown key; did you mean `seed`?"),
         (["sample", "CONFIG"], "models/teacher: not there yet; run `plad train --phase teacher` first"),
         (["pair", "CONFIG"], "samples/teacher/round-0: not complete yet; run `plad sample` first"),
+        (["evaluate", "CONFIG"], "models/seqkd: not there yet; run `plad train` first"),
+        (["train", "CONFIG", "--phase", "round-0"], "pairs/round-0: not complete yet; run `plad pair` first"),
         (["report", "CONFIG"], "run `plad evaluate` first"),
+        (["run", "CONFIG", "training.lr=3"], "did you mean `training.teacher.optimizer.lr` or"),
     ],
 )
 def test_a_bad_command_line_is_refused(
@@ -260,6 +275,31 @@ def test_a_bad_command_line_is_refused(
     assert code == 2, printed
     assert message in printed
     assert "Traceback" not in printed
+    assert "ray:" not in printed, "nothing is started"
+    assert not (folder / "run").exists(), "nothing is left behind"
+
+
+def test_a_config_that_holds_nothing_out_is_refused(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
+) -> None:
+    folder, raw = tiny
+    code, printed = command("validate", str(write_config(folder, raw)), "prompts.heldout_fraction=0")
+    assert code == 2
+    assert "prompts.heldout_fraction: 0 of these 600 rows leaves no held-out prompts" in printed
+
+
+def test_all_that_is_wrong_between_keys_is_said_at_once(
+    tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
+) -> None:
+    folder, raw = tiny
+    del raw["student"]["template"]
+    del raw["training"]["warmup"]
+    raw["sampling"]["student"]["stop"] = ["x"]
+    code, printed = command("validate", str(write_config(folder, raw)))
+    assert code == 2
+    assert "3 problems" in printed
+    for line in ("  student.template: missing", "  training.warmup: missing", "  sampling.student.stop: the student"):
+        assert line in printed
 
 
 def test_a_run_directory_of_another_config_is_refused_by_the_keys_that_differ(

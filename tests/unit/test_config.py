@@ -45,22 +45,28 @@ def test_a_config_survives_being_written_and_read() -> None:
         ({"samplng": {}}, "samplng: unknown key; did you mean `sampling`?"),
         ({"run": {"dir": "x", "sed": 1}}, "run.sed: unknown key; did you mean `seed`?"),
         ({"run": {}}, "run.dir: missing"),
-        ({"run": {"dir": "x", "seed": "many"}}, "run.seed: input should be a valid integer"),
-        ({"sampling": {"teacher": {"temperature": -1}}}, "sampling.teacher.temperature: input should be greater than"),
+        ({"run": {"dir": "x", "seed": "many"}}, 'run.seed: expected a whole number; got "many"'),
+        ({"sampling": {"teacher": {"temperature": -1}}}, "sampling.teacher.temperature: expected a value greater than"),
         (
             {"training": {"round": {"loss": {"name": "rnak"}}}},
-            "training.round.loss.name: input should be 'rank', 'margin', 'listwise'",
+            "training.round.loss.name: expected 'rank', 'margin', 'listwise'",
         ),
         ({"training": {"round": {"loss": {"name": "mle"}}}}, "must be a preference loss"),
         ({"teacher": {}}, "teacher: needs exactly one of `path`"),
         ({"student": {"scratch": {"architecture": {}}, "template": "x"}}, "needs `model_type`"),
-        ({"prompts": {"source": {"type": "web"}}}, "prompts.source: input tag 'web'"),
+        (
+            {"prompts": {"source": {"type": "web"}}},
+            "prompts.source.type: 'web': expected one of files, dataset, python_functions",
+        ),
         ({"sampling": {"student": {"stop": ["x"]}}}, "sampling.student.stop: the student must end with a token"),
         (
             {"evaluation": {"warmup_temperatures": [-3]}},
-            "evaluation.warmup_temperatures.0: input should be greater than 0",
+            "evaluation.warmup_temperatures.0: expected a value greater than 0",
         ),
-        ({"training": {"warmup": {}}}, "set prompts.source.reference_column, or use `data: teacher`"),
+        (
+            {"training": {"warmup": {}}},
+            "prompts.source.reference_column: missing; training.warmup.data is `references`; set it, or use `data: teacher`",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from plad_dist.cli import main
 from plad_dist.config_file import parse_config
+from plad_dist.data.models import weights_problems
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.store import Dataset, part_name
@@ -210,8 +214,7 @@ def test_no_flipped_bit_of_a_part_is_a_traceback(run: RunDir) -> None:
     for at in range(0, len(whole), 3):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 128]) + whole[at + 1 :])
         found = verify_one(dataset)
-        assert found.parts == 1
-        assert found.problems or found.rows == 2, "a part is read, or named"
+        assert found.problems or (found.parts, found.rows) == (1, 2), "a part is read, or named"
 
 
 @pytest.mark.parametrize("harm", [remove, truncate, alter, add, damage_manifest, too_few_blocks, sample_twice])
@@ -222,8 +225,10 @@ def test_repair_takes_out_what_is_bad_and_nothing_else(run: RunDir, harm: Callab
     checked, _ = verify(run.storage.url)
     bad = {name for item in checked for name in item.bad if name.startswith("part")}
     said = repair(run.storage.url, checked)
-    assert len(said) == 1
-    assert said[0].startswith("samples/teacher/round-0: ")
+    assert said
+    assert all(line.startswith("samples/teacher/round-0/") for line in said)
+    aside = run.root / dataset.path / "damaged"
+    assert harm is remove or any(aside.iterdir()), "bad parts are kept aside"
     assert dataset.manifest() is None
     kept = dataset.committed()
     assert not {part_name(block) for block in kept} & bad
@@ -271,6 +276,101 @@ def test_the_command_exits_with_0_or_1(
     alter(run)
     assert code() == 1
     assert "samples/teacher/round-0: part-00001.arrow: damaged" in capsys.readouterr().err.replace("\n", " ")
-    assert code("--repair") == 1
-    assert "samples/teacher/round-0: part-00001.arrow taken out" in capsys.readouterr().err
+    assert code("--repair") == 0
+    said = capsys.readouterr().out
+    assert "samples/teacher/round-0/part-00001.arrow: moved to samples/teacher/round-0/damaged/" in said.replace(
+        "\n", " "
+    )
+    assert "--repair" not in said, "advice to do what is being done"
     assert code() == 0, "an incomplete dataset is no damage"
+    assert "not complete yet: samples/teacher/round-0" in capsys.readouterr().out
+
+
+def test_what_cannot_be_repaired_is_left_and_said(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alter(run)
+    alter_config(run)
+    monkeypatch.setattr(sys, "argv", ["plad", "verify", run.storage.url, "--repair"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    printed = capsys.readouterr()
+    assert "cannot be repaired here" in printed.err
+    assert "run.yaml" in printed.err
+    assert "part-00001.arrow" in printed.out
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.unlink(), "has no *.safetensors weights"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-4]), "model.safetensors: has "),
+        (lambda file: file.write_bytes(b"\0" * 5), "model.safetensors: not a safetensors file"),
+    ],
+)
+def test_damaged_weights_of_a_model_are_found_without_reading_them(
+    run: RunDir, harm: Callable[[Path], None], message: str
+) -> None:
+    folder = run.root / "models/warmup"
+    folder.mkdir(parents=True)
+    save_file({"w": torch.zeros(3, 5)}, folder / "model.safetensors")
+    (folder / "plad.json").write_text('{"fingerprint": "f", "facts": {}}')
+    assert problems(run) == []
+    harm(folder / "model.safetensors")
+    (found,) = problems(run)
+    assert found.startswith("models/warmup: ")
+    assert message in found
+
+
+def test_a_shard_that_the_index_lists_is_missed(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(3)}, tmp_path / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"w": "model-00001-of-00002.safetensors", "v": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_problems(tmp_path) == [
+        "model-00002-of-00002.safetensors: missing, though model.safetensors.index.json lists it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("harm", "state"),
+    [
+        (remove, "1 part missing"),
+        (truncate, "1 part of another size"),
+        (damage_manifest, "manifest.json cannot be read"),
+    ],
+)
+def test_status_does_not_call_a_dataset_complete_where_a_part_is_missing_or_cut(
+    run: RunDir, harm: Callable[[RunDir], None], state: str, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    harm(run)
+    monkeypatch.setattr(sys, "argv", ["plad", "status", run.storage.url])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "samples/teacher/round-0" in line]
+    assert "damaged" in line
+    assert state in line
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config: [", "run.yaml: damaged (line 1"),
+        ("- 3\n", "run.yaml: damaged (expected `config` and `fingerprint`)"),
+        ("config: {run: {}}\nfingerprint: f\n", "run.yaml"),
+    ],
+)
+def test_a_damaged_run_file_is_named(
+    run: RunDir, command: str, text: str, message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (run.root / "run.yaml").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["plad", command, run.storage.url])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = capsys.readouterr().err
+    assert left.value.code in (1, 2)
+    assert message in printed
+    assert "run.dir:" not in printed.replace("run.dir: missing", "")
+    assert "byte string" not in printed, "a parser's own words"
