@@ -4,6 +4,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 RUN_DIR ?= runs/quickstart
+MINUTES ?= 15
+SEED ?= 1
 UV_VERSION := 0.13.9
 UV := .tools/bin/uv
 VENV := .venv
@@ -14,7 +16,7 @@ DEV_LOCK := requirements/dev.txt
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 
-.PHONY: help setup quickstart test chaos bench lint lock clean
+.PHONY: help setup quickstart test chaos soak bench lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -31,8 +33,11 @@ test: setup ## Run the tests, the one on the real engines included.
 chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
 	$(BIN)/python -m pytest tests/chaos
 
+soak: setup ## Disturb whole pipelines at random. MINUTES=15 SEED=1; needs root and iproute2.
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json
+
 bench: setup ## Run the benchmarks, peers beside; long. Each prints one JSON line.
-	for name in pool store sampling training logprob_memory gpu_training; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+	for name in pool store sampling training logprob_memory gpu_training recovery; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .

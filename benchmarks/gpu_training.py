@@ -176,7 +176,7 @@ def padded(model: Path, rows: list[Row], tokens: int, config: str, device: Any) 
 
     half = device.type == "cuda"
     optimizer = Optimizer(lr=training.LR, schedule="constant", warmup_share=0.0, clip_norm=1.0)
-    settings = engine_config(load_deepspeed(config), optimizer, half=half)
+    settings = engine_config(load_deepspeed(config), optimizer, 1, half=half)
     partition_at_load = HfDeepSpeedConfig(settings)
     student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if half else torch.float32)
     del partition_at_load

@@ -69,7 +69,7 @@ def _connect(config: Config) -> None:
 
 def _local_cpus(config: Config) -> int:
     """Enough for the training workers beside the sampling actors of both roles: a small machine shares its cores."""
-    training = config.training.num_workers * config.training.cpus_per_worker
+    training = config.training.workers[1] * config.training.cpus_per_worker
     roles = [*(teacher.sampling for teacher in config.all_teachers().values()), config.sampling.student]
     sampling = sum(role.cpus * (1 if role.replicas == "auto" else role.replicas) for role in roles if role)
     pairing = config.pairing.cpus_per_worker * config.pairing.workers

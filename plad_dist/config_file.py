@@ -42,7 +42,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
     try:
-        raw = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        raw = _apart(yaml.load(text, Loader=_StrictLoader))  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML: it is nested too deeply, or within itself") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
@@ -50,6 +52,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}."
         )
     return raw
+
+
+def _apart(value: Any) -> Any:
+    """The same with every section by itself: YAML's aliases share theirs, and an override of one would set all."""
+    if isinstance(value, dict):
+        return {key: _apart(item) for key, item in value.items()}
+    return [_apart(item) for item in value] if isinstance(value, list) else value
 
 
 def yaml_reason(error: Exception) -> str:
@@ -91,7 +100,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected key.sub=value, such as run.seed=3")
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if "{{" in text:  # a template, which only looks like YAML
             return _set(raw, key, text, override)
         raise UserError(f"override {override!r}: the value is not valid YAML: {yaml_reason(error)}") from None
@@ -111,12 +120,39 @@ def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 
 # What pydantic calls the alternatives of a union, which are no keys.
-_ALTERNATIVES = re.compile(r"files|dataset|python_functions|int|float|str|literal\[.*")
+_TAGS = ("files", "dataset", "python_functions")
+_KINDS = re.compile(r"int|float|str|bool|constrained-\w+|(literal|list|tuple|dict)\[.*")
+_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "nothing"}
+_EXPECTED = {
+    "model_type": "a section with keys of its own", "model_attributes_type": "a section with keys of its own",
+    "dict_type": "a section with keys of its own", "list_type": "a list", "string_type": "a text",
+    "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
+    "string_too_short": "a text that is not empty", "too_short": "at least one item",
+    "string_pattern_mismatch": "a name of letters, digits and '_'",
+}  # fmt: skip
+
+
+def _location(item: Any) -> tuple[list[str], bool]:
+    """The key of a validation error, and whether its values may be of several kinds."""
+    found: list[str] = []
+    alternatives = False
+    parts = [str(part) for part in item["loc"]]
+    for index, part in enumerate(parts):
+        above = found[-1:]
+        is_key = index == len(parts) - 1 and item["type"] in ("extra_forbidden", "missing")
+        if part in _TAGS and above in (["source"], ["heldout"]) and not is_key:
+            continue
+        if _KINDS.fullmatch(part) and above != ["teachers"] and not is_key:
+            alternatives = True
+            continue
+        found.append(part)
+    return found, alternatives
 
 
 def _explain(item: Any) -> list[str]:
     """Lines for one validation error: the key, what was expected, what was got."""
-    location = [str(part) for part in item["loc"] if not _ALTERNATIVES.fullmatch(str(part))]
+    location, alternatives = _location(item)
     key = ".".join(location)
     match item["type"]:
         case "extra_forbidden":
@@ -131,23 +167,29 @@ def _explain(item: Any) -> list[str]:
             return [f"{key}.type: {got!r}: expected one of {tags}"]
         case "union_tag_not_found":
             return [f"{key}.type: missing; it has no default"]
-    expected = item["msg"].partition(", unable to parse")[0].replace("Input should be", "expected")
-    expected = expected.replace("a valid integer", "a whole number").replace("a valid ", "a ")
-    expected = re.sub("expected (greater|less)", r"expected a value \1", expected)
-    union = [part for part in item["loc"] if str(part).startswith("literal[")]
-    if union or item["loc"][-1] == "int":  # one line for all alternatives
-        expected = "expected " + " or ".join(_kinds(location))
-    return [f"{key}: {expected[0].lower() + expected[1:]}; got {_kind(item['input'])}"]
+    wanted = _EXPECTED.get(item["type"])
+    if alternatives and (kinds := _kinds(location)):  # one line for all alternatives
+        wanted = " or ".join(kinds)
+    message = item["msg"].replace("Input should be", "expected")
+    message = f"expected {wanted}" if wanted else re.sub("expected (greater|less)", r"expected a value \1", message)
+    return [f"{key}: {message[0].lower() + message[1:]}; got {_kind(item['input'])}"]
 
 
 def _kinds(location: list[str]) -> list[str]:
-    """The alternatives of a key whose values are of several kinds, in words."""
-    field = dict(schema_fields())[".".join(location)]
-    words = {int: "a whole number", float: "a number", str: "a text", type(None): "nothing"}
-    kinds = []
-    for kind in typing.get_args(field.annotation):
-        kinds += [f"`{value}`" for value in typing.get_args(kind)] if kind not in words else [words[kind]]
-    return kinds
+    """The alternatives of a key whose values are of several kinds, in words; none where the key is not in the schema."""
+    field = next((field for path, field in schema_fields() if _matches(path.split("."), location)), None)
+    return [word for kind in typing.get_args(field.annotation) for word in _words(kind)] if field else []
+
+
+def _words(kind: Any) -> list[str]:
+    if typing.get_origin(kind) is typing.Literal:
+        return [f"`{value}`" for value in typing.get_args(kind)]
+    return ["a list"] if typing.get_origin(kind) in (list, tuple) else [_WORDS.get(kind, str(kind))]
+
+
+def _matches(path: list[str], key: list[str]) -> bool:
+    """Whether a key is the one of a path of the schema; `*` stands for any name."""
+    return len(path) == len(key) and all(a in (b, "*") for a, b in zip(path, key, strict=True))
 
 
 def _nearest(location: list[str]) -> str:
@@ -158,7 +200,7 @@ def _nearest(location: list[str]) -> str:
     if close:
         return f"; did you mean `{close[0]}`?"
     # The same word elsewhere: the nearer to where it was written, the better.
-    elsewhere = [path for path in paths if path[-1] == name]
+    elsewhere = [path for path in paths if path[-1] == name and "*" not in path]
     if elsewhere:
         below = [path for path in elsewhere if path[: len(parent)] == parent]
         names = [f"`{'.'.join(path)}`" for path in (below or elsewhere)[:3]]
@@ -169,13 +211,16 @@ def _nearest(location: list[str]) -> str:
     return f"; known here: {', '.join(known)}" if known else ""
 
 
-def _is_below(key: list[str], parent: list[str]) -> bool:
-    """Whether a key of the schema lies directly in a section; `*` stands for any name."""
-    return len(key) == len(parent) + 1 and all(a in (b, "*") for a, b in zip(key, parent, strict=False))
+def _is_below(path: list[str], parent: list[str]) -> bool:
+    """Whether a key of the schema lies directly in a section."""
+    return _matches(path[:-1], parent)
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "nothing"
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
     return text if len(text) <= 60 else f"{text[:57]}..."

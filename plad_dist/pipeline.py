@@ -13,7 +13,7 @@ from plad_dist.cluster import connected
 from plad_dist.config import Config
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.errors import UserError
-from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report, trained_models
+from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report, require_inputs
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import ROUND_PHASE, SEQKD, TEACHER, WARMUP, phase_names
 from plad_dist.planning.preflight import check_inputs
@@ -55,7 +55,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
                 f"train {', '.join(wanted)}",
                 "train",
                 lambda: training.are_trained(wanted, run),
-                lambda: training.require_inputs(wanted[0], run),
+                lambda: training.require_inputs(wanted, config, run),
                 lambda: training.train_phases(wanted, config, run, progress),
             )
 
@@ -85,7 +85,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
         "evaluate",
         "evaluate",
         lambda: is_evaluated(config, run),
-        lambda: trained_models(config, run),
+        lambda: require_inputs(config, run),
         lambda: _evaluate(config, run, progress),
     )
     yield Step(
@@ -116,11 +116,18 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     open_run(config)
     log_to_run(run)
     todo = 0
+    told = f"`plad {command}`" if command else ""
     with connected(config) as connect:
         for step in steps:
             if step.done():
                 logger.info("%s: committed, skipped", step.name)
                 continue
+            if command and todo:
+                try:
+                    step.inputs()
+                except UserError as missing:  # of a stage that comes in between; what this command could do is done
+                    logger.info("%s: is left to a later %s: %s", step.name, told, missing)
+                    break
             todo += 1
             _work(step, run, connect)
     if not todo:

@@ -30,11 +30,11 @@ _SHOWN_KEYS = 10
 # What each stage leaves first, in the order of the stages.
 _STAGES = (
     ("prompts/manifest.json", "eval/prompts/manifest.json"),
-    ("models", "checkpoints/teacher", "checkpoints/warmup"),
+    ("models", "checkpoints/teacher", "checkpoints/warmup", "events/teacher", "events/warmup"),
     ("samples",),
     ("pairs",),
-    (f"checkpoints/round-{ROUND}",),
-    ("checkpoints/seqkd",),
+    (f"checkpoints/round-{ROUND}", f"events/round-{ROUND}"),
+    ("checkpoints/seqkd", "events/seqkd"),
     (f"eval/round-{ROUND}/metrics.json",),
 )
 # The first stage that reads a config section; all stages after it depend on the section too.
@@ -109,6 +109,11 @@ class RunDir:
     def model(self, name: str) -> Path:
         """Folder of a model that the run makes."""
         return self.root / "models" / name
+
+    def checkpoints(self, config: Config) -> Storage:
+        """Where the checkpoints of the phases are kept."""
+        url = config.training.checkpoint_url
+        return RunDir.at(url).storage if url else self.storage
 
     # -- models by what they are
 

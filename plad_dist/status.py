@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import MARKER
+from plad_dist.data.models import model_marker, weights_problems
 from plad_dist.data.prompts import heldout_prompts, train_prompts
+from plad_dist.data.storage import Storage
 from plad_dist.data.store import MANIFEST, Dataset, Manifest, Part
 from plad_dist.errors import RunFailed
 from plad_dist.evaluation.stage import METRICS, REPORT, systems_of
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.sampling.stage import rows_by_block, system_decodings
+from plad_dist.training.checkpoints import CheckpointStore
 
 
 def status_table(path: str) -> Table:
@@ -25,12 +27,15 @@ def status_table(path: str) -> Table:
     table = Table("what", "state", "rows or steps", title=f"{path} ({document['fingerprint'][:12]})")
     for dataset in (train_prompts(run.storage), heldout_prompts(run.storage)):
         table.add_row(*_dataset_row(dataset))
+    checkpoints = run.checkpoints(config)
     for phase in phase_names(config):
-        table.add_row(*_phase_row(phase, run))
+        table.add_row(*_phase_row(phase, run, checkpoints))
     blocks = _blocks(train_prompts(run.storage), config.sampling.limit)
     for dataset in [run.samples("teacher"), run.samples("student"), run.pairs()]:
         table.add_row(*_dataset_row(dataset, blocks))
     heldout = _blocks(heldout_prompts(run.storage), config.evaluation.limit)
+    for dataset in [run.heldout_samples("teacher"), run.heldout_samples("student"), run.heldout_pairs()]:
+        table.add_row(*_dataset_row(dataset))
     for system in systems_of(config):
         for name in system_decodings(config, system):
             table.add_row(*_dataset_row(run.system_samples(system, name), heldout))
@@ -52,9 +57,9 @@ def _dataset_row(dataset: Dataset, blocks: int | None = None) -> tuple[str, str,
     try:
         manifest = dataset.manifest()
     except RunFailed:
-        return dataset.path, "damaged", f"{MANIFEST} cannot be read; see `plad verify`"
+        return dataset.path, "damaged", f"{MANIFEST} cannot be read; see `plad verify {dataset.storage.url}`"
     if manifest is not None and (harm := _harm(dataset, manifest)):
-        return dataset.path, "damaged", f"{harm}; see `plad verify`"
+        return dataset.path, "damaged", f"{harm}; see `plad verify {dataset.storage.url}`"
     if manifest is not None:
         return dataset.path, "complete", f"{manifest.rows:,} rows in {_progress(len(manifest.parts), manifest.parts)}"
     parts = dataset.committed()
@@ -85,13 +90,14 @@ def _progress(parts: int, known: Sequence[Part], blocks: int | None = None) -> s
     return ", ".join(filter(None, told))
 
 
-def _phase_row(phase: str, run: RunDir) -> tuple[str, str, str]:
-    marker = run.storage.read_json(f"models/{phase}/{MARKER}")
+def _phase_row(phase: str, run: RunDir, checkpoints: Storage) -> tuple[str, str, str]:
+    marker = None if run.storage.local_root is None else model_marker(run.storage.local_root / "models" / phase)
     if marker is not None:
-        return f"models/{phase}", "complete", f"{marker['facts']['step']:,} steps"
-    latest = run.storage.read_json(f"checkpoints/{phase}/latest.json")
-    return (
-        (f"models/{phase}", "begun", f"checkpoint of step {latest['step']:,}")
-        if latest
-        else (f"models/{phase}", "-", "")
-    )
+        harm = weights_problems(run.root / "models" / phase)
+        state = "damaged" if harm else "complete"
+        return f"models/{phase}", state, harm[0] if harm else f"{marker['facts'].get('step', 0):,} steps"
+    found, damaged = CheckpointStore(checkpoints, phase, None).newest()
+    if found is None:
+        return f"models/{phase}", "-", ""
+    told = f"checkpoint of step {found.state.step:,} of {found.state.workers} workers"
+    return f"models/{phase}", "begun", told + (f"; {len(damaged)} damaged ones after it" if damaged else "")

@@ -22,6 +22,7 @@ from plad_dist.data.store import (
     DAMAGED,
     JOURNAL,
     MANIFEST,
+    DamagedManifest,
     DamagedPart,
     Dataset,
     Manifest,
@@ -34,6 +35,7 @@ from plad_dist.data.store import (
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.sampling.stage import rows_by_block
+from plad_dist.training.checkpoints import CheckpointStore, DamagedCheckpoint, step_name
 
 _THREADS = 8
 _ROOTS = ("prompts", "samples", "pairs", "eval")
@@ -45,8 +47,9 @@ class Checked:
 
     Attributes:
         parts, rows: those that can be read.
-        state: complete, incomplete (a stage was interrupted), or damaged.
-        bad: names of parts that are missing or not what they should be.
+        state: complete, incomplete (a stage was interrupted, or bad parts were set aside), or damaged.
+        bad: names of parts that are missing or not what they should be; `wrong_rows` those among them that are sound files.
+        unknown: what could not be checked, because the storage did not answer.
     """
 
     path: str
@@ -55,6 +58,9 @@ class Checked:
     state: str
     problems: list[str] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
+    wrong_rows: set[str] = field(default_factory=set)
+    unknown: list[str] = field(default_factory=list)
+    begun: bool = False
 
     def blame(self, part: str, problem: str) -> None:
         """A part is not what it should be. `problem` names it."""
@@ -77,7 +83,9 @@ def verify(url: str) -> tuple[list[Checked], list[str]]:
     config = parse_config(document["config"], f"{url}/{RUN_FILE}")
     fingerprint = config.fingerprint()
     if fingerprint != document["fingerprint"]:
-        problems.append(f"{RUN_FILE}: its fingerprint is not that of its config: one of the two was altered")
+        problems.append(
+            f"{RUN_FILE}: its fingerprint is not that of its config: one of the two was altered. Put the file back as it was"
+        )
     checked = [_check(Dataset(run.storage, path, schema)) for path, schema in _datasets(run.storage)]
     _check_order(checked)
     sound = {item.path for item in checked if item.state == "complete" and not item.problems}
@@ -86,6 +94,7 @@ def verify(url: str) -> tuple[list[Checked], list[str]]:
             _check_samples(run.storage, item, config)
     for item in checked:
         item.state = "damaged" if item.problems else item.state
+    checked += _check_checkpoints(run.checkpoints(config))
     return checked, problems + _check_models(run)
 
 
@@ -95,7 +104,8 @@ def _datasets(storage: Storage) -> Iterator[tuple[str, pa.Schema]]:
     while folders:
         folder = folders.pop(0)
         names = storage.sizes(folder)
-        if MANIFEST in names or any(part_block(name) is not None for name in names):
+        left = {f"{JOURNAL}/", f"{DAMAGED}/"} & names.keys()  # of a dataset whose only part was set aside, say
+        if MANIFEST in names or left or any(part_block(name) is not None for name in names):
             yield folder, _schema(folder)
         inner = (name[:-1] for name in sorted(names) if name.endswith("/"))
         folders += [f"{folder}/{name}" for name in inner if name not in (JOURNAL, DAMAGED)]
@@ -110,13 +120,20 @@ def _schema(path: str) -> pa.Schema:
 
 
 def _check(dataset: Dataset) -> Checked:
-    names = dataset.storage.sizes(dataset.path)
-    there = {name for name in names if part_block(name) is not None}
+    checked = Checked(dataset.path, 0, 0, "incomplete")
+    manifest = None
     try:
-        manifest = dataset.manifest()
+        manifest = dataset.manifest()  # before the names: a writer may be at work
+        names = dataset.storage.sizes(dataset.path)
+    except DamagedManifest as error:
+        checked.blame(MANIFEST, str(error).removeprefix(f"{dataset.url}/"))
+        names = dataset.storage.sizes(dataset.path)
     except RunFailed as error:
-        return Checked(dataset.path, 0, 0, "damaged", [str(error).removeprefix(f"{dataset.url}/")], {MANIFEST})
-    checked = Checked(dataset.path, 0, 0, "complete" if manifest else "incomplete")
+        checked.unknown.append(str(error))
+        return checked
+    there = {name for name in names if part_block(name) is not None}
+    checked.state = "complete" if manifest else "incomplete"
+    checked.begun = bool({f"{JOURNAL}/", f"{DAMAGED}/"} & names.keys())
     listed = {part.name: part for part in (manifest.parts if manifest else dataset.journaled())}
     if manifest is not None:
         for name in sorted(listed.keys() - there):
@@ -131,6 +148,7 @@ def _check(dataset: Dataset) -> Checked:
     for found in results:
         checked.parts += found.readable
         checked.rows += found.rows
+        checked.unknown += found.unknown
         for problem in found.problems:
             checked.blame(found.name, problem)
         if found.fingerprint and found.fingerprint != expected:
@@ -149,6 +167,7 @@ class _Found:
     rows: int = 0
     fingerprint: str = ""
     problems: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
 
 def _check_one(dataset: Dataset, name: str, listed: Part | None) -> _Found:
@@ -172,7 +191,7 @@ def _check_one(dataset: Dataset, name: str, listed: Part | None) -> _Found:
     except DamagedPart as error:
         found.problems.append(f"{name}: {error}")
     except RunFailed as error:  # the storage does not answer
-        found.problems.append(str(error))
+        found.unknown.append(str(error))
     except (pa.ArrowException, ValueError, OSError) as error:  # names of columns that are no text, say
         found.problems.append(f"{name}: damaged: not a readable Arrow file ({error})")
     return found
@@ -189,7 +208,7 @@ def _check_order(checked: list[Checked]) -> None:
         else:
             sources = [_prompts_of(item.path)]
         for source in sources:
-            if source not in by_path or by_path[source].state == "incomplete":
+            if source not in by_path or (by_path[source].state == "incomplete" and not by_path[source].begun):
                 owner = by_path.get(source, item)
                 problem = f"{source}/{MANIFEST}: missing, though {item.path} was made from it"
                 if problem not in owner.problems:
@@ -212,6 +231,7 @@ def _check_samples(storage: Storage, checked: Checked, config: Config) -> None:
     if len(parts) != len(rows):
         names = f"{len(parts):,} parts, where {len(rows):,} blocks of prompts were to be sampled"
         checked.blame(MANIFEST, f"{MANIFEST}: lists {names}")
+        checked.wrong_rows.add(MANIFEST)
     for block, (part, count) in enumerate(zip(parts, rows, strict=False)):
         try:
             ids = prompts.read_block(block)["prompt_id"].slice(0, count).to_pylist()
@@ -223,6 +243,7 @@ def _check_samples(storage: Storage, checked: Checked, config: Config) -> None:
         expected = [(prompt, index) for prompt in ids for index in range(n)]
         if found != expected:
             checked.blame(part.name, _what_differs(part.name, found, expected))
+            checked.wrong_rows.add(part.name)
 
 
 def _what_differs(name: str, found: list[tuple[str, int]], expected: list[tuple[str, int]]) -> str:
@@ -248,15 +269,42 @@ def repair(url: str, checked: list[Checked]) -> list[str]:
     for item in checked:
         if not item.bad:
             continue
+        if item.path.startswith("checkpoints/"):
+            done += _set_aside_checkpoints(url, item)
+            continue
         dataset = Dataset(storage, item.path, _schema(item.path))
-        manifest = _readable_manifest(dataset)
-        moved = dataset.reopen(manifest, item.bad)
+        bad = (item.bad & _check(dataset).bad) | item.wrong_rows  # what was committed since is not bad any more
+        if not bad:
+            continue
+        moved = dataset.reopen(_readable_manifest(dataset), bad)
         done += [
             f"{item.path}/{name}: {f'moved to {item.path}/{DAMAGED}/' if name in moved else 'is to be made anew'}"
-            for name in sorted(item.bad)
+            for name in sorted(bad)
         ]
+        if item.path.startswith("eval/"):  # figures of what is to be made anew
+            done += [f"{name}: deleted, it was made of {item.path}" for name in _figures_of(storage, item.path)]
         item.problems, item.bad, item.state = [], set(), "incomplete"
     return done
+
+
+def _figures_of(storage: Storage, path: str) -> list[str]:
+    """Delete the figures and the report of the round that a dataset of `eval/` belongs to."""
+    found = [f"{'/'.join(path.split('/')[:2])}/{name}" for name in ("metrics.json", "report.html")]
+    found = [key for key in found if storage.holds(key)]
+    for key in found:
+        storage.delete(key)
+    return found
+
+
+def _set_aside_checkpoints(url: str, item: Checked) -> list[str]:
+    """Damaged checkpoints are no longer committed; their files stay until the next ones are pruned."""
+    run = RunDir.at(url)
+    storage = run.checkpoints(parse_config(load_run(url)["config"], url))
+    store = CheckpointStore(storage, item.path.rpartition("/")[2], None)
+    names, item.bad, item.problems, item.state = sorted(item.bad), set(), [], "complete"
+    for name in names:
+        store.set_aside(int(name.rpartition("-")[2]))
+    return [f"{item.path}/{name}: is no longer taken for a checkpoint" for name in names]
 
 
 def _readable_manifest(dataset: Dataset) -> Manifest | None:
@@ -276,10 +324,43 @@ def _check_models(run: RunDir) -> list[str]:
         root = run.storage.local_root
         if root is not None and model_marker(root / folder) is not None:
             problems += [
-                f"{folder}: {problem}. Delete {folder} and run again: it is exported anew from its last checkpoint"
+                f"{folder}: {problem}. Delete {folder} and run again: it is made anew, a trained one from its last checkpoint"
                 for problem in weights_problems(root / folder)
             ]
     return problems
+
+
+def _check_checkpoints(storage: Storage) -> list[Checked]:
+    """Every committed checkpoint has its files, by their checksums. One line a phase; its parts are checkpoints, its rows steps."""
+    found = []
+    for phase in sorted(storage.sizes("checkpoints")):
+        store = CheckpointStore(storage, phase.rstrip("/"), None)
+        checked = Checked(store.folder, 0, 0, "complete")
+        for step in store.steps():
+            try:
+                checkpoint = store.at(step)
+                harm = (store.harm(checkpoint) or store.alteration(checkpoint)) if checkpoint else None
+            except DamagedCheckpoint as error:
+                checkpoint, harm = None, str(error)
+            if harm is not None and store.is_committed(step):  # and was not pruned in between
+                name = step_name(step)
+                checked.blame(name, f"{name}: {harm}. Training leaves it out and goes on from the one before")
+            elif checkpoint is not None:
+                checked.parts, checked.rows = checked.parts + 1, max(checked.rows, step)
+        if checked.parts or checked.problems:
+            found.append(checked)
+    return found
+
+
+def command_for(path: str) -> str:
+    """The command that makes a dataset."""
+    if path.startswith("checkpoints/") or path.rpartition("/")[2].startswith("references-"):
+        return "train"
+    if path == "pairs" or path.startswith("pairs/") or path.endswith("/pairs"):
+        return "pair"
+    if "prompts" in path.split("/")[:2]:
+        return "prepare"
+    return "evaluate" if "/samples/seqkd/" in path or "/samples/plad/" in path else "sample"
 
 
 def verify_table(url: str, checked: list[Checked]) -> Table:

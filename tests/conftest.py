@@ -14,6 +14,8 @@ import pytest
 import yaml
 from hypothesis import settings
 
+from tests.s3 import bucket, server  # noqa: F401 - fixtures
+
 settings.register_profile("plad", deadline=None)
 settings.load_profile("plad")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

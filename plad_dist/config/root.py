@@ -63,6 +63,8 @@ class Evaluation(Section):
         for name in value:
             if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
                 raise ValueError(f"decoding name {name!r}: use letters, digits, '-', '_' and '.' alone")
+            if name in ("journal", "damaged"):  # folders of a dataset
+                raise ValueError(f"decoding name {name!r}: is used by the run directory itself, use another one")
         return value
 
 
@@ -145,7 +147,10 @@ def _of_teachers(config: Config) -> Iterator[str]:
         if teacher.scratch:
             yield f"teachers.{name}.scratch: only a single `teacher` can be made from scratch"
         if teacher.sampling and teacher.sampling.n != config.sampling.teacher.n:
-            yield f"teachers.{name}.sampling.n: must be that of sampling.teacher.n"
+            yield (
+                f"teachers.{name}.sampling.n: {teacher.sampling.n}: must be that of sampling.teacher.n, which is "
+                f"{config.sampling.teacher.n}"
+            )
     if config.training.teacher and (config.teacher is None or config.teacher.endpoint):
         yield "training.teacher: trains a single `teacher` with a path or from scratch"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,6 +99,12 @@ class Phase(Section):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.", json_schema_extra=OPERATIONAL)
+    checkpoint_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds after which a checkpoint is written too. Empty: by steps alone.",
+        json_schema_extra=OPERATIONAL,
+    )
     keep_checkpoints: int = Field(
         2, ge=1, description="Newest checkpoints kept, beside the best one.", json_schema_extra=OPERATIONAL
     )
@@ -158,7 +164,12 @@ class Lora(Section):
 class Training(Section):
     """Steps 0 and 3: DeepSpeed ZeRO-3 under Ray Train."""
 
-    num_workers: int = Field(1, ge=1, description="Workers, one device each.", json_schema_extra=OPERATIONAL)
+    num_workers: int | tuple[int, int] = Field(
+        1,
+        description="Workers, one device each; or the fewest and the most of an elastic group, such as [2, 16], which grows "
+        "and shrinks with the cluster.",
+        json_schema_extra=OPERATIONAL,
+    )
     cpus_per_worker: float = Field(1.0, gt=0, json_schema_extra=OPERATIONAL)
     deepspeed: str = Field(
         "zero3",
@@ -199,7 +210,51 @@ class Training(Section):
         json_schema_extra=OPERATIONAL,
     )
     max_failures: int = Field(
-        3, ge=0, description="Worker-group restarts before the run fails.", json_schema_extra=OPERATIONAL
+        100,
+        ge=-1,
+        description="Restarts after a worker or its node died before the run fails; -1: any number. Five in a row "
+        "without a new checkpoint end it too.",
+        json_schema_extra=OPERATIONAL,
+    )
+    max_preemptions: int = Field(
+        -1, ge=-1, description="Restarts because nodes left with notice; -1: any number.", json_schema_extra=OPERATIONAL
+    )
+    worker_timeout_s: float = Field(
+        120.0,
+        gt=0,
+        description="Seconds without a sign of life after which a worker is taken for dead, and the group starts anew.",
+        json_schema_extra=OPERATIONAL,
+    )
+    collective_timeout_s: int = Field(
+        900,
+        ge=10,
+        description="Seconds after which workers that wait for one another give up.",
+        json_schema_extra=OPERATIONAL,
+    )
+    resize_check_s: float = Field(
+        60.0,
+        gt=0,
+        description="Elastic groups: seconds between looks whether the cluster has become larger.",
+        json_schema_extra=OPERATIONAL,
+    )
+    start_timeout_s: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds to wait for the resources of one size before it is looked anew what there is.",
+        json_schema_extra=OPERATIONAL,
+    )
+    checkpoint_url: str | None = Field(
+        None,
+        min_length=1,
+        description="Where checkpoints are kept: a path or URI such as s3://. Empty: in the run directory.",
+        json_schema_extra=OPERATIONAL,
+    )
+    staging_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder on a disk of every node where checkpoints wait to be carried away. Empty: the system's for "
+        "temporary files.",
+        json_schema_extra=OPERATIONAL,
     )
     heldout_pairs: int = Field(512, ge=0, description="Held-out pairs ranked before and after a round.")
     teacher: MlePhase | None = Field(
@@ -212,6 +267,33 @@ class Training(Section):
         description="Control: sequence-level KD on the same teacher outputs, given as many tokens as the round. "
         "Its `epochs` is ignored.",
     )
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_two(cls, value: Any) -> Any:
+        numbers = list(value) if isinstance(value, (list, tuple)) else [value, value]
+        if not all(type(number) is int for number in numbers) or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
+            raise ValueError(
+                f"expected a number of workers, or the fewest and the most such as [2, 16]; got {value!r:.60}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _elastic_states_can_be_divided(self) -> Training:
+        fewest, most = self.workers
+        for name in ("teacher", "warmup", "round", "seqkd"):
+            phase = getattr(self, name)
+            if fewest < most and phase is not None and phase.optimizer.name == "adamw_8bit":
+                raise ValueError(
+                    f"{name}.optimizer.name: adamw_8bit: its states in blocks cannot be divided among another number of workers: "
+                    "set adamw, or a single number of num_workers"
+                )
+        return self
 
     @model_validator(mode="after")
     def _only_calibration_is_evaluated(self) -> Training:

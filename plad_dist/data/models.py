@@ -21,9 +21,12 @@ _HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, Any]) -> None:
-    """Put a finished model folder in its place; its marker says what it was made of."""
+    """Put a finished model folder in its place; its marker says what it was made of. The same model, if there, stays."""
     (temporary / MARKER).write_text(json.dumps({"fingerprint": made_of, "facts": facts}, indent=1))
     sync_tree(temporary)
+    if model_fingerprint(final) == made_of:
+        shutil.rmtree(temporary)
+        return
     if final.exists():
         stale = final.with_name(f".stale-{final.name}-{os.getpid()}")
         final.rename(stale)
@@ -35,10 +38,10 @@ def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, An
 def model_marker(folder: Path) -> dict[str, Any] | None:
     """`fingerprint` and `facts` of a model that a run made, None where there is no complete one."""
     try:
-        marker: dict[str, Any] = json.loads((folder / MARKER).read_bytes())
-    except (OSError, ValueError):
+        marker = json.loads((folder / MARKER).read_bytes())
+        return {"fingerprint": str(marker["fingerprint"]), "facts": dict(marker["facts"])}
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return marker
 
 
 def model_fingerprint(folder: Path) -> str | None:
@@ -100,37 +103,41 @@ def check_weights(model: str) -> None:
 
 
 def weights_problems(folder: Path) -> list[str]:
-    """What is wrong with a model folder's weights, by the headers of its files: none, cut, or not all of the index."""
-    there = {file.name for file in folder.glob("*.safetensors")}
-    if not there:
-        return ["has no *.safetensors weights"]
+    """What is wrong with the weights that would be loaded from a model folder, by the headers of their files."""
     index = folder / "model.safetensors.index.json"
-    listed: set[str] = set()
-    if index.is_file():
+    names = ["model.safetensors"]
+    if not (folder / names[0]).exists() and index.is_file():
         try:
-            listed = set(json.loads(index.read_bytes())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            names = sorted(set(map(str, json.loads(index.read_bytes())["weight_map"].values())))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return [f"{index.name}: damaged"]
-    problems = [f"{name}: missing, though {index.name} lists it" for name in sorted(listed - there)]
-    for name in sorted(listed & there or there):
-        expected, size = _bytes_by_header(folder / name), (folder / name).stat().st_size
-        if expected is None:
-            problems.append(f"{name}: not a safetensors file")
-        elif expected != size:
-            problems.append(f"{name}: has {size:,} bytes, its header says {expected:,}")
+    problems = [f"{name}: {problem}" for name in names if (problem := _harm(folder / name)) is not None]
+    if problems == [f"{names[0]}: missing"]:
+        others = [file.name for file in folder.glob("*.safetensors")]
+        if not others:
+            return ["has no *.safetensors weights"]
+        return [f"has neither {names[0]} nor {index.name}, only {', '.join(sorted(others)[:3])}"]
     return problems
 
 
-def _bytes_by_header(file: Path) -> int | None:
-    """Bytes that a safetensors file should have; None where its header cannot be read."""
+def _harm(file: Path) -> str | None:
+    """What the size and the header of a safetensors file say against it."""
     try:
+        size = file.stat().st_size
         with file.open("rb") as data:
             length = int.from_bytes(data.read(8), "little")
             header = json.loads(data.read(min(length, _HEADER_BYTES)))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return 8 + length + max(ends, default=0)
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except FileNotFoundError:
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "not a safetensors file"
+    if not ends:
+        return "has no tensors in it"
+    expected = 8 + length + max(ends)
+    return None if size == expected else f"has {size:,} bytes, its header says {expected:,}"
 
 
 def load_model_config(model: str, settings: Model) -> Any:

@@ -56,6 +56,8 @@ class Selection:
     def _none_left(self, name: str, key: str) -> str:
         """Why a set has no prompts, and what to do."""
         what = "training" if name == TRAIN else "held-out"
+        if set(self.counts[name]) == {"dropped.heldout"}:
+            return f"{key}: no {what} prompts are left: prompts.heldout has them all. Give it other prompts"
         if dropped := [
             f"{n:,} {key.removeprefix('dropped.')}" for key, n in self.counts[name].items() if "dropped" in key
         ]:

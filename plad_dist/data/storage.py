@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from urllib.parse import unquote, urlparse
 
 import obstore
 import pyarrow as pa
+import xxhash
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, from_url
 
 from plad_dist.errors import RunFailed, UserError
 
 _REMOTE_SCHEMES = ("s3", "gs", "az")
+_PIECE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,52 @@ class Storage:
                 write_durably(self.local_root / key, data, os.replace)
                 return
             obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
+
+    def upload(self, key: str, file: Path) -> None:
+        """Write an object of any size from a file, over the old one if there is one."""
+        with self._explained(key, "written"):
+            if self.local_root is None:
+                # S3 takes ten thousand parts of one object.
+                obstore.put(self._store, key, file, chunk_size=max(_PIECE, file.stat().st_size // 9_000 + 1))
+                return
+            path = self.local_root / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            try:
+                shutil.copyfile(file, temporary)
+                sync(temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync(path.parent)
+
+    def download(self, key: str, file: Path) -> None:
+        """Write an object into a file."""
+        with self._explained(key, "read"), file.open("wb") as out:
+            for piece in obstore.get(self._store, key).stream(min_chunk_size=_PIECE):
+                out.write(piece)
+
+    def checksum(self, key: str) -> str | None:
+        """Hexadecimal XXH3 checksum of an object of any size, None where there is none."""
+        with self._explained(key, "read"):
+            digest = xxhash.xxh3_128()
+            try:
+                if self.local_root is not None:
+                    return file_checksum(self.local_root / key)
+                for piece in obstore.get(self._store, key).stream(min_chunk_size=_PIECE):
+                    digest.update(piece)
+            except (NotFoundError, FileNotFoundError):
+                return None
+            return digest.hexdigest()
+
+    def delete_folder(self, folder: str) -> None:
+        """Remove all objects in a folder and below it."""
+        with self._explained(folder, "deleted"):
+            if self.local_root is not None:
+                shutil.rmtree(self.local_root / folder, ignore_errors=True)
+                return
+            for page in obstore.list(self._store, f"{folder}/"):
+                obstore.delete(self._store, [item["path"] for item in page])
 
     def delete(self, key: str) -> None:
         """Remove an object, if it is there."""
@@ -185,6 +234,15 @@ def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) ->
         temporary.unlink(missing_ok=True)
     sync(path.parent)
     return True
+
+
+def file_checksum(path: Path) -> str:
+    """Hexadecimal XXH3 checksum of a file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def sync(*paths: Path) -> None:

@@ -37,6 +37,10 @@ _READERS = 16
 _JOURNAL_PARTS, _JOURNAL_SECONDS = 2048, 30.0
 
 
+class DamagedManifest(RunFailed):
+    """A manifest is not what it should be. Storage that does not answer is no damage."""
+
+
 class DamagedPart(ValueError):
     """The bytes of a part are not what they should be. The message says in what way, not which part."""
 
@@ -88,6 +92,17 @@ class Manifest:
         head = {"version": 2, "rows": self.rows, "fingerprint": self.fingerprint, "facts": self.facts}
         lines = [json.dumps({name: getattr(part, name) for name in Part.__slots__}) for part in self.parts]
         return (json.dumps(head)[:-1] + ', "parts": [\n' + ",\n".join(lines) + "\n]}\n").encode()
+
+
+def _checked_part(raw: Any) -> Part:
+    """A part as a manifest lists it. Raises :class:`TypeError` where it is none."""
+    part = Part(**raw)
+    if not (
+        isinstance(part.name, str) and isinstance(part.rows, int) and isinstance(part.bytes, int)
+        and isinstance(part.xxh3_128, str) and isinstance(part.counts, dict)
+    ):  # fmt: skip
+        raise TypeError(part.name)
+    return part
 
 
 Facts = dict[str, Any] | Callable[[Sequence[Part]], dict[str, Any]]
@@ -265,7 +280,7 @@ class Dataset:
         for name in sorted(bad):
             data = self.storage.read(f"{self.path}/{name}")
             if data is not None:
-                self.storage.replace(f"{self.path}/{DAMAGED}/{name}", data)
+                self.storage.replace(f"{self.path}/{DAMAGED}/{name}.{uuid.uuid4().hex[:8]}", data)
                 self.storage.delete(f"{self.path}/{name}")
                 moved.append(name)
         self.storage.delete(f"{self.path}/{MANIFEST}")
@@ -273,14 +288,20 @@ class Dataset:
         return moved
 
     def manifest(self) -> Manifest | None:
-        """The manifest, None while the dataset is not complete."""
-        raw = self.storage.read_json(f"{self.path}/{MANIFEST}")
-        if raw is None:
+        """The manifest, None while the dataset is not complete. Raises :class:`DamagedManifest`."""
+        data = self.storage.read(f"{self.path}/{MANIFEST}")
+        if data is None:
             return None
         try:
-            return Manifest(raw["fingerprint"], [Part(**part) for part in raw["parts"]], raw["facts"])
-        except (KeyError, TypeError) as error:
-            raise RunFailed(f"{self.url}/{MANIFEST}: not a manifest of this version ({error})") from None
+            raw = json.loads(data)
+            parts = [_checked_part(part) for part in raw["parts"]]
+            return Manifest(str(raw["fingerprint"]), parts, dict(raw["facts"]))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            why = error.msg if isinstance(error, json.JSONDecodeError) else "not a manifest of this version"
+            raise DamagedManifest(
+                f"{self.url}/{MANIFEST}: damaged: {why}. The checksums of the parts are lost with it: put it back from a copy, if "
+                "there is one"
+            ) from None
 
     def require(self, made_by: str) -> Manifest:
         """The manifest. Raises :class:`UserError` naming the command that makes the dataset where it is not complete."""

@@ -35,7 +35,7 @@ class Renderer:
         self._jinja = compile_template(settings.template or "", model)
         if self._template is None and self.tokenizer.chat_template is None:
             raise UserError(
-                f"{model}: its tokenizer has no chat template. Set `template` in the model's config section, for example "
+                f"{model}: its tokenizer has no chat template. Set `template` beside `path`, for example "
                 "template: '{{ messages[-1].content }}'"
             )
         if answers and self.tokenizer.eos_token_id is None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from plad_dist.config import Config
 from plad_dist.data.prompts import heldout_prompts
+from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import Output, compare
 from plad_dist.progress import Progress
@@ -44,7 +45,24 @@ def systems_of(config: Config) -> list[str]:
 def is_evaluated(config: Config, run: RunDir) -> bool:
     """Whether the figures of all systems are there."""
     metrics = run.storage.read_json(METRICS)
-    return metrics is not None and {row["system"] for row in metrics["systems"]} >= set(systems_of(config))
+    if metrics is None or {row["system"] for row in metrics["systems"]} < set(systems_of(config)):
+        return False
+    return all(
+        dataset.manifest() is not None for system in systems_of(config) for dataset in _answers(config, run, system)
+    )
+
+
+def _answers(config: Config, run: RunDir, system: str) -> list[Dataset]:
+    """A system's answers in every decoding."""
+    return [run.system_samples(system, name) for name in system_decodings(config, system)]
+
+
+def require_inputs(config: Config, run: RunDir) -> None:
+    """Raise :class:`UserError` where what an earlier stage makes is not there."""
+    trained_models(config, run)
+    for system in ("teacher", "warmup"):
+        for dataset in _answers(config, run, system):
+            dataset.require("sample")
 
 
 def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
         for key, model in models.items():
             if model.path is not None:
                 yield f"{key}.path: ", partial(check_local_model, model.path)
+                yield f"{key}.path: ", partial(check_weights, model.path)
         return
     yield "", partial(check_deepspeed, config.training.deepspeed)
     yield "", partial(check_prompts, config, all_rows=False)
@@ -86,10 +87,6 @@ def _model_checks(key: str, model: Model) -> Iterator[tuple[str, Callable[[], ob
 
         yield f"{key}.", partial(check_architecture, model.scratch)
     elif model.path is not None:
-        yield f"{key}.path: ", partial(_check_pretrained, model.path, model)
-
-
-def _check_pretrained(path: str, model: Model) -> None:
-    load_model_config(path, model)
-    Renderer(path, model)
-    check_weights(path)
+        for check in (load_model_config, Renderer):
+            yield f"{key}.path: ", partial(check, model.path, model)
+        yield f"{key}.path: ", partial(check_weights, model.path)

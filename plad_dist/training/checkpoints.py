@@ -1,26 +1,44 @@
-"""Native ZeRO-3 checkpoints, committed atomically: a step folder is complete, or it is not there.
+"""Native ZeRO-3 checkpoints, committed atomically and in the background: a checkpoint is whole, or it is not there.
 
-``checkpoints/<phase>/step-00000120/`` holds DeepSpeed's files and ``state.json``; ``latest.json`` names the newest.
-All ranks write into a temporary folder; the first rank renames it when all are done.
+``checkpoints/<phase>/step-00000120/`` holds DeepSpeed's files in a folder of the attempt that wrote them, and ``state.json``, which
+commits them: it is created once, when the files of all ranks are there, and lists them with sizes and checksums. Training
+waits only while every rank writes its part to a disk of its own node; a thread carries it to the storage, which may be an
+object store. ``latest.json`` says for people which one is the newest; the truth is what is there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-import os
 import re
 import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
-from plad_dist.data.storage import sync, write_durably
+from plad_dist.data.storage import Storage, file_checksum
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.training.agreement import of_first_rank
+from plad_dist.training.attempts import Attempt
+from plad_dist.training.reshard import load_resharded
 
-LATEST, STATE = "latest.json", "state.json"
-_OF_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+LATEST, STATE, OWNER = "latest.json", "state.json", "owner"
+_STEP = re.compile(r"step-(\d{8,})/")
+_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+_STAGED = "plad-checkpoint-"
+_POLL_S = 0.2
+_COMMIT_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -53,87 +71,377 @@ class TrainState:
     stale: int = 0
 
 
-class Checkpoints:
-    """The checkpoints of one phase, on a file system that all workers share.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint.
+
+    Attributes:
+        folder: of its files, in the storage.
+        files: bytes and XXH3 checksum by name.
+    """
+
+    state: TrainState
+    folder: str
+    files: dict[str, tuple[int, str]]
+
+    def of_rank(self, rank: int) -> list[str]:
+        """Names of the files that a rank needs where there are as many ranks as wrote them."""
+        owners = {name: match and int(match[1]) for name, match in ((name, _RANK.search(name)) for name in self.files)}
+        return [name for name, owner in owners.items() if owner in (rank, None) or self.state.stage != 3]
+
+
+class DamagedCheckpoint(RunFailed):
+    """A committed checkpoint is not what it should be. Storage that does not answer is no damage."""
+
+
+class CheckpointStore:
+    """The checkpoints of one phase in storage, as they are read.
 
     Args:
+        fingerprint: of the phase; None to read those of any.
+    """
+
+    def __init__(self, storage: Storage, phase: str, fingerprint: str | None) -> None:
+        self.storage, self.folder, self._fingerprint = storage, f"checkpoints/{phase}", fingerprint
+
+    def steps(self) -> list[int]:
+        """Steps of which there is something, the newest first."""
+        found = (_STEP.fullmatch(name) for name in self.storage.sizes(self.folder))
+        return sorted((int(match[1]) for match in found if match), reverse=True)
+
+    def newest(self, without: dict[int, str] | None = None) -> tuple[Checkpoint | None, dict[int, str]]:
+        """The newest whole checkpoint by names and sizes, and what is wrong with newer ones, by step.
+
+        Args:
+            without: steps that are known to be damaged.
+
+        Raises:
+            UserError: it belongs to another config, data or model.
+            RunFailed: none is whole, though some are committed; or the storage does not answer.
+        """
+        damaged = dict(without or {})
+        for step in self.steps():
+            if step in damaged:
+                continue
+            try:
+                found = self.at(step)
+                if found is not None and (problem := self.harm(found)) is not None:
+                    raise DamagedCheckpoint(problem)
+            except DamagedCheckpoint as error:
+                damaged[step] = str(error)
+                continue
+            if found is not None:
+                return found, damaged
+        if damaged:
+            raise RunFailed(
+                f"{self.storage.url}/{self.folder}: every checkpoint is damaged ({'; '.join(damaged.values())}). Mend the storage, or "
+                "delete this folder to train the phase from its start"
+            )
+        return None, damaged
+
+    def at(self, step: int) -> Checkpoint | None:
+        """The checkpoint of a step, None where none is committed. Raises as :meth:`newest`, and :class:`DamagedCheckpoint`."""
+        key = f"{self.folder}/{step_name(step)}/{STATE}"
+        data = self.storage.read(key)
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)
+            files = {str(name): (int(size), str(digest)) for name, (size, digest) in found["files"].items()}
+            checkpoint = Checkpoint(
+                TrainState(**found["state"]), f"{self.folder}/{step_name(step)}/{found['attempt']}", files
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DamagedCheckpoint(
+                f"{self.storage.url}/{key}: damaged: not the state of a checkpoint of this version"
+            ) from None
+        if self._fingerprint not in (None, checkpoint.state.fingerprint):
+            raise UserError(
+                f"{self.storage.url}/{key}: a checkpoint of another config, data or model (fingerprint "
+                f"{checkpoint.state.fingerprint[:12]}, expected {str(self._fingerprint)[:12]}). Use another run.dir, or delete "
+                f"{self.storage.url}/{self.folder}."
+            )
+        return checkpoint
+
+    def harm(self, checkpoint: Checkpoint) -> str | None:
+        """What names and sizes say against a checkpoint, None for nothing."""
+        sizes = self.storage.sizes(checkpoint.folder)
+        for name, (size, _) in checkpoint.files.items():
+            if sizes.get(name) != size:
+                what = (
+                    "missing"
+                    if name not in sizes
+                    else f"damaged: it has {sizes[name]:,} bytes, {size:,} were committed"
+                )
+                return f"{self.storage.url}/{checkpoint.folder}/{name}: {what}"
+        return None
+
+    def is_committed(self, step: int) -> bool:
+        """Whether there is a checkpoint of a step."""
+        return self.storage.holds(f"{self.folder}/{step_name(step)}/{STATE}")
+
+    def alteration(self, checkpoint: Checkpoint) -> str | None:
+        """The first file whose bytes are not those that were committed, None for none. Reads every byte."""
+        for name, (_, digest) in checkpoint.files.items():
+            if self.storage.checksum(f"{checkpoint.folder}/{name}") != digest:
+                return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum is another"
+        return None
+
+    def set_aside(self, step: int) -> None:
+        """Make a damaged checkpoint one that is not committed; its files stay until the next ones are pruned."""
+        key = f"{self.folder}/{step_name(step)}/{STATE}"
+        data = self.storage.read(key)
+        if data is not None:
+            self.storage.replace(f"{key}.damaged", data)
+            self.storage.delete(key)
+
+
+class Checkpoints:
+    """Saves and loads the checkpoints of a phase, on every rank of an attempt.
+
+    Args:
+        staging: folder on a disk of this node.
         only_trained: leave out parameters that are frozen, which are those of the start.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, keep: int, *, only_trained: bool = False) -> None:
-        self._folder, self._fingerprint, self._keep, self._only_trained = folder, fingerprint, keep, only_trained
+    def __init__(
+        self, store: CheckpointStore, attempt: Attempt, keep: int, staging: str | None, *, only_trained: bool = False
+    ) -> None:
+        self._store, self._attempt, self._keep, self._only_trained = store, attempt, keep, only_trained
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._staging, self._lock = _own_folder(Path(staging or tempfile.gettempdir()))
+        self._carrier = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        self._saved: int | None = None  # step of the latest one
+        self._damaged: dict[int, str] = {}
+        self.superseded: str | None = None
+        self.seconds = 0.0  # that the latest one has cost training
+        self.commit_seconds = 0.0  # that the latest one took until it was committed
 
-    def latest(self) -> TrainState | None:
-        """State of the newest checkpoint, None where there is none.
+    def close(self) -> None:
+        """Forget what is not committed."""
+        self._carrier.shutdown(wait=False, cancel_futures=True)
+        shutil.rmtree(self._staging, ignore_errors=True)
+        _lock_of(self._staging).unlink(missing_ok=True)
+        self._lock.close()
+
+    # -- writing
+
+    def save(self, engine: Any, state: TrainState) -> None:
+        """Write a checkpoint from all ranks, unless this step has one; it is committed while training goes on.
+
+        Raises:
+            RunFailed: the one before could not be committed.
+        """
+        if state.step == self._saved:
+            return
+        started = time.monotonic()
+        self._wait()
+        folder = self._staging / step_name(state.step)
+        engine.save_checkpoint(
+            str(folder),
+            tag=self._attempt.name,
+            save_latest=False,
+            exclude_frozen_parameters=self._only_trained,
+            client_state={"random": _random_state()},
+        )
+        self._pending = self._carrier.submit(self._carry, folder, state, started)
+        self._saved = state.step
+        self.seconds = time.monotonic() - started
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is still on its way from this rank."""
+        return self._pending is not None and not self._pending.done()
+
+    @property
+    def failure(self) -> str | None:
+        """Why this rank could not carry the latest one, None where nothing is wrong."""
+        pending = self._pending
+        error = pending.exception() if pending is not None and pending.done() else None
+        return None if error is None else str(error)
+
+    def settle(self) -> None:
+        """Wait on all ranks until what was saved is committed. Raises as :meth:`save`."""
+        self._wait()
+        if self._rank and self._saved is not None:
+            # Not by a collective: those give up sooner than a slow storage does.
+            key, until = self._state_key(self._saved), time.monotonic() + _COMMIT_TIMEOUT_S
+            while not self._store.storage.holds(key) and self._attempt.superseded() is None:
+                if time.monotonic() > until:
+                    raise RunFailed(f"{self._store.storage.url}/{key} did not come: the first worker does not answer")
+                time.sleep(1.0)
+        self.superseded = of_first_rank(self._attempt.superseded)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def drain(self) -> None:
+        """Wait for what was saved, where training ends on all ranks anyway."""
+        with contextlib.suppress(RunFailed, OSError):
+            self._wait()
+
+    def _carry(self, local: Path, state: TrainState, started: float) -> None:
+        """Carry this rank's files to the storage; the first rank waits for all and commits."""
+        storage, folder = self._store.storage, f"{self._store.folder}/{step_name(state.step)}/{self._attempt.name}"
+        files: dict[str, tuple[int, str]] = {}
+        for file in sorted((local / self._attempt.name).iterdir()):
+            files[file.name] = (file.stat().st_size, file_checksum(file))
+            storage.upload(f"{folder}/{file.name}", file)
+        shutil.rmtree(local, ignore_errors=True)
+        storage.replace(f"{folder}/{_rank_file(self._rank)}", json.dumps(files).encode())
+        if self._rank == 0:
+            self._commit(folder, state)
+            self.commit_seconds = time.monotonic() - started
+
+    def _commit(self, folder: str, state: TrainState) -> None:
+        storage, step = self._store.storage, f"{self._store.folder}/{step_name(state.step)}"
+        files = self._files_of_all(folder)
+        self.superseded = self._attempt.superseded()
+        if self.superseded is not None:
+            return
+        document = {"state": asdict(state), "attempt": self._attempt.name, "files": files}
+        text = json.dumps(document, indent=1).encode()
+        if state.step in self._damaged:  # what is there is not whole
+            storage.replace(f"{step}/{STATE}", text)
+        if state.step in self._damaged or storage.create(f"{step}/{STATE}", text):
+            storage.replace(f"{self._store.folder}/{LATEST}", json.dumps(asdict(state), indent=1).encode())
+        self._prune({state.step, state.best_step})
+
+    def _files_of_all(self, folder: str) -> dict[str, Any]:
+        """The files of all ranks, when they are there."""
+        storage, until = self._store.storage, time.monotonic() + _COMMIT_TIMEOUT_S
+        wanted = {_rank_file(rank) for rank in range(self._world)}
+        while missing := wanted - storage.sizes(folder).keys():
+            if time.monotonic() > until:
+                raise RunFailed(f"{storage.url}/{folder}: {min(missing)} did not come: its worker does not answer")
+            time.sleep(_POLL_S)
+        return {name: fact for rank in sorted(wanted) for name, fact in storage.read_json(f"{folder}/{rank}").items()}
+
+    def _prune(self, kept: set[int | None]) -> None:
+        """Delete all but the newest checkpoints and those to be kept."""
+        committed = [step for step in self._store.steps() if self._store.is_committed(step)]
+        newest = set(committed[: self._keep])
+        for step in self._store.steps():
+            if step not in newest | kept and step < max(newest):
+                self._store.storage.delete(self._state_key(step))  # first: what is left by a crash is not committed
+                self._store.storage.delete_folder(f"{self._store.folder}/{step_name(step)}")
+
+    def _state_key(self, step: int) -> str:
+        return f"{self._store.folder}/{step_name(step)}/{STATE}"
+
+    # -- reading
+
+    def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest whole checkpoint, on all ranks, each of which checks its share of the files.
+
+        Args:
+            say: told of those that are damaged and left out.
 
         Raises:
             UserError: it belongs to another config, data or model.
         """
-        path = self._folder / LATEST
-        return self._read(path) if path.is_file() else None
+        while True:
+            found, self._damaged = of_first_rank(partial(self._store.newest, self._damaged))
+            problem = self._altered(found) if found is not None else None
+            if found is None or problem is None:
+                break
+            self._damaged[found.state.step] = problem
+        for step, why in self._damaged.items():
+            say(f"the checkpoint of step {step} is left out, the one before it is used: {why}")
+        self._saved = found.state.step if found is not None else None
+        return found
 
-    def at(self, step: int) -> TrainState:
-        """State of the checkpoint of a step. Raises as :meth:`latest`."""
-        return self._read(self._folder / step_name(step) / STATE)
+    def at(self, step: int | None) -> Checkpoint:
+        """The checkpoint of a step, on all ranks. Raises as :meth:`newest`, and :class:`RunFailed` where it is gone."""
+        assert step is not None
+        found = of_first_rank(lambda: self._store.at(step))
+        problem = self._altered(found) if found is not None else "it is gone"
+        if found is None or problem is not None:
+            raise DamagedCheckpoint(f"{self._store.folder}/{step_name(step)}: {problem}")
+        return found
 
-    def _read(self, path: Path) -> TrainState:
-        try:
-            state = TrainState(**json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            raise RunFailed(f"{path}: damaged ({error}). Delete {self._folder} to train the phase again.") from None
-        if state.fingerprint != self._fingerprint:
-            raise UserError(
-                f"{path}: a checkpoint of another config, data or model (fingerprint {state.fingerprint[:12]}, expected "
-                f"{self._fingerprint[:12]}). Use another run.dir, or delete {self._folder}."
-            )
-        return state
+    def committed_step(self) -> int | None:
+        """The step of the newest checkpoint that is committed."""
+        return next(filter(self._store.is_committed, self._store.steps()), None)
 
-    def save(self, engine: Any, state: TrainState) -> None:
-        """Write a checkpoint from all ranks and commit it."""
-        temporary, final = f".writing-{state.step:08d}", step_name(state.step)
-        first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(self._folder / temporary, ignore_errors=True)
-            (self._folder / temporary).mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(
-            str(self._folder), tag=temporary, save_latest=False, exclude_frozen_parameters=self._only_trained
-        )
-        sync(*_written_by(dist.get_rank(), self._folder / temporary))
-        dist.barrier()
-        if first:
-            text = json.dumps(asdict(state), indent=1)
-            (self._folder / temporary / STATE).write_text(text)
-            sync(self._folder / temporary / STATE, self._folder / temporary)
-            shutil.rmtree(self._folder / final, ignore_errors=True)
-            (self._folder / temporary).rename(self._folder / final)
-            sync(self._folder)
-            write_durably(self._folder / LATEST, text.encode(), os.replace)
-            self._prune({final, step_name(state.best_step if state.best_step is not None else state.step)})
-        dist.barrier()
+    def _altered(self, checkpoint: Checkpoint) -> str | None:
+        """The first file whose bytes are not those that were committed, by the checksums; the same on all ranks."""
+        problem = None
+        for name in sorted(checkpoint.files)[self._rank :: self._world]:
+            if self._store.storage.checksum(f"{checkpoint.folder}/{name}") != checkpoint.files[name][1]:
+                problem = f"{self._store.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum is another"
+        found: list[str | None] = [None] * self._world
+        dist.all_gather_object(found, problem)
+        return next(filter(None, found), None)
 
-    def load(self, engine: Any, state: TrainState) -> None:
-        """Load a checkpoint into the engine, on all ranks."""
-        if state.workers != dist.get_world_size():
-            raise UserError(
-                f"{self._folder / step_name(state.step)}: written by {state.workers} workers, now there are "
-                f"{dist.get_world_size()}: set training.num_workers={state.workers} to go on (changing the number of "
-                "workers in the middle of a phase is not supported yet)"
-            )
+    def load(self, engine: Any, checkpoint: Checkpoint) -> None:
+        """Load a checkpoint into the engine, on all ranks, whatever number of ranks wrote it.
+
+        Raises:
+            UserError: its optimizer, or its ZeRO stage at another number of ranks, cannot be loaded.
+        """
+        state = checkpoint.state
         written, now = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
         if written != now and (state.optimizer or written[0] != now[0]):
             raise UserError(
-                f"{self._folder / step_name(state.step)}: written by ZeRO stage {written[0]} with {written[1]}, with "
-                f"training.deepspeed as it is now it would be stage {now[0]} with {now[1]}: set the one that it was to go on"
+                f"{checkpoint.folder}: written by ZeRO stage {written[0]} with {written[1]}, with training.deepspeed as it is "
+                f"now it would be stage {now[0]} with {now[1]}: set the one that it was to go on"
             )
-        engine.load_checkpoint(str(self._folder), tag=step_name(state.step), load_module_strict=not self._only_trained)
+        if state.workers == self._world:
+            with self._fetched(checkpoint, checkpoint.of_rank(self._rank)) as folder:
+                _, kept = engine.load_checkpoint(
+                    str(folder.parent), tag=folder.name, load_module_strict=not self._only_trained
+                )
+            torch.set_rng_state(kept["random"]["cpu"])
+            if "cuda" in kept["random"]:
+                torch.cuda.set_rng_state(kept["random"]["cuda"])
+            return
+        if state.stage != 3:
+            raise UserError(
+                f"{checkpoint.folder}: written by {state.workers} workers under ZeRO stage {state.stage}, now there are "
+                f"{self._world}: set training.num_workers={state.workers} to go on; only stage 3 changes its size"
+            )
+        load_resharded(engine, lambda rank: self._fetched(checkpoint, checkpoint.of_rank(rank)), state.workers)
 
-    def _prune(self, kept: set[str]) -> None:
-        """Delete all but the newest checkpoints and those to be kept."""
-        steps = sorted(path.name for path in self._folder.glob("step-*"))
-        for name in steps[: -self._keep]:
-            if name not in kept:
-                shutil.rmtree(self._folder / name, ignore_errors=True)
+    @contextmanager
+    def _fetched(self, checkpoint: Checkpoint, names: list[str]) -> Iterator[Path]:
+        """A folder with these files of a checkpoint, while they are read."""
+        storage = self._store.storage
+        if storage.local_root is not None:
+            yield storage.local_root / checkpoint.folder
+            return
+        folder = self._staging / "fetched" / Path(checkpoint.folder).name
+        folder.mkdir(parents=True)
+        try:
+            for name in names:
+                storage.download(f"{checkpoint.folder}/{name}", folder / name)
+            yield folder
+        finally:
+            shutil.rmtree(folder)
+
+
+def _own_folder(place: Path) -> tuple[Path, TextIO]:
+    """A new folder that is locked while this process lives. Those that dead processes have left are removed."""
+    place.mkdir(parents=True, exist_ok=True)
+    for folder in place.glob(f"{_STAGED}*/"):
+        with contextlib.suppress(OSError), _lock_of(folder).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            _lock_of(folder).unlink()
+    folder = place / f"{_STAGED}{uuid.uuid4().hex}"
+    lock = _lock_of(folder).open(
+        "a"
+    )  # before the folder is there, or another process could take it for one that was left
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder.mkdir()
+    return folder, lock
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
 
 
 def optimizer_of(engine: Any) -> str:
@@ -146,8 +454,10 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _written_by(rank: int, folder: Path) -> list[Path]:
-    """The files that a rank wrote: its own parts, and as the first what belongs to none."""
-    files = [path for path in folder.iterdir() if path.is_file()]
-    owners = [match and int(match[1]) for match in (_OF_RANK.search(path.name) for path in files)]
-    return [path for path, owner in zip(files, owners, strict=True) if owner == rank or (owner is None and rank == 0)]
+def _rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _random_state() -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from plad_dist.config import Lora, Optimizer
 from plad_dist.data.models import load_model_config
@@ -33,7 +35,7 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
         raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
     half = job.dtype == "bfloat16"
     optimizer = job.phase.optimizer
-    config = engine_config(job.deepspeed, optimizer, half=half)
+    config = engine_config(job.deepspeed, optimizer, dist.get_world_size(), half=half)
     partition_at_load = HfDeepSpeedConfig(config)
     model = AutoModelForCausalLM.from_pretrained(
         job.start,
@@ -76,11 +78,13 @@ def release(engine: Any) -> None:
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine makes its own, and refuses to find one
 
 
-def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, *, half: bool) -> dict[str, Any]:
+def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int, *, half: bool) -> dict[str, Any]:
     """A DeepSpeed config completed with what the run's config decides."""
     zero = dict(deepspeed["zero_optimization"])
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
+    if "zero_hpz_partition_size" in zero:
+        zero["zero_hpz_partition_size"] = math.gcd(int(zero["zero_hpz_partition_size"]), workers)
     return deepspeed | {
         **_optimizer_keys(optimizer, offloaded=is_offloaded(deepspeed)),
         "zero_optimization": zero,

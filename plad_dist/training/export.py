@@ -13,17 +13,21 @@ import transformers
 
 from plad_dist.data.models import commit_model
 from plad_dist.data.templates import load_tokenizer
+from plad_dist.training.attempts import Attempt
 from plad_dist.training.checkpoints import TrainState
 from plad_dist.training.job import PhaseJob
 
 
-def export_model(engine: Any, job: PhaseJob, state: TrainState) -> None:
-    """Write ``models/<phase>/`` from all ranks, atomically, with the tokenizer and generation config of the start."""
+def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt) -> None:
+    """Write ``models/<phase>/`` from all ranks, atomically, with the tokenizer and generation config of the start.
+
+    Nothing is written where a later attempt has begun.
+    """
     weights = gather_weights(engine)
     adapter = _gather_adapter(engine) if job.lora is not None and job.lora.save_adapter else {}
     if dist.get_rank() == 0:
         final = job.folder("models")
-        temporary = final.with_name(f".writing-{final.name}")
+        temporary = final.with_name(f".writing-{final.name}-{attempt.name}")
         shutil.rmtree(temporary, ignore_errors=True)
         model = engine.module.model
         model.config.use_cache = True
@@ -32,7 +36,10 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState) -> None:
         load_tokenizer(job.start, job.settings).save_pretrained(temporary)
         if adapter:
             _save_adapter(temporary / "adapter", adapter, model, job)
-        commit_model(temporary, final, job.fingerprint, asdict(state))
+        if attempt.superseded() is None:
+            commit_model(temporary, final, job.fingerprint, asdict(state))
+        else:
+            shutil.rmtree(temporary)
     dist.barrier()
 
 

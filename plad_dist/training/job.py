@@ -22,6 +22,9 @@ class PhaseJob:
         deepspeed: the DeepSpeed config, without batch, precision and optimizer.
         longest: most tokens of a group, None for any.
         attention: which implementation is wanted.
+        checkpoints: where checkpoints are kept, under checkpoints/<phase>/.
+        staging: folder on every node where checkpoints wait to be carried there; None for the system's.
+        launch: names the command that trains, which may start several worker groups.
         monitor: Ray actor that takes progress, None for none.
     """
 
@@ -44,8 +47,16 @@ class PhaseJob:
     divergence_factor: float
     trackers: tuple[str, ...]
     storage: Storage
+    checkpoints: Storage
+    staging: str | None
     fingerprint: str
+    launch: str = ""
     monitor: Any = None
+
+    @property
+    def stopped_key(self) -> str:
+        """Where workers leave why to try again would end alike."""
+        return f"checkpoints/{self.name}/stopped-{self.launch}.json"
 
     def folder(self, kind: str) -> Path:
         """The phase's folder of a kind (checkpoints, models, events)."""

@@ -16,29 +16,32 @@ import torch
 import torch.distributed as dist
 
 from plad_dist.config import Optimizer
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import StoppedError, agreed, of_first_rank
+from plad_dist.training.attempts import claim
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
-from plad_dist.training.checkpoints import Checkpoints, TrainState, optimizer_of
+from plad_dist.training.checkpoints import Checkpoints, CheckpointStore, DamagedCheckpoint, TrainState, optimizer_of
 from plad_dist.training.engine import build_engine, release
 from plad_dist.training.export import export_model
 from plad_dist.training.groups import open_groups
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.losses import group_losses
-from plad_dist.training.metrics import MetricsLog, StepTotals
+from plad_dist.training.metrics import Calls, MetricsLog, StepTotals
+from plad_dist.training.notices import Notices
 from plad_dist.training.references import write_references
 from plad_dist.training.speed import Speed
 
 logger = logging.getLogger(__name__)
 
-STOPPED = "stopped.json"
+ATTEMPTS = "attempts"
+MAX_STALLS = 5  # attempts in a row that fail and get no further
 _WORST = 3  # groups named where the loss has exploded
 
 
 def train_loop(job: PhaseJob) -> None:
     """Train a phase from its newest checkpoint to its last step, then export the model.
 
-    What would end alike again is not raised but left in ``checkpoints/<phase>/stopped.json``.
+    What would end alike again is not raised but left where the driver finds it: ``stopped_key`` of the job.
     """
     torch.manual_seed(job.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -48,10 +51,11 @@ def train_loop(job: PhaseJob) -> None:
             worker = Worker(job, device)
         worker.run()
     except StoppedError as stop:
+        if worker is not None:
+            worker.checkpoints.drain()
         if dist.get_rank() == 0:
             text = json.dumps({"message": str(stop), "by_user": stop.by_user})
-            job.folder("checkpoints").mkdir(parents=True, exist_ok=True)
-            (job.folder("checkpoints") / STOPPED).write_text(text)
+            job.storage.replace(job.stopped_key, text.encode())
         dist.barrier()
     finally:
         if worker is not None:
@@ -73,10 +77,14 @@ class Worker:
     def __init__(self, job: PhaseJob, device: torch.device) -> None:
         self.job, self.device = job, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        # First of all: whatever fails from here on is counted, and whoever worked on the phase before may not write any more.
+        self.attempt = of_first_rank(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
+        self._refuse_to_stall(None)
         self.engine = build_engine(job, device)
         self.layout = self.engine.module.attention.layout
+        store = CheckpointStore(job.checkpoints, job.name, job.fingerprint)
         self.checkpoints = Checkpoints(
-            job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints, only_trained=job.lora is not None
+            store, self.attempt, job.phase.keep_checkpoints, job.staging, only_trained=job.lora is not None
         )
         stage = self.engine.zero_optimization_stage()
         self.state = TrainState(0, 0, 0, self.world, job.fingerprint, stage=stage, optimizer=optimizer_of(self.engine))
@@ -84,37 +92,43 @@ class Worker:
         self._ahead = ThreadPoolExecutor(1, "groups")
         self._metrics: MetricsLog | None = None
         self._next: tuple[int, Future[_Work]] | None = None
+        self._saved_at, self._step_seconds = time.monotonic(), 0.0
+        self.notices = Notices(job.monitor)
 
     def run(self) -> None:
         """The phase from where it stands to its end. Raises :class:`StoppedError`."""
         job, phase = self.job, self.job.phase
         self._open_groups()
-        with agreed():
-            found = of_first_rank(self.checkpoints.latest)
-            if found is not None:
-                self.checkpoints.load(self.engine, found)
-                self.state = found
+        damaged = self._resume()
         log = self._log() if self.rank == 0 else None
         if log is not None:
+            for line in damaged:
+                log.say(line)
             log.begin(self._partition_report())
-        if found is None:
+        if self.state.step == 0:
             self._evaluate(log)
+        self._saved_at = time.monotonic()
+        self._due = False  # a checkpoint, when the one before is on its way no longer
         while self.state.step < job.steps and not self._exhausted:
-            self._step(log)
+            calls = self._step(log)
             step, best = self.state.step, False
             if phase.evaluate_every and step % phase.evaluate_every == 0 and step < job.steps:
                 best = self._evaluate(log)
             last = step == job.steps or self._exhausted
-            if step % phase.checkpoint_every == 0 or last or (best and phase.export == "best"):
-                self.checkpoints.save(self.engine, self.state)
+            self._due |= step % phase.checkpoint_every == 0 or calls.save
+            if last or (best and phase.export == "best") or (self._due and not calls.busy):
+                self._save()
+            self._heed(calls, log)
         if self._exhausted and log is not None:
             log.say(f"stopped at step {self.state.step}: nothing better in {phase.patience} evaluations")
         self._evaluate(log)
+        self._settle()
         self._export(log)
 
     def close(self) -> None:
         """Give back everything."""
         self._ahead.shutdown(wait=False, cancel_futures=True)
+        self.checkpoints.close()
         engine = self.engine
         del self.engine
         release(engine)
@@ -128,7 +142,9 @@ class Worker:
     def _log(self) -> MetricsLog:
         job = self.job
         run = job.storage.url.rstrip("/").rpartition("/")[2]
-        self._metrics = MetricsLog(job.folder("events"), self.state.step, job.steps, job.monitor, job.trackers, run)
+        self._metrics = MetricsLog(
+            job.folder("events"), self.state.step, job.steps, job.monitor, job.trackers, run, self.attempt.number
+        )
         return self._metrics
 
     def _open_groups(self) -> None:
@@ -142,9 +158,86 @@ class Worker:
         self.groups = open_groups(data, job.storage, job.start, job.settings)
         self.heldout = open_groups(heldout, job.storage, job.start, job.settings) if heldout else None
 
+    # -- checkpoints and those who call for them
+
+    def _resume(self) -> list[str]:
+        """Go on from the newest whole checkpoint, where there is one. Returns what is to be said of those that are not whole."""
+        damaged: list[str] = []
+        with agreed():
+            found = self.checkpoints.newest(damaged.append)
+            if found is not None:
+                self.checkpoints.load(self.engine, found)
+                self.state = found.state
+        if self.rank == 0:
+            self.attempt.began_at(self.state.step)
+        self._refuse_to_stall(self.state.step)
+        return damaged
+
+    def _refuse_to_stall(self, step: int | None) -> None:
+        """Raise :class:`StoppedError` on all ranks where attempt after attempt fails and gets no further than a step."""
+        failures = of_first_rank(lambda: self.attempt.failures_before(step))
+        if failures >= MAX_STALLS:
+            where = (
+                "before they had loaded the model" if step is None else f"before the first checkpoint after step {step}"
+            )
+            raise StoppedError(
+                f"phase {self.job.name}: {failures} attempts in a row have failed {where}; what was said of each above, and the "
+                "workers' logs in Ray's session folder, say why. Where nodes leave that often, set checkpoint_every or "
+                "checkpoint_seconds of the phase lower. Run again to go on."
+            )
+
+    def _wishes(self) -> Calls:
+        """What this rank wants of all after this step."""
+        mine = Calls(busy=self.checkpoints.busy, failed=self.checkpoints.failure is not None)
+        if self.rank:
+            return mine
+        seconds = self.job.phase.checkpoint_seconds
+        due = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        wishes = self.notices.wishes(self.checkpoints.commit_seconds, self._step_seconds)
+        return replace(mine, save=due, superseded=self.checkpoints.superseded is not None, **wishes)
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.engine, self.state)
+        self._saved_at, self._due = time.monotonic(), False
+
+    def _settle(self) -> None:
+        """Wait for what was saved. Raises :class:`StoppedError` where a later attempt has taken over."""
+        self.checkpoints.settle()
+        self._refuse_if_superseded()
+
+    def _refuse_if_superseded(self) -> None:
+        by = of_first_rank(lambda: self.checkpoints.superseded)
+        if by == self.job.launch:
+            raise RunFailed(f"phase {self.job.name}: attempt {self.attempt.number} is over: a later one has begun")
+        if by is not None:
+            raise StoppedError(
+                f"phase {self.job.name}: another command has begun to work on {self.job.storage.url} and goes on from the latest "
+                "checkpoint; this one ends, and writes nothing more"
+            )
+
+    def _heed(self, calls: Calls, log: MetricsLog | None) -> None:
+        """Do what was called for after a step."""
+        if calls.failed:
+            why: list[str | None] = [None] * self.world
+            dist.all_gather_object(why, self.checkpoints.failure)
+            raise RunFailed(f"phase {self.job.name}: a checkpoint could not be carried away: {next(filter(None, why))}")
+        if calls.superseded:
+            self._refuse_if_superseded()
+        if self.state.step == self.job.steps or self._exhausted:
+            return
+        if calls.look and self.notices.look(log):
+            self._save()
+        if calls.leave:  # a step more would be lost
+            self._save()
+            self._settle()
+            if self.rank == 0:
+                self.attempt.leaves(self.state.step)
+            self.notices.wait(log, self.state.step)
+
     # -- one global step
 
-    def _step(self, log: MetricsLog | None) -> None:
+    def _step(self, log: MetricsLog | None) -> Calls:
+        """Take a step. Returns what all ranks are to do after it."""
         started = time.monotonic()
         job, step = self.job, self.state.step
         work = self._work_of(step)
@@ -162,7 +255,7 @@ class Worker:
             if losses_B is not None:
                 found.append((names, losses_B))
             if last:  # the weights are not touched before all ranks know that the step is sound
-                totals.reduce()
+                totals.reduce(self._wishes())
                 self._refuse_divergence(totals, found)
             self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -184,11 +277,14 @@ class Worker:
                 "lr": job.phase.optimizer.lr * rate,
                 "grad_norm": norm,
                 "seconds": seconds,
+                "checkpoint_seconds": self.checkpoints.seconds,
                 "input_wait_share": waited / seconds,
                 "groups_dropped": float(self.groups.changed["dropped"]),
                 "groups_cut": float(self.groups.changed["cut"]),
             }
             log.step(self.state, figures)
+        self.checkpoints.seconds, self._step_seconds = 0.0, time.monotonic() - started
+        return totals.calls
 
     def _backward(self, batch: MicroBatch, all_groups: int, totals: StepTotals) -> torch.Tensor | None:
         """One micro-batch forward and backward. Returns the losses of its groups, None where it has none."""
@@ -269,11 +365,12 @@ class Worker:
         )
 
     def _diverged(self, what: str, groups: list[str]) -> str:
-        kept = self.checkpoints.latest()
+        self.checkpoints.drain()
+        kept = self.checkpoints.committed_step()
         shown = "".join(f"\n  {name}" for name in groups[:10]) + ("\n  ..." if len(groups) > 10 else "")
         return (
             f"phase {self.job.name}: step {self.state.step + 1}: {what}. The step was not taken. Kept: "
-            f"{f'the checkpoint of step {kept.step}' if kept else 'no checkpoint yet'}. Lower the learning rate, raise "
+            f"{f'the checkpoint of step {kept}' if kept is not None else 'no checkpoint yet'}. Lower the learning rate, raise "
             f"mle_weight, or mend the data; then use another run.dir.{' Groups:' if groups else ''}{shown}"
         )
 
@@ -333,12 +430,19 @@ class Worker:
     def _export(self, log: MetricsLog | None) -> None:
         state = self.state
         if self.job.phase.export == "best" and state.best_step not in (None, state.step):
-            step = state.best_step
-            state = of_first_rank(lambda: self.checkpoints.at(step))
-            self.checkpoints.load(self.engine, state)
+            try:
+                best = self.checkpoints.at(state.best_step)
+            except DamagedCheckpoint as error:
+                raise StoppedError(
+                    f"phase {self.job.name}: is trained, but its best checkpoint cannot be exported: {error}. Mend the storage and "
+                    "run again, or use another run.dir"
+                ) from None
+            self.checkpoints.load(self.engine, best)
+            state = best.state
             if log is not None:
                 log.say(f"exports the best checkpoint, of step {state.step}")
-        export_model(self.engine, self.job, state)
+        export_model(self.engine, self.job, state, self.attempt)
+        self._settle()
 
     def _partition_report(self) -> str:
         """One line that shows how the parameters are really partitioned."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ _NAMES = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What ranks want to be done by all after a step; it travels with the step's sums, so that all do it or none.
+
+    Attributes:
+        save: write a checkpoint.
+        look: ask whether nodes are about to leave.
+        leave: write a checkpoint and take no step more.
+        superseded: a later attempt has begun.
+        busy: the latest checkpoint is still on its way.
+        failed: it could not be carried away.
+    """
+
+    save: bool = False
+    look: bool = False
+    leave: bool = False
+    superseded: bool = False
+    busy: bool = False
+    failed: bool = False
+
+
 class StepTotals:
     """Sums over the groups of one step, first of this rank and, after :meth:`reduce`, of all.
 
@@ -34,6 +56,7 @@ class StepTotals:
         self._loss = loss
         self._sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
         self.sums: dict[str, float] = {}
+        self.calls = Calls()
 
     @torch.no_grad()
     def add(self, batch: MicroBatch, logps_S: Tensor, losses_B: Tensor) -> None:
@@ -63,10 +86,14 @@ class StepTotals:
             ]
         )  # fmt: skip
 
-    def reduce(self) -> dict[str, float]:
-        """Add up over all ranks."""
-        dist.all_reduce(self._sums)
-        self.sums = dict(zip(_NAMES, self._sums.tolist(), strict=True))
+    def reduce(self, calls: Calls = Calls()) -> dict[str, float]:
+        """Add up over all ranks, with what this rank calls for."""
+        wishes = torch.tensor(astuple(calls), dtype=self._sums.dtype, device=self._sums.device)
+        sums = torch.cat([self._sums, wishes])
+        dist.all_reduce(sums)
+        values = sums.tolist()
+        self.sums = dict(zip(_NAMES, values, strict=False))
+        self.calls = Calls(*(value > 0 for value in values[len(_NAMES) :]))
         return self.sums
 
     def figures(self) -> dict[str, float]:
@@ -104,22 +131,32 @@ class MetricsLog:
         monitor: Ray actor with a ``post`` method, or None.
         trackers: packages that get the figures too.
         run: what trackers call the run.
+        attempt: that writes; what an earlier one writes later does not count.
     """
 
     def __init__(
-        self, folder: Path, step: int, steps: int, monitor: Any, trackers: tuple[str, ...] = (), run: str = ""
+        self,
+        folder: Path,
+        step: int,
+        steps: int,
+        monitor: Any,
+        trackers: tuple[str, ...] = (),
+        run: str = "",
+        attempt: int = 0,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
-        self._phase, self._steps, self._monitor = folder.name, steps, monitor
+        self._phase, self._steps, self._monitor, self._attempt = folder.name, steps, monitor, attempt
         self._trackers: list[Tracker] = open_trackers(trackers, run, folder.name)
 
     def step(self, state: TrainState, figures: dict[str, float]) -> None:
         """Figures of the step that was just done."""
-        record = {"step": state.step, "groups": state.groups, "tokens": state.tokens, **figures}
+        record = {
+            "step": state.step, "groups": state.groups, "tokens": state.tokens, "workers": state.workers, **figures
+        }  # fmt: skip
         self._write(record, "train", figures, state.step)
         self._post({"kind": "step", **record})
 
@@ -152,7 +189,7 @@ class MetricsLog:
             self.say(f"no more figures go to {type(tracker).__name__.strip('_')}: {error!r:.200}")
 
     def _write(self, record: dict[str, Any], group: str, figures: dict[str, float], step: int) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), **record}) + "\n")
+        self._file.write(json.dumps({"time": round(time.time(), 3), "attempt": self._attempt, **record}) + "\n")
         named = {f"{group}/{name}": value for name, value in figures.items()}
         for name, value in named.items():
             self._board.add_scalar(name, value, step)
@@ -165,7 +202,7 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(steps, held-out rankings) of a phase in order of steps; the latest word on a step counts."""
+    """(steps, held-out rankings) of a phase in order of steps; the latest attempt's latest word on a step counts."""
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, dict[str, Any]] = {}
     path = folder / METRICS_FILE
@@ -175,5 +212,8 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
                 record = json.loads(line)
             except ValueError:  # the last line of an attempt that was killed
                 continue
-            (heldout if "heldout" in record else steps)[record["step"]] = record
+            found = heldout if "heldout" in record else steps
+            before = found.get(record["step"])
+            if before is None or record.get("attempt", 0) >= before.get("attempt", 0):
+                found[record["step"]] = record
     return [steps[step] for step in sorted(steps)], [heldout[step] for step in sorted(heldout)]

@@ -16,7 +16,7 @@ from plad_dist.rundir import RunDir, require_model
 from plad_dist.training.attention import attention_of, check_rope
 from plad_dist.training.batching import steps_per_epoch
 from plad_dist.training.check import check_pairs
-from plad_dist.training.checkpoints import LATEST
+from plad_dist.training.checkpoints import OWNER, CheckpointStore
 from plad_dist.training.deepspeed_config import load_deepspeed
 from plad_dist.training.groups import DataSpec, group_counts
 from plad_dist.training.job import PhaseJob
@@ -25,7 +25,7 @@ from plad_dist.training.scratch import make_model
 Kind = Literal["references", "teacher", "pairs", "lists", "chosen"]
 
 # Keys of a phase that do not change what it trains.
-_OPERATIONAL = ("checkpoint_every", "keep_checkpoints")
+_OPERATIONAL = ("checkpoint_every", "checkpoint_seconds", "keep_checkpoints")
 
 
 def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
@@ -65,7 +65,8 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
             f"{path}: these pairs are in the tokens of another student than {start}. Delete {path} and {run.heldout_pairs().path} to have "
             "them made anew, or restore the student."
         )
-    if heldout and not run.storage.holds(f"checkpoints/{name}/{LATEST}"):  # what is trained on was checked before
+    kept = run.checkpoints(config)
+    if heldout and not CheckpointStore(kept, name, None).steps():  # what is trained on was checked before
         for spec in (data, heldout):
             check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
@@ -76,6 +77,8 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         settings.template, kind, context, data.longest, data.over_long, data.end_ids, config.run.seed, training.dtype,
         training.lora.model_dump(mode="json") if training.lora else None,
     ]  # fmt: skip
+    identity_of_phase = fingerprint(identity)
+    _check_checkpoints(CheckpointStore(kept, name, identity_of_phase), run)
     return PhaseJob(
         name=name,
         start=start,
@@ -96,8 +99,24 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         divergence_factor=training.divergence_factor,
         trackers=tuple(training.trackers),
         storage=run.storage,
-        fingerprint=fingerprint(identity),
+        checkpoints=kept,
+        staging=training.staging_dir,
+        fingerprint=identity_of_phase,
     )
+
+
+def _check_checkpoints(store: CheckpointStore, run: RunDir) -> None:
+    """Raise :class:`UserError` for checkpoints of another phase or run, before they are touched."""
+    store.newest()
+    if store.storage == run.storage:
+        return
+    key, own = f"{store.folder}/{OWNER}", run.storage.url.encode()
+    if not store.storage.create(key, own) and store.storage.read(key) != own:
+        owner = (store.storage.read(key) or b"").decode(errors="replace")
+        raise UserError(
+            f"training.checkpoint_url: {store.storage.url}: has the checkpoints of another run, {owner}. Give each run its own; if it is "
+            f"this one under its old name, delete {key} there"
+        )
 
 
 def _check_vocabulary(model: str, renderer: Renderer, vocabulary: int) -> None:
@@ -111,14 +130,22 @@ def _check_vocabulary(model: str, renderer: Renderer, vocabulary: int) -> None:
 
 
 def _check_partitions(config: Config) -> None:
-    """Raise :class:`UserError` for a second partition of ZeRO (hpZ) that the workers cannot be divided into."""
+    """Raise :class:`UserError` for a second partition of ZeRO (hpZ) that the workers cannot be divided into.
+
+    An elastic group takes the largest one that divides its size.
+    """
     zero = load_deepspeed(config.training.deepspeed)["zero_optimization"]
-    workers = config.training.num_workers
-    size = min(int(zero.get("zero_hpz_partition_size", 1)), workers)
-    if size > 1 and workers % size:
+    fewest, most = config.training.workers
+    size = min(int(zero.get("zero_hpz_partition_size", 1)), most)
+    if fewest == most and size > 1 and most % size:
         raise UserError(
-            f"training.num_workers={workers} is no multiple of zero_hpz_partition_size={size} (training.deepspeed: "
+            f"training.num_workers={most} is no multiple of zero_hpz_partition_size={size} (training.deepspeed: "
             f"{config.training.deepspeed}): set one that is, or another DeepSpeed config"
+        )
+    if fewest < most and zero["stage"] != 3:
+        raise UserError(
+            f"training.num_workers: an elastic group needs ZeRO stage 3, training.deepspeed: {config.training.deepspeed} has "
+            f"stage {zero['stage']}: set another DeepSpeed config, or a single number of workers"
         )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,19 +21,22 @@ from plad_dist.config import Config
 from plad_dist.data.models import model_fingerprint
 from plad_dist.data.prompts import train_prompts
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.phases import ROUND_PHASE, SEQKD
+from plad_dist.phases import ROUND_PHASE, SEQKD, WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
 from plad_dist.training.agreement import of_first_rank
-from plad_dist.training.checkpoints import Checkpoints
+from plad_dist.training.checkpoints import CheckpointStore
+from plad_dist.training.elastic import Monitor, Watcher, first_death, innermost
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.loop import STOPPED, train_loop
+from plad_dist.training.loop import train_loop
 from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")
 
 _SAY_EVERY_S = 20.0
+_AFTER_A_DEATH_S = 5.0
+_STARTS = 10  # of a controller without anything new that is kept
 
 
 def are_trained(names: Sequence[str], run: RunDir) -> bool:
@@ -39,12 +44,14 @@ def are_trained(names: Sequence[str], run: RunDir) -> bool:
     return all(model_fingerprint(run.model(name)) is not None for name in names)
 
 
-def require_inputs(name: str, run: RunDir) -> None:
-    """Raise :class:`UserError` where what a phase is trained on is not there."""
-    if name in (ROUND_PHASE, SEQKD):
+def require_inputs(names: Sequence[str], config: Config, run: RunDir) -> None:
+    """Raise :class:`UserError` where what phases are trained on is not there."""
+    if set(names) & {ROUND_PHASE, SEQKD}:
         run.pairs().require("pair")
     else:
         train_prompts(run.storage).require("prepare")
+    if WARMUP in names and config.training.warmup is not None and config.training.warmup.data == "teacher":
+        run.samples("teacher").require("sample")
 
 
 def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Progress) -> None:
@@ -55,110 +62,152 @@ def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Pr
         RunFailed: training failed more often than allowed.
     """
     jobs = [plan_phase(name, config, run) for name in names]
-    jobs = [job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint]
-    for job in jobs:
-        run.storage.delete(f"checkpoints/{job.name}/{STOPPED}")
+    launch = uuid.uuid4().hex[:12]
+    jobs = [replace(job, launch=launch) for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint]
     if jobs:
+        jobs[0].checkpoints.check_writable()
         _fit(jobs, config, run, progress)
     for job in jobs:
-        stopped = run.storage.read_json(f"checkpoints/{job.name}/{STOPPED}")
+        stopped = run.storage.read_json(job.stopped_key)
         if stopped is not None:
+            run.storage.delete(job.stopped_key)
             raise (UserError if stopped["by_user"] else RunFailed)(stopped["message"])
 
 
 def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -> None:
+    from ray.train import ControllerError
+
+    fewest, most = config.training.workers
+    names = ", ".join(job.name for job in jobs)
+    size = str(most) if fewest == most else f"{fewest} to {most}"
+    with _ray_train_times(config), _monitored(progress, f"train {names}: starting {size} workers") as monitor:
+        watcher = Watcher(monitor, names, fewest, most, config.cluster.start_timeout_s)
+        tries, kept = 0, _kept(jobs, run)
+        while True:
+            try:
+                with _ctrl_c_as_before():
+                    _trainer(jobs, config, run, monitor, watcher).fit()
+                return
+            except SystemExit:  # Ray Train's own answer to Ctrl-C, once it has stopped the workers
+                name, what = _kept(jobs, run)
+                progress.say(f"train {name}: stopped; kept: {what}")
+                raise KeyboardInterrupt from None
+            except ControllerError as error:
+                if isinstance(cause := innermost(error), RunFailed):
+                    raise _explained(error, jobs, run) from cause
+                # Ray Train takes a death while a group starts, at the rendezvous say, for an error of its own and gives up.
+                tries, kept = (1 if _kept(jobs, run) != kept else tries + 1), _kept(jobs, run)
+                if tries == _STARTS:
+                    raise _explained(error, jobs, run) from error
+                progress.say(f"train {names}: {first_death(error)}; the workers are started anew")
+            except Exception as error:
+                raise _explained(error, jobs, run) from error
+
+
+def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, watcher: Watcher) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = engines_use_gpus()
     training = config.training
+    fewest, most = training.workers
     dtype = ("bfloat16" if gpus else "float32") if training.dtype == "auto" else training.dtype
     environment = {"OMP_NUM_THREADS": str(max(1, int(training.cpus_per_worker))), "TOKENIZERS_PARALLELISM": "false"}
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
-    names = ", ".join(job.name for job in jobs)
-    with _monitored(progress, f"train {names}: starting {training.num_workers} workers") as monitor:
-        trainer = TorchTrainer(
-            _entry,
-            train_loop_config={"jobs": [replace(job, dtype=dtype, monitor=monitor) for job in jobs]},
-            scaling_config=ScalingConfig(
-                num_workers=training.num_workers,
-                use_gpu=gpus,
-                resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
+    return TorchTrainer(
+        _entry,
+        train_loop_config={"jobs": [replace(job, dtype=dtype, monitor=monitor) for job in jobs]},
+        torch_config=TorchConfig(timeout_s=training.collective_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),
+            elastic_resize_monitor_interval_s=training.resize_check_s,
+            use_gpu=gpus,
+            resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{'-'.join(job.name for job in jobs)}-{uuid.uuid4().hex[:12]}",
+            storage_path=str(run.root / ".ray-train"),
+            failure_config=FailureConfig(
+                max_failures=training.max_failures,
+                max_preemption_failures=training.max_preemptions,
+                controller_failure_limit=-1,  # for want of resources; the watcher bounds the wait
             ),
-            run_config=RunConfig(
-                name="-".join(job.name for job in jobs) + f"-{jobs[0].fingerprint[:8]}",
-                storage_path=str(run.root / ".ray-train"),
-                failure_config=FailureConfig(max_failures=training.max_failures),
-                worker_runtime_env={"env_vars": environment},
-            ),
-        )
-        before = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit()
-        except SystemExit:  # Ray Train's own answer to Ctrl-C, once it has stopped the workers
-            job, kept = _kept(jobs, run)
-            progress.say(f"train {job.name}: stopped; kept: {kept}")
-            raise KeyboardInterrupt from None
-        except Exception as error:
-            raise _explained(error, jobs, run) from error
-        finally:
-            # Ray Train leaves its own handler behind, which would swallow every Ctrl-C in the stages that follow.
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, before)
+            worker_runtime_env={"env_vars": environment},
+            callbacks=[watcher],
+        ),
+    )
+
+
+@contextmanager
+def _ctrl_c_as_before() -> Iterator[None]:
+    """Ray Train leaves its own handler behind, which would swallow every Ctrl-C in the stages that follow."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _ray_train_times(config: Config) -> Iterator[None]:
+    """Ray Train takes its times from the environment; those that are set there by the user stay."""
+    training = config.training
+    times = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": 1.0,
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": training.worker_timeout_s,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": training.start_timeout_s,
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": 1.0,
+    }
+    ours = {name: str(seconds) for name, seconds in times.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def _entry(settings: dict[str, Any]) -> None:
     """What Ray Train calls on every worker, again after every failure."""
     for job in settings["jobs"]:
         if of_first_rank(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
-            train_loop(job)
-            if of_first_rank((job.folder("checkpoints") / STOPPED).exists):
+            try:
+                train_loop(job)
+            except RuntimeError:
+                # A broken connection, mostly: whoever died broke it, and is to be seen first.
+                time.sleep(_AFTER_A_DEATH_S)
+                raise
+            if of_first_rank(partial(job.storage.holds, job.stopped_key)):
                 return
 
 
 def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception:
     """The first worker's own words. What the user did comes back as :class:`UserError`."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
-    cause = failures[0] if failures else error
-    while (inner := getattr(cause, "cause", None) or cause.__cause__) is not None:
-        cause = inner
+    cause = innermost(failures[0] if failures else error)
     if isinstance(cause, UserError):
         return cause
-    job, kept = _kept(jobs, run)
-    reason = str(cause).strip().splitlines()
+    name, kept = _kept(jobs, run)
     return RunFailed(
-        f"phase {job.name}: {type(cause).__name__}: {reason[-1] if reason else ''} Kept: {kept}. "
+        f"phase {name}: {first_death(error)}. Kept: {kept}. "
         "The workers' logs lie in Ray's session folder (/tmp/ray/session_latest/logs). Run again to go on."
     )
 
 
-def _kept(jobs: list[PhaseJob], run: RunDir) -> tuple[PhaseJob, str]:
+def _kept(jobs: list[PhaseJob], run: RunDir) -> tuple[str, str]:
     """The phase that training was in, and what of it is kept."""
     job = next((job for job in jobs if model_fingerprint(run.model(job.name)) != job.fingerprint), jobs[-1])
-    latest = Checkpoints(job.folder("checkpoints"), job.fingerprint, job.phase.keep_checkpoints).latest()
-    return job, f"the checkpoint of step {latest.step}" if latest else "no checkpoint was written yet"
-
-
-class _Monitor:
-    """Takes messages from the workers for the driver."""
-
-    def __init__(self) -> None:
-        self._messages: list[dict[str, Any]] = []
-
-    def post(self, message: dict[str, Any]) -> None:
-        self._messages.append(message)
-
-    def drain(self) -> list[dict[str, Any]]:
-        messages, self._messages = self._messages, []
-        return messages
+    latest, _ = CheckpointStore(job.checkpoints, job.name, job.fingerprint).newest()
+    return job.name, f"the checkpoint of step {latest.state.step}" if latest else "no checkpoint was written yet"
 
 
 @contextmanager
 def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
     """An actor that workers post to, and whose messages are shown while the block runs; `waiting` until there are some."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    monitor = ray.remote(_Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
+    monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
     finished, heard, begun = threading.Event(), threading.Event(), time.monotonic()
 
     def show_news() -> None:

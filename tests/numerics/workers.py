@@ -38,8 +38,35 @@ _FORKS.set_forkserver_preload(["deepspeed", "transformers.models.llama", "peft",
 Work = Callable[[dict[str, Any], str, int], None]
 
 
-def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int = 0, work: Work | None = None) -> None:
+def train(
+    folder: Path,
+    raw: dict[str, Any],
+    phase: str,
+    workers: int,
+    stop: int = 0,
+    work: Work | None = None,
+    environment: dict[str, str] | None = None,
+) -> None:
     """Run a phase with so many workers, to its end or up to a step. `work`: something else than that."""
+    processes = start(folder, raw, phase, workers, stop, work, environment)
+    for process in processes:
+        process.join(timeout=300)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * workers, (folder / "worker-0.log").read_text()[-3000:]
+
+
+def start(
+    folder: Path,
+    raw: dict[str, Any],
+    phase: str,
+    workers: int,
+    stop: int = 0,
+    work: Work | None = None,
+    environment: dict[str, str] | None = None,
+) -> list[Any]:
+    """The processes of so many workers, as :func:`train` runs them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -50,16 +77,18 @@ def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int
     }  # the server of the forks has them from its start
     processes = []
     for rank in range(workers):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        own: dict[str, Any] = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": workers,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        own |= environment or {}
         log = str(folder / f"worker-{rank}.log")
         processes.append(_FORKS.Process(target=_rank, args=(own, log, work or train_phase, raw, phase, stop)))
         processes[-1].start()
-    for process in processes:
-        process.join(timeout=300)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * workers, (folder / "worker-0.log").read_text()[-3000:]
+    return processes
 
 
 def _rank(own: dict[str, Any], log: str, work: Work, raw: dict[str, Any], phase: str, stop: int) -> None:
@@ -87,11 +116,13 @@ def train_phase(raw: dict[str, Any], phase: str, stop: int) -> None:
         return train_loop(job)
     worker = Worker(job, torch.device("cpu"))
     worker._open_groups()
+    worker._resume()
     log = worker._log() if worker.rank == 0 else None
     worker._evaluate(log)
     while worker.state.step < stop:
         worker._step(log)
-    worker.checkpoints.save(worker.engine, worker.state)
+    worker._save()
+    worker._settle()
     return worker.close()
 
 

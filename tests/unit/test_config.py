@@ -52,6 +52,16 @@ def test_a_config_survives_being_written_and_read() -> None:
             "training.round.loss.name: expected 'rank', 'margin', 'listwise'",
         ),
         ({"training": {"round": {"loss": {"name": "mle"}}}}, "must be a preference loss"),
+        (
+            {"training": {"num_workers": "two"}},
+            "training.num_workers: expected a number of workers, or the fewest and the",
+        ),
+        ({"training": {"num_workers": [3, 2]}}, "the fewest and the most such as [2, 16]; got [3, 2]"),
+        ({"training": {"num_workers": 0}}, "training.num_workers: expected a number of workers"),
+        (
+            {"training": {"num_workers": [1, 2], "round": {"optimizer": {"name": "adamw_8bit"}}}},
+            "round.optimizer.name: adamw_8bit: its states in blocks cannot be divided",
+        ),
         ({"teacher": {}}, "teacher: needs exactly one of `path`"),
         ({"student": {"scratch": {"architecture": {}}, "template": "x"}}, "needs `model_type`"),
         (
@@ -75,6 +85,49 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], message:
         load_config(path)
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"teacher": None, "teachers": {"a": {"path": "x", "sampling": {"replicas": "many"}}}},
+            'teachers.a.sampling.replicas: expected a whole number or `auto`; got "many"',
+        ),
+        ({"dataset": 1}, "dataset: unknown key"),
+        ({"run": {"dir": "x", "int": 3}}, "run.int: unknown key"),
+        (
+            {"teacher": None, "teachers": {"files": {"path": "x", "templat": "y"}}},
+            "teachers.files.templat: unknown key",
+        ),
+        ({"training": {"lora": {"target_modules": 3}}}, "lora.target_modules: expected a list or `all-linear`; got 3"),
+        ({"student": "/models/x"}, 'student: expected a section with keys of its own; got "/models/x"'),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_its_whole_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_config(write(tmp_path, MINIMAL | change))
+    assert message in str(error.value)
+    assert "1 problem:" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["run: &a [*a]", "[" * 3000])
+def test_yaml_within_itself_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="nested too deeply, or within itself"):
+        load_config(path)
+
+
+def test_an_override_of_a_section_that_is_shared_by_alias_sets_it_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        write(tmp_path, MINIMAL).read_text()
+        + "training: {round: {optimizer: &o {lr: 1.0e-3}}, seqkd: {optimizer: *o}}\n"
+    )
+    config = load_config(path, ["training.round.optimizer.lr=0.5"])
+    assert config.training.seqkd is not None
+    assert (config.training.round.optimizer.lr, config.training.seqkd.optimizer.lr) == (0.5, 1e-3)
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare, train_prompts
@@ -23,29 +20,6 @@ from plad_dist.verify import verify
 from tests.conftest import tiny_config, write_prompts
 
 SCHEMA = pa.schema([pa.field("x", pa.int64(), nullable=False)])
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    found = ThreadedMotoServer(port=0)
-    found.start()
-    host, port = found.get_host_and_port()
-    yield f"http://{host}:{port}"
-    found.stop()
-
-
-@pytest.fixture
-def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A URI in a new bucket."""
-    settings = {
-        "AWS_ENDPOINT_URL": server, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "not-a-secret",
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{abs(hash(request.node.name)) % 10**9}"
-    boto3.client("s3", endpoint_url=server, region_name="us-east-1").create_bucket(Bucket=name)
-    return f"s3://{name}/runs/one"
 
 
 def rows(*values: int) -> pa.Table:

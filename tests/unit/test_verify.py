@@ -17,8 +17,10 @@ from plad_dist.cli import main
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import weights_problems
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
-from plad_dist.data.schemas import SAMPLES
+from plad_dist.data.schemas import PAIRS, SAMPLES
+from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
+from plad_dist.errors import RunFailed
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.verify import _check as verify_one
 from plad_dist.verify import repair, verify
@@ -176,7 +178,7 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
         (truncate, "part-00001.arrow: damaged: it has"),
         (alter, "part-00001.arrow: damaged: its checksum"),
         (add, "part-00099.arrow: surplus"),
-        (damage_manifest, "manifest.json: not valid JSON"),
+        (damage_manifest, "manifest.json: damaged: Expecting property name"),
         (remove_manifest, "prompts/manifest.json: missing, though samples/teacher/round-0 was made from it"),
         (alter_config, "run.yaml: its fingerprint is not that of its config"),
         (sample_of_another_model, "part-00001.arrow: made by another config or of other inputs"),
@@ -275,7 +277,9 @@ def test_the_command_exits_with_0_or_1(
     assert "nothing is wrong" in capsys.readouterr().out
     alter(run)
     assert code() == 1
-    assert "samples/teacher/round-0: part-00001.arrow: damaged" in capsys.readouterr().err.replace("\n", " ")
+    printed = capsys.readouterr()
+    assert "samples/teacher/round-0: part-00001.arrow: damaged" in printed.out.replace("\n", " ")
+    assert f"`plad verify {run.storage.url} --repair` sets bad parts aside" in printed.err
     assert code("--repair") == 0
     said = capsys.readouterr().out
     assert "samples/teacher/round-0/part-00001.arrow: moved to samples/teacher/round-0/damaged/" in said.replace(
@@ -283,7 +287,86 @@ def test_the_command_exits_with_0_or_1(
     )
     assert "--repair" not in said, "advice to do what is being done"
     assert code() == 0, "an incomplete dataset is no damage"
-    assert "not complete yet: samples/teacher/round-0" in capsys.readouterr().out
+    assert "not complete yet: samples/teacher/round-0 (`plad sample`)" in capsys.readouterr().out
+
+
+def test_storage_that_does_not_answer_is_no_damage_and_nothing_is_moved(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = Storage.view
+
+    def view(self: Storage, key: str) -> Any:
+        if key.endswith("teacher/round-0/part-00001.arrow"):
+            raise RunFailed(f"{key}: cannot be read: 503 SlowDown")
+        return real(self, key)
+
+    monkeypatch.setattr(Storage, "view", view)
+    monkeypatch.setattr(sys, "argv", ["plad", "verify", run.storage.url, "--repair"])
+    before = part(run).read_bytes()
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "could not be checked in full" in capsys.readouterr().err
+    assert part(run).read_bytes() == before
+    assert run.samples("teacher").manifest() is not None
+
+
+def test_what_is_committed_between_the_check_and_the_repair_is_not_moved(run: RunDir) -> None:
+    data = part(run).read_bytes()
+    part(run).unlink()
+    checked, _ = verify(run.storage.url)
+    part(run).write_bytes(data)
+    assert repair(run.storage.url, checked) == []
+    assert part(run).read_bytes() == data
+    assert run.samples("teacher").manifest() is not None
+
+
+def test_the_parts_of_a_damaged_manifest_are_checked_too(run: RunDir) -> None:
+    damage_manifest(run)
+    truncate(run)
+    found = problems(run)
+    assert any("The checksums of the parts are lost with it" in problem for problem in found)
+    assert any("part-00001.arrow: damaged: not a readable Arrow file" in problem for problem in found)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "3", '{"fingerprint": "f", "facts": {}, "parts": [{"name": 1}]}'])
+def test_a_manifest_of_another_shape_is_damage_and_no_traceback(run: RunDir, text: str) -> None:
+    (run.root / "samples/teacher/round-0/manifest.json").write_text(text)
+    assert any("manifest.json: damaged" in problem for problem in problems(run))
+
+
+def test_a_dataset_whose_only_part_was_set_aside_is_to_be_made_anew_and_its_figures_go(run: RunDir) -> None:
+    dataset = run.heldout_samples("teacher")
+    for key in ("eval/round-0/metrics.json", "eval/round-0/report.html"):
+        run.storage.replace(key, b"{}")
+    (path,) = (run.root / dataset.path).glob("part-*.arrow")
+    path.write_bytes(path.read_bytes()[:-9])
+    repair(run.storage.url, verify(run.storage.url)[0])
+    states = {item.path: item.state for item in verify(run.storage.url)[0]}
+    assert states[dataset.path] == "incomplete"
+    assert not run.storage.holds("eval/round-0/metrics.json")
+    assert not run.storage.holds("eval/round-0/report.html")
+
+
+def test_damage_of_the_same_part_twice_keeps_both(run: RunDir) -> None:
+    dataset, prompts = run.samples("teacher"), train_prompts(run.storage)
+    for attempt in ("a", "b"):
+        truncate(run)
+        repair(run.storage.url, verify(run.storage.url)[0])
+        dataset.commit(1, samples_of(prompts, 1, 2), fingerprint="f", attempt=attempt)
+        dataset.finish(5, fingerprint="f", facts={}, known=[item for item in dataset.committed().values() if item])
+    assert len(list((run.root / dataset.path / "damaged").glob("part-00001.arrow.*"))) == 2
+
+
+def test_a_source_that_is_made_anew_is_no_problem_of_what_was_made_from_it(run: RunDir) -> None:
+    for role in ("student",):
+        sample(run.samples(role), train_prompts(run.storage), 1)
+    pairs = run.pairs()
+    pairs.commit(0, PAIRS.empty_table(), fingerprint="p", attempt="a")
+    pairs.finish(1, fingerprint="p", facts={})
+    assert problems(run) == []
+    alter(run)
+    repair(run.storage.url, verify(run.storage.url)[0])
+    assert problems(run) == []
 
 
 def test_what_cannot_be_repaired_is_left_and_said(
@@ -323,11 +406,13 @@ def test_damaged_weights_of_a_model_are_found_without_reading_them(
 
 
 def test_a_shard_that_the_index_lists_is_missed(tmp_path: Path) -> None:
-    save_file({"w": torch.zeros(3)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"w": torch.zeros(3)}, tmp_path / "model-00003-of-00003.safetensors")
+    (tmp_path / "model-00001-of-00002.safetensors").symlink_to(tmp_path / "nowhere")
     index = {"weight_map": {"w": "model-00001-of-00002.safetensors", "v": "model-00002-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert weights_problems(tmp_path) == [
-        "model-00002-of-00002.safetensors: missing, though model.safetensors.index.json lists it"
+        "model-00001-of-00002.safetensors: missing",
+        "model-00002-of-00002.safetensors: missing",
     ]
 
 

@@ -1,0 +1,228 @@
+"""A whole pipeline that is disturbed at random for as long as you like: what was lost, done twice, or hung in the end.
+
+A cluster of a head without work and two nodes on this machine, each in a network namespace; real vLLM, Ray Train and DeepSpeed. One
+command after the other distils a tiny student from a tiny teacher, each in a run directory of its own. While it samples, engines,
+nodes and the driver are killed; while it trains, workers, nodes and the driver are killed, workers freeze, and nodes leave with
+notice. What is hit and when follows from the seed. A node that is gone is replaced, a driver that is gone is started again. When the
+time is over the last run ends in peace, and every run is checked: each prompt has each of its samples once, every step was
+trained once, nothing that was committed is damaged.
+
+`lost`: samples or steps that are missing, and whatever `plad verify` finds. `duplicated`: samples that are there twice, steps that one
+attempt took twice. `steps_taken_again`: those that an attempt took and a later one again. `hung`: times that nothing got on for
+five minutes.
+Needs root and iproute2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plad_dist.data.prompts import train_prompts
+from plad_dist.rundir import RunDir
+from plad_dist.verify import verify
+from tests.nodes import Cluster, Node, available
+from tests.tiny import sampling_config
+
+PROMPTS, STEPS, EVERY = 600, 150, 10
+PAUSE_S = (10.0, 40.0)  # between a blow and the next, while something gets on
+HUNG_S = 300.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    if (why := available()) is not None:
+        print(json.dumps({"benchmark": "soak", "skipped": why}))
+        return
+    with tempfile.TemporaryDirectory(prefix="plad-soak-") as folder:
+        soak = Soak(Path(folder), arguments.seed)
+        try:
+            soak.disturb(arguments.minutes * 60)
+        finally:
+            soak.cluster.end()
+        figures = soak.figures()
+    print(json.dumps({"benchmark": "soak", "seed": arguments.seed, **figures}))
+
+
+class Soak:
+    """The cluster, the runs, and who hits them."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self._folder, self._random = folder, random.Random(seed)
+        self.cluster = Cluster(folder)
+        self._nodes = [self.cluster.add(cpus=2), self.cluster.add(cpus=2)]
+        self._runs: list[RunDir] = []
+        self._faults: Counter[str] = Counter()
+        self._recoveries = self._hung = 0
+        self._command: subprocess.Popen[bytes] | None = None
+
+    def disturb(self, seconds: float) -> None:
+        """Run after run, hit at random until the time is over; the last one ends in peace."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self._begin()
+            self._see_through(until)
+
+    def figures(self) -> dict[str, Any]:
+        counts: Counter[str] = Counter(lost=0, duplicated=0)
+        for run in self._runs:
+            counts.update(_wrong_with(run))
+        return {
+            "runs": len(self._runs),
+            "faults": sum(self._faults.values()),
+            "faults_by_kind": dict(self._faults),
+            "recoveries": self._recoveries,
+            **counts,
+            "hung": self._hung,
+        }
+
+    # -- a run
+
+    def _begin(self) -> None:
+        folder = self._folder / f"run-{len(self._runs)}"
+        folder.mkdir()
+        raw = sampling_config(folder, PROMPTS, block_size=8, max_tokens=48)
+        raw["sampling"] |= {"heartbeat_timeout_s": 20, "window": 1}
+        raw["sampling"]["teacher"]["engine"] = {"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 27}
+        raw["sampling"]["student"] = {**raw["sampling"]["student"], "max_tokens": 8}
+        raw["pairing"] = {"truncated_chosen": "keep"}
+        raw["training"] = {
+            "num_workers": [1, 2], "resize_check_s": 5, "worker_timeout_s": 15, "micro_batch_tokens": 1024,
+            "round": {"epochs": 1000, "max_steps": STEPS, "batch_groups": 64, "checkpoint_every": EVERY},
+        }  # fmt: skip
+        raw["cluster"] = {"address": self.cluster.address, "start_timeout_s": 900}
+        self._config = folder / "run.yaml"
+        self._config.write_text(yaml.safe_dump(raw))
+        self._run = RunDir.at(raw["run"]["dir"])
+        self._runs.append(self._run)
+        self._start()
+
+    def _start(self) -> None:
+        self._command = self.cluster.run("run", str(self._config), log=self._config.with_name("log"))
+
+    def _see_through(self, until: float) -> None:
+        """Watch a run to its end and hit it until the time is over."""
+        assert self._command is not None
+        done, moved, hit = self._progress(), time.monotonic(), False
+        next_blow = time.monotonic() + self._random.uniform(*PAUSE_S)
+        while (code := self._command.poll()) is None:
+            time.sleep(0.5)
+            now, got = time.monotonic(), self._progress()
+            if got != done:
+                self._recoveries += hit
+                done, moved, hit = got, now, False
+            elif now - moved > HUNG_S:
+                self._hung += 1
+                raise SystemExit(f"hung: {self._config.with_name('log').read_text()[-4000:]}")
+            if now < until and now >= next_blow and not hit and got:
+                hit = self._blow()
+                next_blow = time.monotonic() + self._random.uniform(*PAUSE_S)
+        if code != 0:
+            raise SystemExit(f"exit code {code}: {self._config.with_name('log').read_text()[-4000:]}")
+
+    def _progress(self) -> tuple[int, int]:
+        """Parts that are committed, and the highest step that was taken: what is done again is no progress."""
+        parts = sum(1 for _ in self._run.root.glob("**/part-*.arrow"))
+        return parts, max((row["step"] for row in _all_steps(self._run)), default=0)
+
+    # -- blows
+
+    def _blow(self) -> bool:
+        """Hit something that is there. False where there is nothing to hit now."""
+        trains = bool(self._workers())
+        kinds = ["driver", "node"] + (["worker", "freeze", "leave"] if trains else ["engine"])
+        kind = self._random.choice(kinds)
+        node = self._random.choice(self._nodes)
+        if not getattr(self, f"_hit_{kind}")(node):
+            return False
+        self._faults[kind] += 1
+        return True
+
+    def _hit_driver(self, _: Node) -> bool:
+        assert self._command is not None
+        os.killpg(self._command.pid, signal.SIGKILL)
+        self._command.wait()
+        self._start()
+        return True
+
+    def _hit_node(self, node: Node) -> bool:
+        node.kill()
+        self._replace(node)
+        return True
+
+    def _hit_leave(self, node: Node) -> bool:
+        self.cluster.drain(node, 25)
+        time.sleep(25)
+        node.kill()
+        self._replace(node)
+        return True
+
+    def _hit_engine(self, node: Node) -> bool:
+        return self._signal(node.processes("VLLM::EngineCore"), signal.SIGKILL)
+
+    def _hit_worker(self, _: Node) -> bool:
+        return self._signal(self._workers(), signal.SIGKILL)
+
+    def _hit_freeze(self, _: Node) -> bool:
+        return self._signal(self._workers(), signal.SIGSTOP)
+
+    def _workers(self) -> list[int]:
+        return [pid for node in self._nodes for pid in node.processes("ray::RayTrainWorker")]
+
+    def _signal(self, pids: list[int], number: int) -> bool:
+        if not pids:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._random.choice(pids), number)
+        return True
+
+    def _replace(self, node: Node) -> None:
+        self._nodes.remove(node)
+        self._nodes.append(self.cluster.add(cpus=2))
+
+
+def _wrong_with(run: RunDir) -> Counter[str]:
+    """What is missing and what is there twice in a finished run."""
+    found: Counter[str] = Counter()
+    prompts = set(train_prompts(run.storage).read(["prompt_id"])["prompt_id"].to_pylist())
+    for role in ("teacher", "student"):
+        rows = Counter(run.samples(role).read(["prompt_id"])["prompt_id"].to_pylist())
+        found["lost"] += len(prompts - rows.keys())
+        found["duplicated"] += sum(count - 1 for count in rows.values())
+    steps = Counter((row["attempt"], row["step"]) for row in _all_steps(run))
+    found["lost"] += len(set(range(1, STEPS + 1)) - {step for _, step in steps})
+    found["duplicated"] += sum(count - 1 for count in steps.values())
+    found["steps_taken_again"] += len(steps) - STEPS
+    checked, others = verify(run.storage.url)
+    found["lost"] += len(others) + sum(len(item.problems) + (item.state != "complete") for item in checked)
+    return found
+
+
+def _all_steps(run: RunDir) -> list[dict[str, Any]]:
+    """Figures of all steps of all attempts, those that were taken again too."""
+    path = run.root / "events/round-0/metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # half written by a process that was killed
+            rows.append(json.loads(line))
+    return [row for row in rows if "loss" in row]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Training on several nodes that are killed, frozen and cut off: the run ends, and the student is the same.
+
+Real Ray Train and DeepSpeed on a cluster of network namespaces, an elastic group of one to two workers, a node each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from plad_dist.verify import verify
+from tests.elastic import PHASE, Training
+from tests.nodes import Cluster, Node, available
+from tests.numerics.workers import config_with_pairs, make_run, train
+
+_WHY = available()
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(_WHY is not None, reason=str(_WHY)),
+]
+STEPS, EVERY = 120, 10
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The student of the same phase with nothing happening to it."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    raw = config_with_pairs(folder, epochs=1000, max_steps=STEPS, batch_groups=48, checkpoint_every=EVERY)
+    run = make_run(raw)
+    train(folder, raw, PHASE, 2)
+    return load_file(run.model(PHASE) / "model.safetensors")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    found = Cluster(tmp_path)
+    yield found
+    found.end()
+
+
+def worker_of(node: Node) -> int:
+    """The process of the training worker on a node."""
+    return node.processes("ray::RayTrainWorker")[0]
+
+
+def kill_worker(node: Node) -> None:
+    os.kill(worker_of(node), signal.SIGKILL)
+
+
+def freeze_worker(node: Node) -> None:
+    os.kill(worker_of(node), signal.SIGSTOP)
+
+
+BLOWS: dict[str, Callable[[Node], None]] = {
+    "a worker is killed": kill_worker,
+    "a worker freezes": freeze_worker,
+    "a node is killed": Node.kill,
+    "a node freezes": Node.freeze,
+    "a node is cut off": Node.cut,
+}
+
+
+@pytest.mark.parametrize("blow", BLOWS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_whatever_happens_to_a_node_the_student_is_the_same(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor], blow: str, which: int
+) -> None:
+    """The node of the first rank and the other one. What froze or was cut off wakes up when the others have gone on."""
+    nodes = [cluster.add(), cluster.add()]
+    training = Training(cluster, tmp_path / "run", STEPS, EVERY, worker_timeout_s=10)
+    training.wait_for_steps(EVERY + 5)
+    hit = time.time()
+    BLOWS[blow](nodes[which])
+    attempt = max(row["attempt"] for row in training.all_rows())
+    training.wait(lambda: max(row["attempt"] for row in training.all_rows()) > attempt, "going on")
+    lost = next(row for row in training.all_rows() if row["attempt"] > attempt)["step"]
+    assert max(row["step"] for row in training.all_rows() if row["time"] <= hit) - (lost - 1) <= EVERY + 5
+    nodes[which].mend()
+    nodes[which].thaw()
+    training.finish()
+    expect_the_same(training, undisturbed)
+
+
+def test_sizes_go_down_and_up_again_in_one_run(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    nodes = [cluster.add(), cluster.add()]
+    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+    training.wait_for_steps(EVERY + 5)
+    nodes[1].kill()
+    training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
+    cluster.add()
+    training.finish()
+    assert training.sizes() == [2, 1, 2]
+    assert re.search(r"train round-0: worker \d died: ", training.log())
+    assert "goes on with 1 workers" in training.log()
+    assert "the cluster has room for 2 workers now" in training.log()
+    expect_the_same(training, undisturbed)
+
+
+def test_the_driver_is_killed_and_the_same_command_goes_on(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    cluster.add()
+    cluster.add()
+    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+    training.wait_for_steps(EVERY + 5)
+    os.killpg(training.command.pid, signal.SIGKILL)
+    training.command.wait()
+    training.start(cluster)
+    training.finish()
+    assert "goes on from the checkpoint of step" in training.log()
+    expect_the_same(training, undisturbed)
+
+
+def test_the_head_is_lost_and_the_same_command_goes_on_elsewhere(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    first = Cluster(tmp_path)
+    try:
+        first.add()
+        first.add()
+        training = Training(first, tmp_path / "run", STEPS, EVERY)
+        training.wait_for_steps(EVERY + 5)
+        first.head.kill()
+        training.command.kill()
+        training.command.wait()
+    finally:
+        first.end()
+    second = Cluster(tmp_path)
+    try:
+        second.add()
+        training.start(second)
+        training.finish()
+    finally:
+        second.end()
+    expect_the_same(training, undisturbed)
+
+
+def expect_the_same(training: Training, undisturbed: dict[str, torch.Tensor]) -> None:
+    """Every step once, sound checkpoints, and weights that differ by float error alone."""
+    assert [row["step"] for row in training.rows()] == list(range(1, STEPS + 1))
+    checked, problems = verify(training.run.storage.url)
+    assert [*problems, *(line for item in checked for line in item.problems)] == []
+    found = load_file(training.run.model(PHASE) / "model.safetensors")
+    for name, expected in undisturbed.items():
+        difference = float((found[name] - expected).norm() / expected.norm())
+        assert difference <= 1e-4, f"{name}: {difference}"

@@ -1,0 +1,101 @@
+"""A phase that trains on a cluster of namespaces while things happen to it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plad_dist.training.metrics import read_metrics
+from tests.nodes import Cluster, wait
+from tests.numerics.workers import config_with_pairs, make_run
+
+PHASE = "round-0"
+
+
+class Training:
+    """A command that trains a phase of a run of its own, on one to two workers.
+
+    Args:
+        settings: of the `training` section.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path, steps: int, every: int, **settings: Any) -> None:
+        folder.mkdir(exist_ok=True)
+        self.raw = config_with_pairs(folder, epochs=1000, max_steps=steps, batch_groups=48, checkpoint_every=every)
+        self.raw["training"] |= {"num_workers": [1, 2], "resize_check_s": 2} | settings
+        self.run = make_run(self.raw)
+        self._folder, self.log_file = folder, folder / "log"
+        self.start(cluster)
+
+    def start(self, cluster: Cluster) -> None:
+        """Run the command, again where it has ended."""
+        self.raw["cluster"] = {"address": cluster.address, "start_timeout_s": 300}
+        path = self._folder / "run.yaml"
+        path.write_text(yaml.safe_dump(self.raw))
+        self.command: subprocess.Popen[bytes] = cluster.run("train", str(path), "--phase", PHASE, log=self.log_file)
+
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    def all_rows(self) -> list[dict[str, Any]]:
+        """Figures of all steps in the order in which they were taken, those that were taken twice too."""
+        path = self.run.root / "events" / PHASE / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:  # half written
+                continue
+        return [row for row in rows if "loss" in row]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Figures of the steps that count."""
+        return read_metrics(self.run.root / "events" / PHASE)[0]
+
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.rows()]
+
+    def sizes(self) -> list[int]:
+        """Numbers of workers, one for each change."""
+        sizes = [row["workers"] for row in self.rows()]
+        return [size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] != size]
+
+    def last_step(self) -> int:
+        rows = self.all_rows()
+        return int(rows[-1]["step"]) if rows else 0
+
+    def wait_for_steps(self, count: int) -> None:
+        """So many steps more than now."""
+        goal = self.last_step() + count
+        self.wait(lambda: self.last_step() >= goal, f"step {goal}")
+
+    def recover(self, blow: float, workers: int) -> tuple[float, int]:
+        """Seconds from a blow to the first step of a later attempt at a size, and how many steps were taken twice."""
+        attempt = max(row["attempt"] for row in self.all_rows() if row["time"] <= blow)
+
+        def after() -> list[dict[str, Any]]:
+            return [row for row in self.all_rows() if row["attempt"] > attempt and row["workers"] == workers]
+
+        self.wait(after, f"a step with {workers} workers")
+        first = after()[0]
+        last = max(row["step"] for row in self.all_rows() if row["attempt"] <= attempt)
+        return first["time"] - blow, last - (first["step"] - 1)
+
+    def finish(self) -> None:
+        code = self.command.wait(timeout=1200)
+        assert code == 0, self.log()[-4000:]
+
+    def wait(self, condition: Any, what: str, seconds: float = 300) -> None:
+        """While the command runs."""
+
+        def found() -> Any:
+            ended = self.command.poll() is not None
+            met = condition()
+            assert met or not ended, self.log()[-4000:]
+            return met
+
+        wait(found, seconds, f"{what}; {self.log_file}")

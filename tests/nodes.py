@@ -1,0 +1,197 @@
+"""A Ray cluster of several nodes on one machine, each in a network namespace of its own, with an address of its own.
+
+So a node can be killed, frozen or cut off from the network as a whole. Needs root and iproute2; see :func:`available`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_PORT = 6379
+# A node that does not answer is dead after about five seconds, where Ray waits for half a minute.
+_ENVIRONMENT = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,  # of this test alone
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "GLOO_SOCKET_IFNAME": "eth0",  # the name of the machine is the loopback address in every namespace
+}
+
+
+def available() -> str | None:
+    """Why namespaces cannot be used on this machine, None where they can."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "network namespaces need iproute2"
+    probe = f"plad-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.strip()}"
+    subprocess.run(["ip", "netns", "delete", probe], check=False)
+    return None
+
+
+class Node:
+    """One node of the cluster: a namespace and the Ray processes in it."""
+
+    def __init__(self, name: str, address: str, bridge: str) -> None:
+        self.name, self.address = name, address
+        self._outside = f"{name}o"
+        _ip("netns", "add", name)
+        _ip("link", "add", self._outside, "type", "veth", "peer", "name", "eth0", "netns", name)
+        _ip("link", "set", self._outside, "master", bridge, "up")
+        _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            _ip("-n", name, "link", "set", device, "up")
+
+    def command(self, *command: str) -> list[str]:
+        """A command that runs on this node."""
+        return ["ip", "netns", "exec", self.name, *command]
+
+    def pids(self) -> list[int]:
+        """Processes of this node."""
+        return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
+
+    def processes(self, word: str) -> list[int]:
+        """Those whose command line has a word in it."""
+        found = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                if word in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
+                    found.append(pid)
+        return found
+
+    def kill(self) -> None:
+        """The node is gone, all at once: its network first, so that nobody says goodbye."""
+        self.cut()
+        self._send(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        self._send(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._send(signal.SIGCONT)
+
+    def cut(self) -> None:
+        """Nothing goes in or out."""
+        _ip("link", "set", self._outside, "down")
+
+    def mend(self) -> None:
+        _ip("link", "set", self._outside, "up")
+
+    def remove(self) -> None:
+        self._send(signal.SIGKILL)
+        until = time.monotonic() + 10
+        while self.pids() and time.monotonic() < until:
+            time.sleep(0.05)
+        for command in (("link", "delete", self._outside), ("netns", "delete", self.name)):
+            with contextlib.suppress(subprocess.CalledProcessError):
+                _ip(*command)
+
+    def _send(self, number: int) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+class Cluster:
+    """A head without work and nodes that come and go.
+
+    Args:
+        folder: for logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._prefix = f"p{os.getpid() % 100_000}"
+        self._bridge, self._net = f"{self._prefix}b", f"10.{77 + os.getpid() % 100}.{os.getpid() % 250}"
+        _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("address", "add", f"{self._net}.1/24", "dev", self._bridge)
+        _ip("link", "set", self._bridge, "up")
+        self.nodes: list[Node] = []
+        self.head = self._new_node()
+        self._start(self.head, "--head", f"--port={_PORT}", "--num-cpus=0", "--include-dashboard=false")
+        self.address = f"{self.head.address}:{_PORT}"
+
+    def add(self, cpus: int = 1) -> Node:
+        """One more node; it is there when this returns."""
+        node = self._new_node()
+        self._start(node, f"--address={self.address}", f"--num-cpus={cpus}")
+        return node
+
+    def run(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
+        """The `plad` command on the head, its output at the end of a log."""
+        command = self.head.command(sys.executable, "-c", "from plad_dist.cli import main; main()", *arguments)
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                command, stdout=file, stderr=file, env=os.environ | _ENVIRONMENT, cwd=Path(__file__).parent.parent,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def drain(self, node: Node, seconds: int) -> None:
+        """Tell Ray that a node will leave after so many seconds."""
+        code = (
+            f"import ray; ray.init(address='{self.address}', logging_level='ERROR', log_to_driver=False); "
+            "print(*(node['NodeID'] for node in ray.nodes() if node['Alive'] and "
+            f"node['NodeManagerAddress'] == '{node.address}'))"
+        )
+        python = self.head.command(sys.executable, "-c", code)
+        environment = os.environ | _ENVIRONMENT
+        found = subprocess.run(python, capture_output=True, text=True, check=True, timeout=120, env=environment)
+        name = found.stdout.split()[-1]
+        command = self.head.command(
+            str(Path(sys.executable).parent / "ray"), "drain-node", f"--address={self.address}", f"--node-id={name}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
+            f"--deadline-remaining-seconds={seconds}",
+        )  # fmt: skip
+        subprocess.run(command, capture_output=True, check=True, timeout=120, env=environment)
+
+    def end(self) -> None:
+        for node in reversed(self.nodes):
+            node.thaw()
+            node.remove()
+        _ip("link", "delete", self._bridge)
+
+    def _new_node(self) -> Node:
+        self._count += 1
+        node = Node(f"{self._prefix}n{self._count}", f"{self._net}.{self._count + 1}", self._bridge)
+        self.nodes.append(node)
+        return node
+
+    def _start(self, node: Node, *arguments: str) -> None:
+        ray = str(Path(sys.executable).parent / "ray")
+        command = node.command(
+            ray, "start", *arguments, f"--node-ip-address={node.address}", "--block", "--disable-usage-stats",
+            f"--object-store-memory={200 << 20}",
+        )  # fmt: skip
+        with (self._folder / f"{node.name}.log").open("wb") as log:
+            subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | _ENVIRONMENT, start_new_session=True)
+        path = self._folder / f"{node.name}.log"
+        wait(lambda: "Ray runtime started" in path.read_text(), 120, f"{node.name} to start", every=0.2)
+
+
+def wait(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.05) -> Any:
+    """Wait until something is true and return it."""
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < until, f"waited {seconds:.0f} s for {what}"
+        time.sleep(every)
+    return found
+
+
+def _ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,128 @@
+"""What is heeded and said of a worker group: who died first, when nodes leave, what room there is."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.training import elastic, notices
+from plad_dist.training.elastic import Monitor, first_death, innermost
+from plad_dist.training.notices import Notices
+
+
+def broken_connection() -> RuntimeError:
+    return RuntimeError("[pair.cc:534] Connection closed by peer [10.0.0.3]:1234")
+
+
+def test_the_death_is_named_and_not_those_whose_connections_broke_with_it() -> None:
+    death = WorkerHealthCheckFailedError("A worker health check failed.", failure=ActorDiedError())
+    error = WorkerGroupError("failed", {0: broken_connection(), 1: death})
+    assert first_death(error).startswith("worker 1 died: ")
+    assert "Connection closed" not in first_death(error)
+
+
+def test_a_worker_that_does_not_answer_is_named_with_the_key_that_says_how_long() -> None:
+    error = WorkerGroupError("failed", {0: broken_connection(), 1: WorkerHealthCheckTimeoutError("late")})
+    assert first_death(error) == "worker 1 does not answer (training.worker_timeout_s)"
+
+
+def test_a_failure_without_a_death_is_told_in_its_own_words() -> None:
+    error = WorkerGroupError("failed", {1: ValueError("line one\nno space left on device")})
+    assert first_death(error) == "worker 1 failed: ValueError: no space left on device"
+
+
+def test_a_node_that_left_with_notice_is_no_death() -> None:
+    info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
+    assert first_death(PreemptionError(preemption_info=info)) == "a node has left as it had announced"
+
+
+def test_what_the_controller_was_told_to_end_with_is_found() -> None:
+    told = RunFailed("waited 600 s for room for 4 workers")
+    assert innermost(ControllerError(told)) is told
+    assert innermost(ControllerError(UserError("x"))).args == ("x",)
+    assert "waited 600 s" in first_death(ControllerError(told))
+
+
+class Clock:
+    """Both clocks of a module, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        fake = SimpleNamespace(time=lambda: self.now, monotonic=lambda: self.now, sleep=lambda seconds: None)
+        monkeypatch.setattr(notices, "time", fake)
+
+
+def leaves(node: str, at: float | None) -> Any:
+    return SimpleNamespace(deadline_ms=None if at is None else at * 1000, preempted_node_to_ranks={node: [0]})
+
+
+@pytest.fixture
+def heeding(monkeypatch: pytest.MonkeyPatch) -> tuple[Notices, Clock]:
+    monkeypatch.setattr(Notices, "_ask_whether_to_yield", lambda self: None)
+    clock = Clock(monkeypatch)
+    return Notices(object()), clock
+
+
+def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(heeding: tuple[Notices, Clock]) -> None:
+    """Two steps and three commits before the node leaves, and a margin."""
+    found, clock = heeding
+    assert not found.heed(None, None)
+    assert found.heed(leaves("a", 1300.0), None)
+    assert not found.heed(leaves("a", 1300.0), None), "it is the same notice"
+    clock.now = 1300.0 - (15 + 3 * 5 + 2 * 40) - 1
+    assert not found.wishes(5.0, 40.0)["leave"]
+    clock.now += 1
+    assert found.wishes(5.0, 40.0)["leave"]
+
+
+def test_a_second_node_that_leaves_sooner_counts(heeding: tuple[Notices, Clock]) -> None:
+    found, _ = heeding
+    assert found.heed(leaves("a", 3000.0), None)
+    assert not found.wishes(0.0, 0.0)["leave"]
+    assert found.heed(leaves("b", 1010.0), None)
+    assert found.wishes(0.0, 0.0)["leave"]
+
+
+def test_a_node_that_does_not_say_when_it_leaves_is_taken_to_leave_at_once(heeding: tuple[Notices, Clock]) -> None:
+    found, _ = heeding
+    assert found.heed(leaves("a", None), None)
+    assert found.wishes(0.0, 0.0)["leave"]
+
+
+def test_it_is_looked_once_a_second(heeding: tuple[Notices, Clock]) -> None:
+    found, clock = heeding
+    assert not found.wishes(0.0, 0.0)["look"]
+    clock.now += 1
+    assert found.wishes(0.0, 0.0)["look"]
+    assert not found.wishes(0.0, 0.0)["look"]
+
+
+def test_a_late_answer_of_an_earlier_group_is_no_answer() -> None:
+    monitor = Monitor()
+    monitor.new_group()
+    monitor.ask_to_yield()
+    early = monitor.wants_yield()
+    monitor.new_group()
+    assert monitor.wants_yield() == 0
+    monitor.yielded(early)
+    monitor.ask_to_yield()
+    assert not monitor.has_yielded()
+    monitor.yielded(monitor.wants_yield())
+    assert monitor.has_yielded()
+
+
+def test_room_is_what_is_free_on_nodes_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = ray._private.state
+    monkeypatch.setattr(state.state, "get_draining_nodes", lambda: {"leaves": 0})
+    free = {"leaves": {"CPU": 8.0, "GPU": 8.0}, "stays": {"CPU": 8.0, "GPU": 3.0}, "full": {"CPU": 0.5}}
+    monkeypatch.setattr(state, "available_resources_per_node", lambda: free)
+    found = [elastic._room(resources, {"CPU": 1.0, "GPU": 1.0}) for resources in elastic._free_resources().values()]
+    assert found == [3, 0]
