@@ -2,8 +2,8 @@
 
 A cluster of a head without work and two nodes on this machine, each in a network namespace with an address of its own; real
 Ray Train, real DeepSpeed ZeRO-3, one worker a node, an elastic group of one to two. One command trains a phase. Then, while it
-trains: a node is killed (network first, then every process), a new node joins, and a node is told to leave and killed when its
-time is over. The same phase without any of it gives the losses to compare with. Times are from the blow to the first optimizer
+trains: every process of a node is killed, a new node joins, a node is lost as a whole (its network first, so that nobody learns
+of it but by its silence), another joins, and a node is told to leave and killed when its time is over. The same phase without any of it gives the losses to compare with. Times are from the blow to the first optimizer
 step that ends after it, by the figures that the run itself writes.
 
 There is no peer: none changes the size of ZeRO-3 without hand work. Needs root and iproute2.
@@ -29,7 +29,7 @@ STEPS = {"kill": 35, "grow": 20, "preempt": 30}  # taken before each blow, count
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--steps", type=int, default=400, help="steps of the phase")
+    parser.add_argument("--steps", type=int, default=500, help="steps of the phase")
     arguments = parser.parse_args()
     if (why := available()) is not None:
         print(json.dumps({"benchmark": "recovery", "skipped": why}))
@@ -66,13 +66,20 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
 def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str, Any]:
     training.wait_for_steps(STEPS["kill"])
     blow = time.time()
-    nodes[1].kill()
+    nodes[1].kill(quietly=False)
     kill, lost_kill = training.recover(blow, 1)
 
     training.wait_for_steps(STEPS["grow"])
-    cluster.add()
+    nodes[1] = cluster.add()
     blow = time.time()
     grow, lost_grow = training.recover(blow, 2)
+
+    training.wait_for_steps(STEPS["kill"])
+    blow = time.time()
+    nodes[1].kill()
+    lost_node, lost_steps = training.recover(blow, 1)
+    cluster.add()
+    training.recover(time.time(), 2)
 
     training.wait_for_steps(STEPS["preempt"])
     cluster.drain(nodes[0], NOTICE_S)
@@ -83,8 +90,10 @@ def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str
     return {
         "recover_seconds_kill": round(kill, 1),
         "recover_seconds_resize_up": round(grow, 1),
+        "recover_seconds_lost_machine": round(lost_node, 1),
         "recover_seconds_preemption": round(preempt - NOTICE_S, 1),
         "steps_lost_kill": lost_kill,
+        "steps_lost_lost_machine": lost_steps,
         "steps_lost_resize_up": lost_grow,
         "steps_lost_preemption": lost_preemption,
     }

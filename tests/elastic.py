@@ -7,11 +7,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from plad_dist.training.metrics import read_metrics
+from plad_dist.verify import verify
 from tests.nodes import Cluster, wait
-from tests.numerics.workers import config_with_pairs, make_run
+from tests.numerics.workers import config_with_pairs, make_run, train
 
 PHASE = "round-0"
 
@@ -99,3 +102,23 @@ class Training:
             return met
 
         wait(found, seconds, f"{what}; {self.log_file}")
+
+
+def undisturbed_student(folder: Path, steps: int, every: int) -> dict[str, torch.Tensor]:
+    """The student of the same phase with nothing happening to it."""
+    raw = config_with_pairs(folder, epochs=1000, max_steps=steps, batch_groups=48, checkpoint_every=every)
+    run = make_run(raw)
+    train(folder, raw, PHASE, 2)
+    return load_file(run.model(PHASE) / "model.safetensors")
+
+
+def expect_the_same(training: Training, undisturbed: dict[str, torch.Tensor]) -> None:
+    """Every step once, sound checkpoints, and weights that differ by float error alone."""
+    steps = int(training.raw["training"]["round"]["max_steps"])
+    assert [row["step"] for row in training.rows()] == list(range(1, steps + 1))
+    checked, problems = verify(training.run.storage.url)
+    assert [*problems, *(line for item in checked for line in item.problems)] == []
+    found = load_file(training.run.model(PHASE) / "model.safetensors")
+    for name, expected in undisturbed.items():
+        difference = float((found[name] - expected).norm() / expected.norm())
+        assert difference <= 1e-4, f"{name}: {difference}"

@@ -74,9 +74,10 @@ class Node:
                     found.append(pid)
         return found
 
-    def kill(self) -> None:
-        """The node is gone, all at once: its network first, so that nobody says goodbye."""
-        self.cut()
+    def kill(self, *, quietly: bool = True) -> None:
+        """Every process of the node is gone. Quietly: its network first, so that the others learn nothing, as of a lost machine."""
+        if quietly:
+            self.cut()
         self._send(signal.SIGKILL)
 
     def freeze(self) -> None:

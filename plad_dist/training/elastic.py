@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
@@ -27,6 +27,8 @@ from plad_dist.errors import RunFailed, UserError
 _SAY_EVERY_S = 30.0
 _YIELD_TIMEOUT_S = 1800.0
 _DEATHS = (RayActorError, WorkerHealthCheckTimeoutError)
+_SILENCE = (ActorUnavailableError, WorkerHealthCheckTimeoutError)
+_SUSPECT_S = 30.0
 
 
 class Monitor:
@@ -80,16 +82,25 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
     def __init__(self, monitor: Any, what: str, fewest: int, most: int, patience: float) -> None:
         self._monitor, self._what, self._fewest, self._most, self._patience = monitor, what, fewest, most, patience
         self._group: Any = None
+        self._suspects: dict[
+            str, float
+        ] = {}  # nodes that do not answer, which Ray has not found dead yet, and since when
         self._waits_since = self._said = time.monotonic()
         self._starts_anew = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Called in the controller's process, before it decides anything."""
         self._waits_since = self._said = time.monotonic()
-        count_what_is_free(self._takes_steps)
+        count_what_is_free(self._takes_steps, self._staying, self._workers_on)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._group = worker_group
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._group = None
+
+    def after_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._group = None
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Called after every turn of the controller, whether the state is another or not."""
@@ -101,6 +112,7 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
                 self._waits_since = self._said = time.monotonic()
             case RestartingState() if not isinstance(previous_state, RestartingState):
                 self._starts_anew, self._waits_since = True, time.monotonic()
+                self._suspect(current_state.training_failed_error)
                 self._say(f"{first_death(current_state.training_failed_error)}; the workers are started anew")
             case ResizingState():
                 self._starts_anew = True
@@ -120,6 +132,22 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
             if self._group is None or self._group.poll_status(timeout=1.0).errors:
                 return
             time.sleep(0.2)
+
+    def _suspect(self, error: Any) -> None:
+        """Take note of nodes whose workers cannot be reached: to count with them costs a start that cannot succeed."""
+        workers = self._group.get_workers() if self._group is not None else []
+        for rank, failure in (getattr(error, "worker_failures", None) or {}).items():
+            if isinstance(innermost(failure), _SILENCE) and rank < len(workers):
+                self._suspects[workers[rank].metadata.node_id] = time.monotonic()
+
+    def _staying(self) -> dict[str, dict[str, float]]:
+        """What is free on nodes that answer and stay."""
+        recent = {node for node, since in self._suspects.items() if time.monotonic() - since < _SUSPECT_S}
+        return {node: free for node, free in free_resources().items() if node not in recent}
+
+    def _workers_on(self, nodes: set[str]) -> int:
+        workers = self._group.get_workers() if self._group is not None else []
+        return sum(worker.metadata.node_id in nodes for worker in workers)
 
     def _takes_steps(self) -> bool:
         return bool(self._call(self._monitor.takes_steps.remote()))
@@ -150,12 +178,19 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
             return None
 
 
-def count_what_is_free(takes_steps: Callable[[], bool]) -> None:
-    """Let Ray Train's elastic policy, in this process, count what is really free.
+def count_what_is_free(
+    takes_steps: Callable[[], bool], staying: Callable[[], dict[str, dict[str, float]]], held: Callable[[set[str]], int]
+) -> None:
+    """Let Ray Train's elastic policy, in this process, count what is really free, or held by its own workers.
 
     By itself it counts all that the nodes have, also what other jobs hold and what nodes have that are about to leave; so it ends
     a healthy group for a size that cannot be started, and after a death tries sizes that are not there any more. A group is
     not resized either before it has taken a step, or nodes that come one by one would never let it.
+
+    Args:
+        takes_steps: whether the running group does.
+        staying: what is free on every node that may be counted with.
+        held: how many workers the group has on some nodes, which ends before the next one begins.
     """
     count, decide = (
         ElasticScalingPolicy._count_possible_workers,
@@ -163,28 +198,25 @@ def count_what_is_free(takes_steps: Callable[[], bool]) -> None:
     )
 
     def possible(self: Any, reserved_resources: Any) -> int:
-        running = getattr(self, "_plad_running", 0)
         wanted = self.scaling_config._resources_per_worker_not_none
-        free = sum(_room(resources, wanted) for resources in _free_resources().values())
-        return min(count(self, reserved_resources), running + free)
+        free = staying()
+        room = sum(_room(resources, wanted) for resources in free.values())
+        return min(count(self, reserved_resources), room + held(set(free)))
 
     def decision(self: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
-        self._plad_running = worker_group_state.num_workers
-        try:
-            found = decide(self, worker_group_state, worker_group_status)
-        finally:
-            self._plad_running = 0
+        found = decide(self, worker_group_state, worker_group_status)
         return found if isinstance(found, NoopDecision) or takes_steps() else NoopDecision()
 
     ElasticScalingPolicy._count_possible_workers = possible
     ElasticScalingPolicy.make_decision_for_running_worker_group = decision
 
 
-def _free_resources() -> dict[str, dict[str, float]]:
-    """What is free on every node that stays."""
+def free_resources() -> dict[str, dict[str, float]]:
+    """What is free on every node that is alive and stays."""
     leaving = set(ray._private.state.state.get_draining_nodes() or {})
+    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
     free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
-    return {node: resources for node, resources in free.items() if node not in leaving}
+    return {node: free.get(node, {}) for node in staying}
 
 
 def _room(free: dict[str, float], wanted: dict[str, float]) -> int:

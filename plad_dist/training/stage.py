@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import ray
@@ -25,17 +24,15 @@ from plad_dist.phases import ROUND_PHASE, SEQKD, WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
-from plad_dist.training.agreement import of_first_rank
 from plad_dist.training.checkpoints import CheckpointStore
 from plad_dist.training.elastic import Monitor, Watcher, first_death, innermost
+from plad_dist.training.entry import train_jobs
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.loop import train_loop
 from plad_dist.training.plan import plan_phase
 
 logger = logging.getLogger("plad")
 
 _SAY_EVERY_S = 20.0
-_AFTER_A_DEATH_S = 5.0
 _STARTS = 10  # of a controller without anything new that is kept
 
 
@@ -116,7 +113,7 @@ def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, wa
     if not gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     return TorchTrainer(
-        _entry,
+        train_jobs,
         train_loop_config={"jobs": [replace(job, dtype=dtype, monitor=monitor) for job in jobs]},
         torch_config=TorchConfig(timeout_s=training.collective_timeout_s),
         scaling_config=ScalingConfig(
@@ -167,20 +164,6 @@ def _ray_train_times(config: Config) -> Iterator[None]:
     finally:
         for name in ours:
             del os.environ[name]
-
-
-def _entry(settings: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker, again after every failure."""
-    for job in settings["jobs"]:
-        if of_first_rank(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
-            try:
-                train_loop(job)
-            except RuntimeError:
-                # A broken connection, mostly: whoever died broke it, and is to be seen first.
-                time.sleep(_AFTER_A_DEATH_S)
-                raise
-            if of_first_rank(partial(job.storage.holds, job.stopped_key)):
-                return
 
 
 def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception:

@@ -6,7 +6,6 @@ Real Ray Train and DeepSpeed on a cluster of network namespaces, an elastic grou
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from plad_dist.verify import verify
-from tests.elastic import PHASE, Training
+from tests.elastic import Training, expect_the_same, undisturbed_student
 from tests.nodes import Cluster, Node, available
-from tests.numerics.workers import config_with_pairs, make_run, train
 
 _WHY = available()
 pytestmark = [
@@ -32,12 +28,7 @@ STEPS, EVERY = 120, 10
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The student of the same phase with nothing happening to it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    raw = config_with_pairs(folder, epochs=1000, max_steps=STEPS, batch_groups=48, checkpoint_every=EVERY)
-    run = make_run(raw)
-    train(folder, raw, PHASE, 2)
-    return load_file(run.model(PHASE) / "model.safetensors")
+    return undisturbed_student(tmp_path_factory.mktemp("undisturbed"), STEPS, EVERY)
 
 
 @pytest.fixture
@@ -90,23 +81,6 @@ def test_whatever_happens_to_a_node_the_student_is_the_same(
     expect_the_same(training, undisturbed)
 
 
-def test_sizes_go_down_and_up_again_in_one_run(
-    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
-) -> None:
-    nodes = [cluster.add(), cluster.add()]
-    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
-    training.wait_for_steps(EVERY + 5)
-    nodes[1].kill()
-    training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
-    cluster.add()
-    training.finish()
-    assert training.sizes() == [2, 1, 2]
-    assert re.search(r"train round-0: worker \d died: ", training.log())
-    assert "goes on with 1 workers" in training.log()
-    assert "the cluster has room for 2 workers now" in training.log()
-    expect_the_same(training, undisturbed)
-
-
 def test_the_driver_is_killed_and_the_same_command_goes_on(
     tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
 ) -> None:
@@ -144,14 +118,3 @@ def test_the_head_is_lost_and_the_same_command_goes_on_elsewhere(
     finally:
         second.end()
     expect_the_same(training, undisturbed)
-
-
-def expect_the_same(training: Training, undisturbed: dict[str, torch.Tensor]) -> None:
-    """Every step once, sound checkpoints, and weights that differ by float error alone."""
-    assert [row["step"] for row in training.rows()] == list(range(1, STEPS + 1))
-    checked, problems = verify(training.run.storage.url)
-    assert [*problems, *(line for item in checked for line in item.problems)] == []
-    found = load_file(training.run.model(PHASE) / "model.safetensors")
-    for name, expected in undisturbed.items():
-        difference = float((found[name] - expected).norm() / expected.norm())
-        assert difference <= 1e-4, f"{name}: {difference}"

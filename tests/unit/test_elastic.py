@@ -122,7 +122,15 @@ def test_a_late_answer_of_an_earlier_group_is_no_answer() -> None:
 def test_room_is_what_is_free_on_nodes_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     state = ray._private.state
     monkeypatch.setattr(state.state, "get_draining_nodes", lambda: {"leaves": 0})
-    free = {"leaves": {"CPU": 8.0, "GPU": 8.0}, "stays": {"CPU": 8.0, "GPU": 3.0}, "full": {"CPU": 0.5}}
+    free = {
+        "leaves": {"CPU": 8.0, "GPU": 8.0},
+        "stays": {"CPU": 8.0, "GPU": 3.0},
+        "full": {"CPU": 0.5},
+        "dead": {"CPU": 8.0},
+    }
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": name, "Alive": name != "dead"} for name in free])
     monkeypatch.setattr(state, "available_resources_per_node", lambda: free)
-    found = [elastic._room(resources, {"CPU": 1.0, "GPU": 1.0}) for resources in elastic._free_resources().values()]
-    assert found == [3, 0]
+    found = {
+        name: elastic._room(resources, {"CPU": 1.0, "GPU": 1.0}) for name, resources in elastic.free_resources().items()
+    }
+    assert found == {"stays": 3, "full": 0}

@@ -1,0 +1,44 @@
+"""An elastic group on a cluster of namespaces: from two workers to one and to two again, in one run and with one command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.elastic import Training, expect_the_same, undisturbed_student
+from tests.nodes import Cluster, available
+
+_WHY = available()
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(_WHY is not None, reason=str(_WHY)),
+]
+STEPS, EVERY = 120, 10
+
+
+def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = undisturbed_student(tmp_path / "undisturbed", STEPS, EVERY)
+    cluster = Cluster(tmp_path)
+    try:
+        nodes = [cluster.add(), cluster.add()]
+        training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+        training.wait_for_steps(EVERY + 5)
+        nodes[1].kill()
+        training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
+        cluster.add()
+        training.finish()
+    finally:
+        cluster.end()
+    assert training.sizes() == [2, 1, 2]
+    for told in (
+        r"worker \d died: .*node",
+        "goes on with 1 workers",
+        "has room for 2 workers now",
+        "goes on with 2 workers",
+    ):
+        assert re.search(told, training.log()), training.log()
+    expect_the_same(training, undisturbed)
