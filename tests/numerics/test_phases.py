@@ -32,6 +32,13 @@ def trained(folder: Path, training: dict[str, Any] | None = None, workers: int =
     return run
 
 
+def left_by_workers(run: RunDir) -> tuple[str, bool]:
+    """Why they stopped, and whether the user is to mend it."""
+    (path,) = (run.root / "checkpoints" / PHASE).glob("stopped-*.json")
+    found = json.loads(path.read_text())
+    return found["message"], found["by_user"]
+
+
 def logp(model: Any, prompt: list[int], response: list[int]) -> float:
     with torch.no_grad():
         logps = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0].log_softmax(-1)
@@ -121,9 +128,9 @@ def test_a_diverging_phase_stops_before_the_step_and_names_groups(tmp_path: Path
         tmp_path, {"divergence_factor": 1.01}, max_steps=40, checkpoint_every=2,
         optimizer={"lr": 1.0, "warmup_share": 0.0, "clip_norm": 1e9},
     )  # fmt: skip
-    stopped = json.loads((run.root / "checkpoints" / PHASE / "stopped.json").read_text())
-    assert "The step was not taken. Kept:" in stopped["message"]
-    assert not stopped["by_user"]
+    message, by_user = left_by_workers(run)
+    assert "The step was not taken. Kept:" in message
+    assert not by_user
     assert not (run.model(PHASE) / "plad.json").exists()
 
 
@@ -136,7 +143,7 @@ def test_a_loss_that_is_no_number_names_the_groups(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "student/model.safetensors", {"format": "pt"})
     run = make_run(raw)
     train(tmp_path, raw, PHASE, 1)
-    message = json.loads((run.root / "checkpoints" / PHASE / "stopped.json").read_text())["message"]
+    message = left_by_workers(run)[0]
     assert "step 1: the loss is nan" in message
     assert "no checkpoint yet" in message
     assert "pairs/round-0/part-0000" in message
