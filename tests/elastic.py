@@ -7,16 +7,23 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
 from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
-from tests.nodes import Cluster, wait
+from tests.nodes import Cluster, available, wait
 from tests.numerics.workers import config_with_pairs, make_run, train
 
 PHASE = "round-0"
+_WHY = available()
+MARKS = [
+    pytest.mark.engine,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(_WHY is not None, reason=str(_WHY)),
+]
 # At a learning rate at which float error stays float error: where a run tears through its first steps, two that differ by a rounding
 # part by per cents before they meet again, whatever happens to them.
 ROUND: dict[str, Any] = {"epochs": 1000, "batch_groups": 48, "optimizer": {"lr": 3e-4}}

@@ -14,15 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.elastic import Training, expect_the_same, undisturbed_student
-from tests.nodes import Cluster, Node, available
+from tests.elastic import MARKS, Training, expect_the_same, undisturbed_student
+from tests.nodes import Cluster, Node
 
-_WHY = available()
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(_WHY is not None, reason=str(_WHY)),
-]
+pytestmark = MARKS
 STEPS, EVERY = 120, 10
 
 

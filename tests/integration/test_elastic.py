@@ -5,18 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
+from tests.elastic import MARKS, Training, expect_the_same, undisturbed_student
+from tests.nodes import Cluster
 
-from tests.elastic import Training, expect_the_same, undisturbed_student
-from tests.nodes import Cluster, available
-
-_WHY = available()
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.timeout(1200),
-    pytest.mark.skipif(_WHY is not None, reason=str(_WHY)),
-]
-STEPS, EVERY = 120, 10
+pytestmark = MARKS
+STEPS, EVERY = 240, 10
 
 
 def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) -> None:

@@ -38,17 +38,9 @@ _FORKS.set_forkserver_preload(["deepspeed", "transformers.models.llama", "peft",
 Work = Callable[[dict[str, Any], str, int], None]
 
 
-def train(
-    folder: Path,
-    raw: dict[str, Any],
-    phase: str,
-    workers: int,
-    stop: int = 0,
-    work: Work | None = None,
-    environment: dict[str, str] | None = None,
-) -> None:
-    """Run a phase with so many workers, to its end or up to a step. `work`: something else than that."""
-    processes = start(folder, raw, phase, workers, stop, work, environment)
+def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int = 0, **options: Any) -> None:
+    """Run a phase with so many workers, to its end or up to a step. Options: of :func:`start`."""
+    processes = start(folder, raw, phase, workers, stop, **options)
     for process in processes:
         process.join(timeout=300)
     codes = [process.exitcode for process in processes]
@@ -66,7 +58,12 @@ def start(
     work: Work | None = None,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:
-    """The processes of so many workers, as :func:`train` runs them."""
+    """The processes of so many workers, as :func:`train` runs them.
+
+    Args:
+        work: something else than the phase.
+        environment: what they have beside their own.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
