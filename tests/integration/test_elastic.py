@@ -9,7 +9,7 @@ from tests.elastic import MARKS, Training, expect_the_same, undisturbed_student
 from tests.nodes import Cluster
 
 pytestmark = MARKS
-STEPS, EVERY = 240, 10
+STEPS, EVERY = 160, 10
 
 
 def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) -> None:
