@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,11 +25,13 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
 from plad_dist.training.checkpoints import CheckpointStore
-from plad_dist.training.elastic import Monitor, Watcher, first_death, innermost
-from plad_dist.training.entry import train_jobs
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.plan import plan_phase
 
+if TYPE_CHECKING:
+    from plad_dist.training.elastic import Watcher
+
+# Ray Train and DeepSpeed are imported where something is trained: a finished run is skipped through in a moment.
 logger = logging.getLogger("plad")
 
 _SAY_EVERY_S = 20.0
@@ -74,6 +76,8 @@ def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Pr
 def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -> None:
     from ray.train import ControllerError
 
+    from plad_dist.training.elastic import Watcher, first_death, innermost
+
     fewest, most = config.training.workers
     names = ", ".join(job.name for job in jobs)
     size = str(most) if fewest == most else f"{fewest} to {most}"
@@ -104,6 +108,8 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
 def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, watcher: Watcher) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from plad_dist.training.entry import train_jobs
 
     gpus = engines_use_gpus()
     training = config.training
@@ -168,6 +174,8 @@ def _ray_train_times(config: Config) -> Iterator[None]:
 
 def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception:
     """The first worker's own words. What the user did comes back as :class:`UserError`."""
+    from plad_dist.training.elastic import first_death, innermost
+
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     cause = innermost(failures[0] if failures else error)
     if isinstance(cause, UserError):
@@ -189,6 +197,8 @@ def _kept(jobs: list[PhaseJob], run: RunDir) -> tuple[str, str]:
 @contextmanager
 def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
     """An actor that workers post to, and whose messages are shown while the block runs; `waiting` until there are some."""
+    from plad_dist.training.elastic import Monitor
+
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
     finished, heard, begun = threading.Event(), threading.Event(), time.monotonic()
