@@ -116,7 +116,6 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     open_run(config)
     log_to_run(run)
     todo = 0
-    told = f"`plad {command}`" if command else ""
     with connected(config) as connect:
         for step in steps:
             if step.done():
@@ -126,7 +125,7 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
                 try:
                     step.inputs()
                 except UserError as missing:  # of a stage that comes in between; what this command could do is done
-                    logger.info("%s: is left to a later %s: %s", step.name, told, missing)
+                    logger.info("%s: is left to a later `plad %s`: %s", step.name, command, missing)
                     break
             todo += 1
             _work(step, run, connect)

@@ -1,8 +1,8 @@
 """Attempts at a phase: whoever began last may write, and all before it may not.
 
-A worker group claims the next number as the first thing that it does, by an object that can be created only once. A process that was frozen or cut
-off and wakes up late finds a higher number and ends. The check and the write after it are not one step, so what is written is
-harmless by itself too: checkpoints are created, never overwritten, and figures carry the number of their attempt.
+A worker group claims the next number as the first thing that it does, by an object that can be created only once. A process
+that was frozen or cut off and wakes up late finds a higher number and ends. The check and the write after it are not one step, so
+what is written is harmless by itself too: a whole checkpoint is not overwritten, and figures carry the number of their attempt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Attempt:
     def superseded(self) -> str | None:
         """The launch of a later attempt, None where there is none."""
         latest = max(_numbers(self.storage, self.folder), default=0)
-        return self._launch_of(latest) if latest > self.number else None
+        return str(_claim(self.storage, self.folder, latest).get("launch", "")) if latest > self.number else None
 
     def began_at(self, step: int) -> None:
         """Note the step that it goes on from."""
@@ -63,9 +63,6 @@ class Attempt:
                 break
             count += 1
         return count
-
-    def _launch_of(self, number: int) -> str:
-        return str(_claim(self.storage, self.folder, number).get("launch", ""))
 
 
 def claim(storage: Storage, folder: str, launch: str) -> Attempt:

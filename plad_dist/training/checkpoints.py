@@ -86,8 +86,9 @@ class Checkpoint:
 
     def of_rank(self, rank: int) -> list[str]:
         """Names of the files that a rank needs where there are as many ranks as wrote them."""
-        owners = {name: match and int(match[1]) for name, match in ((name, _RANK.search(name)) for name in self.files)}
-        return [name for name, owner in owners.items() if owner in (rank, None) or self.state.stage != 3]
+        if self.state.stage != 3:
+            return list(self.files)
+        return [name for name in self.files if (match := _RANK.search(name)) is None or int(match[1]) == rank]
 
 
 class DamagedCheckpoint(RunFailed):
@@ -432,9 +433,8 @@ def _own_folder(place: Path) -> tuple[Path, TextIO]:
             shutil.rmtree(folder, ignore_errors=True)
             _lock_of(folder).unlink()
     folder = place / f"{_STAGED}{uuid.uuid4().hex}"
-    lock = _lock_of(folder).open(
-        "a"
-    )  # before the folder is there, or another process could take it for one that was left
+    # Before the folder is there, or another process could take it for one that was left.
+    lock = _lock_of(folder).open("a")
     fcntl.flock(lock, fcntl.LOCK_EX)
     folder.mkdir()
     return folder, lock

@@ -82,9 +82,8 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
     def __init__(self, monitor: Any, what: str, fewest: int, most: int, patience: float) -> None:
         self._monitor, self._what, self._fewest, self._most, self._patience = monitor, what, fewest, most, patience
         self._group: Any = None
-        self._suspects: dict[
-            str, float
-        ] = {}  # nodes that do not answer, which Ray has not found dead yet, and since when
+        # Nodes that do not answer, which Ray has not found dead yet, and since when.
+        self._suspects: dict[str, float] = {}
         self._waits_since = self._said = time.monotonic()
         self._starts_anew = False
 

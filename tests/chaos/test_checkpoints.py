@@ -7,18 +7,14 @@ from pathlib import Path
 import pytest
 
 from plad_dist.rundir import RunDir
-from tests.numerics.crash import CASES, PHASE, POINTS, begun, killed_at, resized_in_the_middle, resized_with
-from tests.numerics.workers import train
+from tests.numerics.crash import CASES, POINTS, killed_at, resized_in_the_middle, resized_with, undisturbed_run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    raw, run = begun(folder)
-    train(folder, raw, PHASE, 2)
-    return run
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.mark.parametrize("point", POINTS)

@@ -31,6 +31,13 @@ def begun(folder: Path, **round_: Any) -> tuple[dict[str, Any], RunDir]:
     return raw, make_run(raw)
 
 
+def undisturbed_run(folder: Path) -> RunDir:
+    """The same phase at two workers with nothing happening to it."""
+    raw, run = begun(folder)
+    train(folder, raw, PHASE, 2)
+    return run
+
+
 def weights(run: RunDir) -> dict[str, torch.Tensor]:
     return load_file(run.model(PHASE) / "model.safetensors")
 

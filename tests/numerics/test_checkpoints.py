@@ -30,6 +30,7 @@ from tests.numerics.crash import (
     resized_in_the_middle,
     resized_with,
     store,
+    undisturbed_run,
     wrong_with_checkpoints,
 )
 from tests.numerics.workers import job_of, losses, train, train_phase
@@ -40,10 +41,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    raw, run = begun(folder)
-    train(folder, raw, PHASE, 2)
-    return run
+    return undisturbed_run(tmp_path_factory.mktemp("undisturbed"))
 
 
 # The others are in tests/chaos.
