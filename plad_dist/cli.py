@@ -71,10 +71,12 @@ def _version(
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run all stages. Resumes where a run was left; skips what is committed."""
+    from plad_dist.evaluation.stage import last_round
     from plad_dist.pipeline import finished_metrics
 
-    directory = _pipeline(load_config(config, overrides or []))
-    _show(finished_metrics(directory), str(directory.root))
+    settings = load_config(config, overrides or [])
+    last = last_round(settings, _pipeline(settings))
+    _show(finished_metrics(last), str(last.root / last.report))
 
 
 @app.command()
@@ -99,7 +101,7 @@ def pair(config: ConfigPath, overrides: Overrides = None) -> None:
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    phase: Annotated[str | None, typer.Option(help="Only this phase: teacher, warmup, round-0 or seqkd.")] = None,
+    phase: Annotated[str | None, typer.Option(help="Only this phase: teacher, warmup, round-0, ... or seqkd.")] = None,
 ) -> None:
     """Train the phases that are not trained yet, in order."""
     _stage("train", config, overrides, phase)
@@ -114,13 +116,14 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report anew from the figures."""
+    from plad_dist.evaluation.stage import last_round
     from plad_dist.evaluation.stage import report as write_report
     from plad_dist.rundir import RunDir, check_same_run
 
     settings = load_config(config, overrides or [])
     directory = RunDir.of(settings)
     check_same_run(settings, directory)
-    typer.echo(write_report(settings, directory))
+    typer.echo(write_report(settings, last_round(settings, directory)))
 
 
 @app.command()
@@ -215,14 +218,13 @@ def _pipeline(config: Config, command: str | None = None, phase: str | None = No
         _fail("plad: interrupted. What was committed is kept; run the same command again to go on.", INTERRUPTED)
 
 
-def _show(metrics: dict[str, object], root: str) -> None:
+def _show(metrics: dict[str, object], report: str) -> None:
     from plad_dist.evaluation.report import metrics_table
-    from plad_dist.evaluation.stage import REPORT
 
     _print(metrics_table(metrics))
     for sentence in metrics["verdict"]:  # type: ignore[attr-defined]
         typer.echo(f"- {sentence}")
-    typer.echo(f"\nReport: {root}/{REPORT}")
+    typer.echo(f"\nReport: {report}")
 
 
 def _print(table: object) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from plad_dist.config import Config
-from plad_dist.rundir import ROUND
+from plad_dist.rundir import earlier_round as round_of
 
-TEACHER, WARMUP, ROUND_PHASE, SEQKD = "teacher", "warmup", f"round-{ROUND}", "seqkd"
+TEACHER, WARMUP, SEQKD = "teacher", "warmup", "seqkd"
+
+__all__ = ["SEQKD", "TEACHER", "WARMUP", "phase_names", "round_of", "round_phase"]
+
+
+def round_phase(number: int) -> str:
+    """The phase that calibrates the student of a round."""
+    return f"round-{number}"
 
 
 def phase_names(config: Config) -> list[str]:
-    """The phases that a config has, in order."""
+    """The phases that a config has, in order; rounds may stop before the last."""
     training = config.training
-    sections = [
-        (TEACHER, training.teacher),
-        (WARMUP, training.warmup),
-        (ROUND_PHASE, training.round),
-        (SEQKD, training.seqkd),
-    ]
-    return [name for name, section in sections if section is not None]
+    rounds = [round_phase(number) for number in range(config.rounds.most)]
+    first = [(TEACHER, training.teacher), (WARMUP, training.warmup), (rounds[0], training.round), (SEQKD, training.seqkd)]
+    return [name for name, section in first if section is not None] + rounds[1:]

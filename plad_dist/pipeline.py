@@ -13,9 +13,9 @@ from plad_dist.cluster import connected
 from plad_dist.config import Config
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.errors import UserError
-from plad_dist.evaluation.stage import METRICS, REPORT, evaluate, is_evaluated, report, require_inputs
+from plad_dist.evaluation.stage import evaluate, goes_on, is_evaluated, report, require_inputs
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
-from plad_dist.phases import ROUND_PHASE, SEQKD, TEACHER, WARMUP, phase_names
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.planning.preflight import check_inputs
 from plad_dist.progress import Progress
 from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run
@@ -59,13 +59,40 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
                 lambda: training.train_phases(wanted, config, run, progress),
             )
 
-    def sample(name: str, roles: tuple[str, ...]) -> Step:
+    def sample(name: str, roles: tuple[str, ...], run: RunDir = run) -> Step:
         return Step(
             name,
             "sample",
             lambda: sampling.is_sampled(config, run, roles),
             lambda: train_prompts(run.storage).require("prepare"),
             lambda: sampling.sample(config, run, progress, roles),
+        )
+
+    def calibrate(run: RunDir, *trained: str) -> Iterator[Step]:
+        """From the samples of a round to the figures of its student."""
+        name = _named(run)
+        yield Step(
+            name("pair"),
+            "pair",
+            lambda: is_paired(run),
+            lambda: pair_jobs(config, run),
+            lambda: _pair(config, run, progress),
+        )
+        yield from train(round_phase(run.round), *trained)
+        yield Step(
+            name("evaluate"),
+            "evaluate",
+            lambda: is_evaluated(config, run),
+            lambda: require_inputs(config, run),
+            lambda: _evaluate(config, run, progress),
+        )
+        yield Step(
+            name("report"),
+            "report",
+            lambda: run.storage.read(run.report) is not None,
+            lambda: finished_metrics(run),
+            lambda: report(config, run),
+            needs_ray=False,
         )
 
     warmup = config.training.warmup
@@ -77,25 +104,18 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
         yield sample("sample teacher", ("teacher",))
     yield from train(TEACHER, WARMUP)
     yield sample("sample", ("teacher", "student"))
-    yield Step(
-        "pair", "pair", lambda: is_paired(run), lambda: pair_jobs(config, run), lambda: _pair(config, run, progress)
-    )
-    yield from train(ROUND_PHASE, SEQKD)
-    yield Step(
-        "evaluate",
-        "evaluate",
-        lambda: is_evaluated(config, run),
-        lambda: require_inputs(config, run),
-        lambda: _evaluate(config, run, progress),
-    )
-    yield Step(
-        "report",
-        "report",
-        lambda: run.storage.read(REPORT) is not None,
-        lambda: finished_metrics(run),
-        lambda: report(config, run),
-        needs_ray=False,
-    )
+    yield from calibrate(run, SEQKD)
+    for number in range(1, config.rounds.most):
+        if not goes_on(config, run.at_round(number - 1)):
+            return
+        later = run.at_round(number)
+        yield sample(_named(later)("sample"), ("student",), later)
+        yield from calibrate(later)
+
+
+def _named(run: RunDir) -> Callable[[str], str]:
+    """Names of a round's steps."""
+    return lambda step: f"{step}, round {run.round}" if run.round else step
 
 
 def run_pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:
@@ -108,16 +128,17 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     run = RunDir.of(config)
     check_inputs(config, run, command=command)
     progress = Progress()
-    steps = [step for step in steps_of(config, run, progress, phase) if command in (None, step.command)]
-    for step in steps if command else ():  # what one command needs is there, or it leaves nothing behind
-        if not step.done():
-            step.inputs()
-            break
+
+    def steps() -> Iterator[Step]:
+        return (step for step in steps_of(config, run, progress, phase) if command in (None, step.command))
+
+    if command and (first := next((step for step in steps() if not step.done()), None)):
+        first.inputs()  # what one command needs is there, or it leaves nothing behind
     open_run(config)
     log_to_run(run)
     todo = 0
     with connected(config) as connect:
-        for step in steps:
+        for step in steps():
             if step.done():
                 logger.info("%s: committed, skipped", step.name)
                 continue
@@ -173,12 +194,12 @@ def _pair(config: Config, run: RunDir, progress: Progress) -> str:
 
 def _evaluate(config: Config, run: RunDir, progress: Progress) -> str:
     evaluate(config, run, progress)
-    return str(run.root / METRICS)
+    return str(run.root / run.metrics)
 
 
 def finished_metrics(run: RunDir) -> dict[str, Any]:
-    """The figures of a run. Raises :class:`UserError` where there are none yet."""
-    metrics: dict[str, Any] | None = run.storage.read_json(METRICS)
+    """The figures of a round. Raises :class:`UserError` where there are none yet."""
+    metrics: dict[str, Any] | None = run.storage.read_json(run.metrics)
     if metrics is None:
         raise UserError(f"{run.storage.url}: not evaluated yet")
     return metrics

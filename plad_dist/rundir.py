@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 
-ROUND = 0
 RUN_FILE = "run.yaml"
 TIMINGS = "logs/timings.json"
+PLAD = "plad"  # the student of the round, among the systems that are compared
 _SHOWN_KEYS = 10
 
 # What each stage leaves first, in the order of the stages.
@@ -33,9 +34,9 @@ _STAGES = (
     ("models", "checkpoints/teacher", "checkpoints/warmup", "events/teacher", "events/warmup"),
     ("samples",),
     ("pairs",),
-    (f"checkpoints/round-{ROUND}", f"events/round-{ROUND}"),
+    ("checkpoints/round-0", "events/round-0"),
     ("checkpoints/seqkd", "events/seqkd"),
-    (f"eval/round-{ROUND}/metrics.json",),
+    ("eval/round-0/metrics.json",),
 )
 # The first stage that reads a config section; all stages after it depend on the section too.
 _FIRST_READER = {
@@ -64,9 +65,14 @@ _FIRST_READER = {
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths and models of a run."""
+    """Paths and models of a run, as one of its rounds sees them.
+
+    Attributes:
+        round: whose samples, pairs, student and figures are meant, from 0.
+    """
 
     storage: Storage
+    round: int = 0
 
     @classmethod
     def of(cls, config: Config) -> RunDir:
@@ -77,6 +83,10 @@ class RunDir:
         """The run directory at a path or URI. Paths are made absolute: workers have other working directories."""
         root = Storage(url).local_root
         return cls(Storage(str(root) if root is not None else url))
+
+    def at_round(self, number: int) -> RunDir:
+        """The same run as another of its rounds sees it."""
+        return replace(self, round=number)
 
     @property
     def root(self) -> Path:
@@ -90,21 +100,36 @@ class RunDir:
         return root
 
     def samples(self, role: str) -> Dataset:
-        return Dataset(self.storage, f"samples/{role}/round-{ROUND}", SAMPLES)
+        """Samples for pairs. The teacher does not change: it is sampled once, for all rounds."""
+        return Dataset(self.storage, f"samples/{role}/round-{self._round_of(role)}", SAMPLES)
 
     def pairs(self) -> Dataset:
-        return Dataset(self.storage, f"pairs/round-{ROUND}", PAIRS)
+        return Dataset(self.storage, f"pairs/round-{self.round}", PAIRS)
 
     def heldout_samples(self, role: str) -> Dataset:
         """Samples of the held-out prompts, drawn as those for pairs are."""
-        return Dataset(self.storage, f"eval/round-{ROUND}/pair-samples/{role}", SAMPLES)
+        return Dataset(self.storage, f"eval/round-{self._round_of(role)}/pair-samples/{role}", SAMPLES)
 
     def heldout_pairs(self) -> Dataset:
-        return Dataset(self.storage, f"eval/round-{ROUND}/pairs", PAIRS)
+        return Dataset(self.storage, f"eval/round-{self.round}/pairs", PAIRS)
 
     def system_samples(self, system: str, decoding: str) -> Dataset:
         """A system's answers to the held-out prompts."""
-        return Dataset(self.storage, f"eval/round-{ROUND}/samples/{system}/{decoding}", SAMPLES)
+        number = self.round if system == PLAD else earlier_round(system) or 0
+        name = PLAD if earlier_round(system) is not None else system
+        return Dataset(self.storage, f"eval/round-{number}/samples/{name}/{decoding}", SAMPLES)
+
+    def _round_of(self, role: str) -> int:
+        return self.round if role == "student" else 0
+
+    @property
+    def metrics(self) -> str:
+        """Where the figures of the round lie."""
+        return f"eval/round-{self.round}/metrics.json"
+
+    @property
+    def report(self) -> str:
+        return f"eval/round-{self.round}/report.html"
 
     def model(self, name: str) -> Path:
         """Folder of a model that the run makes."""
@@ -122,12 +147,25 @@ class RunDir:
         return str(self.model("teacher")) if config.training.teacher else resolve_model(config.all_teachers()[name])
 
     def student(self, config: Config) -> str:
-        """Folder or hub name of the student before calibration."""
+        """Folder or hub name of the student before the round's calibration."""
+        if self.round:
+            return str(self.model(f"round-{self.round - 1}"))
         return str(self.model("warmup")) if config.training.warmup else resolve_model(config.student)
+
+    @property
+    def student_made_by(self) -> str:
+        """The command that makes it, where the run does."""
+        return f"train --phase {f'round-{self.round - 1}' if self.round else 'warmup'}"
 
     def start_of(self, name: str, settings: Model) -> str:
         """Folder or hub name of a model as the config gives it: `teacher` or `student`."""
         return str(self.model(f"{name}-init")) if settings.scratch else resolve_model(settings)
+
+
+def earlier_round(system: str) -> int | None:
+    """The round that a system like `round-0` is the student of, None for other systems."""
+    found = re.fullmatch(r"round-(\d+)", system)
+    return int(found[1]) if found else None
 
 
 def require_model(path: str, made_by: str) -> None:

@@ -12,7 +12,7 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import MANIFEST, Dataset, Manifest, Part
 from plad_dist.errors import RunFailed
-from plad_dist.evaluation.stage import METRICS, REPORT, systems_of
+from plad_dist.evaluation.stage import systems_of, trained_systems
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.sampling.stage import rows_by_block, system_decodings
@@ -31,16 +31,18 @@ def status_table(path: str) -> Table:
     for phase in phase_names(config):
         table.add_row(*_phase_row(phase, run, checkpoints))
     blocks = _blocks(train_prompts(run.storage), config.sampling.limit)
-    for dataset in [run.samples("teacher"), run.samples("student"), run.pairs()]:
-        table.add_row(*_dataset_row(dataset, blocks))
     heldout = _blocks(heldout_prompts(run.storage), config.evaluation.limit)
-    for dataset in [run.heldout_samples("teacher"), run.heldout_samples("student"), run.heldout_pairs()]:
-        table.add_row(*_dataset_row(dataset))
-    for system in systems_of(config):
-        for name in system_decodings(config, system):
-            table.add_row(*_dataset_row(run.system_samples(system, name), heldout))
-    for key in (METRICS, REPORT):
-        table.add_row(key, "complete" if run.storage.read(key) is not None else "-", "")
+    for each in (run.at_round(number) for number in range(config.rounds.most)):
+        roles = ("student",) if each.round else ("teacher", "student")
+        for dataset in [*map(each.samples, roles), each.pairs()]:
+            table.add_row(*_dataset_row(dataset, blocks))
+        for dataset in [*map(each.heldout_samples, roles), each.heldout_pairs()]:
+            table.add_row(*_dataset_row(dataset))
+        for system in trained_systems(config, each) if each.round else systems_of(config, each):
+            for name in system_decodings(config, system):
+                table.add_row(*_dataset_row(each.system_samples(system, name), heldout))
+        for key in (each.metrics, each.report):
+            table.add_row(key, "complete" if run.storage.read(key) is not None else "-", "")
     return table
 
 

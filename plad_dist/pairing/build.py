@@ -90,7 +90,7 @@ def _job(
     """A job and the prompts in each of its blocks, of which the student has `n` samples each."""
     samples = [dataset.require("sample") for dataset in (teacher, student)]
     path = run.student(config)
-    require_model(path, "train --phase warmup")
+    require_model(path, run.student_made_by)
     decides = [
         {key: value for key, value in flatten(config.pairing.model_dump(mode="json"), "pairing")
          if not is_operational(key)},
@@ -100,5 +100,5 @@ def _job(
     if config.pairing.reward_model is not None:
         reward = as_model(config.pairing.reward_model)
         decides.append(model_identity(resolve_model(reward), reward))
-    job = PairJob(prompts.path, teacher.path, student.path, output.path, fingerprint(decides))
+    job = PairJob(prompts.path, teacher.path, student.path, output.path, fingerprint(decides), run.round)
     return job, [part.rows // n for part in samples[1].parts]

@@ -16,7 +16,6 @@ from plad_dist.data.store import Part
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import RunFailed
 from plad_dist.pairing.scores import Answer, Scorer
-from plad_dist.rundir import ROUND
 
 _Role = Literal["teacher", "student"]
 
@@ -97,7 +96,9 @@ class PairBuilder:
     context: int
     scorer: Scorer | None
 
-    def build(self, prompts: pa.Table, teacher: pa.Table, student: pa.Table) -> tuple[pa.Table, Counter[str]]:
+    def build(
+        self, prompts: pa.Table, teacher: pa.Table, student: pa.Table, round_: int = 0
+    ) -> tuple[pa.Table, Counter[str]]:
         """Rows of the pairs dataset, and counts.
 
         Counted are prompts, pairs, the `groups` that they make and the tokens of what is trained on, `drop:<reason>` of every combination that is considered and not kept, `unscored`
@@ -118,7 +119,7 @@ class PairBuilder:
         pairs = [(group, *pair) for group in groups for pair in self._select(group, counts)]
         counts["pairs"] = len(pairs)
         _count_groups(pairs, counts)
-        return _table(pairs), counts
+        return _table(pairs, round_), counts
 
     # -- responses, one by one
 
@@ -293,7 +294,7 @@ def _score(response: _Response) -> float:
     return response.score
 
 
-def _table(pairs: list[tuple[_Group, _Response, _Response]]) -> pa.Table:
+def _table(pairs: list[tuple[_Group, _Response, _Response]], round_: int) -> pa.Table:
     columns = {
         "prompt_id": [group.prompt_id for group, _, _ in pairs],
         "prompt_token_ids": [group.prompt_ids for group, _, _ in pairs],
@@ -304,6 +305,6 @@ def _table(pairs: list[tuple[_Group, _Response, _Response]]) -> pa.Table:
         "chosen_score": [better.score for _, better, _ in pairs],
         "rejected_score": [worse.score for _, _, worse in pairs],
         "rejected_logprob": [worse.logprob for _, _, worse in pairs],
-        "round": [ROUND] * len(pairs),
+        "round": [round_] * len(pairs),
     }
     return pa.table(columns, schema=PAIRS)

@@ -31,6 +31,7 @@ class PairJob:
         student: path of the student's samples.
         output: path of the pairs dataset.
         fingerprint: of all that decides the rows.
+        round: as the pairs say it.
     """
 
     prompts: str
@@ -38,6 +39,7 @@ class PairJob:
     student: str
     output: str
     fingerprint: str
+    round: int = 0
 
     def dataset(self, storage: Storage) -> Dataset:
         return Dataset(storage, self.output, PAIRS)
@@ -99,7 +101,7 @@ class PairWorker:
         self._in_flight += prompts
         try:
             loop = asyncio.get_running_loop()
-            pairs, counts = await loop.run_in_executor(self._builds, self._builder.build, *tables)
+            pairs, counts = await loop.run_in_executor(self._builds, self._builder.build, *tables, job.round)
             committed = await asyncio.to_thread(
                 job.dataset(self._storage).commit,
                 block,

@@ -16,7 +16,7 @@ from plad_dist.data.models import model_identity
 from plad_dist.data.prompts import heldout_prompts, teacher_blocks, train_prompts
 from plad_dist.data.store import Dataset, Manifest
 from plad_dist.progress import Progress
-from plad_dist.rundir import ROUND, RunDir, require_model
+from plad_dist.rundir import RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.fleet import Assignment, Fleet
@@ -26,7 +26,8 @@ from plad_dist.sampling.remote import EndpointBackend
 from plad_dist.sampling.run import run_fleets
 
 _SEQUENCES = 256  # that vLLM answers at once where max_num_seqs is not given, or more on large GPUs
-HELDOUT_ROUND = -1  # keeps the seeds of held-out samples apart from those of training samples
+# Keep the seeds of held-out samples apart from those of training samples, which have the number of their round.
+_PAIRS_SEED, _SYSTEM_SEED = -1, -2
 
 
 def sample(config: Config, run: RunDir, progress: Progress, roles: tuple[str, ...] = ("teacher", "student")) -> None:
@@ -51,9 +52,8 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
     for name, path in systems.items():
         student = _student(config, path)
         for output, decoding in _system_outputs(config, run, name):
-            assignments += _assignments(
-                config, run, [student], heldout_prompts(run.storage), output, decoding, HELDOUT_ROUND - 1
-            )[student.name]
+            wanted = _Wanted(heldout_prompts(run.storage), output, config.evaluation.limit, 1, _SYSTEM_SEED, decoding)
+            assignments += _assignments(config, run, [student], wanted)[student.name]
     first = _student(config, next(iter(systems.values())))
     run_fleets(config, run.storage, [_fleet(config, run, first, assignments)], progress)
 
@@ -106,7 +106,7 @@ def _student(config: Config, path: str) -> _Speaker:
 def _speakers(config: Config, run: RunDir, role: str) -> list[_Speaker]:
     if role == "student":
         path = run.student(config)
-        require_model(path, "train --phase warmup")
+        require_model(path, run.student_made_by)
         return [_student(config, path)]
     speakers = []
     for name, settings in config.all_teachers().items():
@@ -123,16 +123,17 @@ def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tupl
     work: list[tuple[_Speaker, list[Assignment]]] = []
     for role in roles:
         speakers = _speakers(config, run, role)
-        wanted: list[tuple[Dataset, Dataset, Decoding | None, int]] = [
-            (train_prompts(run.storage), run.samples(role), None, ROUND),
-            (heldout_prompts(run.storage), run.heldout_samples(role), None, HELDOUT_ROUND),
+        train, heldout, limit = train_prompts(run.storage), heldout_prompts(run.storage), config.evaluation.limit
+        wanted = [
+            _Wanted(train, run.samples(role), config.sampling.limit, speakers[0].sampling.n, run.round),
+            _Wanted(heldout, run.heldout_samples(role), limit, 1, _PAIRS_SEED),
         ]
-        for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
-            wanted.append((heldout_prompts(run.storage), output, decoding, HELDOUT_ROUND - 1))
+        if not run.round:  # later students have answered as the system of the round before
+            for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
+                wanted.append(_Wanted(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
         assigned: dict[str, list[Assignment]] = {speaker.name: [] for speaker in speakers}
-        for prompts, output, system_decoding, seed_round in wanted:
-            found = _assignments(config, run, speakers, prompts, output, system_decoding, seed_round)
-            for name, assignments in found.items():
+        for dataset in wanted:
+            for name, assignments in _assignments(config, run, speakers, dataset).items():
                 assigned[name] += assignments
         work += [(speaker, assigned[speaker.name]) for speaker in speakers]
     return work
@@ -143,42 +144,52 @@ def _system_outputs(config: Config, run: RunDir, system: str) -> list[tuple[Data
     return [(run.system_samples(system, name), decoding) for name, decoding in system_decodings(config, system).items()]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """One dataset of samples that is to be made.
+
+    Attributes:
+        limit: prompts that are answered at most, each `n` times.
+        seed_round: keeps the seeds of what is sampled for other purposes apart.
+        decoding: None for the speaker's own, as it is sampled for pairs.
+    """
+
+    prompts: Dataset
+    output: Dataset
+    limit: int | None
+    n: int
+    seed_round: int
+    decoding: Decoding | None = None
+
+
 def _assignments(
-    config: Config,
-    run: RunDir,
-    speakers: list[_Speaker],
-    prompts: Dataset,
-    output: Dataset,
-    decoding: Decoding | None,
-    seed_round: int,
+    config: Config, run: RunDir, speakers: list[_Speaker], wanted: _Wanted
 ) -> dict[str, list[Assignment]]:
-    """One dataset of samples, by the speaker that does each block. Without a decoding: as the role is sampled for pairs."""
-    manifest = prompts.require("prepare")
-    limit = config.sampling.limit if seed_round == ROUND else config.evaluation.limit
-    rows = rows_by_block(manifest, limit)
+    """One dataset of samples, by the speaker that does each block."""
+    manifest = wanted.prompts.require("prepare")
+    rows = rows_by_block(manifest, wanted.limit)
     cut = {block: count for block, count in enumerate(rows) if count < manifest.parts[block].rows}
-    seed = config.run.seed
-    n = speakers[0].sampling.n if seed_round == ROUND else 1
-    role = speakers[0].role
+    seed, n, role = config.run.seed, wanted.n, speakers[0].role
+    decodings = [wanted.decoding or speaker.decoding() for speaker in speakers]
     decides = [
         manifest.fingerprint, manifest.facts.get("content"), sum(rows), cut, [speaker.identity for speaker in speakers],
-        [(decoding or speaker.decoding()).model_dump(mode="json") for speaker in speakers], n, seed, seed_round, role,
+        [decoding.model_dump(mode="json") for decoding in decodings], n, seed, wanted.seed_round, role,
     ]  # fmt: skip
     made_of = fingerprint(decides)
     blocks_of = teacher_blocks(manifest) if role == "teacher" else {speakers[0].name: range(len(rows))}
     assigned: dict[str, list[Assignment]] = {}
-    for speaker in speakers:
+    for speaker, decoding in zip(speakers, decodings, strict=True):
         job = SamplingJob(
-            prompts=prompts.path,
-            output=output.path,
+            prompts=wanted.prompts.path,
+            output=wanted.output.path,
             role=role,
             model=speaker.path,
             weights=speaker.path,
-            decoding=decoding or speaker.decoding(),
+            decoding=decoding,
             n=n,
             seed=seed,
-            round=max(seed_round, ROUND),
-            seed_round=seed_round,
+            round=run.round,
+            seed_round=wanted.seed_round,
             fingerprint=made_of,
             cut=cut,
         )

@@ -11,7 +11,7 @@ from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.phases import ROUND_PHASE, SEQKD, TEACHER, WARMUP
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_of
 from plad_dist.rundir import RunDir, require_model
 from plad_dist.training.attention import attention_of, check_rope
 from plad_dist.training.batching import steps_per_epoch
@@ -35,13 +35,14 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         UserError: the phase's inputs are missing, or pairs cannot be trained on.
         RunFailed: there is nothing to train on.
     """
-    training = config.training
+    training, number = config.training, round_of(name)
+    run = run.at_round(number or 0)
     role = "teacher" if name == TEACHER else "student"
     settings = config.trained(role)
     phase = _phase(name, config)
-    calibrates = name in (ROUND_PHASE, SEQKD)
+    calibrates = number is not None or name == SEQKD
     start = run.student(config) if calibrates else _first_model(role, settings, config, run)
-    require_model(start, f"train --phase {WARMUP}")
+    require_model(start, run.student_made_by)
     context = context_length(start, settings)
     model, renderer = load_model_config(start, settings), Renderer(start, settings)
     check_rope(model, context, role)
@@ -151,9 +152,9 @@ def _check_partitions(config: Config) -> None:
 
 def _phase(name: str, config: Config) -> Phase:
     training = config.training
-    phase = {TEACHER: training.teacher, WARMUP: training.warmup, ROUND_PHASE: training.round, SEQKD: training.seqkd}[
-        name
-    ]
+    if round_of(name) is not None:
+        return training.round
+    phase = {TEACHER: training.teacher, WARMUP: training.warmup, SEQKD: training.seqkd}.get(name)
     if phase is None:
         raise UserError(f"this config has no phase {name}: it has no section training.{name}")
     return phase
@@ -170,7 +171,7 @@ def _first_model(role: str, settings: Model, config: Config, run: RunDir) -> str
 
 
 def _data(name: str, config: Config, run: RunDir) -> tuple[Kind, str]:
-    if name == ROUND_PHASE:
+    if round_of(name) is not None:
         return ("lists" if config.training.round.loss.name == "listwise" else "pairs"), run.pairs().path
     if name == SEQKD:
         return "chosen", run.pairs().path

@@ -20,7 +20,7 @@ from plad_dist.config import Config
 from plad_dist.data.models import model_fingerprint
 from plad_dist.data.prompts import train_prompts
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.phases import ROUND_PHASE, SEQKD, WARMUP
+from plad_dist.phases import TEACHER, WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
@@ -45,7 +45,7 @@ def are_trained(names: Sequence[str], run: RunDir) -> bool:
 
 def require_inputs(names: Sequence[str], config: Config, run: RunDir) -> None:
     """Raise :class:`UserError` where what phases are trained on is not there."""
-    if set(names) & {ROUND_PHASE, SEQKD}:
+    if set(names) - {TEACHER, WARMUP}:
         run.pairs().require("pair")
     else:
         train_prompts(run.storage).require("prepare")
