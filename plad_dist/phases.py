@@ -19,5 +19,10 @@ def phase_names(config: Config) -> list[str]:
     """The phases that a config has, in order; rounds may stop before the last."""
     training = config.training
     rounds = [round_phase(number) for number in range(config.rounds.most)]
-    first = [(TEACHER, training.teacher), (WARMUP, training.warmup), (rounds[0], training.round), (SEQKD, training.seqkd)]
+    first = [
+        (TEACHER, training.teacher),
+        (WARMUP, training.warmup),
+        (rounds[0], training.round),
+        (SEQKD, training.seqkd),
+    ]
     return [name for name, section in first if section is not None] + rounds[1:]

@@ -119,6 +119,14 @@ class RunDir:
         name = PLAD if earlier_round(system) is not None else system
         return Dataset(self.storage, f"eval/round-{number}/samples/{name}/{decoding}", SAMPLES)
 
+    def candidates(self) -> Dataset:
+        """Several responses of the warm-up student to each held-out prompt, which all students are asked about."""
+        return Dataset(self.storage, "eval/round-0/candidates", SAMPLES)
+
+    def scored(self, what: str, system: str) -> Dataset:
+        """Given responses with their likelihoods under a system."""
+        return Dataset(self.storage, f"eval/round-{self.round}/scored/{what}/{system}", SAMPLES)
+
     def _round_of(self, role: str) -> int:
         return self.round if role == "student" else 0
 

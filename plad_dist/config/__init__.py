@@ -3,13 +3,13 @@
 A run is a YAML file of these sections; ``key.sub=value`` arguments override it (:mod:`plad_dist.config_file`).
 """
 
+from plad_dist.config.evaluation import Evaluation, LlmJudge, RewardJudge, TeacherJudge
 from plad_dist.config.models import Endpoint, Model, ScratchModel
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, DatasetSource, FilesSource, Prompts, PythonFunctionsSource
 from plad_dist.config.root import (
     Cluster,
     Config,
-    Evaluation,
     Rounds,
     Run,
     fingerprint,
@@ -32,6 +32,7 @@ __all__ = [
     "Endpoint",
     "Evaluation",
     "FilesSource",
+    "LlmJudge",
     "Lora",
     "Loss",
     "MlePhase",
@@ -41,6 +42,7 @@ __all__ = [
     "Phase",
     "Prompts",
     "PythonFunctionsSource",
+    "RewardJudge",
     "RewardModel",
     "RoleSampling",
     "Rounds",
@@ -49,6 +51,7 @@ __all__ = [
     "ScratchModel",
     "Section",
     "Teacher",
+    "TeacherJudge",
     "Training",
     "Warmup",
     "fingerprint",

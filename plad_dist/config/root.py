@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
+from plad_dist.config.evaluation import Evaluation, TeacherJudge
 from plad_dist.config.models import Model
 from plad_dist.config.pairing import Pairing
 from plad_dist.config.prompts import Columns, Prompts
@@ -42,30 +43,6 @@ class Cluster(Section):
         description="Seconds to wait for the cluster to give the actors and workers their resources.",
         json_schema_extra=OPERATIONAL,
     )
-
-
-class Evaluation(Section):
-    """Step 4: every system answers the held-out prompts."""
-
-    limit: int = Field(500, ge=1, description="Held-out prompts used.")
-    decodings: dict[str, Decoding] = Field(
-        default={}, description="Named decodings. Empty: `greedy`, and `sampled` as the student is sampled for pairs."
-    )
-    warmup_temperatures: list[Annotated[float, Field(gt=0, le=5)]] = Field(
-        default=[0.5, 0.25], description="Lower temperatures at which the warm-up student is shown too."
-    )
-    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples for the 95% intervals.")
-    examples: int = Field(20, ge=0, description="Outputs shown side by side in the report.")
-
-    @field_validator("decodings")
-    @classmethod
-    def _names(cls, value: dict[str, Decoding]) -> dict[str, Decoding]:
-        for name in value:
-            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-                raise ValueError(f"decoding name {name!r}: use letters, digits, '-', '_' and '.' alone")
-            if name in ("journal", "damaged"):  # folders of a dataset
-                raise ValueError(f"decoding name {name!r}: is used by the run directory itself, use another one")
-        return value
 
 
 class Rounds(Section):
@@ -101,7 +78,7 @@ class Config(Section):
     def _keys_agree(self) -> Config:
         """All that is wrong between keys is said at once, a line each that begins with its key."""
         problems = [
-            *_of_scratch_models(self), *_of_teachers(self), *_of_the_student(self), *_of_scores_and_references(self),
+            *_of_scratch_models(self), *_of_teachers(self), *_of_the_student(self), *_of_scores_and_references(self), *_of_judges(self),
         ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
@@ -186,6 +163,14 @@ def _of_scores_and_references(config: Config) -> Iterator[str]:
             yield (
                 "prompts.source.reference_column: missing; training.warmup.data is `references`; set it, or use "
                 "`data: teacher`"
+            )
+
+
+def _of_judges(config: Config) -> Iterator[str]:
+    for name, judge in config.evaluation.judges.items():
+        if isinstance(judge, TeacherJudge) and (config.teacher is None or config.teacher.endpoint):
+            yield (
+                f"evaluation.judges.{name}.type: teacher_likelihood: needs a single `teacher` with weights; a server gives no likelihoods"
             )
 
 

@@ -26,7 +26,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.evaluation.metrics import NO_EOS_WARNING
+from plad_dist.evaluation.verdict import NO_EOS_WARNING
 
 Record = Mapping[str, Any]
 Key = tuple[str, str]  # system, decoding

@@ -6,13 +6,15 @@ import importlib.metadata
 import json
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from plad_dist.config import Config
+from plad_dist.config import Config, RewardJudge
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
-from plad_dist.errors import UserError
-from plad_dist.evaluation.metrics import Output, compare
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.evaluation.judges import judge_all
+from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, compare, main_decoding, score_system
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, TIMINGS, RunDir, require_model
@@ -91,17 +93,73 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         for system in systems_of(config, run)
         for name, decoding in system_decodings(config, system).items()
     }
+    prompts = _prompts(config, run).select(["prompt_id", "messages", "reference"]).to_pylist()
+    references = [prompt["reference"] for prompt in prompts]
+    previous = round_phase(run.round - 1) if run.round else WARMUP
+    main = main_decoding(answers, temperatures)
+    judgements = judge_all(config, run, prompts, answers, main, previous, progress)
     metrics = compare(
         answers,
-        _prompts(config, run)["reference"].to_pylist(),
+        references,
         temperatures=temperatures,
         resamples=config.evaluation.bootstrap,
         seed=config.run.seed,
         ranking=heldout_ranking(config, run),
+        judge=config.evaluation.judge,
+        judgements=judgements,
+        trained_on=_trained_on(config),
+        previous=previous,
+        candidates=_candidates(config, run, references),
     )
     run.storage.delete(run.report)  # of other figures
     run.storage.replace(run.metrics, json.dumps(metrics, indent=1).encode())
     return metrics
+
+
+def _trained_on(config: Config) -> str | None:
+    """The judge whose score decided which pairs were trained on, or how; None where none did."""
+    pairing = config.pairing
+    decided = (
+        pairing.min_score_gap is not None or pairing.combine == "best_worst" or config.training.round.loss.needs_scores
+    )
+    if not decided or pairing.score == "none":
+        return None
+    if pairing.reward_model is None:
+        return pairing.score
+    paths = {judge.path: name for name, judge in config.evaluation.judges.items() if isinstance(judge, RewardJudge)}
+    return paths.get(pairing.reward_model.path)
+
+
+def _candidates(config: Config, run: RunDir, references: list[str | None]) -> Candidates | None:
+    """The candidates with their likelihoods under the students; None where there are none, or no reference tells their quality."""
+    count = config.evaluation.candidates
+    if not count or not any(reference and reference.strip() for reference in references):
+        return None
+    own = run.candidates().require("sample")
+    if own.rows != count * len(references):
+        raise RunFailed(
+            f"{run.candidates().url}: has {own.rows:,} rows, expected {count} of each of {len(references):,} prompts"
+        )
+    rows = run.candidates().read(["text", "num_tokens", "logprob"])
+    logps = {WARMUP: rows["logprob"]}
+    for number in range(run.round + 1):
+        at = run.at_round(number)
+        for system in trained_systems(config, at):
+            name = system if number == run.round or system != PLAD else round_phase(number)
+            logps[name] = at.scored("candidates", system).read(["logprob"])["logprob"]
+    metric = config.evaluation.judge if config.evaluation.judge in REFERENCE_JUDGES else "rouge_l"
+    repeated = [reference for reference in references for _ in range(count)]
+    texts = [
+        Output(text, tokens, True)
+        for text, tokens in zip(*(rows[name].to_pylist() for name in ("text", "num_tokens")), strict=True)
+    ]
+    shape = (len(references), count)
+    return Candidates(
+        judge=metric,
+        quality_PK=getattr(score_system(repeated, texts), metric).reshape(shape),
+        tokens_PK=np.maximum(np.array([text.num_tokens for text in texts], dtype=np.float64), 1.0).reshape(shape),
+        logps={name: np.array(column.to_pylist(), dtype=np.float64).reshape(shape) for name, column in logps.items()},
+    )
 
 
 def report(config: Config, run: RunDir) -> str:

@@ -11,9 +11,14 @@ from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.pairing.scores import Answer
 
+_KEY = "pairing.reward_model"
 
-def open_reward_model(settings: RewardModel) -> tuple[Renderer, int]:
+
+def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer, int]:
     """What renders conversations for a reward model, and the longest in tokens that it takes. Loads no weights.
+
+    Args:
+        key: the config section that names it, for messages.
 
     Raises:
         UserError: no such model, no safetensors weights, no template, or not exactly one output.
@@ -22,7 +27,7 @@ def open_reward_model(settings: RewardModel) -> tuple[Renderer, int]:
     path = resolve_model(model)
     labels = load_model_config(path, model).num_labels
     if labels != 1:
-        raise UserError(f"pairing.reward_model: {path}: expected a classifier with one output, it has {labels}")
+        raise UserError(f"{key}: {path}: expected a classifier with one output, it has {labels}")
     check_weights(path)
     return Renderer(path, model, answers=False), context_length(path, model)
 
@@ -39,12 +44,13 @@ class RewardScorer:
         UserError: the model cannot be used, with the reason.
     """
 
-    def __init__(self, settings: RewardModel) -> None:
+    def __init__(self, settings: RewardModel, key: str = _KEY) -> None:
         import torch
 
-        self._renderer, self._max_length = open_reward_model(settings)
+        self._key = key
+        self._renderer, self._max_length = open_reward_model(settings, key)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = _load(self._renderer.model, settings, self._device)
+        self._model = _load(self._renderer.model, settings, self._device, key)
         self._own_padding: int | None = self._model.config.get_text_config().pad_token_id
         self._batch_size = settings.batch_size
 
@@ -80,7 +86,7 @@ class RewardScorer:
             ).logits
         scores: list[float] = logits_B1.float().squeeze(-1).tolist()
         if not all(map(math.isfinite, scores)):
-            raise RunFailed(f"pairing.reward_model: {self._renderer.model}: gave a score that is no finite number")
+            raise RunFailed(f"{self._key}: {self._renderer.model}: gave a score that is no finite number")
         return scores
 
     def _padding(self, batch: list[tuple[int, ...]]) -> int:
@@ -95,7 +101,7 @@ class RewardScorer:
         return padding
 
 
-def _load(path: str, settings: RewardModel, device: Any) -> Any:
+def _load(path: str, settings: RewardModel, device: Any, key: str) -> Any:
     import torch
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
@@ -111,10 +117,10 @@ def _load(path: str, settings: RewardModel, device: Any) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"pairing.reward_model: {path}: cannot be loaded: {first_line(error)}") from None
+        raise UserError(f"{key}: {path}: cannot be loaded: {first_line(error)}") from None
     if loading["missing_keys"]:
         raise UserError(
-            f"pairing.reward_model: {path}: is no trained classifier: it has no weights for "
+            f"{key}: {path}: is no trained classifier: it has no weights for "
             f"{', '.join(sorted(loading['missing_keys']))[:200]}"
         )
     return model.to(device)

@@ -16,7 +16,7 @@ import numpy as np
 from plad_dist.config import Pairing
 from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.evaluation.metrics import rouge_l
+from plad_dist.evaluation.text import rouge_l
 
 
 class Answer(TypedDict):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from plad_dist.config import Config, Model
+from plad_dist.config import Config, LlmJudge, Model, RewardJudge, TeacherJudge
 from plad_dist.data.models import check_local_model, check_weights, load_model_config
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer, compile_template
@@ -54,6 +54,8 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
         if teacher.sampling:
             yield "", partial(check_engine_args, teacher.sampling.engine, f"teachers.{name}.sampling.engine")
     yield "", partial(check_scorer, config.pairing)
+    for name, judge in config.evaluation.judges.items():
+        yield from _judge_checks(f"evaluation.judges.{name}", judge)
     teachers = {f"teachers.{name}" if config.teachers else name: model for name, model in config.all_teachers().items()}
     models: dict[str, Model] = {**teachers, "student": config.student}
     if train_prompts(run.storage).manifest() is not None:  # the rest was checked when the run began
@@ -66,6 +68,18 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     yield "", partial(check_prompts, config, all_rows=False)
     for key, model in models.items():
         yield from _model_checks(key, model)
+
+
+def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[tuple[str, Callable[[], object]]]:
+    from plad_dist.evaluation.judges import load_template
+    from plad_dist.pairing.reward import open_reward_model
+
+    if isinstance(judge, RewardJudge):
+        yield "", partial(open_reward_model, judge, key)
+    if isinstance(judge, LlmJudge):
+        yield "", partial(load_template, judge, key)
+        yield "", partial(check_engine_args, judge.sampling.engine, f"{key}.sampling.engine")
+        yield from _model_checks(f"{key}.model", judge.model)
 
 
 def _check_place(run: RunDir) -> None:

@@ -9,16 +9,17 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Part
+from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, root_cause
+from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, Response, root_cause
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.remote import MICRO
 from plad_dist.sampling.spool import Spool
@@ -112,6 +113,7 @@ class Sampler:
         if there is not None:
             return BlockResult(there, first=False, seconds=time.monotonic() - started)
         prompts, rendered, kept, lost = await asyncio.to_thread(self._read, job, block)
+        given = await asyncio.to_thread(self._given, job, block)
         self._under_way[job.output, block] = set()
         samples: dict[int, list[dict[str, Any]]] = {}
 
@@ -121,8 +123,8 @@ class Sampler:
                 refused = RefusedPromptError(hints.poison[row])
                 found = [self._row(job, prompts[row], index, _failed(refused), str(refused)) for index in range(job.n)]
             else:
-                calls = (self._sample(job, block, prompts[row], rendered[row], index, attempt, kept)
-                         for index in range(job.n))  # fmt: skip
+                draw = partial(self._sample, job, block, prompts[row], rendered[row], attempt, kept, given)
+                calls = (draw(index) for index in range(job.n))
                 found = list(await asyncio.gather(*calls)) if job.n > 1 else [await next(iter(calls))]
             samples[row] = found
             self._under_way[job.output, block].discard(row)
@@ -154,6 +156,19 @@ class Sampler:
         rendered = self._backend.render([prompt["messages"] for prompt in prompts])
         return prompts, rendered, *(self._spool(job).load(block) if self._backend.paid else ({}, 0.0))
 
+    def _given(self, job: SamplingJob, block: int) -> dict[Any, Response]:
+        """The responses that a block's prompts are to be scored with."""
+        if job.responses is None:
+            return {}
+        columns = ["prompt_id", "sample_index", "text", "token_ids", "finish_reason"]
+        rows = Dataset(self._storage, job.responses, SAMPLES).read_block(block).select(columns).to_pylist()
+        return {
+            (row["prompt_id"], row["sample_index"]): Response(
+                row["text"], row["token_ids"] if job.own_tokens else [], row["finish_reason"]
+            )
+            for row in rows
+        }
+
     def _commit(
         self, job: SamplingJob, block: int, rows: list[dict[str, Any]], attempt: str, lost: float
     ) -> tuple[Part, bool]:
@@ -181,9 +196,10 @@ class Sampler:
         block: int,
         prompt: dict[str, Any],
         rendered: Any,
-        index: int,
         attempt: str,
         kept: dict[Any, dict[str, Any]],
+        given: Mapping[Any, Response],
+        index: int,
     ) -> dict[str, Any]:
         """One row of the samples."""
         prompt_id = prompt["prompt_id"]
@@ -196,7 +212,11 @@ class Sampler:
             try:
                 if isinstance(rendered, Exception):
                     raise RefusedPromptError(str(rendered))
-                completion = await self._backend.complete(rendered, job.decoding, seed, f"{request_id}/{tries}")
+                if job.responses is None:
+                    completion = await self._backend.complete(rendered, job.decoding, seed, f"{request_id}/{tries}")
+                else:
+                    response = given[prompt_id, index]
+                    completion = await self._backend.score(rendered, response, f"{request_id}/{tries}")
                 error = None
                 break
             except RefusedPromptError as refusal:

@@ -44,6 +44,15 @@ class Completion:
     cost: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Response:
+    """A response that is scored. `token_ids` are empty where they are another model's: its text is tokenized then."""
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: str
+
+
 class Backend(Protocol):
     """What answers prompts: an engine of this process, or a server.
 
@@ -71,6 +80,9 @@ class Backend(Protocol):
 
     async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
         """Draw one response. Raises :class:`RefusedPromptError` for a prompt that will never be answered."""
+
+    async def score(self, prompt: Any, response: Response, request_id: str) -> Completion:
+        """A given response with its log-likelihood. Raises :class:`RefusedPromptError` where it has none."""
 
     async def load_weights(self, path: str) -> None:
         """Answer with other weights of the same architecture."""
@@ -170,7 +182,6 @@ class Engine:
     async def complete(self, prompt_ids: list[int], decoding: Decoding, seed: int, request_id: str) -> Completion:
         """Draw one response. Raises :class:`RefusedPromptError` for a prompt that the engine will not answer."""
         from vllm import SamplingParams
-        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         room = self.max_model_len - len(prompt_ids)
@@ -179,6 +190,7 @@ class Engine:
                 f"prompt has {len(prompt_ids)} tokens, the context {self.max_model_len}: no room to answer"
             )
         params = SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
             top_k=decoding.top_k,
@@ -187,17 +199,8 @@ class Engine:
             stop=decoding.stop or None,
             seed=seed if decoding.temperature > 0 else None,
             logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        requests = self._llm.generate({"prompt_token_ids": prompt_ids}, params, request_id=request_id)
-        try:
-            outputs = [output async for output in requests]  # one, since only the final output is asked for
-        except (ValueError, VLLMClientError) as error:
-            raise RefusedPromptError(str(error)) from None
-        output = outputs[-1].outputs[0]
-        if output.finish_reason == "abort":  # an engine that is told to end cuts everything short, and goes cleanly
-            self._aborted = True
-            raise RuntimeError("the engine was told to end (SIGTERM or SIGINT) and cut its responses short")
+        output = (await self._answer(prompt_ids, params, request_id)).outputs[0]
         if output.finish_reason not in _FINISHED:
             raise RuntimeError(f"vLLM ended the response with {output.finish_reason!r}")
         return Completion(
@@ -208,6 +211,41 @@ class Engine:
             finish_reason=_FINISHED[output.finish_reason],
             prompt_tokens=len(prompt_ids),
         )
+
+    async def score(self, prompt_ids: list[int], response: Response, request_id: str) -> Completion:
+        """A given response with the log-likelihood of its tokens, the end-of-sequence token included where it finished."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = list(response.token_ids)
+        if not ids:
+            ids = self._renderer.response_ids([response.text])[0]
+            ids = ids if response.finish_reason == "stop" else ids[:-1]
+        logprob = 0.0
+        if ids:
+            params = SamplingParams(
+                output_kind=RequestOutputKind.FINAL_ONLY, temperature=0.0, max_tokens=1, prompt_logprobs=0
+            )
+            answer = await self._answer([*prompt_ids, *ids], params, request_id)
+            places = answer.prompt_logprobs[len(prompt_ids) :]
+            logprob = sum(place[token].logprob for place, token in zip(places, ids, strict=True))
+        return Completion(response.text, ids, len(ids), logprob, response.finish_reason, prompt_tokens=len(prompt_ids))
+
+    async def _answer(self, ids: list[int], params: Any, request_id: str) -> Any:
+        """vLLM's final output for a prompt."""
+        from vllm.exceptions import VLLMClientError
+
+        requests = self._llm.generate({"prompt_token_ids": ids}, params, request_id=request_id)
+        try:
+            outputs = [output async for output in requests]  # one, since only the final output is asked for
+        except (ValueError, VLLMClientError) as error:
+            raise RefusedPromptError(str(error)) from None
+        if (
+            outputs[-1].outputs[0].finish_reason == "abort"
+        ):  # it is told to end, cuts everything short, and goes cleanly
+            self._aborted = True
+            raise RuntimeError("the engine was told to end (SIGTERM or SIGINT) and cut its responses short")
+        return outputs[-1]
 
     async def load_weights(self, path: str) -> None:
         """Put the weights of another folder of the same architecture into the running engine."""

@@ -24,6 +24,9 @@ class SamplingJob:
         weights: folder or hub name of the weights; engines change to them where they hold others.
         n: samples of each prompt.
         round: as the samples say it; `seed_round` keeps the seeds of other purposes apart.
+        responses: path of a samples dataset whose responses are scored instead of drawing any; None to draw. Then `n` is
+            how many of each prompt there are.
+        own_tokens: the model that scores has the tokens of the one that wrote them; otherwise the texts are tokenized anew.
         cut: how many prompts are sampled of the blocks of which not all are.
         fingerprint: of all that decides the rows.
     """
@@ -40,6 +43,8 @@ class SamplingJob:
     seed_round: int
     fingerprint: str
     cut: Mapping[int, int] = field(default_factory=dict)
+    responses: str | None = None
+    own_tokens: bool = True
 
     def input(self, storage: Storage) -> Dataset:
         return Dataset(storage, self.prompts, PROMPTS)

@@ -12,7 +12,7 @@ from plad_dist.data.store import Dataset
 from plad_dist.data.templates import Messages, compile_template
 from plad_dist.errors import UserError
 from plad_dist.sampling.endpoint import ClientClosedError, EndpointClient, EndpointDownError, SpendingCapReached
-from plad_dist.sampling.engine import Completion
+from plad_dist.sampling.engine import Completion, RefusedPromptError, Response
 from plad_dist.sampling.spool import total_cost
 from plad_dist.sampling.work import StopStageError
 
@@ -77,6 +77,10 @@ class EndpointBackend:
             prompt_tokens=answer.prompt_tokens,
             cost=answer.cost,
         )
+
+    async def score(self, prompt: Any, response: Response, request_id: str) -> Completion:
+        """Servers give no likelihoods of what they did not write."""
+        raise RefusedPromptError(f"{self.path}: a server gives no likelihood of a given response")
 
     async def load_weights(self, path: str) -> None:
         """A server has the weights that it has."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from plad_dist.config import Config, Decoding, Model, RoleSampling, Teacher, fingerprint
-from plad_dist.data.models import model_identity
+from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling, Teacher, fingerprint
+from plad_dist.data.models import model_identity, resolve_model
 from plad_dist.data.prompts import heldout_prompts, teacher_blocks, train_prompts
 from plad_dist.data.store import Dataset, Manifest
 from plad_dist.progress import Progress
@@ -27,13 +27,40 @@ from plad_dist.sampling.run import run_fleets
 
 _SEQUENCES = 256  # that vLLM answers at once where max_num_seqs is not given, or more on large GPUs
 # Keep the seeds of held-out samples apart from those of training samples, which have the number of their round.
-_PAIRS_SEED, _SYSTEM_SEED = -1, -2
+_PAIRS_SEED, _SYSTEM_SEED, _CANDIDATES_SEED = -1, -2, -3
 
 
 def sample(config: Config, run: RunDir, progress: Progress, roles: tuple[str, ...] = ("teacher", "student")) -> None:
     """Sample what the roles have not sampled yet. Raises :class:`UserError` and :class:`RunFailed` as `run_fleets`."""
     fleets = [_fleet(config, run, speaker, assignments) for speaker, assignments in _role_work(config, run, roles)]
     run_fleets(config, run.storage, fleets, progress)
+
+
+def score_by_teacher(
+    config: Config, run: RunDir, judge: str, responses: dict[str, Dataset], progress: Progress
+) -> None:
+    """Ask the teacher how likely it finds responses to the held-out prompts, by system."""
+    [teacher] = _speakers(config, run, "teacher")
+    assignments: list[Assignment] = []
+    for system, answers in responses.items():
+        wanted = _Wanted(
+            heldout_prompts(run.storage), run.scored(judge, system), config.evaluation.limit, 1, _SYSTEM_SEED,
+            responses=answers, own_tokens=False,
+        )  # fmt: skip
+        assignments += _assignments(config, run, [teacher], wanted)[teacher.name]
+    run_fleets(config, run.storage, [_fleet(config, run, teacher, assignments)], progress, stage="evaluate")
+
+
+def ask(
+    config: Config, run: RunDir, name: str, judge: LlmJudge, prompts: Dataset, output: Dataset, progress: Progress
+) -> None:
+    """Ask a judge every prompt of a dataset once."""
+    model = judge.model
+    path = model.endpoint.model if model.endpoint else resolve_model(model)
+    speaker = _Speaker(name, "judge", path, model, judge.sampling)
+    wanted = _Wanted(prompts, output, None, 1, _SYSTEM_SEED)
+    fleet = _fleet(config, run, speaker, _assignments(config, run, [speaker], wanted)[name])
+    run_fleets(config, run.storage, [fleet], progress, stage="evaluate")
 
 
 def is_sampled(config: Config, run: RunDir, roles: tuple[str, ...] = ("teacher", "student")) -> bool:
@@ -47,13 +74,23 @@ def is_sampled(config: Config, run: RunDir, roles: tuple[str, ...] = ("teacher",
 
 
 def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progress: Progress) -> None:
-    """Sample the held-out prompts from trained students, by name; they share engines, which change weights."""
+    """Sample the held-out prompts from trained students, by name, and ask them how likely the candidates are.
+
+    They share engines, which change weights.
+    """
     assignments: list[Assignment] = []
+    evaluation, heldout = config.evaluation, heldout_prompts(run.storage)
     for name, path in systems.items():
         student = _student(config, path)
         for output, decoding in _system_outputs(config, run, name):
-            wanted = _Wanted(heldout_prompts(run.storage), output, config.evaluation.limit, 1, _SYSTEM_SEED, decoding)
+            wanted = _Wanted(heldout, output, evaluation.limit, 1, _SYSTEM_SEED, decoding)
             assignments += _assignments(config, run, [student], wanted)[student.name]
+        if evaluation.candidates:
+            scored = _Wanted(
+                heldout, run.scored("candidates", name), evaluation.limit, evaluation.candidates, _CANDIDATES_SEED,
+                responses=run.candidates(),
+            )  # fmt: skip
+            assignments += _assignments(config, run, [student], scored)[student.name]
     first = _student(config, next(iter(systems.values())))
     run_fleets(config, run.storage, [_fleet(config, run, first, assignments)], progress)
 
@@ -131,6 +168,8 @@ def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tupl
         if not run.round:  # later students have answered as the system of the round before
             for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
                 wanted.append(_Wanted(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
+            if role == "student" and (n := config.evaluation.candidates):
+                wanted.append(_Wanted(heldout, run.candidates(), limit, n, _CANDIDATES_SEED))
         assigned: dict[str, list[Assignment]] = {speaker.name: [] for speaker in speakers}
         for dataset in wanted:
             for name, assignments in _assignments(config, run, speakers, dataset).items():
@@ -152,6 +191,7 @@ class _Wanted:
         limit: prompts that are answered at most, each `n` times.
         seed_round: keeps the seeds of what is sampled for other purposes apart.
         decoding: None for the speaker's own, as it is sampled for pairs.
+        responses: what is scored instead of drawing anything, in tokens of the speaker's own or in another model's.
     """
 
     prompts: Dataset
@@ -160,11 +200,11 @@ class _Wanted:
     n: int
     seed_round: int
     decoding: Decoding | None = None
+    responses: Dataset | None = None
+    own_tokens: bool = True
 
 
-def _assignments(
-    config: Config, run: RunDir, speakers: list[_Speaker], wanted: _Wanted
-) -> dict[str, list[Assignment]]:
+def _assignments(config: Config, run: RunDir, speakers: list[_Speaker], wanted: _Wanted) -> dict[str, list[Assignment]]:
     """One dataset of samples, by the speaker that does each block."""
     manifest = wanted.prompts.require("prepare")
     rows = rows_by_block(manifest, wanted.limit)
@@ -175,6 +215,8 @@ def _assignments(
         manifest.fingerprint, manifest.facts.get("content"), sum(rows), cut, [speaker.identity for speaker in speakers],
         [decoding.model_dump(mode="json") for decoding in decodings], n, seed, wanted.seed_round, role,
     ]  # fmt: skip
+    if wanted.responses is not None:
+        decides += [wanted.responses.require("sample").contents, wanted.own_tokens]
     made_of = fingerprint(decides)
     blocks_of = teacher_blocks(manifest) if role == "teacher" else {speakers[0].name: range(len(rows))}
     assigned: dict[str, list[Assignment]] = {}
@@ -192,6 +234,8 @@ def _assignments(
             seed_round=wanted.seed_round,
             fingerprint=made_of,
             cut=cut,
+            responses=wanted.responses.path if wanted.responses else None,
+            own_tokens=wanted.own_tokens,
         )
         mine = [block for block in blocks_of.get(speaker.name, []) if block < len(rows)]
         assigned[speaker.name] = [Assignment(job, mine, [count * n for count in rows])]

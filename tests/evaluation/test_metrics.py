@@ -9,17 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plad_dist.evaluation.metrics import (
-    Output,
-    bootstrap_mean,
-    compare,
-    exact_match,
-    repetition,
-    rouge_l,
-    score_system,
-    verdict,
-    win_rate,
-)
+from plad_dist.evaluation.metrics import Output, compare, score_system
+from plad_dist.evaluation.statistics import bootstrap_mean, win_rate
+from plad_dist.evaluation.text import exact_match, repetition, rouge_l
+from plad_dist.evaluation.verdict import verdict
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0, "t0.5": 0.5}
 WORDS = [f"w{i}" for i in range(40)]
