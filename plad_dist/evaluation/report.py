@@ -27,11 +27,14 @@ from rich.table import Table
 from rich.text import Text
 
 from plad_dist.evaluation.verdict import NO_EOS_WARNING
+from plad_dist.rundir import earlier_round
 
 Record = Mapping[str, Any]
 Key = tuple[str, str]  # system, decoding
 
 NAMES = {"teacher": "Teacher", "warmup": "Warm-up student", "seqkd": "Seq-KD control", "plad": "PLaD student"}
+_JUDGES = {"rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
+_EARLIER_ROUND = "#7c5cbf"
 _COLORS = {"teacher": "#4b5563", "warmup": "#c2710c", "seqkd": "#00805f", "plad": "#0b5cad"}
 _CURVE_POINTS = 200  # longer curves are averaged down to so many points
 _TEXT_LIMIT = 4000  # characters of one prompt or output that are shown
@@ -47,7 +50,8 @@ class ReportData:
     `metrics`: from :func:`~plad_dist.evaluation.metrics.compare`. `curves`: log records of each phase in the order
     trained; those of a round also hold `pair_accuracy`, `active_share`, `chosen_logp`, `rejected_logp`. `lengths`:
     tokens of every output. `examples`: `prompt`, `reference` (or None) and `outputs` by label. `pairing`: `pairs`,
-    `drops` by reason, `teacher_win_share` (or None). `timings`: seconds by stage. `facts`: more lines for "what was
+    `drops` by reason, `teacher_win_share` (or None). `timings`: seconds by stage. `cost`: by who was
+    sampled, `samples`, `prompt_tokens`, `tokens`, and `money` at endpoints (or None). `facts`: more lines for "what was
     distilled".
     """
 
@@ -60,6 +64,7 @@ class ReportData:
     versions: Mapping[str, str]
     pairing: Mapping[str, Any]
     timings: Mapping[str, float]
+    cost: Mapping[str, Record] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,6 +92,7 @@ def render_report(report: ReportData) -> str:
         "clip": _clip,
         "duration": _duration,
         "system": _name,
+        "judge": _judge,
     }
     environment.filters.update(filters)
     page = environment.get_template("report.html.j2").render(
@@ -96,6 +102,7 @@ def render_report(report: ReportData) -> str:
         tiles=_tiles(report.metrics),
         quality=_quality_pictures(report.metrics),
         curves=_curve_pictures(report.curves),
+        calibration=_calibration_pictures(report.metrics["calibration"]),
         likelihood=[p for p in (_likelihood_picture(phase, r) for phase, r in report.curves.items()) if p],
         lengths=_length_picture(report.lengths),
         no_eos_warning=NO_EOS_WARNING,
@@ -139,7 +146,16 @@ def _brackets(x: Mapping[str, float] | None, factor: float = 100.0) -> str:
 
 
 def _name(system: str) -> str:
-    return NAMES.get(system, system)
+    number = earlier_round(system)
+    return NAMES.get(system, system) if number is None else f"PLaD, round {number}"
+
+
+def _judge(name: str) -> str:
+    return _JUDGES.get(name, name)
+
+
+def _color(system: str) -> str:
+    return _COLORS.get(system, _EARLIER_ROUND)
 
 
 def _clip(text: str | None) -> str:
@@ -248,12 +264,14 @@ class _Whisker:
     thick: tuple[float, float] | None = None
 
 
-def _whisker_picture(rows: Sequence[_Whisker], what: str, caption: str, line_at: float | None = None) -> Picture:
+def _whisker_picture(
+    rows: Sequence[_Whisker], what: str, caption: str, line_at: float | None = None, digits: int = 1
+) -> Picture:
     figure, axes = _figure(0.75 + 0.29 * len(rows))
     if line_at is not None:
         axes.axvline(line_at, color="#111827", linewidth=1, linestyle=(0, (4, 3)))
     for y, row in enumerate(rows):
-        color = _COLORS.get(row.system, "#111827")
+        color = _color(row.system)
         axes.hlines(y, *row.thin, color=color, linewidth=1.6)
         if row.thick:
             axes.hlines(y, *row.thick, color=color, linewidth=6, alpha=0.45)
@@ -267,7 +285,8 @@ def _whisker_picture(rows: Sequence[_Whisker], what: str, caption: str, line_at:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(what)
     told = "; ".join(
-        f"{_name(row.system)} {row.decoding} {row.value:.1f} ({row.thin[0]:.1f} to {row.thin[1]:.1f})" for row in rows
+        f"{_name(row.system)} {row.decoding} {row.value:.{digits}f} ({row.thin[0]:.{digits}f} to {row.thin[1]:.{digits}f})"
+        for row in rows
     )
     return _picture(figure, f"{what}: {told}.", caption)
 
@@ -286,6 +305,39 @@ def _quality_pictures(metrics: Mapping[str, Any]) -> list[Picture]:
         ]
         if rows:
             pictures.append(_whisker_picture(rows, what, caption, line_at))
+    return pictures
+
+
+def _calibration_pictures(calibration: Mapping[str, Any] | None) -> list[Picture]:
+    """Rank correlations of every system, and how far a gap of likelihoods can be believed."""
+    if calibration is None:
+        return []
+    systems = calibration["systems"]
+    rows = [
+        _Whisker(system, how, x["value"], (x["low"], x["high"]))
+        for system, found in systems.items()
+        for key, how in (("rank_correlation", "sum"), ("rank_correlation_per_token", "per token"))
+        if (x := found[key]) is not None
+    ]
+    pictures = []
+    if rows:
+        caption = "Of a prompt's candidates: does the likelier one have the higher quality? 1: always, 0: no relation."
+        pictures.append(_whisker_picture(rows, "Rank correlation of likelihood and quality", caption, 0.0, digits=2))
+    curves = {system: found["reliability"] for system, found in systems.items() if found["reliability"]["curve"]}
+    if curves:
+        figure, axes = _figure(3.0)
+        axes.plot([0.5, 1], [0.5, 1], color="#111827", linewidth=1, linestyle=(0, (4, 3)))
+        told = []
+        for system, found in curves.items():
+            predicted, observed = ([row[key] for row in found["curve"]] for key in ("predicted", "observed"))
+            axes.plot(predicted, observed, "o-", color=_color(system), label=_name(system), linewidth=1.6, markersize=4)
+            told.append(f"{_name(system)} error {found['error']:.3f}")
+        axes.set_xlabel("probability by the gap of likelihoods")
+        axes.set_ylabel("share that was better")
+        axes.set_xlim(0.49, 1.01)
+        axes.legend(frameon=False, fontsize=9)
+        caption = "Reliability of two candidates' likelihoods as a preference; dashed: as it should be"
+        pictures.append(_picture(figure, f"{caption}: {', '.join(told)}.", f"{caption}."))
     return pictures
 
 

@@ -192,10 +192,38 @@ def report(config: Config, run: RunDir) -> str:
                 "teacher_win_share": found.get("teacher_better_share"),
             },
             timings=run.storage.read_json(TIMINGS) or {},
+            cost=_cost(config, run),
         )
     )
     run.storage.replace(run.report, page.encode())
     return str(run.root / run.report)
+
+
+def _cost(config: Config, run: RunDir) -> dict[str, dict[str, Any]]:
+    """What was sampled for what, in tokens, and in money where a server was paid."""
+    rounds = [run.at_round(number) for number in range(run.round + 1)]
+    sets = {
+        "Teacher, for pairs": [run.samples("teacher")],
+        "Student, for pairs": [each.samples("student") for each in rounds],
+        "Held-out prompts": [
+            each.system_samples(system, name)
+            for each in rounds
+            for system in (trained_systems(config, each) if each.round else systems_of(config, each))
+            for name in system_decodings(config, system)
+        ],
+    }
+    found = {}
+    for name, datasets in sets.items():
+        manifests = [manifest for dataset in datasets if (manifest := dataset.manifest()) is not None]
+        parts = [part for manifest in manifests for part in manifest.parts]
+        paid = [part.counts["cost_micros"] for part in parts if "cost_micros" in part.counts]
+        found[name] = {
+            "samples": sum(part.rows for part in parts),
+            "prompt_tokens": sum(part.counts.get("prompt_tokens", 0) for part in parts),
+            "tokens": sum(part.counts.get("tokens", 0) for part in parts),
+            "money": sum(paid) / 1e6 if paid else None,
+        }
+    return found
 
 
 def heldout_ranking(config: Config, run: RunDir) -> dict[str, Any] | None:
