@@ -5,11 +5,12 @@ command after the other distils a tiny student from a tiny teacher, each in a ru
 nodes and the driver are killed; while it trains, workers, nodes and the driver are killed, workers freeze, and nodes leave with
 notice. What is hit and when follows from the seed. A node that is gone is replaced, a driver that is gone is started again. When the
 time is over the last run ends in peace, and every run is checked: each prompt has each of its samples once, every step was
-trained once, nothing that was committed is damaged.
+trained, nothing that was committed is damaged. The phase that was disturbed most is trained once more in peace from the same pairs.
 
 `lost`: samples or steps that are missing, and whatever `plad verify` finds. `duplicated`: samples that are there twice, steps that one
-attempt took twice. `steps_taken_again`: those that an attempt took and a later one again. `hung`: times that nothing got on for
-five minutes.
+attempt took twice. `steps_taken_again`: those that an attempt took and a later one again. `recoveries`: blows after which more got
+done than had been a few seconds after them. `hung`: times that nothing got on for five minutes; `failed`: commands that ended with an
+error. Either ends the soak, with exit code 1. `max_rel_loss_diff`: between the disturbed phase and the one in peace.
 Needs root and iproute2.
 """
 
@@ -20,8 +21,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,6 +35,7 @@ import yaml
 
 from plad_dist.data.prompts import train_prompts
 from plad_dist.rundir import RunDir
+from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
 from tests.nodes import Cluster, Node, available
 from tests.tiny import sampling_config
@@ -39,6 +43,7 @@ from tests.tiny import sampling_config
 PROMPTS, STEPS, EVERY = 600, 150, 10
 PAUSE_S = (10.0, 40.0)  # between a blow and the next, while something gets on
 HUNG_S = 300.0
+_SETTLE_S = 5.0  # after a blow, in which what was under way may still end
 
 
 def main() -> None:
@@ -51,13 +56,27 @@ def main() -> None:
         print(json.dumps({"benchmark": "soak", "skipped": why}))
         return
     with tempfile.TemporaryDirectory(prefix="plad-soak-") as folder:
-        soak = Soak(Path(folder), arguments.seed)
+        soak, broken = Soak(Path(folder), arguments.seed), Counter(hung=0, failed=0)
         try:
             soak.disturb(arguments.minutes * 60)
+            difference = soak.compare()
+        except Broken as error:
+            broken[error.kind] += 1
+            print(error, file=sys.stderr)
+            difference = None
         finally:
             soak.cluster.end()
-        figures = soak.figures()
+        figures = soak.figures() | {"max_rel_loss_diff": difference} | broken
     print(json.dumps({"benchmark": "soak", "seed": arguments.seed, **figures}))
+    sys.exit(1 if broken.total() else 0)
+
+
+class Broken(Exception):
+    """What ends a soak: a command that hung or failed."""
+
+    def __init__(self, kind: str, log: Path) -> None:
+        super().__init__(f"{kind}: {log.read_text()[-4000:]}")
+        self.kind = kind
 
 
 class Soak:
@@ -67,17 +86,34 @@ class Soak:
         self._folder, self._random = folder, random.Random(seed)
         self.cluster = Cluster(folder)
         self._nodes = [self.cluster.add(cpus=2), self.cluster.add(cpus=2)]
-        self._runs: list[RunDir] = []
+        self._runs: list[RunDir] = []  # that have ended
         self._faults: Counter[str] = Counter()
-        self._recoveries = self._hung = 0
+        self._recoveries = 0
         self._command: subprocess.Popen[bytes] | None = None
 
     def disturb(self, seconds: float) -> None:
         """Run after run, hit at random until the time is over; the last one ends in peace."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            self._begin()
+            self._begin(self._folder / f"run-{len(self._runs)}")
             self._see_through(until)
+            self._runs.append(self._run)
+
+    def compare(self) -> float:
+        """Train the phase that had the most attempts once more, in peace. Returns the largest relative difference of losses."""
+        disturbed = max(self._runs, key=lambda run: max(row["attempt"] for row in _all_steps(run)))
+        again = self._folder / "again"
+        apart = shutil.ignore_patterns(
+            "round-0", ".ray-train"
+        )  # of the models and events; samples and pairs are copied whole
+        for name in ("models", "events", "eval", "samples", "pairs", "prompts"):
+            source = disturbed.root / name
+            shutil.copytree(source, again / "run" / name, ignore=apart if name in ("models", "events") else None)
+        self._begin(again)
+        self._see_through(until=0.0)
+        expected = read_metrics(self._run.root / "events/round-0")[0]
+        found = read_metrics(disturbed.root / "events/round-0")[0]
+        return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(found, expected, strict=True))
 
     def figures(self) -> dict[str, Any]:
         counts: Counter[str] = Counter(lost=0, duplicated=0)
@@ -89,14 +125,12 @@ class Soak:
             "faults_by_kind": dict(self._faults),
             "recoveries": self._recoveries,
             **counts,
-            "hung": self._hung,
         }
 
     # -- a run
 
-    def _begin(self) -> None:
-        folder = self._folder / f"run-{len(self._runs)}"
-        folder.mkdir()
+    def _begin(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         raw = sampling_config(folder, PROMPTS, block_size=8, max_tokens=48)
         raw["sampling"] |= {"heartbeat_timeout_s": 20, "window": 1}
         raw["sampling"]["teacher"]["engine"] = {"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 27}
@@ -110,7 +144,6 @@ class Soak:
         self._config = folder / "run.yaml"
         self._config.write_text(yaml.safe_dump(raw))
         self._run = RunDir.at(raw["run"]["dir"])
-        self._runs.append(self._run)
         self._start()
 
     def _start(self) -> None:
@@ -128,13 +161,14 @@ class Soak:
                 self._recoveries += hit
                 done, moved, hit = got, now, False
             elif now - moved > HUNG_S:
-                self._hung += 1
-                raise SystemExit(f"hung: {self._config.with_name('log').read_text()[-4000:]}")
+                raise Broken("hung", self._config.with_name("log"))
             if now < until and now >= next_blow and not hit and got:
                 hit = self._blow()
+                time.sleep(_SETTLE_S if hit else 0.0)
+                done, moved = self._progress(), time.monotonic()
                 next_blow = time.monotonic() + self._random.uniform(*PAUSE_S)
         if code != 0:
-            raise SystemExit(f"exit code {code}: {self._config.with_name('log').read_text()[-4000:]}")
+            raise Broken("failed", self._config.with_name("log"))
 
     def _progress(self) -> tuple[int, int]:
         """Parts that are committed, and the highest step that was taken: what is done again is no progress."""

@@ -98,7 +98,10 @@ def _phase_row(phase: str, run: RunDir, checkpoints: Storage) -> tuple[str, str,
         harm = weights_problems(run.root / "models" / phase)
         state = "damaged" if harm else "complete"
         return f"models/{phase}", state, harm[0] if harm else f"{marker['facts'].get('step', 0):,} steps"
-    found, damaged = CheckpointStore(checkpoints, phase, None).newest()
+    try:
+        found, damaged = CheckpointStore(checkpoints, phase, None).newest()
+    except RunFailed as error:
+        return f"models/{phase}", "damaged", str(error)
     if found is None:
         return f"models/{phase}", "-", ""
     told = f"checkpoint of step {found.state.step:,} of {found.state.workers} workers"

@@ -302,9 +302,21 @@ def _set_aside_checkpoints(url: str, item: Checked) -> list[str]:
     storage = run.checkpoints(parse_config(load_run(url)["config"], url))
     store = CheckpointStore(storage, item.path.rpartition("/")[2], None)
     names, item.bad, item.problems, item.state = sorted(item.bad), set(), [], "complete"
+    done = []
     for name in names:
-        store.set_aside(int(name.rpartition("-")[2]))
-    return [f"{item.path}/{name}: is no longer taken for a checkpoint" for name in names]
+        step = int(name.rpartition("-")[2])
+        if _is_damaged(store, step):  # training may have committed it anew since
+            store.set_aside(step)
+            done.append(f"{item.path}/{name}: is no longer taken for a checkpoint")
+    return done
+
+
+def _is_damaged(store: CheckpointStore, step: int) -> bool:
+    try:
+        found = store.at(step)
+    except DamagedCheckpoint:
+        return True
+    return found is not None and (store.harm(found) or store.alteration(found)) is not None
 
 
 def _readable_manifest(dataset: Dataset) -> Manifest | None:

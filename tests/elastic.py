@@ -122,6 +122,12 @@ def undisturbed_student(folder: Path, steps: int, every: int) -> dict[str, torch
     return load_file(run.model(PHASE) / "model.safetensors")
 
 
+def begun_at(training: Training) -> list[int]:
+    """The step that each attempt went on from, in order."""
+    folder = training.run.root / "events" / PHASE / "attempts"
+    return [json.loads(path.read_text())["step"] or 0 for path in sorted(folder.glob("*.json"))]
+
+
 def expect_the_same(training: Training, undisturbed: dict[str, torch.Tensor]) -> None:
     """Every step once, sound checkpoints, and weights that differ by float error alone."""
     steps = int(training.raw["training"]["round"]["max_steps"])

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,6 +39,7 @@ _RANK = re.compile(r"zero_pp_rank_(\d+)_")
 _STAGED = "plad-checkpoint-"
 _POLL_S = 0.2
 _COMMIT_TIMEOUT_S = 1800.0
+_ASIDE = ".damaged"  # ending of the state of a checkpoint that was set aside
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class TrainState:
         tokens: tokens computed.
         workers: world size that wrote the checkpoint.
         fingerprint: of the phase: its config, data and starting model.
-        stage, optimizer: of ZeRO and where it steps, which decide what the files of a checkpoint hold.
+        stage, optimizer, dtype: of ZeRO, where it steps and in what precision, which decide what the files of a checkpoint hold.
         first: figures of the first step.
         evaluated: step of the latest evaluation; `best` is the best value, at `best_step`; `stale` evaluations have brought
             nothing better since.
@@ -64,6 +65,7 @@ class TrainState:
     fingerprint: str
     stage: int = 3
     optimizer: str = ""
+    dtype: str = ""
     first: dict[str, float] = field(default_factory=dict)
     evaluated: int = -1
     best: float | None = None
@@ -120,8 +122,8 @@ class CheckpointStore:
             UserError: it belongs to another config, data or model.
             RunFailed: none is whole, though some are committed; or the storage does not answer.
         """
-        damaged = dict(without or {})
-        for step in self.steps():
+        damaged, steps = dict(without or {}), self.steps()
+        for step in steps:
             if step in damaged:
                 continue
             try:
@@ -133,16 +135,18 @@ class CheckpointStore:
                 continue
             if found is not None:
                 return found, damaged
-        if damaged:
+        aside = [step for step in steps if self.storage.holds(f"{self._key(step)}{_ASIDE}")]
+        if damaged or aside:  # training must not begin anew without a word
+            why = "; ".join(damaged.values()) or f"those of the steps {', '.join(map(str, aside))} were set aside"
             raise RunFailed(
-                f"{self.storage.url}/{self.folder}: every checkpoint is damaged ({'; '.join(damaged.values())}). Mend the storage, or "
-                "delete this folder to train the phase from its start"
+                f"{self.storage.url}/{self.folder}: every checkpoint is damaged ({why}). Mend the storage, or delete this folder to "
+                "train the phase from its start"
             )
         return None, damaged
 
     def at(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step, None where none is committed. Raises as :meth:`newest`, and :class:`DamagedCheckpoint`."""
-        key = f"{self.folder}/{step_name(step)}/{STATE}"
+        key = self._key(step)
         data = self.storage.read(key)
         if data is None:
             return None
@@ -179,22 +183,25 @@ class CheckpointStore:
 
     def is_committed(self, step: int) -> bool:
         """Whether there is a checkpoint of a step."""
-        return self.storage.holds(f"{self.folder}/{step_name(step)}/{STATE}")
+        return self.storage.holds(self._key(step))
 
-    def alteration(self, checkpoint: Checkpoint) -> str | None:
-        """The first file whose bytes are not those that were committed, None for none. Reads every byte."""
-        for name, (_, digest) in checkpoint.files.items():
-            if self.storage.checksum(f"{checkpoint.folder}/{name}") != digest:
+    def alteration(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
+        """The first of these files, or of all, whose bytes are not those that were committed. None for none. Reads every byte."""
+        for name in checkpoint.files if names is None else names:
+            if self.storage.checksum(f"{checkpoint.folder}/{name}") != checkpoint.files[name][1]:
                 return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum is another"
         return None
 
     def set_aside(self, step: int) -> None:
         """Make a damaged checkpoint one that is not committed; its files stay until the next ones are pruned."""
-        key = f"{self.folder}/{step_name(step)}/{STATE}"
+        key = self._key(step)
         data = self.storage.read(key)
         if data is not None:
-            self.storage.replace(f"{key}.damaged", data)
+            self.storage.replace(f"{key}{_ASIDE}", data)
             self.storage.delete(key)
+
+    def _key(self, step: int) -> str:
+        return f"{self.folder}/{step_name(step)}/{STATE}"
 
 
 class Checkpoints:
@@ -265,19 +272,20 @@ class Checkpoints:
     def settle(self) -> None:
         """Wait on all ranks until what was saved is committed. Raises as :meth:`save`."""
         self._wait()
+        self.superseded = of_first_rank(self._attempt.superseded)
+
+    def _wait(self) -> None:
+        """Until what was saved is committed, by whichever rank. Not by a collective: those give up sooner than a slow storage does."""
+        if self._pending is None:
+            return
+        self._pending.result()
+        self._pending = None
         if self._rank and self._saved is not None:
-            # Not by a collective: those give up sooner than a slow storage does.
             key, until = self._state_key(self._saved), time.monotonic() + _COMMIT_TIMEOUT_S
             while not self._store.storage.holds(key) and self._attempt.superseded() is None:
                 if time.monotonic() > until:
                     raise RunFailed(f"{self._store.storage.url}/{key} did not come: the first worker does not answer")
-                time.sleep(1.0)
-        self.superseded = of_first_rank(self._attempt.superseded)
-
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+                time.sleep(_POLL_S)
 
     def drain(self) -> None:
         """Wait for what was saved, where training ends on all ranks anyway."""
@@ -305,11 +313,13 @@ class Checkpoints:
             return
         document = {"state": asdict(state), "attempt": self._attempt.name, "files": files}
         text = json.dumps(document, indent=1).encode()
-        if state.step in self._damaged:  # what is there is not whole
-            storage.replace(f"{step}/{STATE}", text)
-        if state.step in self._damaged or storage.create(f"{step}/{STATE}", text):
+        created = storage.create(f"{step}/{STATE}", text)
+        self.superseded = self._attempt.superseded()
+        if self.superseded is not None:  # it may have been for long: what is there now is not this attempt's to prune
+            return
+        if created:
             storage.replace(f"{self._store.folder}/{LATEST}", json.dumps(asdict(state), indent=1).encode())
-        self._prune({state.step, state.best_step})
+        self._prune()
 
     def _files_of_all(self, folder: str) -> dict[str, Any]:
         """The files of all ranks, when they are there."""
@@ -321,12 +331,15 @@ class Checkpoints:
             time.sleep(_POLL_S)
         return {name: fact for rank in sorted(wanted) for name, fact in storage.read_json(f"{folder}/{rank}").items()}
 
-    def _prune(self, kept: set[int | None]) -> None:
-        """Delete all but the newest checkpoints and those to be kept."""
-        committed = [step for step in self._store.steps() if self._store.is_committed(step)]
-        newest = set(committed[: self._keep])
+    def _prune(self) -> None:
+        """Delete all but the newest checkpoints and the best ones that these know of."""
+        newest: list[TrainState] = []
         for step in self._store.steps():
-            if step not in newest | kept and step < max(newest):
+            if len(newest) < self._keep and (found := self._store.at(step)) is not None:
+                newest.append(found.state)
+        kept = {step for state in newest for step in (state.step, state.best_step)}
+        for step in self._store.steps():
+            if step not in kept and step < newest[0].step:
                 self._store.storage.delete(self._state_key(step))  # first: what is left by a crash is not committed
                 self._store.storage.delete_folder(f"{self._store.folder}/{step_name(step)}")
 
@@ -352,6 +365,8 @@ class Checkpoints:
             self._damaged[found.state.step] = problem
         for step, why in self._damaged.items():
             say(f"the checkpoint of step {step} is left out, the one before it is used: {why}")
+            if self._rank == 0 and self._attempt.superseded() is None:  # its step is to be committed anew
+                self._store.set_aside(step)
         self._saved = found.state.step if found is not None else None
         return found
 
@@ -370,10 +385,7 @@ class Checkpoints:
 
     def _altered(self, checkpoint: Checkpoint) -> str | None:
         """The first file whose bytes are not those that were committed, by the checksums; the same on all ranks."""
-        problem = None
-        for name in sorted(checkpoint.files)[self._rank :: self._world]:
-            if self._store.storage.checksum(f"{checkpoint.folder}/{name}") != checkpoint.files[name][1]:
-                problem = f"{self._store.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum is another"
+        problem = self._store.alteration(checkpoint, sorted(checkpoint.files)[self._rank :: self._world])
         found: list[str | None] = [None] * self._world
         dist.all_gather_object(found, problem)
         return next(filter(None, found), None)
@@ -385,6 +397,11 @@ class Checkpoints:
             UserError: its optimizer, or its ZeRO stage at another number of ranks, cannot be loaded.
         """
         state = checkpoint.state
+        dtype = precision_of(engine)
+        if state.dtype not in ("", dtype):
+            raise UserError(
+                f"{checkpoint.folder}: was trained in {state.dtype}, now it would be {dtype}: set training.dtype={state.dtype} to go on"
+            )
         written, now = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
         if written != now and (state.optimizer or written[0] != now[0]):
             raise UserError(
@@ -447,6 +464,10 @@ def _lock_of(folder: Path) -> Path:
 def optimizer_of(engine: Any) -> str:
     """The optimizer that really steps: DeepSpeed has its own on the CPU."""
     return type(engine.basic_optimizer).__name__
+
+
+def precision_of(engine: Any) -> str:
+    return str(engine.get_data_types()[0]).removeprefix("torch.")
 
 
 def step_name(step: int) -> str:

@@ -29,7 +29,7 @@ def load_deepspeed(name: str) -> dict[str, Any]:
     """A DeepSpeed config by name in ds_configs/ or by path.
 
     Raises:
-        UserError: it is no JSON, not ZeRO stage 2 or 3, or sets what the run's config sets.
+        UserError: it is no JSON, not ZeRO stage 2 or 3, offloads to NVMe, or sets what the run's config sets.
     """
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:
@@ -45,6 +45,11 @@ def load_deepspeed(name: str) -> dict[str, Any]:
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise UserError(f"training.deepspeed: {path}: expected zero_optimization.stage 2 or 3")
+    for name in ("offload_optimizer", "offload_param"):
+        if (zero.get(name) or {}).get("device") == "nvme":
+            raise UserError(
+                f"training.deepspeed: {path}: zero_optimization.{name}.device: nvme: what lies there is in no checkpoint; set cpu"
+            )
     for key, ours in _OURS.items():
         if key in config:
             raise UserError(f"training.deepspeed: {path}: {key}: is set by the run's {ours}; remove one of the two")

@@ -25,7 +25,6 @@ from ray.train.v2.api.exceptions import PreemptionError
 from plad_dist.errors import RunFailed, UserError
 
 _SAY_EVERY_S = 30.0
-_YIELD_TIMEOUT_S = 1800.0
 _DEATHS = (RayActorError, WorkerHealthCheckTimeoutError)
 _SILENCE = (ActorUnavailableError, WorkerHealthCheckTimeoutError)
 _SUSPECT_S = 30.0
@@ -85,15 +84,16 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
         # Nodes that do not answer, which Ray has not found dead yet, and since when.
         self._suspects: dict[str, float] = {}
         self._waits_since = self._said = time.monotonic()
-        self._starts_anew = False
+        self._starts_anew = self._asked = False
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Called in the controller's process, before it decides anything."""
         self._waits_since = self._said = time.monotonic()
-        count_what_is_free(self._takes_steps, self._staying, self._workers_on)
+        count_what_is_free(self._staying, self._workers_on)
+        let_them_save(self._takes_steps, self._ask_to_yield, self._have_yielded)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._group = worker_group
+        self._group, self._asked = worker_group, False
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         self._group = None
@@ -115,22 +115,20 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
                 self._say(f"{first_death(current_state.training_failed_error)}; the workers are started anew")
             case ResizingState():
                 self._starts_anew = True
-                size = current_state.scaling_decision.num_workers
-                self._say(f"the cluster has room for {size} workers now; a checkpoint first")
-                self._let_them_save()
             case SchedulingState():
                 self._call(self._monitor.new_group.remote())
             case InitializingState() | RestartingState() | ReschedulingState():
                 self._say_what_is_waited_for()
 
-    def _let_them_save(self) -> None:
-        """Wait until the workers have committed a checkpoint and stand still, or one of them has died."""
+    def _ask_to_yield(self, size: int) -> None:
+        """Ask the workers to commit a checkpoint and to stand still."""
+        self._asked = True
+        self._say(f"the cluster has room for {size} workers now; a checkpoint first")
         self._call(self._monitor.ask_to_yield.remote())
-        until = time.monotonic() + _YIELD_TIMEOUT_S
-        while time.monotonic() < until and self._call(self._monitor.has_yielded.remote()) is False:
-            if self._group is None or self._group.poll_status(timeout=1.0).errors:
-                return
-            time.sleep(0.2)
+
+    def _have_yielded(self) -> bool | None:
+        """Whether the workers stand still; None where they were not asked to."""
+        return bool(self._call(self._monitor.has_yielded.remote())) if self._asked else None
 
     def _suspect(self, error: Any) -> None:
         """Take note of nodes whose workers cannot be reached: to count with them costs a start that cannot succeed."""
@@ -177,24 +175,17 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
             return None
 
 
-def count_what_is_free(
-    takes_steps: Callable[[], bool], staying: Callable[[], dict[str, dict[str, float]]], held: Callable[[set[str]], int]
-) -> None:
+def count_what_is_free(staying: Callable[[], dict[str, dict[str, float]]], held: Callable[[set[str]], int]) -> None:
     """Let Ray Train's elastic policy, in this process, count what is really free, or held by its own workers.
 
     By itself it counts all that the nodes have, also what other jobs hold and what nodes have that are about to leave; so it ends
-    a healthy group for a size that cannot be started, and after a death tries sizes that are not there any more. A group is
-    not resized either before it has taken a step, or nodes that come one by one would never let it.
+    a healthy group for a size that cannot be started, and after a death tries sizes that are not there any more.
 
     Args:
-        takes_steps: whether the running group does.
         staying: what is free on every node that may be counted with.
         held: how many workers the group has on some nodes, which ends before the next one begins.
     """
-    count, decide = (
-        ElasticScalingPolicy._count_possible_workers,
-        ElasticScalingPolicy.make_decision_for_running_worker_group,
-    )
+    count = ElasticScalingPolicy._count_possible_workers
 
     def possible(self: Any, reserved_resources: Any) -> int:
         wanted = self.scaling_config._resources_per_worker_not_none
@@ -202,11 +193,38 @@ def count_what_is_free(
         room = sum(_room(resources, wanted) for resources in free.values())
         return min(count(self, reserved_resources), room + held(set(free)))
 
-    def decision(self: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
-        found = decide(self, worker_group_state, worker_group_status)
-        return found if isinstance(found, NoopDecision) or takes_steps() else NoopDecision()
-
     ElasticScalingPolicy._count_possible_workers = possible
+
+
+def let_them_save(
+    takes_steps: Callable[[], bool], ask: Callable[[int], None], yielded: Callable[[], bool | None]
+) -> None:
+    """Let Ray Train's elastic policy, in this process, resize a group only when that has committed a checkpoint and stands still.
+
+    By itself it ends a group at once, with all steps since its latest checkpoint. The controller goes on in between, so that a
+    group which ends or dies first is seen as ever. A group is not resized either before it has taken a step, or nodes that come one by
+    one would never let it.
+
+    Args:
+        takes_steps: whether the running group does.
+        ask: asks it to yield, for a group of another size.
+        yielded: whether it has; None where it was not asked.
+    """
+    decide = ElasticScalingPolicy.make_decision_for_running_worker_group
+
+    def decision(self: Any, group: Any, status: Any) -> Any:
+        stands_still = yielded()
+        if stands_still:
+            reserved = self._get_reserved_resources()
+            size = self._count_possible_workers(reserved) if reserved is not None else 0
+            # It has to be started anew in any case, as it was where the room is gone again.
+            return self._get_resize_decision(size if size >= self.scaling_config.min_workers else group.num_workers)
+        if stands_still is None:
+            found = decide(self, group, status)
+            if not isinstance(found, NoopDecision) and takes_steps():
+                ask(found.num_workers)
+        return NoopDecision()
+
     ElasticScalingPolicy.make_decision_for_running_worker_group = decision
 
 

@@ -28,7 +28,9 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
     if dist.get_rank() == 0:
         final = job.folder("models")
         temporary = final.with_name(f".writing-{final.name}-{attempt.name}")
-        shutil.rmtree(temporary, ignore_errors=True)
+        if attempt.superseded() is None:
+            for left in final.parent.glob(f".writing-{final.name}-*"):  # by attempts that died while they wrote
+                shutil.rmtree(left, ignore_errors=True)
         model = engine.module.model
         model.config.use_cache = True
         transformers.utils.logging.disable_progress_bar()

@@ -20,7 +20,14 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import StoppedError, agreed, of_first_rank
 from plad_dist.training.attempts import claim
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
-from plad_dist.training.checkpoints import Checkpoints, CheckpointStore, DamagedCheckpoint, TrainState, optimizer_of
+from plad_dist.training.checkpoints import (
+    Checkpoints,
+    CheckpointStore,
+    DamagedCheckpoint,
+    TrainState,
+    optimizer_of,
+    precision_of,
+)
 from plad_dist.training.engine import build_engine, release
 from plad_dist.training.export import export_model
 from plad_dist.training.groups import open_groups
@@ -86,8 +93,10 @@ class Worker:
         self.checkpoints = Checkpoints(
             store, self.attempt, job.phase.keep_checkpoints, job.staging, only_trained=job.lora is not None
         )
-        stage = self.engine.zero_optimization_stage()
-        self.state = TrainState(0, 0, 0, self.world, job.fingerprint, stage=stage, optimizer=optimizer_of(self.engine))
+        self.state = TrainState(
+            0, 0, 0, self.world, job.fingerprint,
+            stage=self.engine.zero_optimization_stage(), optimizer=optimizer_of(self.engine), dtype=precision_of(self.engine),
+        )  # fmt: skip
         self.speed = Speed(self.engine.module, device)
         self._ahead = ThreadPoolExecutor(1, "groups")
         self._metrics: MetricsLog | None = None

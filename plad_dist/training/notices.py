@@ -50,10 +50,12 @@ class Notices:
     def heed(self, info: Any, log: MetricsLog | None) -> bool:
         """Take note of what Ray says. True where more nodes are about to leave than were."""
         nodes = set() if info is None else set(info.preempted_node_to_ranks)
-        if info is None or nodes <= self._leaving:
+        if info is None or not nodes:
             return False
         at = None if info.deadline_ms is None else info.deadline_ms / 1000
         self._leaves_at = min(at, self._leaves_at) if self._leaving and at and self._leaves_at else at
+        if nodes <= self._leaving:  # it may be sooner than it was said first
+            return False
         self._leaving |= nodes
         if log is not None:
             when = "soon" if self._leaves_at is None else f"in {self._leaves_at - time.time():.0f} s"

@@ -69,12 +69,10 @@ def load_resharded(engine: Any, files: Callable[[int], AbstractContextManager[Pa
         files: gives a folder with the files of a rank that wrote, one rank at a time.
 
     Raises:
-        UserError: the optimizer keeps states that cannot be divided otherwise, or keeps them on NVMe.
+        UserError: the optimizer keeps states that cannot be divided otherwise.
         RunFailed: the files are not those of this model.
     """
     optimizer, rank = engine.optimizer, dist.get_rank()
-    if optimizer.swap_optimizer:
-        raise UserError("training.deepspeed: with an optimizer on NVMe the number of workers cannot change")
     with files(0) as folder:
         file, old = _load(folder, 0), places(_sub_groups(folder), ranks)
         kinds = [_states_of(file, group, folder, ranks) for group in range(len(file[_FP32]))]

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.elastic import MARKS, Training, expect_the_same, undisturbed_student
+from tests.elastic import MARKS, Training, begun_at, expect_the_same, undisturbed_student
 from tests.nodes import Cluster, Node
 
 pytestmark = MARKS
-STEPS, EVERY = 120, 10
+STEPS, EVERY, NOTICE_S = 160, 10, 20
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,26 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(
     training.start(cluster)
     training.finish()
     assert "goes on from the checkpoint of step" in training.log()
+    assert max(begun_at(training)) >= EVERY
+    expect_the_same(training, undisturbed)
+
+
+def test_a_node_that_leaves_with_notice_and_one_that_comes_cost_no_step(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    nodes = [cluster.add(), cluster.add()]
+    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+    training.wait_for_steps(EVERY + 5)
+    cluster.drain(nodes[0], NOTICE_S)
+    told = time.time()
+    time.sleep(NOTICE_S)
+    nodes[0].kill()
+    assert training.recover(told, 1)[1] == 0
+    came = time.time()
+    cluster.add()
+    assert training.recover(came, 2)[1] == 0
+    training.finish()
+    assert "a node has left as it had announced" in training.log()
     expect_the_same(training, undisturbed)
 
 
@@ -112,4 +132,5 @@ def test_the_head_is_lost_and_the_same_command_goes_on_elsewhere(
         training.finish()
     finally:
         second.end()
+    assert max(begun_at(training)) >= EVERY
     expect_the_same(training, undisturbed)

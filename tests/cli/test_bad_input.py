@@ -150,6 +150,10 @@ def deepspeed_not_stage_3(folder: Path, raw: dict[str, Any]) -> None:
     deepspeed_file(folder, raw, {"zero_optimization": {"stage": 1}})
 
 
+def deepspeed_on_nvme(folder: Path, raw: dict[str, Any]) -> None:
+    deepspeed_file(folder, raw, {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}})
+
+
 def deepspeed_file(folder: Path, raw: dict[str, Any], config: dict[str, Any]) -> None:
     path = folder / "ds.json"
     path.write_text(json.dumps(config))
@@ -208,6 +212,7 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (tensor_parallel_in_words, ["tensor_parallel_size: expected a whole number", "'two'"]),
         (deepspeed_missing, ["training.deepspeed", "zero9", "zero3"]),
         (deepspeed_not_stage_3, ["training.deepspeed", "stage 2 or 3"]),
+        (deepspeed_on_nvme, ["training.deepspeed", "offload_optimizer.device: nvme", "set cpu"]),
         (run_dir_is_a_file, ["is a file, expected a directory"]),
         (run_dir_of_something_else, ["not empty and not a run directory"]),
         (run_dir_below_a_file, ["run.dir", "cannot be made"]),

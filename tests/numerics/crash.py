@@ -46,6 +46,12 @@ def steps(run: RunDir) -> list[int]:
     return [row["step"] for row in read_metrics(run.root / "events" / PHASE)[0]]
 
 
+def first_step_of_last_attempt(run: RunDir) -> int:
+    """What is trained again gives the same figures: where an attempt went on tells whether it used a checkpoint."""
+    rows = read_metrics(run.root / "events" / PHASE)[0]
+    return min(int(row["step"]) for row in rows if row["attempt"] == max(row["attempt"] for row in rows))
+
+
 def store(run: RunDir) -> CheckpointStore:
     return CheckpointStore(run.storage, PHASE, None)
 
@@ -121,6 +127,7 @@ def killed_at(point: str, tmp_path: Path, undisturbed: RunDir) -> None:
     assert left is not None
     assert left.state.step >= EVERY
     train(tmp_path, raw, PHASE, 2)
+    assert first_step_of_last_attempt(run) == left.state.step + 1
     assert losses(run, PHASE) == losses(undisturbed, PHASE)
     assert steps(run) == list(range(1, STEPS + 1))
     for name, expected in weights(undisturbed).items():

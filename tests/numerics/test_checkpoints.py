@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from rich.table import Table
 
 from plad_dist.config_file import parse_config
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
+from plad_dist.status import status_table
 from plad_dist.training.attempts import Attempt, claim
 from plad_dist.training.checkpoints import CheckpointStore
 from plad_dist.training.loop import Worker
@@ -26,6 +28,7 @@ from tests.numerics.crash import (
     POINTS,
     STEPS,
     begun,
+    first_step_of_last_attempt,
     killed_at,
     resized_in_the_middle,
     resized_with,
@@ -86,6 +89,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_and_the_one_before_is_used(
     assert file.name in problem
     assert "goes on from the one before" in problem
     train(tmp_path, raw, PHASE, 2)
+    assert first_step_of_last_attempt(run) == EVERY + 1
     assert losses(run, PHASE) == losses(undisturbed, PHASE)
     repair(run.storage.url, verify(run.storage.url)[0])
     assert wrong_with_checkpoints(run) == []
@@ -158,6 +162,7 @@ def test_checkpoints_may_be_kept_on_an_object_store(
     train(tmp_path, raw, PHASE, 2, stop=EVERY, environment=reach)
     assert not list(run.root.glob("checkpoints/*/step-*"))
     train(tmp_path, raw, PHASE, 2, stop=EVERY + 3, environment=reach)
+    assert first_step_of_last_attempt(run) == EVERY + 1
     assert losses(run, PHASE) == losses(undisturbed, PHASE)[: EVERY + 3]
     train(tmp_path, raw, PHASE, 1, environment=reach)
     assert losses(run, PHASE) == pytest.approx(losses(undisturbed, PHASE), rel=1e-4)
@@ -206,6 +211,46 @@ def test_where_every_checkpoint_is_damaged_training_does_not_begin_anew(tmp_path
         file.unlink()
     with pytest.raises(RunFailed, match=r"every checkpoint is damaged .*optim_states.pt: missing"):
         job_of(raw, PHASE)
+    assert "every checkpoint is damaged" in _shown(status_table(run.storage.url))
+    repair(run.storage.url, verify(run.storage.url)[0])
+    with pytest.raises(RunFailed, match=rf"every checkpoint is damaged .*steps {EVERY} were set aside"):
+        job_of(raw, PHASE)
+
+
+def _shown(table: Table) -> str:
+    return " ".join(str(cell) for column in table.columns for cell in column.cells)
+
+
+def test_repair_leaves_alone_what_training_has_committed_anew(tmp_path: Path) -> None:
+    raw, run = begun(tmp_path)
+    train(tmp_path, raw, PHASE, 1, stop=EVERY)
+    (file,) = (run.root / "checkpoints" / PHASE).rglob("*optim_states.pt")
+    sound = file.read_bytes()
+    cut(file)
+    found = verify(run.storage.url)[0]
+    file.write_bytes(sound)
+    repair(run.storage.url, found)
+    assert store(run).newest()[0] is not None
+
+
+def test_a_whole_checkpoint_stays_until_the_damaged_step_is_passed(tmp_path: Path) -> None:
+    raw, run = begun(tmp_path, keep_checkpoints=2)
+    train(tmp_path, raw, PHASE, 1, stop=EVERY)
+    train(tmp_path, raw, PHASE, 1, stop=2 * EVERY)
+    (file,) = (run.root / "checkpoints" / PHASE / f"step-{2 * EVERY:08d}").rglob("*optim_states.pt")
+    lose(file)
+    train(tmp_path, raw, PHASE, 1, stop=EVERY + 1)
+    assert [step for step in store(run).steps() if store(run).is_committed(step)] == [EVERY + 1, EVERY]
+
+
+def test_another_precision_is_refused(tmp_path: Path) -> None:
+    raw, run = begun(tmp_path)
+    train(tmp_path, raw, PHASE, 1, stop=EVERY)
+    (state,) = (run.root / "checkpoints" / PHASE).rglob("state.json")
+    state.write_text(state.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    train(tmp_path, raw, PHASE, 1)
+    stopped = run.storage.read_json(job_of(raw, PHASE).stopped_key)
+    assert "was trained in bfloat16, now it would be float32: set training.dtype=bfloat16" in stopped["message"]
 
 
 def test_checkpoints_are_written_by_time_too(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -91,6 +92,13 @@ def test_a_second_node_that_leaves_sooner_counts(heeding: tuple[Notices, Clock])
     assert found.wishes(0.0, 0.0)["leave"]
 
 
+def test_a_node_that_leaves_sooner_than_it_said_first_counts(heeding: tuple[Notices, Clock]) -> None:
+    found, _ = heeding
+    assert found.heed(leaves("a", 3000.0), None)
+    assert not found.heed(leaves("a", 1010.0), None), "no other node leaves"
+    assert found.wishes(0.0, 0.0)["leave"]
+
+
 def test_a_node_that_does_not_say_when_it_leaves_is_taken_to_leave_at_once(heeding: tuple[Notices, Clock]) -> None:
     found, _ = heeding
     assert found.heed(leaves("a", None), None)
@@ -117,6 +125,57 @@ def test_a_late_answer_of_an_earlier_group_is_no_answer() -> None:
     assert not monitor.has_yielded()
     monitor.yielded(monitor.wants_yield())
     assert monitor.has_yielded()
+
+
+class Policy:
+    """Ray Train's policy for a group of one, with room for two."""
+
+    scaling_config = SimpleNamespace(min_workers=1)
+
+    def __init__(self) -> None:
+        self.room = 2
+
+    def make_decision_for_running_worker_group(self, group: Any, status: Any) -> Any:
+        return self._get_resize_decision(self.room) if self.room != group.num_workers else NoopDecision()
+
+    def _get_resize_decision(self, size: int) -> ResizeDecision:
+        return ResizeDecision(num_workers=size, resources_per_worker={})
+
+    def _get_reserved_resources(self) -> dict[str, Any]:
+        return {}
+
+    def _count_possible_workers(self, reserved: Any) -> int:
+        return self.room
+
+
+@pytest.mark.parametrize(("room_left", "size"), [(2, 2), (0, 1)])
+def test_a_group_is_resized_when_it_stands_still_and_not_before(
+    monkeypatch: pytest.MonkeyPatch, room_left: int, size: int
+) -> None:
+    """A group that stands still is started anew in any case, also where the room is gone by then."""
+    monkeypatch.setattr(elastic, "ElasticScalingPolicy", Policy)
+    state: dict[str, Any] = {"steps": False, "asked": [], "yielded": None}
+
+    def ask(workers: int) -> None:
+        state["asked"].append(workers)
+        state["yielded"] = False
+
+    monkeypatch.setattr(Policy, "make_decision_for_running_worker_group", Policy.make_decision_for_running_worker_group)
+    elastic.let_them_save(lambda: state["steps"], ask, lambda: state["yielded"])
+    policy, group = Policy(), SimpleNamespace(num_workers=1)
+
+    def decide() -> Any:
+        return policy.make_decision_for_running_worker_group(group, None)
+
+    assert isinstance(decide(), NoopDecision), "it has taken no step yet"
+    assert state["asked"] == []
+    state["steps"] = True
+    assert isinstance(decide(), NoopDecision)
+    assert state["asked"] == [2]
+    assert isinstance(decide(), NoopDecision), "it has not committed its checkpoint"
+    state["yielded"], policy.room = True, room_left
+    assert decide().num_workers == size
+    assert state["asked"] == [2]
 
 
 def test_room_is_what_is_free_on_nodes_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
