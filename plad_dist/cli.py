@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -180,6 +181,56 @@ def verify(
 
 def _problems(checked: list[Checked], others: list[str]) -> list[str]:
     return [f"{item.path}: {problem}" for item in checked for problem in item.problems] + others
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")],
+    output: Annotated[
+        str | None, typer.Option(help="Also write a page, FILE.html, and its figures, FILE.json.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Compare the students of several runs on the held-out prompts that all have answered."""
+    from plad_dist.evaluation.comparison import compare_runs
+
+    _compared(compare_runs(run_dirs), output, as_json)
+
+
+@app.command()
+def study(
+    file: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A config and its variants.")],
+    overrides: Overrides = None,
+) -> None:
+    """Run all variants of a config and compare them. What variants have in common is made once; resumes where it was left."""
+    from pathlib import Path
+
+    from plad_dist.evaluation.comparison import compare_runs
+    from plad_dist.study import begin, load_study
+
+    for runs in load_study(file, overrides or []):
+        done: list[Config] = []
+        for _, config in runs:
+            begin(config, done)
+            _pipeline(config)
+            done.append(config)
+        folders = [config.run.dir for config in done]
+        _compared(compare_runs(folders), str(Path(folders[0]).parent / "compare.html"))
+
+
+def _compared(comparison: dict[str, object], output: str | None, as_json: bool = False) -> None:
+    from pathlib import Path
+
+    from plad_dist.evaluation.comparison import comparison_table, write_comparison
+
+    if output is not None:
+        write_comparison(comparison, Path(output).with_suffix(".html"))
+    if as_json:
+        typer.echo(json.dumps(comparison))
+        return
+    _print(comparison_table(comparison))
+    if output is not None:
+        typer.echo(f"\nReport: {Path(output).with_suffix('.html')}")
 
 
 def _lines(items: list[str], most: int = 50) -> str:

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ from plad_dist.errors import UserError
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a run's YAML. Raises :class:`UserError` for anything wrong with it."""
-    raw = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_config(raw, str(path))
+    return parse_config(override(read_yaml(Path(path)), {}, overrides), str(path))
+
+
+def override(raw: dict[str, Any], keys: Mapping[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:
+    """A mapping with dotted keys set to values, then by `key=value` arguments. Raises :class:`UserError` for a wrong one."""
+    raw = _apart(raw)
+    for key, value in keys.items():
+        _set(raw, key, value, f"{key}={value}")
+    for argument in arguments:
+        _apply_override(raw, argument)
+    return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> Config:
@@ -30,11 +37,17 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = list(dict.fromkeys(line for item in error.errors() for line in _explain(item)))
-        raise UserError(f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)) from None
+        raise UserError(explain(error, origin)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def explain(error: ValidationError, origin: str) -> str:
+    """All that is wrong with a mapping, a line each; `origin` names it."""
+    lines = list(dict.fromkeys(line for item in error.errors() for line in _explain(item)))
+    return f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
+
+
+def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...") -> dict[str, Any]:
+    """The mapping in a file. Raises :class:`UserError` where there is none; `expected` says what should be in it."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -48,9 +61,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: expected a mapping of sections (run, prompts, teacher, student, ...), got {_kind(raw)}."
-        )
+        raise UserError(f"{path}: expected a mapping of sections ({expected}), got {_kind(raw)}.")
     return raw
 
 
@@ -121,6 +132,7 @@ def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
 
 # What pydantic calls the alternatives of a union, which are no keys.
 _TAGS = ("files", "dataset", "python_functions")
+_JUDGE_TAGS = ("reward_model", "teacher_likelihood", "llm")
 _KINDS = re.compile(r"int|float|str|bool|constrained-\w+|(literal|list|tuple|dict)\[.*")
 _WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "nothing"}
 _EXPECTED = {
@@ -142,6 +154,8 @@ def _location(item: Any) -> tuple[list[str], bool]:
         above = found[-1:]
         is_key = index == len(parts) - 1 and item["type"] in ("extra_forbidden", "missing")
         if part in _TAGS and above in (["source"], ["heldout"]) and not is_key:
+            continue
+        if part in _JUDGE_TAGS and found[-2:-1] == ["judges"] and not is_key:
             continue
         if _KINDS.fullmatch(part) and above != ["teachers"] and not is_key:
             alternatives = True

@@ -38,6 +38,17 @@ _STAGES = (
     ("checkpoints/seqkd", "events/seqkd"),
     ("eval/round-0/metrics.json",),
 )
+# All that each of these stages makes and the next ones need, as patterns.
+FILES = (
+    ("prompts/**/*", "eval/prompts/**/*"),
+    tuple(f"{kind}/{name}/**/*" for name in ("teacher-init", "student-init", "teacher", "warmup") for kind in ("models", "events")),
+    (
+        "samples/**/*", "eval/round-0/pair-samples/**/*", "eval/round-0/samples/teacher/**/*",
+        "eval/round-0/samples/warmup/**/*", "eval/round-0/candidates/**/*",
+    ),
+    ("pairs/round-0/**/*", "eval/round-0/pairs/**/*"),
+    ("models/round-0/**/*", "events/round-0/**/*"),
+)  # fmt: skip
 # The first stage that reads a config section; all stages after it depend on the section too.
 _FIRST_READER = {
     "run": 0,
@@ -51,6 +62,7 @@ _FIRST_READER = {
     "sampling": 2,
     "evaluation.decodings": 2,
     "evaluation.limit": 2,
+    "evaluation.candidates": 2,
     "evaluation.warmup_temperatures": 2,
     "pairing": 3,
     "training.round": 4,
@@ -281,10 +293,14 @@ def _is_folder(root: Path) -> bool:
 
 def _has_begun(key: str, run: RunDir) -> bool:
     """Whether a stage that depends on a key has left something."""
+    return any(run.storage.holds(path) for stage in _STAGES[first_reader(key) :] for path in stage)
+
+
+def first_reader(key: str) -> int:
+    """Number of the first stage whose outcome depends on a config key."""
     parts = key.split(".")
     sections = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-    first = next((_FIRST_READER[section] for section in sections if section in _FIRST_READER), 0)
-    return any(run.storage.holds(path) for stage in _STAGES[first:] for path in stage)
+    return next((_FIRST_READER[section] for section in sections if section in _FIRST_READER), 0)
 
 
 def log_to_run(run: RunDir) -> None:

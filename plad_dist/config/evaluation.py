@@ -55,7 +55,7 @@ Judge = Annotated[RewardJudge | TeacherJudge | LlmJudge, Field(discriminator="ty
 
 
 class Evaluation(Section):
-    """Step 4: every system answers the held-out prompts."""
+    """Step 4: every system answers the held-out prompts. Changed judges and intervals are evaluated anew from what was sampled."""
 
     limit: int = Field(500, ge=1, description="Held-out prompts used.")
     decodings: dict[str, Decoding] = Field(
@@ -68,8 +68,9 @@ class Evaluation(Section):
         "rouge_l",
         description="Whose win rates head the report and end the rounds: rouge_1, rouge_2, rouge_l (against the reference), or a "
         "name in `judges`. It should not be the score that decided what was trained on.",
+        json_schema_extra=OPERATIONAL,
     )
-    judges: dict[str, Judge] = Field(default={}, description="Further judges, by name.")
+    judges: dict[str, Judge] = Field(default={}, description="Further judges, by name.", json_schema_extra=OPERATIONAL)
     candidates: int = Field(
         4,
         ge=0,
@@ -77,8 +78,12 @@ class Evaluation(Section):
         description="Responses of the warm-up student to each held-out prompt whose likelihoods under all students are compared "
         "with their quality; 0 for none.",
     )
-    bootstrap: int = Field(2000, ge=100, le=100_000, description="Resamples for the 95% intervals.")
-    examples: int = Field(20, ge=0, description="Outputs shown side by side in the report.")
+    bootstrap: int = Field(
+        2000, ge=100, le=100_000, description="Resamples for the 95% intervals.", json_schema_extra=OPERATIONAL
+    )
+    examples: int = Field(
+        20, ge=0, description="Outputs shown side by side in the report.", json_schema_extra=OPERATIONAL
+    )
     gpus_per_judge: float = Field(1.0, ge=0, description="For a reward model.", json_schema_extra=OPERATIONAL)
 
     @field_validator("decodings")

@@ -79,6 +79,46 @@ class Picture:
 
 def render_report(report: ReportData) -> str:
     """The page as one string that encodes to UTF-8."""
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            metrics=report.metrics,
+            facts=_facts(report),
+            tiles=_tiles(report.metrics),
+            quality=_quality_pictures(report.metrics),
+            curves=_curve_pictures(report.curves),
+            calibration=_calibration_pictures(report.metrics["calibration"]),
+            likelihood=[p for p in (_likelihood_picture(phase, r) for phase, r in report.curves.items()) if p],
+            lengths=_length_picture(report.lengths),
+            no_eos_warning=NO_EOS_WARNING,
+            examples_shown=_EXAMPLES_SHOWN,
+        )
+    )
+    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+
+
+def comparison_page(comparison: Mapping[str, Any]) -> str:
+    """Several runs on one page. `comparison`: from :func:`~plad_dist.evaluation.comparison.compare_runs`."""
+    kinds = (
+        ("rouge_l", "ROUGE-L (points of 100)", "Dots: mean over the prompts. Lines: 95% interval.", None),
+        ("win_rate_vs_warmup", "Wins against the warm-up student (%)", "Right of the dashed line: better.", 50.0),
+    )
+    pictures = []
+    for key, what, caption, line_at in kinds:
+        rows = [
+            _Whisker(row["system"], "", 100 * x["value"], (100 * x["low"], 100 * x["high"]), name=row["label"])
+            for row in comparison["systems"]
+            if (x := row[key]) is not None
+        ]
+        if rows:
+            pictures.append(_whisker_picture(rows, what, caption, line_at))
+    page = _environment().get_template("comparison.html.j2").render(comparison=comparison, pictures=pictures)
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("plad_dist", "evaluation"),
         autoescape=True,
@@ -95,20 +135,7 @@ def render_report(report: ReportData) -> str:
         "judge": _judge,
     }
     environment.filters.update(filters)
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        metrics=report.metrics,
-        facts=_facts(report),
-        tiles=_tiles(report.metrics),
-        quality=_quality_pictures(report.metrics),
-        curves=_curve_pictures(report.curves),
-        calibration=_calibration_pictures(report.metrics["calibration"]),
-        likelihood=[p for p in (_likelihood_picture(phase, r) for phase, r in report.curves.items()) if p],
-        lengths=_length_picture(report.lengths),
-        no_eos_warning=NO_EOS_WARNING,
-        examples_shown=_EXAMPLES_SHOWN,
-    )
-    return page.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
+    return environment
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
@@ -137,12 +164,12 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
 # ----------------------------------------------------------------------------------------------------- words, numbers
 
 
-def _percent(x: Mapping[str, float] | None, factor: float = 100.0) -> str:
-    return "–" if x is None else f"{factor * x['value']:.1f}"
+def _percent(x: Mapping[str, float] | None, factor: float = 100.0, digits: int = 1) -> str:
+    return "–" if x is None else f"{factor * x['value']:.{digits}f}"
 
 
-def _brackets(x: Mapping[str, float] | None, factor: float = 100.0) -> str:
-    return "" if x is None else f"[{factor * x['low']:.1f}, {factor * x['high']:.1f}]"
+def _brackets(x: Mapping[str, float] | None, factor: float = 100.0, digits: int = 1) -> str:
+    return "" if x is None else f"[{factor * x['low']:.{digits}f}, {factor * x['high']:.{digits}f}]"
 
 
 def _name(system: str) -> str:
@@ -262,6 +289,11 @@ class _Whisker:
     value: float
     thin: tuple[float, float]
     thick: tuple[float, float] | None = None
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{_name(self.system)}, {self.decoding}"
 
 
 def _whisker_picture(
@@ -276,7 +308,7 @@ def _whisker_picture(
         if row.thick:
             axes.hlines(y, *row.thick, color=color, linewidth=6, alpha=0.45)
         axes.plot(row.value, y, "o", color=color, markersize=5.5)
-    axes.set_yticks(range(len(rows)), [f"{_name(row.system)}, {row.decoding}" for row in rows], fontsize=9.5)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(False, axis="y")
     axes.tick_params(length=0)
@@ -285,8 +317,7 @@ def _whisker_picture(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel(what)
     told = "; ".join(
-        f"{_name(row.system)} {row.decoding} {row.value:.{digits}f} ({row.thin[0]:.{digits}f} to {row.thin[1]:.{digits}f})"
-        for row in rows
+        f"{row.label} {row.value:.{digits}f} ({row.thin[0]:.{digits}f} to {row.thin[1]:.{digits}f})" for row in rows
     )
     return _picture(figure, f"{what}: {told}.", caption)
 

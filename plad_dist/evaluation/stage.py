@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plad_dist.config import Config, RewardJudge
+from plad_dist.config import Config, RewardJudge, fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
@@ -47,9 +47,14 @@ def systems_of(config: Config, run: RunDir) -> list[str]:
 def is_evaluated(config: Config, run: RunDir) -> bool:
     """Whether the figures of all systems are there."""
     metrics, systems = run.storage.read_json(run.metrics), systems_of(config, run)
-    if metrics is None or {row["system"] for row in metrics["systems"]} < set(systems):
+    if metrics is None or metrics.get("settings") != _settings(config):
         return False
     return all(dataset.manifest() is not None for system in systems for dataset in _answers(config, run, system))
+
+
+def _settings(config: Config) -> str:
+    """Fingerprint of how systems are compared, which may change after they have answered."""
+    return fingerprint(config.evaluation.model_dump(mode="json", exclude={"gpus_per_judge"}))
 
 
 def goes_on(config: Config, run: RunDir) -> bool:
@@ -84,7 +89,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     """Sample the trained systems on the held-out prompts, compare all, write ``metrics.json`` and return it."""
     sample_systems(config, run, trained_models(config, run), progress)
     answers = {
-        (system, name): [_output(row) for row in run.system_samples(system, name).read().to_pylist()]
+        (system, name): outputs_of(run, system, name)
         for system in systems_of(config, run)
         for name in system_decodings(config, system)
     }
@@ -93,7 +98,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         for system in systems_of(config, run)
         for name, decoding in system_decodings(config, system).items()
     }
-    prompts = _prompts(config, run).select(["prompt_id", "messages", "reference"]).to_pylist()
+    prompts = evaluated_prompts(config, run).select(["prompt_id", "messages", "reference"]).to_pylist()
     references = [prompt["reference"] for prompt in prompts]
     previous = round_phase(run.round - 1) if run.round else WARMUP
     main = main_decoding(answers, temperatures)
@@ -111,6 +116,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         previous=previous,
         candidates=_candidates(config, run, references),
     )
+    metrics["settings"] = _settings(config)
     run.storage.delete(run.report)  # of other figures
     run.storage.replace(run.metrics, json.dumps(metrics, indent=1).encode())
     return metrics
@@ -250,11 +256,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _output(row: dict[str, Any]) -> Output:
-    return Output(row["text"], row["num_tokens"], row["finish_reason"] == "stop")
+def outputs_of(run: RunDir, system: str, decoding: str) -> list[Output]:
+    """A system's answers to the held-out prompts."""
+    rows = run.system_samples(system, decoding).read(["text", "num_tokens", "finish_reason"]).to_pylist()
+    return [Output(row["text"], row["num_tokens"], row["finish_reason"] == "stop") for row in rows]
 
 
-def _prompts(config: Config, run: RunDir) -> pa.Table:
+def evaluated_prompts(config: Config, run: RunDir) -> pa.Table:
     """The held-out prompts that all systems answered, in the order of their answers."""
     prompts = heldout_prompts(run.storage)
     rows = rows_by_block(prompts.require("prepare"), config.evaluation.limit)
@@ -263,7 +271,7 @@ def _prompts(config: Config, run: RunDir) -> pa.Table:
 
 def _examples(config: Config, run: RunDir, decoding: str) -> list[dict[str, Any]]:
     """The first held-out prompts with every system's answer in one decoding."""
-    prompts = _prompts(config, run).slice(0, config.evaluation.examples).to_pylist()
+    prompts = evaluated_prompts(config, run).slice(0, config.evaluation.examples).to_pylist()
     texts = {
         system: run.system_samples(system, decoding).read(["text"])["text"].slice(0, len(prompts)).to_pylist()
         for system in systems_of(config, run)

@@ -1,0 +1,189 @@
+"""Several runs side by side: their systems on the held-out prompts that all of them have answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from plad_dist.config import Config
+from plad_dist.config_file import parse_config
+from plad_dist.errors import UserError
+from plad_dist.evaluation.metrics import score_system
+from plad_dist.evaluation.report import comparison_page
+from plad_dist.evaluation.stage import evaluated_prompts, last_round, outputs_of, systems_of
+from plad_dist.evaluation.statistics import Scores, bootstrap_mean, win_rate
+from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run
+
+_RESAMPLES, _SEED = 2000, 17
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A finished run as it is compared."""
+
+    name: str
+    config: Config
+    run: RunDir
+    metrics: Mapping[str, Any]
+    prompts: list[str]  # ids, in the order of the answers
+
+
+@dataclass(frozen=True)
+class _System:
+    label: str
+    system: str
+    of: _Run
+    rouge_l: Scores
+    tokens: Scores
+    finished: Scores
+
+
+def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
+    """Every system of the runs under their main decoding, on the prompts that all have answered.
+
+    Systems that are the same in several runs (a teacher that they share) appear once. Win rates are against the first run's
+    PLaD student and against each run's own warm-up student.
+
+    Raises:
+        UserError: a run is not evaluated, they have no prompt in common, or decode differently.
+    """
+    runs = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    decodings = {run.metrics["main_decoding"] for run in runs}
+    if len(decodings) > 1:
+        told = ", ".join(f"{run.name}: {run.metrics['main_decoding']}" for run in runs)
+        raise UserError(f"these runs have other main decodings ({told}): evaluate them alike (evaluation.decodings)")
+    decoding = decodings.pop()
+    common = [prompt for prompt in runs[0].prompts if all(prompt in set(run.prompts) for run in runs[1:])]
+    if not common:
+        raise UserError(f"{', '.join(paths)}: have no held-out prompt in common: they were made of other prompts")
+    systems = _systems(runs, decoding, common)
+    first = next(each for each in systems if each.system == PLAD)
+    return {
+        "decoding": decoding,
+        "prompts": len(common),
+        "prompts_of_each": {run.name: len(run.prompts) for run in runs},
+        "against": first.label,
+        "systems": [_row(each, systems, first) for each in systems],
+    }
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The last part of each path that tells them apart."""
+    parts = [path.rstrip("/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UserError(f"{paths[0]}: is given twice")
+
+
+def _opened(path: str, name: str) -> _Run:
+    config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
+    run = last_round(config, RunDir.at(path))
+    metrics = run.storage.read_json(run.metrics)
+    if metrics is None:
+        raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
+    return _Run(name, config, run, metrics, evaluated_prompts(config, run)["prompt_id"].to_pylist())
+
+
+def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list[_System]:
+    found: list[_System] = []
+    seen: set[str] = set()
+    order = {"teacher": 0, "warmup": 1, "seqkd": 2}
+    named = [(order.get(system, 3), run, system) for run in runs for system in systems_of(run.config, run.run)]
+    for _, run, system in sorted(named, key=lambda item: item[0]):
+        contents = run.run.system_samples(system, decoding).require("evaluate").contents
+        if contents in seen:
+            continue
+        seen.add(contents)
+        place = {prompt: index for index, prompt in enumerate(run.prompts)}
+        answers, references = outputs_of(run.run, system, decoding), _references(run)
+        rows = [place[prompt] for prompt in common]
+        scores = score_system([references[row] for row in rows], [answers[row] for row in rows])
+        label = (
+            run.name
+            if system == PLAD
+            else f"{run.name}: {system}"
+            if len(runs) > 1 and order.get(system) is None
+            else system
+        )
+        if any(each.label == label for each in found):
+            label = f"{run.name}: {system}"
+        found.append(_System(label, system, run, scores.rouge_l, scores.tokens, scores.finished))
+    return found
+
+
+def _references(run: _Run) -> list[str | None]:
+    references: list[str | None] = evaluated_prompts(run.config, run.run)["reference"].to_pylist()
+    return references
+
+
+def _row(each: _System, systems: Sequence[_System], first: _System) -> dict[str, Any]:
+    warmup = next((other for other in systems if other.system == "warmup" and other.of is each.of), None)
+    warmup = warmup or next((other for other in systems if other.system == "warmup"), None)
+    calibration = (each.of.metrics.get("calibration") or {}).get("systems", {}).get(each.system) or {}
+    loss = each.of.config.training.round.loss
+    return {
+        "label": each.label,
+        "system": each.system,
+        "loss": loss.name if each.system == PLAD else None,
+        "rouge_l": _mean(each.rouge_l),
+        "win_rate_vs_warmup": _wins(each, warmup),
+        "win_rate_vs_first": _wins(each, first),
+        "tokens_mean": _mean(each.tokens),
+        "no_eos_share": _mean(1.0 - each.finished),
+        "rank_correlation": calibration.get("rank_correlation"),
+    }
+
+
+def _mean(values_P: Scores) -> dict[str, float] | None:
+    known = values_P[~np.isnan(values_P)]
+    return bootstrap_mean(known, _RESAMPLES, _SEED).to_json() if known.size else None
+
+
+def _wins(a: _System, b: _System | None) -> dict[str, float] | None:
+    if b is None or a is b:
+        return None
+    known = ~np.isnan(a.rouge_l + b.rouge_l)
+    return win_rate(a.rouge_l[known], b.rouge_l[known], _RESAMPLES, _SEED).to_json() if known.any() else None
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> Table:
+    """The systems for the terminal; percentages, 95% intervals in brackets."""
+    title = f"{comparison['prompts']} held-out prompts in common, decoding {comparison['decoding']}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    headers = ["system", "loss", "ROUGE-L [95%]", "win vs\nwarm-up [95%]", f"win vs\n{comparison['against']} [95%]", "tokens", "no EOS",
+               "rank\ncorrelation"]  # fmt: skip
+    for place, header in enumerate(headers):
+        table.add_column(Text(header), justify="left" if place < 2 else "right")
+    for row in comparison["systems"]:
+        rank = row["rank_correlation"]
+        table.add_row(
+            Text(row["label"]),
+            Text(row["loss"] or ""),
+            *(Text(_share(row[key])) for key in ("rouge_l", "win_rate_vs_warmup", "win_rate_vs_first")),
+            f"{row['tokens_mean']['value']:.1f}",
+            f"{100 * row['no_eos_share']['value']:.1f}",
+            "–" if rank is None else f"{rank['value']:.2f}",
+            style="bold" if row["system"] == PLAD else "",
+        )
+    return table
+
+
+def _share(x: Mapping[str, float] | None) -> str:
+    return "–" if x is None else f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
+
+
+def write_comparison(comparison: Mapping[str, Any], html: Path) -> None:
+    """The page, and the figures as JSON beside it."""
+    html.parent.mkdir(parents=True, exist_ok=True)
+    html.with_suffix(".json").write_text(json.dumps(comparison, indent=1), encoding="utf-8")
+    html.write_text(comparison_page(comparison), encoding="utf-8")

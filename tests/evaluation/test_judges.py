@@ -1,0 +1,144 @@
+"""Judges that read two responses: both orders, what is made of their answers, and which of them are not to be trusted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from plad_dist.config import LlmJudge, Model
+from plad_dist.errors import UserError
+from plad_dist.evaluation.judges import judge_questions, load_template, read_verdicts
+from plad_dist.evaluation.metrics import Candidates, Judgement, Output, compare
+
+COUNT = 200
+PROMPTS = [
+    {"prompt_id": str(i), "messages": [{"role": "user", "content": f"say {i}"}], "reference": None}
+    for i in range(COUNT)
+]
+JUDGE = LlmJudge(type="llm", model=Model(path="judge", template="{{ messages[-1].content }}"))
+BETTER = [Output("good answer", 2, True)] * COUNT
+WORSE = [Output("bad answer", 2, True)] * COUNT
+
+
+def asked(judge: Callable[[str], str], a: list[Output] = BETTER, b: list[Output] = WORSE) -> Any:
+    """What a judge says of two systems."""
+    template = load_template(JUDGE, "evaluation.judges.test")
+    questions = judge_questions(template, PROMPTS, (a, b))
+    return read_verdicts([judge(question["messages"][0]["content"]) for question in questions])
+
+
+def fair(question: str) -> str:
+    first = question.index("good answer") < question.index("bad answer")
+    return f"One is good. [[{'A' if first else 'B'}]]"
+
+
+def metrics_by(preferences: Any, **more: Any) -> dict[str, Any]:
+    outputs = {("plad", "sampled"): BETTER, ("warmup", "sampled"): WORSE}
+    judgements = {"reader": Judgement("llm", preferences={("plad", "warmup"): preferences})}
+    return compare(
+        outputs,
+        [None] * COUNT,
+        temperatures={"sampled": 1.0},
+        resamples=200,
+        seed=0,
+        judge="reader",
+        judgements=judgements,
+        **more,
+    )
+
+
+def sentence(metrics: dict[str, Any], about: str) -> str | None:
+    return next((said for said in metrics["verdict"] if about in said), None)
+
+
+def test_a_judge_is_asked_in_both_orders_and_sees_the_request() -> None:
+    questions = judge_questions(load_template(JUDGE, "x"), PROMPTS[:1], (BETTER, WORSE))
+    first, second = (question["messages"][0]["content"] for question in questions)
+    assert [question["prompt_id"] for question in questions] == ["0-0", "0-1"]
+    assert "say 0" in first
+    assert first.index("good answer") < first.index("bad answer")
+    assert second.index("bad answer") < second.index("good answer")
+
+
+def test_a_fair_judge_decides_and_is_not_called_biased() -> None:
+    metrics = metrics_by(asked(fair))
+    assert metrics["systems"][1]["win_rate_vs_warmup"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    (row,) = metrics["judges"]["reader"]["comparisons"]
+    assert (row["disagreement"], row["ties"], row["without_verdict"]) == (0.0, 0.0, 0)
+    assert metrics["judges"]["reader"]["first_position"]["value"] == 0.5
+    assert not metrics["judges"]["reader"]["biased"]
+    assert "Calibration improved the student" in str(sentence(metrics, "by reader"))
+
+
+@pytest.mark.parametrize(("verdict", "share"), [("[[A]]", 1.0), ("[[B]]", 0.0)])
+def test_a_judge_that_prefers_a_position_is_exposed_and_decides_nothing(verdict: str, share: float) -> None:
+    metrics = metrics_by(asked(lambda question: verdict))
+    found = metrics["judges"]["reader"]
+    assert found["first_position"]["value"] == share
+    assert found["biased"]
+    assert metrics["systems"][1]["win_rate_vs_warmup"]["value"] == 0.5
+    assert found["comparisons"][0]["disagreement"] == 1.0
+    assert "prefers a position" in str(sentence(metrics, "judge reader"))
+
+
+def test_a_judge_that_throws_coins_contradicts_itself_but_is_not_called_biased() -> None:
+    rng = random.Random(1)
+    metrics = metrics_by(asked(lambda question: rng.choice(["[[A]]", "[[B]]"])))
+    found = metrics["judges"]["reader"]
+    assert not found["biased"]
+    assert found["comparisons"][0]["disagreement"] == pytest.approx(0.5, abs=0.1)
+    assert sentence(metrics, "contradicts itself")
+
+
+@pytest.mark.parametrize(
+    ("answer", "first_share"),
+    [
+        ("[[A]]", 1.0), ("... [[B]]", 0.0), ("[[C]]", 0.5), ("[[tie]]", 0.5), ("first [[A]], no: [[B]]", 0.0), ("B", 0.0), (" a. ", 1.0),
+        ("[[ A ]]", 1.0), ("I cannot say", None), ("", None), ("A or B", None),
+    ],
+)  # fmt: skip
+def test_verdicts_are_read(answer: str, first_share: float | None) -> None:
+    found = read_verdicts([answer, "[[C]]"])
+    assert found.a_first[0] == first_share if first_share is not None else np.isnan(found.a_first[0])
+    assert found.a_second[0] == 0.5
+
+
+def test_answers_without_a_verdict_are_counted_and_decide_nothing() -> None:
+    preferences = asked(lambda question: "hm" if "say 7\n" in question else fair(question))
+    (row,) = metrics_by(preferences)["judges"]["reader"]["comparisons"]
+    assert (row["prompts"], row["without_verdict"]) == (COUNT - 1, 1)
+
+
+def test_a_judge_that_was_trained_on_is_warned_of() -> None:
+    assert sentence(metrics_by(asked(fair), trained_on="reader"), "also decided what was trained on")
+    assert not sentence(metrics_by(asked(fair), trained_on="rouge_l"), "also decided what was trained on")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ first }} {{ second }} {{ third }}", "there is no third"),
+        ("{{ first }}", "must show both"),
+        ("{{ first", "not a valid Jinja template"),
+    ],
+)
+def test_a_wrong_template_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "judge.j2"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"evaluation.judges.x.template: .*judge.j2: .*{said}"):
+        load_template(JUDGE.model_copy(update={"template": str(path)}), "evaluation.judges.x")
+
+
+def test_calibration_tells_which_student_ranks_better() -> None:
+    rng = np.random.default_rng(0)
+    quality = rng.random((COUNT, 4))
+    logps = {"warmup": rng.normal(size=(COUNT, 4)), "plad": quality + 0.1 * rng.normal(size=(COUNT, 4))}
+    metrics = metrics_by(asked(fair), candidates=Candidates("rouge_l", quality, np.ones((COUNT, 4)), logps))
+    gain = metrics["calibration"]["rank_correlation_difference"]["plad_minus_warmup"]
+    assert gain["low"] > 0.5
+    assert "rank responses better than before" in str(sentence(metrics, "likelihoods"))
