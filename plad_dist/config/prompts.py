@@ -13,20 +13,39 @@ class Columns(Section):
     """Which columns of a row make a prompt."""
 
     prompt_column: str = Field(
-        "prompt", description="Column with the prompt text. Ignored where messages_column or template is set."
+        "prompt", description="Column with the prompt text. Ignored where another origin of the prompt is set."
     )
     messages_column: str | None = Field(None, description="Column with chat messages (list of role and content).")
     template: str | None = Field(
         None, description="Jinja template over the row's columns that makes the prompt text from several of them."
     )
+    dialogue_column: str | None = Field(
+        None,
+        description="Column with a whole dialogue as one text, in which `\\n\\nHuman:` and `\\n\\nAssistant:` begin a turn, as in "
+        "Anthropic's HH data; the prompt is all but its last turn of the assistant, which is the reference.",
+    )
     reference_column: str | None = Field(None, description="Column with a reference response, if there is one.")
+    reference_template: str | None = Field(
+        None, description="Jinja template over the row's columns that makes the reference; an empty text is none."
+    )
     meta_columns: list[str] = Field(default=[], description="Columns kept in `meta`, for the filters of teachers.")
 
     @model_validator(mode="after")
     def _one_origin_of_the_prompt(self) -> Columns:
-        if self.messages_column is not None and self.template is not None:
-            raise ValueError("needs at most one of `messages_column` and `template`")
+        origins = (self.messages_column, self.template, self.dialogue_column)
+        if sum(origin is not None for origin in origins) > 1:
+            raise ValueError("needs at most one of `messages_column`, `template` and `dialogue_column`")
+        references = (self.reference_column, self.reference_template, self.dialogue_column)
+        if sum(origin is not None for origin in references) > 1:
+            raise ValueError(
+                "needs at most one of `reference_column`, `reference_template` and `dialogue_column`, which has the reference in it"
+            )
         return self
+
+    @property
+    def has_references(self) -> bool:
+        """Whether rows may have a reference."""
+        return any((self.reference_column, self.reference_template, self.dialogue_column))
 
 
 class FilesSource(Columns):

@@ -156,7 +156,7 @@ def _of_scores_and_references(config: Config) -> Iterator[str]:
     loss, source, training = config.training.round.loss, config.prompts.source, config.training
     if loss.needs_scores and config.pairing.score == "none":
         yield f"training.round.loss.name: {loss.name} needs scores: set pairing.score"
-    if isinstance(source, Columns) and source.reference_column is None:
+    if isinstance(source, Columns) and not source.has_references:
         if training.teacher:
             yield "prompts.source.reference_column: missing; training.teacher learns from references"
         if training.warmup and training.warmup.data == "references":

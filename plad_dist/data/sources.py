@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from plad_dist.data.files import Record, expand, records
 from plad_dist.data.models import first_line
 from plad_dist.errors import UserError
 
+# Turns of a dialogue in the form of Anthropic's HH data.
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 ROLES = ("system", "user", "assistant", "tool")
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 # What a template that compiles can raise on a row.
@@ -82,30 +86,38 @@ class _Reader:
 
     def __init__(self, source: Columns, key: str) -> None:
         self._source, self._key = source, key
-        self._template: jinja2.Template | None = None
-        if source.template is not None:
-            try:
-                self._template = JINJA.from_string(source.template)
-            except jinja2.TemplateError as error:
-                raise UserError(f"{key}.template: not a valid Jinja template: {error}") from None
+        self._template = self._compiled("template")
+        self._reference_template = self._compiled("reference_template")
+
+    def _compiled(self, option: str) -> jinja2.Template | None:
+        text = getattr(self._source, option)
+        try:
+            return None if text is None else JINJA.from_string(text)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self._key}.{option}: not a valid Jinja template: {error}") from None
 
     @property
     def columns(self) -> list[str] | None:
         """The columns that are read, None for all: a template may use any."""
         source = self._source
-        if source.template is not None:
+        if source.template is not None or source.reference_template is not None:
             return None
-        named = [source.messages_column or source.prompt_column, source.reference_column, *source.meta_columns]
+        prompt = source.messages_column or source.dialogue_column or source.prompt_column
+        named = [prompt, source.reference_column, *source.meta_columns]
         return list(dict.fromkeys(name for name in named if name is not None))
 
     def prompts(self, label: str, rows: Iterator[Record]) -> Iterator[Prompt]:
         """The prompt of every record. Columns that are kept go before `source` and `row` of their names."""
         source = self._source
         for row, where, record in rows:
-            messages = self._messages(record, where)
+            if source.dialogue_column is not None:
+                text = self._column(record, source.dialogue_column, "dialogue_column", where)
+                messages, reference = self._dialogue(text, where)
+            else:
+                messages, reference = self._messages(record, where), self._reference(record, where)
             kept = {name: self._column(record, name, "meta_columns", where) for name in source.meta_columns}
             meta = {"source": label, "row": row} | kept
-            yield make_prompt(label, row, where, messages, self._reference(record, where), meta)
+            yield make_prompt(label, row, where, messages, reference, meta)
 
     def _messages(self, record: dict[str, Any], where: str) -> list[dict[str, str]]:
         source = self._source
@@ -116,14 +128,30 @@ class _Reader:
             text = self._column(record, name, "prompt_column", where)
         else:
             name = f"{self._key}.template"
-            try:
-                text = self._template.render(record)
-            except JINJA_ERRORS as error:
-                has = ", ".join(map(str, record))
-                raise UserError(f"{where}: {name}: {error}; the row has the columns {has}") from None
+            text = self._rendered(self._template, "template", record, where)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: {name!r}: expected a non-empty string, got {text!r:.60}")
         return [{"role": "user", "content": text}]
+
+    def _rendered(self, template: jinja2.Template, option: str, record: dict[str, Any], where: str) -> str:
+        try:
+            return template.render(record)
+        except JINJA_ERRORS as error:
+            has = ", ".join(map(str, record))
+            raise UserError(f"{where}: {self._key}.{option}: {error}; the row has the columns {has}") from None
+
+    def _dialogue(self, text: Any, where: str) -> tuple[list[dict[str, str]], str | None]:
+        """The turns of a dialogue but for the assistant's last one, and that one as the reference."""
+        name = self._source.dialogue_column
+        expected = f"{where}: {name!r}: expected a text of turns that begin with '\\n\\nHuman:' and '\\n\\nAssistant:', a human's first"
+        turns = [(speaker, said.strip()) for speaker, said in _TURN.findall(text)] if isinstance(text, str) else []
+        if not turns or turns[0][0] != "Human" or not str(text).lstrip().startswith("Human:"):
+            raise UserError(f"{expected}; got {text!r:.60}")
+        reference = turns.pop()[1] if turns[-1][0] == "Assistant" else None
+        messages = [{"role": _SPEAKERS[speaker], "content": said} for speaker, said in turns]
+        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
+            raise UserError(f"{expected}, and a human's before the last answer; got {text!r:.60}")
+        return messages, reference or None
 
     def _chat(self, messages: Any, where: str) -> list[dict[str, str]]:
         expected = f"{where}: {self._source.messages_column!r}: expected a non-empty list of {{role, content}}"
@@ -138,6 +166,9 @@ class _Reader:
 
     def _reference(self, record: dict[str, Any], where: str) -> str | None:
         name = self._source.reference_column
+        if self._reference_template is not None:
+            text = self._rendered(self._reference_template, "reference_template", record, where)
+            return text if text.strip() else None
         if name is None:
             return None
         reference = self._column(record, name, "reference_column", where)

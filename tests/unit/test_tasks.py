@@ -1,0 +1,158 @@
+"""The data sets of the paper's tasks in the form in which the hub has them, and the examples that read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plad_dist.config import DatasetSource
+from plad_dist.config_file import load_config
+from plad_dist.data.sources import read_prompts
+from plad_dist.errors import UserError
+from plad_dist.study import load_study
+from tests.conftest import plad
+from tests.tiny import make_random_model
+
+EXAMPLES = sorted(Path("examples").glob("*.yaml"))
+STUDIES = {"ablation.yaml", "study.yaml"}
+
+TLDR = [
+    {
+        "prompt": "SUBREDDIT: r/cats\n\nTITLE: My cat\n\nPOST: It sleeps all day.\n\nTL;DR:",
+        "completion": " My cat sleeps.",
+    },
+    {
+        "prompt": "SUBREDDIT: r/dogs\n\nTITLE: My dog\n\nPOST: It barks at noon.\n\nTL;DR:",
+        "completion": " My dog barks.",
+    },
+]
+COMPARISONS = [
+    {
+        "info": {"id": "t3_1", "post": "It sleeps all day.", "title": "My cat", "subreddit": "cats", "site": None, "article": None},
+        "summaries": [
+            {"text": " A cat.", "policy": "sup1", "note": None},
+            {"text": " My cat sleeps.", "policy": "ref", "note": None},
+        ],
+        "choice": 1,
+        "worker": "w",
+        "batch": "b",
+        "split": "train",
+        "extra": {"confidence": None},
+    }
+]  # fmt: skip
+DIALOGUES = [
+    {
+        "chosen": "\n\nHuman: What is a cat?\n\nAssistant: An animal.\n\nHuman: Does it say:\n\nmeow?\n\nAssistant: Yes, it does.",
+        "rejected": "\n\nHuman: What is a cat?\n\nAssistant: An animal.\n\nHuman: Does it say:\n\nmeow?\n\nAssistant: No.",
+    }
+]
+# By the name of the data set: rows, and what is there of the first prompt.
+SCHEMAS: dict[str, list[dict[str, Any]]] = {
+    "trl-lib/tldr": TLDR,
+    "openai/summarize_from_feedback": COMPARISONS,
+    "Anthropic/hh-rlhf": DIALOGUES,
+    "HuggingFaceH4/ultrachat_200k": [{"prompt": "What is a cat?", "prompt_id": "1", "messages": []}],
+}
+
+
+def folder_of(rows: list[dict[str, Any]], folder: Path, splits: tuple[str, ...] = ("train",), copies: int = 1) -> Path:
+    """Rows as a folder of data files that `datasets` reads, a file for each split."""
+    folder.mkdir(parents=True)
+    for split in splits:
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * copies))
+    return folder
+
+
+def example(name: str) -> dict[str, Any]:
+    raw: dict[str, Any] = yaml.safe_load((Path("examples") / name).read_text())
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "reference"),
+    [
+        ("tldr-llama2-13b-to-7b", [("user", TLDR[0]["prompt"])], " My cat sleeps."),
+        (
+            "tldr-gpt-neo-2.7b-to-125m",
+            [("user", "SUBREDDIT: r/cats\nTITLE: My cat\nPOST: It sleeps all day.\nTL;DR:")],
+            " My cat sleeps.",
+        ),
+        (
+            "hh-llama2-13b-to-7b",
+            [("user", "What is a cat?"), ("assistant", "An animal."), ("user", "Does it say:\n\nmeow?")],
+            "Yes, it does.",
+        ),
+    ],
+)
+def test_the_tasks_are_read_as_the_hub_publishes_them(
+    tmp_path: Path, name: str, messages: list[tuple[str, str]], reference: str
+) -> None:
+    raw = example(f"{name}.yaml")["prompts"]["source"]
+    raw |= {"name": str(folder_of(SCHEMAS[raw["name"]], tmp_path / "data")), "subset": None, "split": "train"}
+    prompt = next(read_prompts(DatasetSource(**raw)))
+    assert [(message["role"], message["content"]) for message in prompt.messages] == messages
+    assert prompt.reference == reference
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is a cat?",
+        "\n\nAssistant: Hello.",
+        "\n\nHuman: \n\nAssistant: Yes.",
+        "\n\nHuman: A?\n\nAssistant: B.\n\nAssistant: C.",
+    ],
+)
+def test_a_text_that_is_no_dialogue_is_named(tmp_path: Path, text: str) -> None:
+    folder = folder_of([{"chosen": text}], tmp_path / "data")
+    with pytest.raises(UserError, match=r"row 0 .*'chosen': expected a text of turns"):
+        list(read_prompts(DatasetSource(type="dataset", name=str(folder), dialogue_column="chosen")))
+
+
+def test_a_dialogue_that_ends_with_the_human_has_no_reference(tmp_path: Path) -> None:
+    folder = folder_of([{"chosen": "\n\nHuman: A?"}], tmp_path / "data")
+    (prompt,) = read_prompts(DatasetSource(type="dataset", name=str(folder), dialogue_column="chosen"))
+    assert (prompt.messages, prompt.reference) == ([{"role": "user", "content": "A?"}], None)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads(path: Path) -> None:
+    if path.name in STUDIES:
+        assert all(len(runs) > 1 for runs in load_study(str(path), []))
+    else:
+        load_config(path)
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name not in STUDIES], ids=lambda path: path.name)
+def test_every_example_is_valid_where_its_models_and_data_are_there(tmp_path: Path, path: Path) -> None:
+    """With small models and files of the same schema in the place of the hub's."""
+    raw = example(path.name)
+    raw["run"]["dir"] = str(tmp_path / "run")
+    for role in ("teacher", "student"):
+        if "path" in raw[role]:
+            folder = make_random_model(tmp_path / role, max_position_embeddings=4096)
+            raw[role]["path"] = str(folder)
+            if "template" not in raw[role]:  # it has a chat template at the hub
+                config = json.loads((folder / "tokenizer_config.json").read_text())
+                template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+                (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    for part in ("source", "heldout"):
+        source = raw["prompts"].get(part)
+        if source and source["type"] == "dataset":
+            rows = SCHEMAS[source["name"]]
+            source |= {"name": str(folder_of(rows, tmp_path / part, (source["split"],), 10)), "subset": None}
+        if source and source["type"] == "files":
+            (tmp_path / "p.jsonl").write_text(
+                "".join(json.dumps({"messages": [{"role": "user", "content": f"Say {n}"}]}) + "\n" for n in range(200))
+            )
+            source["paths"] = [str(tmp_path / "p.jsonl")]
+    raw["prompts"]["duplicates"] = "keep"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw))
+    checked = plad("validate", str(config))
+    assert checked.returncode == 0, checked.stderr[-3000:]
+    assert "valid; fingerprint" in checked.stdout
