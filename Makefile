@@ -37,7 +37,7 @@ soak: setup ## Disturb whole pipelines at random. MINUTES=15 SEED=1; needs root 
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json
 
 bench: setup ## Run the benchmarks, peers beside; long. Each prints one JSON line.
-	for name in pool store sampling training logprob_memory gpu_training recovery; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+	for name in pool store sampling training logprob_memory gpu_training recovery quality; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 lint: setup ## Check style and types.
 	$(BIN)/ruff check .
