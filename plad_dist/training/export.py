@@ -35,7 +35,7 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
         model.config.use_cache = True
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
-        load_tokenizer(job.start, job.settings).save_pretrained(temporary)
+        _tokenizer(job).save_pretrained(temporary)
         if adapter:
             _save_adapter(temporary / "adapter", adapter, model, job)
         if attempt.superseded() is None:
@@ -43,6 +43,16 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
         else:
             shutil.rmtree(temporary)
     dist.barrier()
+
+
+def _tokenizer(job: PhaseJob) -> Any:
+    """The start's tokenizer; a template of the config becomes its chat template, so that servers render prompts alike."""
+    tokenizer = load_tokenizer(job.start, job.settings)
+    if job.settings.template is not None:
+        bos = tokenizer.bos_token_id
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + job.settings.template
+    return tokenizer
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:

@@ -1,0 +1,37 @@
+"""The card of a distilled model, `README.md` in its folder: how it was made, from what, how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from plad_dist.config import Config
+
+
+def render_card(config: Config, metrics: Mapping[str, Any], versions: Mapping[str, str], config_yaml: str) -> str:
+    """Markdown with the metadata of a hub's card on top. Nothing of it is secret: configs have no place for secrets."""
+    environment = Environment(  # noqa: S701 - Markdown; what models wrote is not in it
+        loader=PackageLoader("plad_dist", "evaluation"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    rows = [row for row in metrics["systems"] if row["decoding"] == metrics["main_decoding"]]
+    return environment.get_template("card.md.j2").render(
+        config=config,
+        metrics=metrics,
+        rows=rows,
+        versions=versions,
+        config_yaml=config_yaml,
+        teachers={name: _origin(model) for name, model in config.all_teachers().items()},
+        student=_origin(config.student),
+        base=config.student.path,
+        share=lambda x: "–" if x is None else f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]",
+    )
+
+
+def _origin(model: Any) -> str:
+    if model.endpoint is not None:
+        return f"{model.endpoint.model}, behind an endpoint"
+    if model.path is not None:
+        return f"{model.path}{'@' + model.revision if model.revision else ''}"
+    return f"{model.scratch.architecture['model_type']}, from scratch"
