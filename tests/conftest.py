@@ -63,7 +63,13 @@ def tiny_config(folder: Path) -> dict[str, Any]:
             "round": phase | {"epochs": 8, "loss": {"mle_weight": 2.0}},
             "seqkd": phase,
         },
-        "evaluation": {"limit": 40, "bootstrap": 200, "warmup_temperatures": [0.5]},
+        "evaluation": {
+            "limit": 40,
+            "bootstrap": 200,
+            "warmup_temperatures": [0.5],
+            "candidates": 2,
+            "judges": {"teacher": {"type": "teacher_likelihood"}},
+        },
     }
 
 

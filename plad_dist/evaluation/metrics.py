@@ -276,7 +276,7 @@ class _Comparison:
             return None
         known = ~np.isnan(wins_P)
         lengths_a, lengths_b = (self.scores[key].characters[known] for key in keys)
-        given = wins_P[known], lengths_a, lengths_b, self.resamples, self.seed
+        given = wins_P[known], lengths_a, lengths_b
         preferences = (self.judges[name].preferences or {}).get((a, b))
         more: dict[str, Any] = {}
         if preferences is not None:
@@ -293,7 +293,7 @@ class _Comparison:
             "win_rate": self.interval(wins_P),
             "ties": float((wins_P[known] == 0.5).mean()),
             "length_controlled": length_controlled(*given).to_json(),
-            "by_length": by_length(*given),
+            "by_length": by_length(*given, self.resamples, self.seed),
             **more,
         }
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 Scores = npt.NDArray[np.float64]
 
 _SAME_LENGTH = 0.1  # share of the longer text up to which two lengths are called similar
-_NEWTON_STEPS = 30
+_NEWTON_STEPS = 50
 # Strengths of the priors that keep the fit finite. The one on the system is the stronger by far: where length alone
 # would explain the wins, it is taken to explain them.
 _PRIOR_SYSTEM, _PRIOR_LENGTH = 1.0, 1e-3
@@ -71,48 +71,34 @@ def win_rate(scores_a: Scores, scores_b: Scores, resamples: int, seed: int) -> I
     return bootstrap_mean(wins(np.asarray(scores_a, float), np.asarray(scores_b, float)), resamples, seed)
 
 
-def length_controlled(wins_P: Scores, lengths_a: Scores, lengths_b: Scores, resamples: int, seed: int) -> Interval:
+def length_controlled(wins_P: Scores, lengths_a: Scores, lengths_b: Scores) -> Interval:
     """The win rate of a over b at equal length, by a logistic regression on the difference of lengths.
 
-    `P(a wins) = sigmoid(system + weight * x)`, `x = tanh((length of a - length of b) / standard deviation)`; the figure is
+    `P(a wins) = sigmoid(system + weight * x)`, `x = tanh((length of a - length of b) / their root mean square)`; the figure is
     `sigmoid(system)`. The idea is that of AlpacaEval 2 (Dubois et al. 2024), without its term for a prompt's difficulty. Both
     coefficients have normal priors around 0, of precision 1 and 0.001: a system that wins only where it is longer, or is always
-    longer, does not win here. Resampled prompts give the interval.
+    longer, does not win here. The interval is that of the normal approximation to the posterior, which is wide where the lengths
+    cannot be told from the system.
     """
-    wins_P = np.asarray(wins_P, dtype=np.float64)
     differences_P = np.asarray(lengths_a, dtype=np.float64) - np.asarray(lengths_b, dtype=np.float64)
     scale = float(np.sqrt(np.mean(differences_P**2)))
-    x_P = np.tanh(differences_P / scale) if scale > 0 else np.zeros_like(differences_P)
-    rng, count = np.random.default_rng(seed), wins_P.size
-    system = _fit(wins_P[None], x_P[None])
-    chunk = max(1, 1_000_000 // count)
-    fitted = []
-    for start in range(0, resamples, chunk):
-        drawn = rng.integers(0, count, size=(min(chunk, resamples - start), count))
-        fitted.append(_fit(wins_P[drawn], x_P[drawn]))
-    return _interval(float(_sigmoid(system)[0]), _sigmoid(np.concatenate(fitted)))
-
-
-def _fit(wins_RP: Scores, x_RP: Scores) -> Scores:
-    """The system's coefficient for each of R samples of prompts, by Newton's method on the penalised likelihood."""
-    system_R, weight_R = np.zeros(len(wins_RP)), np.zeros(len(wins_RP))
+    x_P2 = np.stack(
+        [np.ones_like(differences_P), np.tanh(differences_P / scale) if scale > 0 else differences_P], axis=1
+    )
+    precision = np.diag([_PRIOR_SYSTEM, _PRIOR_LENGTH])
+    coefficients = np.zeros(2)
     for _ in range(_NEWTON_STEPS):
-        expected_RP = _sigmoid(system_R[:, None] + weight_R[:, None] * x_RP)
-        residual_RP, spread_RP = wins_RP - expected_RP, expected_RP * (1.0 - expected_RP)
-        slope_system = residual_RP.sum(1) - _PRIOR_SYSTEM * system_R
-        slope_weight = (residual_RP * x_RP).sum(1) - _PRIOR_LENGTH * weight_R
-        ss = spread_RP.sum(1) + _PRIOR_SYSTEM
-        sw = (spread_RP * x_RP).sum(1)
-        ww = (spread_RP * x_RP**2).sum(1) + _PRIOR_LENGTH
-        determinant = ss * ww - sw**2
-        step_system = (ww * slope_system - sw * slope_weight) / determinant
-        step_weight = (ss * slope_weight - sw * slope_system) / determinant
+        expected_P = _sigmoid(x_P2 @ coefficients)
+        slope = x_P2.T @ (np.asarray(wins_P, dtype=np.float64) - expected_P) - precision @ coefficients
+        curvature = (x_P2 * (expected_P * (1.0 - expected_P))[:, None]).T @ x_P2 + precision
         # A full step may leap out of the region where the curve is seen: no coefficient moves by more than 2 at once.
-        system_R = system_R + np.clip(step_system, -2.0, 2.0)
-        weight_R = weight_R + np.clip(step_weight, -2.0, 2.0)
-        if max(np.abs(step_system).max(), np.abs(step_weight).max()) < 1e-9:
+        step = np.clip(np.linalg.solve(curvature, slope), -2.0, 2.0)
+        coefficients = coefficients + step
+        if np.abs(step).max() < 1e-9:
             break
-    return system_R
+    system, spread = coefficients[0], 1.96 * float(np.sqrt(np.linalg.inv(curvature)[0, 0]))
+    low, value, high = _sigmoid(np.array([system - spread, system, system + spread])).tolist()
+    return Interval(value, low, high)
 
 
 def _sigmoid(x: Scores) -> Scores:

@@ -119,7 +119,7 @@ def test_every_plot_is_an_svg_with_its_content_in_words(page: str) -> None:
     for image in images:
         assert len(image["alt"] or "") > 20
         assert b"<svg" in base64.b64decode((image["src"] or "").split(",")[1])
-    assert any("PLaD student greedy 100.0" in (image["alt"] or "") for image in images)
+    assert any("PLaD student, greedy 100.0" in (image["alt"] or "") for image in images)
 
 
 def test_all_parts_are_there(page: str) -> None:
@@ -141,7 +141,7 @@ def test_the_same_data_gives_the_same_bytes(page: str) -> None:
 
 def test_missing_references_are_said_to_be_missing() -> None:
     text = "".join(_Page(render_report(make_report(reference=None))).words)
-    assert "No prompt has a reference, so ROUGE-L, exact match and win rates are empty." in text
+    assert "No prompt has a reference: ROUGE, exact match and win rates by them are empty." in text
     assert "Reference\n" not in text
 
 

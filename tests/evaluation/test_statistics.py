@@ -55,33 +55,34 @@ def judged(
 def test_a_student_that_only_writes_longer_does_not_win_at_equal_length() -> None:
     wins, a, b = judged(500, 1, longer_by=40, win=0, by_length_alone=True)
     assert wins.mean() > 0.85
-    found = length_controlled(wins, a, b, 300, 0)
+    found = length_controlled(wins, a, b)
     assert found.low <= 0.5
     assert abs(found.value - 0.5) < 0.1
 
 
 def test_nor_does_one_that_is_always_longer_and_always_wins() -> None:
     b = np.random.default_rng(2).uniform(60, 140, 500)
-    found = length_controlled(np.ones(500), b + 50, b, 300, 0)
-    assert found.low <= 0.5
+    found = length_controlled(np.ones(500), b + 50, b)
+    assert found.low < 0.3, "nothing tells the system from its length"
+    assert found.value == pytest.approx(0.5, abs=0.01)
 
 
 def test_one_that_is_better_at_any_length_wins_at_equal_length_too() -> None:
     wins, a, b = judged(800, 3, longer_by=30, win=0.7, by_length_alone=False)
-    found = length_controlled(wins, a, b, 300, 0)
+    found = length_controlled(wins, a, b)
     assert found.low > 0.5
     assert found.value == pytest.approx(wins.mean(), abs=0.08)
 
 
 def test_where_all_lengths_are_equal_it_is_the_win_rate() -> None:
     wins = np.array([1.0] * 600 + [0.0] * 300 + [0.5] * 100)
-    found = length_controlled(wins, np.full(1000, 5.0), np.full(1000, 5.0), 200, 0)
+    found = length_controlled(wins, np.full(1000, 5.0), np.full(1000, 5.0))
     assert found.value == pytest.approx(0.65, abs=0.002)
 
 
 def test_the_other_system_wins_the_rest() -> None:
     wins, a, b = judged(400, 4, longer_by=20, win=0.6, by_length_alone=False)
-    there, back = length_controlled(wins, a, b, 100, 0), length_controlled(1 - wins, b, a, 100, 0)
+    there, back = length_controlled(wins, a, b), length_controlled(1 - wins, b, a)
     assert there.value + back.value == pytest.approx(1.0, abs=1e-6)
 
 

@@ -309,7 +309,7 @@ def test_what_goes_wrong_in_a_block_names_the_block_and_the_reason(
             asyncio.run(worker.work(job, 1, "a", Hints()))
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     job, worker, _ = started(folder)
-    monkeypatch.setattr("plad_dist.pairing.pairs._table", lambda pairs: 1 / 0)
+    monkeypatch.setattr("plad_dist.pairing.pairs._table", lambda pairs, round_: 1 / 0)
     with pytest.raises(RunFailed, match="block 0: ZeroDivisionError: division by zero"):
         asyncio.run(worker.work(job, 0, "a", Hints()))
     path = folder / "run" / "samples" / "teacher" / "round-0" / part_name(3)
