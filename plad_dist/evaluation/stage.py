@@ -64,7 +64,7 @@ def goes_on(config: Config, run: RunDir) -> bool:
     metrics = run.storage.read_json(run.metrics)
     if metrics is None:
         return False
-    gain = metrics["gain_of_round"]
+    gain = metrics.get("gain_of_round")
     return config.rounds.stop == "never" or gain is None or gain["low"] > 0.5
 
 

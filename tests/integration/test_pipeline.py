@@ -182,6 +182,13 @@ def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finishe
             > logp(row["prompt_token_ids"], row["rejected_token_ids"])
             for row in pairs
         ]
+        scored = read(finished.root / "eval/round-0/scored/candidates/plad").to_pylist()
+        prompt_ids = {row["prompt_id"]: row["prompt_token_ids"] for row in pairs}
+        compared = [row for row in scored if row["prompt_id"] in prompt_ids]
+        for row in compared[:20]:
+            expected = logp(prompt_ids[row["prompt_id"]], row["token_ids"])
+            assert row["logprob"] == pytest.approx(expected, rel=1e-3), "vLLM scores as a plain forward pass does"
+    assert len(compared) >= 20
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
     assert metrics["ranking"]["pairs"] == len(pairs)
     assert metrics["ranking"]["after"]["pair_accuracy"] == pytest.approx(sum(right) / len(right), abs=1 / len(pairs))
@@ -193,6 +200,13 @@ def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     assert found == {(s, d) for s in ("teacher", "warmup", "seqkd", "plad") for d in ("greedy", "sampled")} | {
         ("warmup", "t0.5")
     }
+    assert metrics["calibration"]["candidates"] == 2
+    assert set(metrics["calibration"]["systems"]) == {"warmup", "seqkd", "plad"}
+    by_teacher = {row["b"]: row for row in metrics["judges"]["teacher"]["comparisons"]}
+    assert set(by_teacher) == {"warmup", "seqkd", "teacher"}
+    assert by_teacher["teacher"]["win_rate"]["value"] < 0.5, "it likes its own answers best"
+    card = (finished.root / "models/round-0/README.md").read_text()
+    assert metrics["verdict"][0] in card
     page = (finished.root / "eval/round-0/report.html").read_text()
     assert "<html" in page
     for verdict in metrics["verdict"]:
@@ -273,3 +287,27 @@ def test_an_engine_without_memory_is_refused_in_words(finished: Finished) -> Non
     assert "kv_cache_memory_bytes" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list((root / "samples").rglob("*.arrow"))
+
+
+def test_another_round_begins_with_the_student_of_the_last_one(finished: Finished) -> None:
+    """The last of this file: it goes on with the run. The teacher is not sampled again."""
+    root = finished.root
+    before = stamps(root)
+    done = plad("run", str(finished.config), "rounds.most=2", "rounds.stop=never", timeout=900, cwd=root.parent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {path: stamp for path, stamp in stamps(root).items() if path in before} == before
+    assert not (root / "samples/teacher/round-1").exists()
+    assert set(read(root / "samples/student/round-1")["round"].to_pylist()) == {1}
+    assert set(read(root / "samples/student/round-1")["model"].to_pylist()) == {str(root / "models/round-0")}
+    assert set(read(root / "pairs/round-1")["round"].to_pylist()) == {1}
+    metrics = json.loads((root / "eval/round-1/metrics.json").read_text())
+    assert {row["system"] for row in metrics["systems"]} == {"teacher", "warmup", "seqkd", "round-0", "plad"}
+    assert (metrics["previous"], set(metrics["calibration"]["systems"])) == (
+        "round-0",
+        {"warmup", "seqkd", "round-0", "plad"},
+    )
+    assert "This round" in " ".join(metrics["verdict"])
+    assert (root / "eval/round-1/report.html").is_file()
+    assert str(root / "eval/round-1/report.html") in done.stdout
+    compared = plad("compare", str(root), "--json")
+    assert {row["label"] for row in json.loads(compared.stdout)["systems"]} >= {"run", "teacher", "warmup", "seqkd"}
