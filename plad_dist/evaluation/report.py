@@ -353,7 +353,7 @@ def _calibration_pictures(calibration: Mapping[str, Any] | None) -> list[Picture
     pictures = []
     if rows:
         caption = "Of a prompt's candidates: does the likelier one have the higher quality? 1: always, 0: no relation."
-        pictures.append(_whisker_picture(rows, "Rank correlation of likelihood and quality", caption, 0.0, digits=2))
+        pictures.append(_whisker_picture(rows, "Rank correlation with quality", caption, 0.0, digits=2))
     curves = {system: found["reliability"] for system, found in systems.items() if found["reliability"]["curve"]}
     if curves:
         figure, axes = _figure(3.0)

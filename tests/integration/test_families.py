@@ -17,7 +17,7 @@ from tests.tiny import TEMPLATE, make_random_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-NEO = {"model_type": "gpt_neo", "num_layers": 2, "num_heads": 2, "hidden_size": 64, "intermediate_size": 96, "window_size": 6,
+NEO = {"model_type": "gpt_neo", "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 96, "window_size": 6,
        "attention_types": [[["global", "local"], 1]]}  # fmt: skip
 PROMPT, RESPONSE = "larger of 3 and 12", "it is 12, the larger one of the two numbers"
 
