@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from plad_dist.rundir import RunDir
-from tests.numerics.crash import CASES, POINTS, killed_at, resized_in_the_middle, resized_with, undisturbed_run
+from tests.numerics.crash import (
+    CASES,
+    POINTS,
+    cut,
+    killed_at,
+    left_out_when,
+    lose,
+    resized_in_the_middle,
+    resized_with,
+    undisturbed_run,
+)
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -31,3 +42,10 @@ def test_killed_while_it_loads_at_another_size(tmp_path: Path, undisturbed: RunD
 @pytest.mark.parametrize("case", CASES)
 def test_other_optimizer_states_change_their_size_too(tmp_path: Path, case: str) -> None:
     resized_with(case, tmp_path)
+
+
+@pytest.mark.parametrize("harm", [cut, lose])
+def test_a_damaged_newest_checkpoint_is_left_out_and_the_one_before_is_used(
+    tmp_path: Path, undisturbed: RunDir, harm: Callable[[Path], None]
+) -> None:
+    left_out_when(harm, tmp_path, undisturbed)

@@ -20,7 +20,7 @@ from plad_dist.rundir import RunDir
 from plad_dist.training import checkpoints as module
 from plad_dist.training.checkpoints import Checkpoints, CheckpointStore, TrainState
 from plad_dist.training.metrics import read_metrics
-from plad_dist.verify import verify
+from plad_dist.verify import repair, verify
 from tests.numerics.workers import config_with_pairs, losses, make_run, start, train, train_phase
 
 PHASE, EVERY, STEPS = "round-0", 5, 15
@@ -134,6 +134,37 @@ def killed_at(point: str, tmp_path: Path, undisturbed: RunDir) -> None:
         assert torch.equal(weights(run)[name], expected), name
     assert wrong_with_checkpoints(run) == []
     assert len(list((run.root / "checkpoints" / PHASE).glob("step-*/state.json"))) == 1
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def alter(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def lose(file: Path) -> None:
+    file.unlink()
+
+
+def left_out_when(harm: Callable[[Path], None], tmp_path: Path, undisturbed: RunDir) -> None:
+    """A damaged newest checkpoint is left out, the one before is used, and the student is the same bit by bit."""
+    raw, run = begun(tmp_path)
+    train(tmp_path, raw, PHASE, 2, stop=EVERY)
+    train(tmp_path, raw, PHASE, 2, stop=EVERY + 2)
+    (file,) = (run.root / "checkpoints" / PHASE / f"step-{EVERY + 2:08d}").rglob("*rank_1_*optim_states.pt")
+    harm(file)
+    (problem,) = wrong_with_checkpoints(run)
+    assert file.name in problem
+    assert "goes on from the one before" in problem
+    train(tmp_path, raw, PHASE, 2)
+    assert first_step_of_last_attempt(run) == EVERY + 1
+    assert losses(run, PHASE) == losses(undisturbed, PHASE)
+    repair(run.storage.url, verify(run.storage.url)[0])
+    assert wrong_with_checkpoints(run) == []
 
 
 def die_while_resharding(raw: dict[str, Any], phase: str, stop: int) -> None:

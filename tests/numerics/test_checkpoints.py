@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,17 @@ from tests.numerics.crash import (
     PHASE,
     POINTS,
     STEPS,
+    alter,
     begun,
+    cut,
     first_step_of_last_attempt,
     killed_at,
+    left_out_when,
+    lose,
     resized_in_the_middle,
     resized_with,
     store,
     undisturbed_run,
-    wrong_with_checkpoints,
 )
 from tests.numerics.workers import job_of, losses, train, train_phase
 from tests.s3 import environment
@@ -62,37 +64,10 @@ def test_sizes_change_in_the_middle_and_the_student_is_the_same(tmp_path: Path, 
 # ------------------------------------------------------------------------------------------- damage, attempts, other places
 
 
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def alter(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-def lose(file: Path) -> None:
-    file.unlink()
-
-
-@pytest.mark.parametrize("harm", [cut, alter, lose])
 def test_a_damaged_newest_checkpoint_is_left_out_and_the_one_before_is_used(
-    tmp_path: Path, undisturbed: RunDir, harm: Callable[[Path], None]
+    tmp_path: Path, undisturbed: RunDir
 ) -> None:
-    raw, run = begun(tmp_path)
-    train(tmp_path, raw, PHASE, 2, stop=EVERY)
-    train(tmp_path, raw, PHASE, 2, stop=EVERY + 2)
-    (file,) = (run.root / "checkpoints" / PHASE / f"step-{EVERY + 2:08d}").rglob("*rank_1_*optim_states.pt")
-    harm(file)
-    (problem,) = wrong_with_checkpoints(run)
-    assert file.name in problem
-    assert "goes on from the one before" in problem
-    train(tmp_path, raw, PHASE, 2)
-    assert first_step_of_last_attempt(run) == EVERY + 1
-    assert losses(run, PHASE) == losses(undisturbed, PHASE)
-    repair(run.storage.url, verify(run.storage.url)[0])
-    assert wrong_with_checkpoints(run) == []
+    left_out_when(alter, tmp_path, undisturbed)
 
 
 def overtaken(raw: dict[str, Any], phase: str, stop: int) -> None:
