@@ -16,7 +16,7 @@ DEV_LOCK := requirements/dev.txt
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 
-.PHONY: help setup quickstart test chaos soak bench lint lock clean
+.PHONY: help setup quickstart test chaos families soak bench lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -32,6 +32,9 @@ test: setup ## Run the tests, the one on the real engines included.
 
 chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
 	$(BIN)/python -m pytest tests/chaos
+
+families: setup ## Run models of five families through the whole pipeline; long.
+	$(BIN)/python -m pytest tests/families
 
 soak: setup ## Disturb whole pipelines at random. MINUTES=15 SEED=1; needs root and iproute2.
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json
