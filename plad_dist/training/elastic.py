@@ -212,15 +212,17 @@ def let_them_save(
     """
     decide = ElasticScalingPolicy.make_decision_for_running_worker_group
 
-    def decision(self: Any, group: Any, status: Any) -> Any:
+    def decision(self: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
         stands_still = yielded()
         if stands_still:
             reserved = self._get_reserved_resources()
             size = self._count_possible_workers(reserved) if reserved is not None else 0
             # It has to be started anew in any case, as it was where the room is gone again.
-            return self._get_resize_decision(size if size >= self.scaling_config.min_workers else group.num_workers)
+            return self._get_resize_decision(
+                size if size >= self.scaling_config.min_workers else worker_group_state.num_workers
+            )
         if stands_still is None:
-            found = decide(self, group, status)
+            found = decide(self, worker_group_state, worker_group_status)
             if not isinstance(found, NoopDecision) and takes_steps():
                 ask(found.num_workers)
         return NoopDecision()

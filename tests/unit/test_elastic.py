@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import ray
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -135,8 +137,8 @@ class Policy:
     def __init__(self) -> None:
         self.room = 2
 
-    def make_decision_for_running_worker_group(self, group: Any, status: Any) -> Any:
-        return self._get_resize_decision(self.room) if self.room != group.num_workers else NoopDecision()
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        return self._get_resize_decision(self.room) if self.room != worker_group_state.num_workers else NoopDecision()
 
     def _get_resize_decision(self, size: int) -> ResizeDecision:
         return ResizeDecision(num_workers=size, resources_per_worker={})
@@ -165,7 +167,7 @@ def test_a_group_is_resized_when_it_stands_still_and_not_before(
     policy, group = Policy(), SimpleNamespace(num_workers=1)
 
     def decide() -> Any:
-        return policy.make_decision_for_running_worker_group(group, None)
+        return policy.make_decision_for_running_worker_group(worker_group_state=group, worker_group_status=None)
 
     assert isinstance(decide(), NoopDecision), "it has taken no step yet"
     assert state["asked"] == []
@@ -176,6 +178,21 @@ def test_a_group_is_resized_when_it_stands_still_and_not_before(
     state["yielded"], policy.room = True, room_left
     assert decide().num_workers == size
     assert state["asked"] == [2]
+
+
+def test_the_patched_policy_is_called_as_ray_calls_it() -> None:
+    """Ray passes by name: what is put in the place of its methods has the names of its parameters."""
+    real = ElasticScalingPolicy
+    before = real._count_possible_workers, real.make_decision_for_running_worker_group
+    try:
+        elastic.count_what_is_free(dict, lambda nodes: 0)
+        elastic.let_them_save(lambda: True, lambda size: None, lambda: None)
+        after = real._count_possible_workers, real.make_decision_for_running_worker_group
+        for ours, theirs in zip(after, before, strict=True):
+            assert ours is not theirs
+            assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+    finally:
+        real._count_possible_workers, real.make_decision_for_running_worker_group = before  # type: ignore[method-assign]
 
 
 def test_room_is_what_is_free_on_nodes_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
