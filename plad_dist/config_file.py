@@ -127,7 +127,7 @@ def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
         section = section[name]
         if not isinstance(section, dict):
             raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    section[leaf] = value
+    section[leaf] = _apart(value)
 
 
 # What pydantic calls the alternatives of a union, which are no keys.

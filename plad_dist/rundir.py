@@ -43,7 +43,7 @@ FILES = (
     ("prompts/**/*", "eval/prompts/**/*"),
     tuple(f"{kind}/{name}/**/*" for name in ("teacher-init", "student-init", "teacher", "warmup") for kind in ("models", "events")),
     (
-        "samples/**/*", "eval/round-0/pair-samples/**/*", "eval/round-0/samples/teacher/**/*",
+        "samples/*/round-0/**/*", "eval/round-0/pair-samples/**/*", "eval/round-0/samples/teacher/**/*",
         "eval/round-0/samples/warmup/**/*", "eval/round-0/candidates/**/*",
     ),
     ("pairs/round-0/**/*", "eval/round-0/pairs/**/*"),
@@ -67,9 +67,9 @@ _FIRST_READER = {
     "pairing": 3,
     "training.round": 4,
     "training.heldout_pairs": 4,
-    "training.max_group_tokens": 4,
-    "training.over_long": 4,
-    "training.lora": 4,
+    "training.max_group_tokens": 1,
+    "training.over_long": 1,
+    "training.lora": 1,
     "training.seqkd": 5,
     "evaluation": 6,
 }
@@ -206,10 +206,14 @@ def open_run(config: Config) -> RunDir:
     run = RunDir.of(config)
     check_same_run(config, run)
     run.storage.check_writable()
-    document = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()}
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-    run.storage.replace(RUN_FILE, text.encode())
+    run.storage.replace(RUN_FILE, run_document(config))
     return run
+
+
+def run_document(config: Config) -> bytes:
+    """The content of ``run.yaml``."""
+    document = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 
 
 def check_same_run(config: Config, run: RunDir) -> None:

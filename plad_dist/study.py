@@ -15,7 +15,7 @@ from plad_dist.config import Config, flatten, is_operational
 from plad_dist.config.section import Section
 from plad_dist.config_file import explain, override, parse_config, read_yaml
 from plad_dist.errors import UserError
-from plad_dist.rundir import FILES, RunDir, check_same_run, first_reader
+from plad_dist.rundir import FILES, RUN_FILE, RunDir, first_reader, run_document
 
 logger = logging.getLogger("plad")
 
@@ -53,6 +53,9 @@ def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]
     except ValidationError as error:
         raise UserError(explain(error, path)) from None
     base = read_yaml(file.parent / study.base)
+    for argument in overrides:
+        if argument.partition("=")[0] in ("run.dir", "run.seed"):
+            raise UserError(f"override {argument!r}: is set for each run by the study's `dir` and `seeds`")
     found = []
     seeds: list[int | None] = [*study.seeds] or [None]
     for seed in seeds:
@@ -68,23 +71,27 @@ def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]
 
 
 def begin(config: Config, earlier: list[Config]) -> None:
-    """Link what an earlier run of the study has made and this one would make alike, where this one has nothing yet.
+    """Take over what an earlier run of the study has made and this one would make alike, where this one is not begun.
 
-    The stages before the first one that a differing key decides are taken over, from the run that has most in common.
+    These are the stages before the first one that a differing key decides, of the run that has most in common. They are put together
+    beside the run directory, which appears as a whole or not at all. Files are linked: nothing rewrites one in place but the
+    logs under events/, which are copied.
     """
     run = RunDir.of(config)
-    if not earlier or run.storage.local_root is None or (run.root / "run.yaml").exists():
+    if not earlier or run.storage.local_root is None or run.root.exists():
         return
-    check_same_run(config, run)
     shared, source = max(((_stages_alike(config, other), other) for other in earlier), key=lambda item: item[0])
-    there = RunDir.of(source).root
-    linked = 0
-    for patterns in FILES[:shared]:
-        for pattern in patterns:
-            for file in sorted(there.glob(pattern)):
-                linked += file.is_file() and _link(file, run.root / file.relative_to(there))
-    if linked:
-        logger.info("%s: %d files of the first %d stages taken over from %s", run.root, linked, shared, there)
+    there, draft = RunDir.of(source).root, run.root.with_name(f".{run.root.name}-begun")
+    shutil.rmtree(draft, ignore_errors=True)
+    files = {
+        file for patterns in FILES[:shared] for pattern in patterns for file in there.glob(pattern) if file.is_file()
+    }
+    for file in sorted(files):
+        _take_over(file, draft / file.relative_to(there))
+    if files:
+        (draft / RUN_FILE).write_bytes(run_document(config))
+        draft.rename(run.root)
+        logger.info("%s: %d files of the first %d stages taken over from %s", run.root, len(files), shared, there)
 
 
 def _stages_alike(config: Config, other: Config) -> int:
@@ -93,15 +100,18 @@ def _stages_alike(config: Config, other: Config) -> int:
     differing = [
         key for key in here.keys() | there.keys() if here.get(key) != there.get(key) and not is_operational(key)
     ]
-    return min(map(first_reader, differing), default=len(FILES))
+    alike = min(map(first_reader, differing), default=len(FILES))
+    warmup = config.training.warmup
+    of_samples = warmup is not None and warmup.data == "teacher"
+    return min(alike, 1) if of_samples and alike == 2 else alike  # the warm-up learnt from other samples
 
 
-def _link(file: Path, to: Path) -> bool:
-    if to.exists():
-        return False
+def _take_over(file: Path, to: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
+    if "events" in to.parts:
+        shutil.copy2(file, to)
+        return
     try:
         os.link(file, to)
     except OSError:  # another file system
         shutil.copy2(file, to)
-    return True

@@ -112,11 +112,15 @@ def _datasets(storage: Storage) -> Iterator[tuple[str, pa.Schema]]:
 
 
 def _schema(path: str) -> pa.Schema:
-    if path in ("prompts", "eval/prompts"):
+    if path in ("prompts", "eval/prompts") or (_is_of_a_judge(path) and path.endswith("/prompts")):
         return PROMPTS
     if path.rpartition("/")[2].startswith("references-"):
         return REFERENCES
     return PAIRS if path.split("/")[0] == "pairs" or path.endswith("/pairs") else SAMPLES
+
+
+def _is_of_a_judge(path: str) -> bool:
+    return "/judges/" in path
 
 
 def _check(dataset: Dataset) -> Checked:
@@ -201,10 +205,10 @@ def _check_order(checked: list[Checked]) -> None:
     """A dataset from which a complete one was made must itself be complete."""
     by_path = {item.path: item for item in checked}
     for item in checked:
-        if item.state != "complete" or item.path in ("prompts", "eval/prompts") or _schema(item.path) is REFERENCES:
+        if item.state != "complete" or _schema(item.path) in (PROMPTS, REFERENCES):
             continue
-        if item.path.startswith("pairs/"):
-            sources = [f"samples/{role}/{item.path.partition('/')[2]}" for role in ("teacher", "student")]
+        if item.path.startswith("pairs/"):  # the teacher is sampled once
+            sources = ["samples/teacher/round-0", f"samples/student/{item.path.partition('/')[2]}"]
         else:
             sources = [_prompts_of(item.path)]
         for source in sources:
@@ -217,15 +221,15 @@ def _check_order(checked: list[Checked]) -> None:
 
 def _prompts_of(path: str) -> str:
     """The prompts that a dataset of samples answers."""
+    if _is_of_a_judge(path):
+        return f"{path.rpartition('/')[0]}/prompts"
     return "prompts" if path.startswith("samples/") else "eval/prompts"
 
 
 def _check_samples(storage: Storage, checked: Checked, config: Config) -> None:
     """Every prompt of each block has its samples, each exactly once, in the order of the prompts."""
     samples, prompts = Dataset(storage, checked.path, SAMPLES), Dataset(storage, _prompts_of(checked.path), PROMPTS)
-    for_pairs = checked.path.startswith("samples/")
-    role = config.sampling.teacher if checked.path.startswith("samples/teacher/") else config.sampling.student
-    n, limit = (role.n, config.sampling.limit) if for_pairs else (1, config.evaluation.limit)
+    n, limit = _how_many(checked.path, config)
     rows = rows_by_block(prompts.require("prepare"), limit)
     parts = samples.require("sample").parts
     if len(parts) != len(rows):
@@ -244,6 +248,17 @@ def _check_samples(storage: Storage, checked: Checked, config: Config) -> None:
         if found != expected:
             checked.blame(part.name, _what_differs(part.name, found, expected))
             checked.wrong_rows.add(part.name)
+
+
+def _how_many(path: str, config: Config) -> tuple[int, int | None]:
+    """Samples of each prompt, and how many prompts at most."""
+    if path.startswith("samples/"):
+        role = config.sampling.teacher if path.startswith("samples/teacher/") else config.sampling.student
+        return role.n, config.sampling.limit
+    if _is_of_a_judge(path):
+        return 1, None
+    of_candidates = path.endswith("/candidates") or "/scored/candidates/" in path
+    return config.candidates if of_candidates else 1, config.evaluation.limit
 
 
 def _what_differs(name: str, found: list[tuple[str, int]], expected: list[tuple[str, int]]) -> str:
@@ -372,7 +387,8 @@ def command_for(path: str) -> str:
         return "pair"
     if "prompts" in path.split("/")[:2]:
         return "prepare"
-    return "evaluate" if "/samples/seqkd/" in path or "/samples/plad/" in path else "sample"
+    of_evaluation = ("/samples/seqkd/", "/samples/plad/", "/scored/", "/judges/")
+    return "evaluate" if any(part in path for part in of_evaluation) else "sample"
 
 
 def verify_table(url: str, checked: list[Checked]) -> Table:

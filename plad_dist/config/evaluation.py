@@ -27,6 +27,13 @@ class TeacherJudge(Section):
     type: Literal["teacher_likelihood"]
 
 
+class JudgeSampling(RoleSampling):
+    """How a judge is sampled, and by which engines."""
+
+    temperature: float = Field(0.0, ge=0.0, le=5.0, description="0 is greedy.")
+    max_tokens: int = Field(512, ge=1, description="Longest answer, in tokens.")
+
+
 class LlmJudge(Section):
     """A language model that reads two responses, each pair in both orders."""
 
@@ -38,9 +45,7 @@ class LlmJudge(Section):
         "must be asked for as [[A]], [[B]] or [[C]] for a tie. Empty: the one that comes with the package.",
     )
     limit: int = Field(200, ge=1, description="Held-out prompts judged for each two systems: two requests each.")
-    sampling: RoleSampling = Field(
-        RoleSampling(temperature=0.0, max_tokens=512), description="How the judge is sampled, and by which engines."
-    )
+    sampling: JudgeSampling = JudgeSampling()
 
     @model_validator(mode="after")
     def _is_not_made_here(self) -> LlmJudge:
@@ -99,9 +104,9 @@ class Evaluation(Section):
     @model_validator(mode="after")
     def _judges_are_named(self) -> Evaluation:
         for name in self.judges:
-            if name in REFERENCE_JUDGES or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            if name in (*REFERENCE_JUDGES, "candidates") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(
-                    f"judges: name {name!r}: use letters, digits, '-' and '_' alone, and no name of a metric"
+                    f"judges: name {name!r}: use letters, digits, '-' and '_' alone, no name of a metric, and not `candidates`"
                 )
         known = [*REFERENCE_JUDGES, *self.judges]
         if self.judge not in known:

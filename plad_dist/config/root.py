@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
-from plad_dist.config.evaluation import Evaluation, TeacherJudge
+from plad_dist.config.evaluation import REFERENCE_JUDGES, Evaluation, TeacherJudge
 from plad_dist.config.models import Model
 from plad_dist.config.pairing import Pairing
 from plad_dist.config.prompts import Columns, Prompts
@@ -83,6 +83,12 @@ class Config(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def candidates(self) -> int:
+        """Responses of the warm-up student to each held-out prompt whose quality references tell; 0 without references."""
+        source = self.prompts.heldout or self.prompts.source
+        return 0 if isinstance(source, Columns) and not source.has_references else self.evaluation.candidates
 
     def all_teachers(self) -> dict[str, Teacher]:
         """The teachers by name; a single one is called `teacher`. Each with how it is sampled."""
@@ -167,6 +173,13 @@ def _of_scores_and_references(config: Config) -> Iterator[str]:
 
 
 def _of_judges(config: Config) -> Iterator[str]:
+    source = config.prompts.heldout or config.prompts.source
+    by_reference = config.evaluation.judge in REFERENCE_JUDGES
+    has_none = isinstance(source, Columns) and not source.has_references
+    if config.rounds.most > 1 and config.rounds.stop == "no_gain" and by_reference and has_none:
+        yield (
+            f"rounds.stop: no_gain: without references {config.evaluation.judge} sees no gain: set another evaluation.judge, or never"
+        )
     for name, judge in config.evaluation.judges.items():
         if isinstance(judge, TeacherJudge) and (config.teacher is None or config.teacher.endpoint):
             yield (

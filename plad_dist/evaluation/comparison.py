@@ -41,6 +41,7 @@ class _System:
     label: str
     system: str
     of: _Run
+    contents: str
     rouge_l: Scores
     tokens: Scores
     finished: Scores
@@ -71,7 +72,7 @@ def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
         "prompts": len(common),
         "prompts_of_each": {run.name: len(run.prompts) for run in runs},
         "against": first.label,
-        "systems": [_row(each, systems, first) for each in systems],
+        "systems": [_row(each, systems, first, decoding) for each in systems],
     }
 
 
@@ -117,7 +118,7 @@ def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list
         )
         if any(each.label == label for each in found):
             label = f"{run.name}: {system}"
-        found.append(_System(label, system, run, scores.rouge_l, scores.tokens, scores.finished))
+        found.append(_System(label, system, run, contents, scores.rouge_l, scores.tokens, scores.finished))
     return found
 
 
@@ -126,9 +127,9 @@ def _references(run: _Run) -> list[str | None]:
     return references
 
 
-def _row(each: _System, systems: Sequence[_System], first: _System) -> dict[str, Any]:
-    warmup = next((other for other in systems if other.system == "warmup" and other.of is each.of), None)
-    warmup = warmup or next((other for other in systems if other.system == "warmup"), None)
+def _row(each: _System, systems: Sequence[_System], first: _System, decoding: str) -> dict[str, Any]:
+    own = each.of.run.system_samples("warmup", decoding).require("evaluate").contents
+    warmup = next((other for other in systems if other.contents == own), None)
     calibration = (each.of.metrics.get("calibration") or {}).get("systems", {}).get(each.system) or {}
     loss = each.of.config.training.round.loss
     return {

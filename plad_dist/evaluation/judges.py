@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge, fingerprint
+from plad_dist.data.models import first_line, resolve_model
 from plad_dist.data.schemas import PROMPTS, SAMPLES
+from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.data.store import Dataset
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.metrics import Judgement, Key, Output, Preferences, compared_pairs
 from plad_dist.evaluation.statistics import Scores
 from plad_dist.progress import Progress
@@ -27,6 +29,7 @@ from plad_dist.rundir import RunDir
 _VARIABLES = {"messages", "reference", "first", "second"}
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
 _BARE = re.compile(r"\W*(A|B|C|tie)\W*", re.IGNORECASE)
+_CHUNK = 100  # prompts of a dataset of questions
 _FIRST_SHARE = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5}
 
 Prompts = Sequence[Mapping[str, Any]]
@@ -58,16 +61,11 @@ def judge_all(
                     "teacher_likelihood", scores=_teacher_scores(config, run, name, answers, main, progress)
                 )
             case LlmJudge():
-                compared = [
-                    (a, b) for a, b in compared_pairs(previous) if (a, main) in answers and (b, main) in answers
-                ]
-                preferences = {
-                    (a, b): ask_judge(
-                        config, run, name, judge, prompts, (a, b), (answers[a, main], answers[b, main]), progress
-                    )
-                    for a, b in compared
-                }
-                found[name] = Judgement("llm", preferences=preferences)
+                pairs = [(a, b) for a, b in compared_pairs(previous) if (a, main) in answers and (b, main) in answers]
+                shown = {pair: (answers[pair[0], main], answers[pair[1], main]) for pair in pairs}
+                found[name] = Judgement(
+                    "llm", preferences=ask_judge(config, run, name, judge, prompts, shown, progress)
+                )
     return found
 
 
@@ -80,6 +78,7 @@ def _reward_scores(
     """Scores of all responses, by one worker that loads the model once. NaN for conversations over the model's length."""
     import ray
 
+    from plad_dist.pairing.reward import as_model
     from plad_dist.pairing.scores import Answer
     from plad_dist.sampling.placement import engines_use_gpus
 
@@ -90,7 +89,11 @@ def _reward_scores(
     ]
     gpus = config.evaluation.gpus_per_judge if engines_use_gpus() else 0.0
     score = ray.remote(num_cpus=config.pairing.cpus_per_worker, num_gpus=gpus, max_retries=2)(_score)
-    told, problem = ray.get(score.remote(judge, f"evaluation.judges.{name}", asked))
+    found = judge.model_copy(update={"path": resolve_model(as_model(judge))})  # workers have other working directories
+    try:
+        told, problem = ray.get(score.remote(found, _key(name), asked))
+    except ray.exceptions.RayError as error:
+        raise RunFailed(f"{_key(name)}: the worker that scores failed: {first_line(error)}") from error
     if problem is not None:
         raise UserError(problem)
     scores_KP = np.array(told, dtype=np.float64).reshape(len(answers), len(prompts))
@@ -131,6 +134,8 @@ def mean_logprobs(scored: pa.Table) -> Scores:
 
 # -------------------------------------------------------------------------------------------- a reader of two responses
 
+Shown = tuple[Sequence[Output], Sequence[Output]]
+
 
 def ask_judge(
     config: Config,
@@ -138,36 +143,71 @@ def ask_judge(
     name: str,
     judge: LlmJudge,
     prompts: Prompts,
-    systems: tuple[str, str],
-    answers: tuple[Sequence[Output], Sequence[Output]],
+    shown: Mapping[tuple[str, str], Shown],
     progress: Progress,
-) -> Preferences:
-    """Let a judge read both systems' responses to the first prompts, in both orders. What it answered is never asked again."""
-    from plad_dist.sampling.stage import ask
+) -> dict[tuple[str, str], Preferences]:
+    """Let a judge read the responses of pairs of systems to the first prompts, in both orders.
 
-    count = min(judge.limit, len(prompts))
-    questions = judge_questions(load_template(judge, f"evaluation.judges.{name}"), prompts[:count], answers)
-    # A changed template or limit asks anew, beside what was asked before.
-    folder = f"eval/round-{run.round}/judges/{name}-{fingerprint(questions)[:12]}/{systems[0]}-{systems[1]}"
-    asked, told = (
-        Dataset(run.storage, f"{folder}/{kind}", schema)
-        for kind, schema in (("prompts", PROMPTS), ("answers", SAMPLES))
-    )
-    _keep_questions(asked, questions, config.prompts.block_size)
-    ask(config, run, name, judge, asked, told, progress)
-    return read_verdicts(told.read(["text"])["text"].to_pylist())
+    Questions are asked in chunks, each a dataset named by its text and by who is asked how: what was answered is not asked
+    again when the limit is raised, and another judge or question begins anew.
+    """
+    from plad_dist.sampling.stage import ask, judge_identity
+
+    template, identity = load_template(judge, _key(name)), judge_identity(config, name, judge)
+    count, folder = min(judge.limit, len(prompts)), f"eval/round-{run.round}/judges/{name}"
+    told: dict[tuple[str, str], list[Dataset]] = {pair: [] for pair in shown}
+    asked: list[tuple[Dataset, Dataset]] = []
+    for pair, (a, b) in shown.items():
+        for start in range(0, count, _CHUNK):
+            end = min(start + _CHUNK, count)
+            questions = judge_questions(template, prompts[start:end], (a[start:end], b[start:end]), _key(name))
+            place = f"{folder}/{fingerprint([identity, questions])[:16]}"
+            given = Dataset(run.storage, f"{place}/prompts", PROMPTS)
+            _keep_questions(given, questions)
+            told[pair].append(Dataset(run.storage, f"{place}/answers", SAMPLES))
+            if all(told[pair][-1].path != answers.path for _, answers in asked):  # two systems may say the same
+                asked.append((given, told[pair][-1]))
+    now = {answers.path for _, answers in asked}
+    rounds = (run.at_round(number) for number in range(run.round + 1))
+    earlier = [answers for each in rounds for answers in judge_answers(each, name) if answers.path not in now]
+    ask(config, run, name, judge, asked, earlier, progress)
+    return {pair: read_verdicts(_answers(datasets), len(prompts)) for pair, datasets in told.items()}
 
 
-def judge_questions(
-    template: jinja2.Template, prompts: Prompts, answers: tuple[Sequence[Output], Sequence[Output]]
-) -> list[dict[str, Any]]:
-    """Two rows of a prompts dataset for each prompt: the first system's response shown first, then second."""
+def judge_answers(run: RunDir, name: str) -> list[Dataset]:
+    """What a judge has answered in a round, to any questions."""
+    folder = f"eval/round-{run.round}/judges/{name}"
+    return [
+        Dataset(run.storage, f"{folder}/{place.rstrip('/')}/answers", SAMPLES) for place in run.storage.sizes(folder)
+    ]
+
+
+def _answers(datasets: Sequence[Dataset]) -> list[str]:
+    """A judge's answers in the order of the questions, empty where one was cut off before its verdict."""
+    rows = [row for dataset in datasets for row in dataset.read(["text", "finish_reason"]).to_pylist()]
+    return [row["text"] if row["finish_reason"] == "stop" else "" for row in rows]
+
+
+def judge_questions(template: jinja2.Template, prompts: Prompts, shown: Shown, key: str) -> list[dict[str, Any]]:
+    """Two rows of a prompts dataset for each prompt: the first system's response shown first, then second.
+
+    Raises:
+        UserError: the template cannot be rendered for a prompt; `key` is the judge's section.
+    """
     rows = []
-    for prompt, a, b in zip(prompts, *answers, strict=False):
+    for prompt, a, b in zip(prompts, *shown, strict=True):
         for order, (first, second) in enumerate(((a.text, b.text), (b.text, a.text))):
-            text = template.render(
-                messages=prompt["messages"], reference=prompt["reference"], first=first, second=second
-            )
+            try:
+                text = template.render(
+                    messages=prompt["messages"],
+                    reference=prompt["reference"],
+                    first=_quoted(first),
+                    second=_quoted(second),
+                )
+            except JINJA_ERRORS as error:
+                raise UserError(
+                    f"{key}.template: cannot be rendered for prompt {prompt['prompt_id']}: {error}"
+                ) from None
             rows.append(
                 {
                     "prompt_id": f"{prompt['prompt_id']}-{order}",
@@ -180,10 +220,22 @@ def judge_questions(
     return rows
 
 
-def read_verdicts(texts: Sequence[str]) -> Preferences:
-    """Verdicts from a judge's answers, which alternate between the orders; the last verdict of an answer counts."""
+def _quoted(response: str) -> str:
+    """A response that can neither end its own quotation nor contain a verdict."""
+    return response.replace("[[", "[ [").replace("</answer", "< /answer")
+
+
+def read_verdicts(texts: Sequence[str], prompts: int) -> Preferences:
+    """Verdicts from a judge's answers, which alternate between the orders; the last verdict of an answer counts.
+
+    Args:
+        prompts: of the comparison, of which the first ones were asked about.
+    """
     shares = np.array([_first_share(text) for text in texts], dtype=np.float64).reshape(-1, 2)
-    return Preferences(a_first=shares[:, 0], a_second=1.0 - shares[:, 1])
+    asked = len(shares)
+    first, second = np.full((2, prompts), np.nan)
+    first[:asked], second[:asked] = shares[:, 0], 1.0 - shares[:, 1]
+    return Preferences(first, second, asked)
 
 
 def _first_share(text: str) -> float:
@@ -192,16 +244,23 @@ def _first_share(text: str) -> float:
     return _FIRST_SHARE[found[-1].lower()] if found else float("nan")
 
 
+def _key(name: str) -> str:
+    return f"evaluation.judges.{name}"
+
+
+def template_text(judge: LlmJudge, key: str) -> str:
+    """The text of a judge's question. Raises :class:`UserError` where the file cannot be read."""
+    if judge.template is None:
+        return (resources.files("plad_dist.evaluation") / "judge.j2").read_text(encoding="utf-8")
+    try:
+        return Path(judge.template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}.template: {judge.template}: cannot be read: {error}") from None
+
+
 def load_template(judge: LlmJudge, key: str) -> jinja2.Template:
     """A judge's question. Raises :class:`UserError` where the file is none."""
-    if judge.template is None:
-        text, name = (resources.files("plad_dist.evaluation") / "judge.j2").read_text(encoding="utf-8"), "judge.j2"
-    else:
-        name = judge.template
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{key}.template: {name}: cannot be read: {error}") from None
+    text, name = template_text(judge, key), judge.template or "judge.j2"
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -218,13 +277,11 @@ def load_template(judge: LlmJudge, key: str) -> jinja2.Template:
         raise UserError(f"{key}.template: {name}: not a valid Jinja template: {error}") from None
 
 
-def _keep_questions(asked: Dataset, questions: list[dict[str, Any]], block_size: int) -> None:
-    """Commit the questions, the same ones wherever a run was cut."""
+def _keep_questions(asked: Dataset, questions: list[dict[str, Any]]) -> None:
+    """Commit the questions as one block, the same ones wherever a run was cut."""
     if asked.manifest() is not None:
         return
     made_of = fingerprint(questions)
-    blocks = range(0, len(questions), block_size)
-    for block, start in enumerate(blocks):
-        table = pa.Table.from_pylist(questions[start : start + block_size], schema=PROMPTS)
-        asked.commit(block, table, fingerprint=made_of, attempt=uuid.uuid4().hex)
-    asked.finish(len(blocks), fingerprint=made_of, facts={"content": made_of})
+    table = pa.Table.from_pylist(questions, schema=PROMPTS)
+    asked.commit(0, table, fingerprint=made_of, attempt=uuid.uuid4().hex)
+    asked.finish(1, fingerprint=made_of, facts={"content": made_of})

@@ -56,12 +56,14 @@ class Preferences:
     """What a judge that reads two responses said of systems a and b, prompt by prompt.
 
     Attributes:
-        a_first, a_second: 1 where it preferred a, 0 where b, 0.5 for a tie, NaN where it gave no verdict that could be read; with a's
-            response shown first, and second.
+        a_first, a_second: 1 where it preferred a, 0 where b, 0.5 for a tie, NaN where it gave no verdict that could be read or was not
+            asked; with a's response shown first, and second.
+        asked: prompts, the first ones.
     """
 
     a_first: Scores
     a_second: Scores
+    asked: int
 
     @property
     def wins(self) -> Scores:
@@ -280,10 +282,10 @@ class _Comparison:
         preferences = (self.judges[name].preferences or {}).get((a, b))
         more: dict[str, Any] = {}
         if preferences is not None:
-            both = preferences.a_first[known], preferences.a_second[known]
+            opposite = np.abs(preferences.a_first[known] - preferences.a_second[known]) == 1.0
             more = {
-                "without_verdict": int((~known).sum()),
-                "disagreement": float((both[0] != both[1]).mean()),
+                "without_verdict": preferences.asked - int(known.sum()),
+                "disagreement": float(opposite.mean()),
             }
         return {
             "a": a,

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plad_dist.config import Config, RewardJudge, fingerprint
+from plad_dist.config import Config, LlmJudge, RewardJudge, fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.card import render_card
-from plad_dist.evaluation.judges import judge_all
+from plad_dist.evaluation.judges import judge_all, judge_answers, template_text
 from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, compare, main_decoding, score_system
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
@@ -56,7 +56,13 @@ def is_evaluated(config: Config, run: RunDir) -> bool:
 
 def _settings(config: Config) -> str:
     """Fingerprint of how systems are compared, which may change after they have answered."""
-    return fingerprint(config.evaluation.model_dump(mode="json", exclude={"gpus_per_judge"}))
+    evaluation = config.evaluation
+    questions = [
+        template_text(j, f"evaluation.judges.{name}")
+        for name, j in evaluation.judges.items()
+        if isinstance(j, LlmJudge)
+    ]
+    return fingerprint([evaluation.model_dump(mode="json", exclude={"gpus_per_judge"}), questions])
 
 
 def goes_on(config: Config, run: RunDir) -> bool:
@@ -65,13 +71,17 @@ def goes_on(config: Config, run: RunDir) -> bool:
     if metrics is None:
         return False
     gain = metrics.get("gain_of_round")
-    return config.rounds.stop == "never" or gain is None or gain["low"] > 0.5
+    return config.rounds.stop == "never" or (gain is not None and gain["low"] > 0.5)
 
 
 def last_round(config: Config, run: RunDir) -> RunDir:
-    """The run as its last evaluated round sees it; the first where none is evaluated."""
-    rounds = [run.at_round(number) for number in range(config.rounds.most)]
-    return next((each for each in reversed(rounds) if run.storage.holds(each.metrics)), rounds[0])
+    """The run as its last evaluated round sees it, of those that followed one another; the first where none is evaluated."""
+    number = 0
+    while number + 1 < config.rounds.most and goes_on(config, run.at_round(number)):
+        if not run.storage.holds(run.at_round(number + 1).metrics):
+            break
+        number += 1
+    return run.at_round(number)
 
 
 def _answers(config: Config, run: RunDir, system: str) -> list[Dataset]:
@@ -140,7 +150,7 @@ def _trained_on(config: Config) -> str | None:
 
 def _candidates(config: Config, run: RunDir, references: list[str | None]) -> Candidates | None:
     """The candidates with their likelihoods under the students; None where there are none, or no reference tells their quality."""
-    count = config.evaluation.candidates
+    count = config.candidates
     if not count or not any(reference and reference.strip() for reference in references):
         return None
     own = run.candidates().require("sample")
@@ -212,16 +222,27 @@ def report(config: Config, run: RunDir) -> str:
 def _cost(config: Config, run: RunDir) -> dict[str, dict[str, Any]]:
     """What was sampled for what, in tokens, and in money where a server was paid."""
     rounds = [run.at_round(number) for number in range(run.round + 1)]
-    sets = {
-        "Teacher, for pairs": [run.samples("teacher")],
-        "Student, for pairs": [each.samples("student") for each in rounds],
-        "Held-out prompts": [
-            each.system_samples(system, name)
+    teacher = [run.samples("teacher"), run.heldout_samples("teacher")]
+    students = [dataset for each in rounds for dataset in (each.samples("student"), each.heldout_samples("student"))]
+    answers = {
+        system == TEACHER: [
+            each.system_samples(name, decoding)
             for each in rounds
-            for system in (trained_systems(config, each) if each.round else systems_of(config, each))
-            for name in system_decodings(config, system)
-        ],
+            for name in (trained_systems(config, each) if each.round else systems_of(config, each))
+            if (name == TEACHER) == (system == TEACHER)
+            for decoding in system_decodings(config, name)
+        ]
+        for system in (TEACHER, PLAD)
     }
+    sets = {
+        "Teacher, for pairs": teacher,
+        "Students, for pairs": students,
+        "Teacher, held-out prompts": answers[True],
+        "Students, held-out prompts": [*answers[False], run.candidates()],
+    }
+    for name, judge in config.evaluation.judges.items():
+        if isinstance(judge, LlmJudge):
+            sets[f"Judge {name}"] = [dataset for each in rounds for dataset in judge_answers(each, name)]
     found = {}
     for name, datasets in sets.items():
         manifests = [manifest for dataset in datasets if (manifest := dataset.manifest()) is not None]

@@ -213,7 +213,10 @@ class Engine:
         )
 
     async def score(self, prompt_ids: list[int], response: Response, request_id: str) -> Completion:
-        """A given response with the log-likelihood of its tokens, the end-of-sequence token included where it finished."""
+        """A given response with the log-likelihood of its tokens, the end-of-sequence token included where it finished.
+
+        None where it does not fit into the context, or was none.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -221,8 +224,10 @@ class Engine:
         if not ids:
             ids = self._renderer.response_ids([response.text])[0]
             ids = ids if response.finish_reason == "stop" else ids[:-1]
-        logprob = 0.0
-        if ids:
+        logprob: float | None = None if response.finish_reason == "error" else 0.0
+        if ids and len(prompt_ids) + len(ids) >= self.max_model_len:  # vLLM wants room for one token more
+            logprob = None
+        elif ids:
             params = SamplingParams(
                 output_kind=RequestOutputKind.FINAL_ONLY, temperature=0.0, max_tokens=1, prompt_logprobs=0
             )

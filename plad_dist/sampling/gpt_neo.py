@@ -4,8 +4,7 @@ vLLM finds it by the entry point ``vllm.general_plugins``, in every process of a
 doi 10.5281/zenodo.5297715; names of the weights as transformers writes them.
 """
 
-from __future__ import annotations
-
+# Annotations stay what they are, no texts: vLLM reads from them which arguments vary in size.
 from collections.abc import Iterable
 
 from torch import Tensor, nn

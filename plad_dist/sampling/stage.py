@@ -7,6 +7,7 @@ pairs, for the held-out pairs, and in every decoding that the evaluation shows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,16 +52,47 @@ def score_by_teacher(
     run_fleets(config, run.storage, [_fleet(config, run, teacher, assignments)], progress, stage="evaluate")
 
 
+def judge_identity(config: Config, name: str, judge: LlmJudge) -> list[Any]:
+    """What decides a judge's answers, beside the questions."""
+    speaker = _judge(name, judge)
+    return [speaker.identity, speaker.decoding().model_dump(mode="json"), config.run.seed]
+
+
 def ask(
-    config: Config, run: RunDir, name: str, judge: LlmJudge, prompts: Dataset, output: Dataset, progress: Progress
+    config: Config,
+    run: RunDir,
+    name: str,
+    judge: LlmJudge,
+    questions: list[tuple[Dataset, Dataset]],
+    earlier: list[Dataset],
+    progress: Progress,
 ) -> None:
-    """Ask a judge every prompt of a dataset once."""
+    """Ask a judge every prompt of some datasets once.
+
+    Args:
+        questions: prompts, and where their answers go.
+        earlier: answers of the same judge to other questions, whose cost counts towards its cap.
+    """
+    speaker = _judge(name, judge)
+    assignments = [
+        assignment
+        for prompts, output in questions
+        for assignment in _assignments(config, run, [speaker], _Wanted(prompts, output, None, 1, _SYSTEM_SEED))[name]
+    ]
+    run_fleets(
+        config,
+        run.storage,
+        [_fleet(config, run, speaker, assignments, earlier)],
+        progress,
+        stage="evaluate",
+        unit="answers",
+    )
+
+
+def _judge(name: str, judge: LlmJudge) -> _Speaker:
     model = judge.model
     path = model.endpoint.model if model.endpoint else resolve_model(model)
-    speaker = _Speaker(name, "judge", path, model, judge.sampling)
-    wanted = _Wanted(prompts, output, None, 1, _SYSTEM_SEED)
-    fleet = _fleet(config, run, speaker, _assignments(config, run, [speaker], wanted)[name])
-    run_fleets(config, run.storage, [fleet], progress, stage="evaluate")
+    return _Speaker(name, "judge", path, model, judge.sampling)
 
 
 def is_sampled(config: Config, run: RunDir, roles: tuple[str, ...] = ("teacher", "student")) -> bool:
@@ -85,9 +117,9 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
         for output, decoding in _system_outputs(config, run, name):
             wanted = _Wanted(heldout, output, evaluation.limit, 1, _SYSTEM_SEED, decoding)
             assignments += _assignments(config, run, [student], wanted)[student.name]
-        if evaluation.candidates:
+        if config.candidates:
             scored = _Wanted(
-                heldout, run.scored("candidates", name), evaluation.limit, evaluation.candidates, _CANDIDATES_SEED,
+                heldout, run.scored("candidates", name), evaluation.limit, config.candidates, _CANDIDATES_SEED,
                 responses=run.candidates(),
             )  # fmt: skip
             assignments += _assignments(config, run, [student], scored)[student.name]
@@ -168,7 +200,7 @@ def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tupl
         if not run.round:  # later students have answered as the system of the round before
             for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
                 wanted.append(_Wanted(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
-            if role == "student" and (n := config.evaluation.candidates):
+            if role == "student" and (n := config.candidates):
                 wanted.append(_Wanted(heldout, run.candidates(), limit, n, _CANDIDATES_SEED))
         assigned: dict[str, list[Assignment]] = {speaker.name: [] for speaker in speakers}
         for dataset in wanted:
@@ -274,11 +306,14 @@ def _shares(total: int, sizes: list[int]) -> list[int]:
 # ------------------------------------------------------------------------------------------------------------- fleets
 
 
-def _fleet(config: Config, run: RunDir, speaker: _Speaker, assignments: list[Assignment]) -> Fleet:
-    """The actors of one model."""
+def _fleet(
+    config: Config, run: RunDir, speaker: _Speaker, assignments: list[Assignment], paid: Sequence[Dataset] = ()
+) -> Fleet:
+    """The actors of one model. `paid`: what else counts towards its cap."""
     settings, wanted = speaker.settings, speaker.sampling
     if settings.endpoint is not None:
         outputs = [(assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments]
+        outputs += [(dataset, range(len(dataset.committed()))) for dataset in paid]
         backend = partial(EndpointBackend, settings, speaker.path, outputs)
         return Fleet(
             name=speaker.name,

@@ -311,3 +311,5 @@ def test_another_round_begins_with_the_student_of_the_last_one(finished: Finishe
     assert str(root / "eval/round-1/report.html") in done.stdout
     compared = plad("compare", str(root), "--json")
     assert {row["label"] for row in json.loads(compared.stdout)["systems"]} >= {"run", "teacher", "warmup", "seqkd"}
+    checked = plad("verify", str(root))
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -1,0 +1,129 @@
+"""Studies: what a variant takes over from another one, and what it must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plad_dist.config_file import parse_config
+from plad_dist.data.prompts import prepare, train_prompts
+from plad_dist.errors import UserError
+from plad_dist.rundir import RunDir, check_same_run, open_run
+from plad_dist.study import begin, load_study
+from tests.conftest import tiny_config, write_prompts
+
+MADE = (
+    "models/teacher/model.safetensors", "models/warmup/model.safetensors", "events/warmup/metrics.jsonl",
+    "samples/teacher/round-0/part-00000.arrow", "samples/student/round-0/part-00000.arrow",
+    "samples/student/round-1/part-00000.arrow", "eval/round-0/samples/warmup/greedy/part-00000.arrow",
+    "eval/round-0/samples/plad/greedy/part-00000.arrow", "pairs/round-0/part-00000.arrow", "models/round-0/model.safetensors",
+)  # fmt: skip
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> dict[str, Any]:
+    """A run of which something of every stage is there."""
+    write_prompts(tmp_path)
+    raw = tiny_config(tmp_path)
+    raw["run"]["dir"] = str(tmp_path / "first")
+    config = parse_config(raw, "first")
+    run = open_run(config)
+    prepare(config, run.storage)
+    for name in MADE:
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text(name)
+    return raw
+
+
+def variant(first: dict[str, Any], folder: Path, **sections: Any) -> Any:
+    raw = {**first, "run": {**first["run"], "dir": str(folder / "second")}}
+    for key, value in sections.items():
+        section, _, name = key.partition("__")
+        raw[section] = {**raw[section], name: value}
+    return parse_config(raw, "second")
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"training__round": {"loss": {"name": "dpo"}}}, {*MADE} - {MADE[5], MADE[7], MADE[9]}),
+        ({"pairing__combine": "one"}, {*MADE} - {MADE[5], MADE[7], MADE[8], MADE[9]}),
+        ({"sampling__window": 3, "sampling__limit": 100}, {*MADE[:3]}),
+        ({"training__lora": {"r": 2}}, set()),
+    ],
+)
+def test_what_is_made_before_the_first_difference_is_taken_over(
+    tmp_path: Path, first: dict[str, Any], change: dict[str, Any], taken: set[str]
+) -> None:
+    source, config = parse_config(first, "first"), variant(first, tmp_path, **change)
+    begin(config, [source])
+    run = RunDir.of(config)
+    assert {name for name in MADE if (run.root / name).is_file()} == taken
+    check_same_run(config, run)
+    assert train_prompts(run.storage).require("prepare").rows > 0
+    begin(config, [source])  # it is begun: nothing happens
+
+
+def test_logs_are_copied_for_they_grow(tmp_path: Path, first: dict[str, Any]) -> None:
+    config = variant(first, tmp_path, training__round={"loss": {"name": "dpo"}})
+    begin(config, [parse_config(first, "first")])
+    for name, linked in (("events/warmup/metrics.jsonl", False), ("models/warmup/model.safetensors", True)):
+        assert (RunDir.of(config).root / name).samefile(tmp_path / "first" / name) == linked
+
+
+def test_a_begin_that_was_cut_is_made_anew(tmp_path: Path, first: dict[str, Any]) -> None:
+    config = variant(first, tmp_path, training__round={"loss": {"name": "dpo"}})
+    half = tmp_path / ".second-begun" / "pairs"
+    half.mkdir(parents=True)
+    (half / "half").touch()
+    begin(config, [parse_config(first, "first")])
+    assert not (RunDir.of(config).root / "pairs" / "half").exists()
+    assert (RunDir.of(config).root / MADE[8]).is_file()
+
+
+def study(folder: Path, **parts: Any) -> str:
+    (folder / "base.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "dir": str(folder / "runs")} | parts))
+    return str(path)
+
+
+def test_variants_do_not_leak_into_one_another(tmp_path: Path) -> None:
+    path = study(
+        tmp_path,
+        set={"training.round": {"epochs": 2}},
+        variants={"dpo": {"training.round.loss": {"name": "dpo"}}, "plain": {}},
+        seeds=[1, 2],
+    )
+    found = load_study(path, [])
+    assert [[(name, c.training.round.loss.name, c.run.seed) for name, c in runs] for runs in found] == [
+        [("dpo", "dpo", 1), ("plain", "rank", 1)],
+        [("dpo", "dpo", 2), ("plain", "rank", 2)],
+    ]
+    assert {c.run.dir for runs in found for _, c in runs} == {
+        str(tmp_path / "runs" / f"seed-{seed}" / name) for seed in (1, 2) for name in ("dpo", "plain")
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "overrides", "said"),
+    [
+        ({}, [], "variants: missing"),
+        ({"variants": {"a/b": {}}}, [], "name 'a/b'"),
+        (
+            {"variants": {"a": {"training.round.los": 1}}},
+            [],
+            r"study.yaml: variant a: .*\n.*training.round.los: unknown key",
+        ),
+        ({"variants": {"a": {}}}, ["run.seed=3"], "is set for each run by the study"),
+        ({"variants": {"a": {}}, "base": "none.yaml"}, [], "none.yaml: no such config file"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_named(
+    tmp_path: Path, parts: dict[str, Any], overrides: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        load_study(study(tmp_path, **parts), overrides)
