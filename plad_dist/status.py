@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from plad_dist.config import LlmJudge
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker, weights_problems
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import MANIFEST, Dataset, Manifest, Part
 from plad_dist.errors import RunFailed
+from plad_dist.evaluation.judges import judge_answers
 from plad_dist.evaluation.stage import systems_of, trained_systems
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
@@ -41,6 +43,13 @@ def status_table(path: str) -> Table:
         for system in trained_systems(config, each) if each.round else systems_of(config, each):
             for name in system_decodings(config, system):
                 table.add_row(*_dataset_row(each.system_samples(system, name), heldout))
+        if config.candidates:
+            scored = [each.scored("candidates", system) for system in trained_systems(config, each)]
+            for dataset in [*([] if each.round else [run.candidates()]), *scored]:
+                table.add_row(*_dataset_row(dataset))
+        for name, judge in config.evaluation.judges.items():
+            for dataset in judge_answers(each, name) if isinstance(judge, LlmJudge) else ():
+                table.add_row(*_dataset_row(dataset))
         for key in (each.metrics, each.report):
             table.add_row(key, "complete" if run.storage.read(key) is not None else "-", "")
     return table
