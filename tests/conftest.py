@@ -68,7 +68,6 @@ def tiny_config(folder: Path) -> dict[str, Any]:
             "bootstrap": 200,
             "warmup_temperatures": [0.5],
             "candidates": 2,
-            "judges": {"teacher": {"type": "teacher_likelihood"}},
         },
     }
 

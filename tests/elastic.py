@@ -33,12 +33,21 @@ class Training:
     """A command that trains a phase of a run of its own, on one to two workers.
 
     Args:
+        phase: what is different from the round of these tests.
         settings: of the `training` section.
     """
 
-    def __init__(self, cluster: Cluster, folder: Path, steps: int, every: int, **settings: Any) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        steps: int,
+        every: int,
+        phase: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
         folder.mkdir(exist_ok=True)
-        self.raw = config_with_pairs(folder, max_steps=steps, checkpoint_every=every, **ROUND)
+        self.raw = config_with_pairs(folder, max_steps=steps, checkpoint_every=every, **(ROUND | (phase or {})))
         self.raw["training"] |= {"num_workers": [1, 2], "resize_check_s": 2} | settings
         self.run = make_run(self.raw)
         self._folder, self.log_file = folder, folder / "log"

@@ -78,6 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("pipeline")
     write_prompts(folder)
     raw, root = tiny_config(folder), folder / "run"
+    raw["evaluation"]["judges"] = {"teacher": {"type": "teacher_likelihood"}}
     raw["run"]["dir"] = "run"  # as users write it: relative to where they stand, not to where workers do
     config = write_config(folder, raw)
 

@@ -145,6 +145,6 @@ def test_every_example_is_valid_where_its_models_and_data_are_there(tmp_path: Pa
                 "".join(json.dumps({"messages": [{"role": "user", "content": f"Say {n}"}]}) + "\n" for n in range(200))
             )
             source["paths"] = [str(tmp_path / "p.jsonl")]
-    raw["prompts"]["duplicates"] = "keep"
+    raw["prompts"] |= {"duplicates": "keep", "heldout_fraction": 0.4}
     config = parse_config(raw, path.name)
     check_inputs(config, RunDir.of(config), all_rows=True)
