@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import difflib
 import importlib.util
 import os
@@ -140,27 +141,30 @@ class Engine:
 
     def __init__(self, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
         self._renderer = Renderer(path, settings)
-        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
-        from vllm.v1.engine.async_llm import AsyncLLM
 
         self.path: str | None = path
-        args: dict[str, Any] = {
-            "model": path,
+        self._args: dict[str, Any] = {
             "revision": settings.revision,
             "trust_remote_code": settings.trust_remote_code,
             "max_model_len": settings.max_length,
             "seed": seed,
             "disable_log_stats": True,
+            **(_CPU_DEFAULTS if current_platform.is_cpu() else {}),
+            **spanning(engine),
         }
-        if current_platform.is_cpu():
-            args |= _CPU_DEFAULTS
-        try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**(args | spanning(engine))))
-        except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
-            raise UserError(_readable(error, path)) from None
+        self._llm = self._started(path)
         self.max_model_len = int(self._llm.model_config.max_model_len)
         self._aborted = False
+
+    def _started(self, path: str) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, **self._args))
+        except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
+            raise UserError(_readable(error, path)) from None
 
     async def check(self) -> str | None:
         """A running engine has been checked by its start."""
@@ -253,13 +257,19 @@ class Engine:
         return outputs[-1]
 
     async def load_weights(self, path: str) -> None:
-        """Put the weights of another folder of the same architecture into the running engine."""
+        """Answer with the weights of another folder of the same architecture: in the running engine where vLLM exchanges them
+        rightly, else in a new one.
+        """
         if path == self.path:
             return
         self.path = None  # neither the old weights nor the new ones, until all is done
-        await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-        if not await self._llm.reset_prefix_cache():
-            raise RuntimeError(f"{path}: vLLM kept the key-value cache of the old weights")
+        if self._llm.model_config.hf_config.model_type in _EXCHANGED:
+            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            if not await self._llm.reset_prefix_cache():
+                raise RuntimeError(f"{path}: vLLM kept the key-value cache of the old weights")
+        else:
+            self._llm.shutdown()
+            self._llm = await asyncio.to_thread(self._started, path)  # heartbeats go on
         self.path = path
 
     @property
@@ -270,6 +280,10 @@ class Engine:
         """Stop the engine's processes."""
         self._llm.shutdown()
 
+
+# Families whose weights vLLM exchanges in a running engine so that it answers as a new one does, as tests have shown. It does not for
+# OPT and GPT-Neo, whose answers were those of neither model.
+_EXCHANGED = frozenset({"llama"})
 
 # vLLM's reasons for an end that leave a usable response. Repetition: it stopped a loop, as the token limit would have.
 _FINISHED = {"stop": "stop", "length": "length", "repetition": "length"}

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
 class Judge:
-    """A server that prefers the answer with `good` in it, and remembers what it was asked."""
+    """A server that prefers the answer with `splendid` in it, and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
@@ -50,7 +50,7 @@ class Judge:
     async def _answer(self, request: web.Request) -> web.Response:
         text = (await request.json())["messages"][-1]["content"]
         self.asked[text] += 1
-        verdict = "[[A]]" if text.index("good") < text.index("bad") else "[[B]]"
+        verdict = "[[A]]" if text.index("splendid") < text.index("awful") else "[[B]]"
         return web.json_response(
             {
                 "choices": [{"message": {"content": f"So: {verdict}"}, "finish_reason": "stop"}],
@@ -88,8 +88,8 @@ def test_a_judge_is_asked_every_question_once(tmp_path: Path, local_ray: None) -
     run = open_run(config)
     prepare(config, run.storage)
     prompts = heldout_prompts(run.storage).read().to_pylist()[:200]
-    good = [Output(f"good {number}", 2, True) for number in range(len(prompts))]
-    bad = [Output(f"bad {number}", 2, True) for number in range(len(prompts))]
+    good = [Output(f"splendid {number}", 2, True) for number in range(len(prompts))]
+    bad = [Output(f"awful {number}", 2, True) for number in range(len(prompts))]
 
     def judged(config: Any) -> Any:
         shown = {("plad", "warmup"): (good, bad), ("plad", "seqkd"): (good, bad)}
