@@ -87,7 +87,7 @@ def render_report(report: ReportData) -> str:
             metrics=report.metrics,
             facts=_facts(report),
             tiles=_tiles(report.metrics),
-            quality=_quality_pictures(report.metrics),
+            quality=_quality_pictures(report.metrics["systems"]),
             curves=_curve_pictures(report.curves),
             calibration=_calibration_pictures(report.metrics["calibration"]),
             likelihood=[p for p in (_likelihood_picture(phase, r) for phase, r in report.curves.items()) if p],
@@ -101,19 +101,7 @@ def render_report(report: ReportData) -> str:
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
     """Several runs on one page. `comparison`: from :func:`~plad_dist.evaluation.comparison.compare_runs`."""
-    kinds = (
-        ("rouge_l", "ROUGE-L (points of 100)", "Dots: mean over the prompts. Lines: 95% interval.", None),
-        ("win_rate_vs_warmup", "Wins against the warm-up student (%)", "Right of the dashed line: better.", 50.0),
-    )
-    pictures = []
-    for key, what, caption, line_at in kinds:
-        rows = [
-            _Whisker(row["system"], "", 100 * x["value"], (100 * x["low"], 100 * x["high"]), name=row["label"])
-            for row in comparison["systems"]
-            if (x := row[key]) is not None
-        ]
-        if rows:
-            pictures.append(_whisker_picture(rows, what, caption, line_at))
+    pictures = _quality_pictures(comparison["systems"])
     page = _environment().get_template("comparison.html.j2").render(comparison=comparison, pictures=pictures)
     return page.encode("utf-8", "replace").decode("utf-8")
 
@@ -322,20 +310,27 @@ def _whisker_picture(
     return _picture(figure, f"{what}: {told}.", caption)
 
 
-def _quality_pictures(metrics: Mapping[str, Any]) -> list[Picture]:
+def _quality_pictures(rows: Sequence[Record]) -> list[Picture]:
+    """ROUGE-L and wins of systems, each by its `label` where it has one."""
     kinds = (
         ("rouge_l", "ROUGE-L (points of 100)", "Dots: mean over the prompts. Lines: 95% interval.", None),
         ("win_rate_vs_warmup", "Wins against the warm-up student (%)", "Right of the dashed line: better.", 50.0),
     )
     pictures = []
     for key, what, caption, line_at in kinds:
-        rows = [
-            _Whisker(row["system"], row["decoding"], 100 * x["value"], (100 * x["low"], 100 * x["high"]))
-            for row in metrics["systems"]
+        whiskers = [
+            _Whisker(
+                row["system"],
+                row.get("decoding", ""),
+                100 * x["value"],
+                (100 * x["low"], 100 * x["high"]),
+                name=row.get("label"),
+            )
+            for row in rows
             if (x := row[key]) is not None
         ]
-        if rows:
-            pictures.append(_whisker_picture(rows, what, caption, line_at))
+        if whiskers:
+            pictures.append(_whisker_picture(whiskers, what, caption, line_at))
     return pictures
 
 
