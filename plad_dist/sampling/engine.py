@@ -257,19 +257,16 @@ class Engine:
         return outputs[-1]
 
     async def load_weights(self, path: str) -> None:
-        """Answer with the weights of another folder of the same architecture: in the running engine where vLLM exchanges them
-        rightly, else in a new one.
+        """Answer with the weights of another folder of the same architecture, by an engine that is started anew.
+
+        vLLM can exchange weights in a running engine, in a fraction of the time. On CPUs it then answers like neither model (it
+        keeps copies of some matrices in another layout), without a word; so it is not asked to.
         """
         if path == self.path:
             return
         self.path = None  # neither the old weights nor the new ones, until all is done
-        if self._llm.model_config.hf_config.model_type in _EXCHANGED:
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
-            if not await self._llm.reset_prefix_cache():
-                raise RuntimeError(f"{path}: vLLM kept the key-value cache of the old weights")
-        else:
-            self._llm.shutdown()
-            self._llm = await asyncio.to_thread(self._started, path)  # heartbeats go on
+        self._llm.shutdown()
+        self._llm = await asyncio.to_thread(self._started, path)  # heartbeats go on
         self.path = path
 
     @property
@@ -280,10 +277,6 @@ class Engine:
         """Stop the engine's processes."""
         self._llm.shutdown()
 
-
-# Families whose weights vLLM exchanges in a running engine so that it answers as a new one does, as tests have shown. It does not for
-# OPT and GPT-Neo, whose answers were those of neither model.
-_EXCHANGED = frozenset({"llama"})
 
 # vLLM's reasons for an end that leave a usable response. Repetition: it stopped a loop, as the token limit would have.
 _FINISHED = {"stop": "stop", "length": "length", "repetition": "length"}

@@ -205,7 +205,7 @@ def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     assert set(metrics["calibration"]["systems"]) == {"warmup", "seqkd", "plad"}
     by_teacher = {row["b"]: row for row in metrics["judges"]["teacher"]["comparisons"]}
     assert set(by_teacher) == {"warmup", "seqkd", "teacher"}
-    assert by_teacher["teacher"]["win_rate"]["value"] < 0.5, "it likes its own answers best"
+    assert all(row["prompts"] == metrics["prompts"] for row in by_teacher.values())
     card = (finished.root / "models/round-0/README.md").read_text()
     assert metrics["verdict"][0] in card
     page = (finished.root / "eval/round-0/report.html").read_text()
@@ -234,7 +234,7 @@ def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished
             ids = torch.tensor(renderer.prompt_ids([prompt["messages"]]))
             written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
             same += written[0, ids.shape[1] :].tolist() == answer["token_ids"]
-        assert same >= 0.9 * len(answers), f"{system}: {same} of {len(answers)}"
+        assert same >= len(answers) - 1, f"{system}: {same} of {len(answers)}"
 
 
 def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
