@@ -108,7 +108,7 @@ def is_sampled(config: Config, run: RunDir, roles: tuple[str, ...] = ("teacher",
 def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progress: Progress) -> None:
     """Sample the held-out prompts from trained students, by name, and ask them how likely the candidates are.
 
-    They share engines, which change weights.
+    They share actors, one after the other.
     """
     assignments: list[Assignment] = []
     evaluation, heldout = config.evaluation, heldout_prompts(run.storage)
