@@ -78,7 +78,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("pipeline")
     write_prompts(folder)
     raw, root = tiny_config(folder), folder / "run"
-    raw["evaluation"]["judges"] = {"teacher": {"type": "teacher_likelihood"}}
     raw["run"]["dir"] = "run"  # as users write it: relative to where they stand, not to where workers do
     config = write_config(folder, raw)
 
@@ -203,9 +202,6 @@ def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     }
     assert metrics["calibration"]["candidates"] == 2
     assert set(metrics["calibration"]["systems"]) == {"warmup", "seqkd", "plad"}
-    by_teacher = {row["b"]: row for row in metrics["judges"]["teacher"]["comparisons"]}
-    assert set(by_teacher) == {"warmup", "seqkd", "teacher"}
-    assert all(row["prompts"] == metrics["prompts"] for row in by_teacher.values())
     card = (finished.root / "models/round-0/README.md").read_text()
     assert metrics["verdict"][0] in card
     page = (finished.root / "eval/round-0/report.html").read_text()
@@ -290,27 +286,6 @@ def test_an_engine_without_memory_is_refused_in_words(finished: Finished) -> Non
     assert not list((root / "samples").rglob("*.arrow"))
 
 
-def test_another_round_begins_with_the_student_of_the_last_one(finished: Finished) -> None:
-    """The last of this file: it goes on with the run. The teacher is not sampled again."""
-    root = finished.root
-    before = stamps(root)
-    done = plad("run", str(finished.config), "rounds.most=2", "rounds.stop=never", timeout=900, cwd=root.parent)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert {path: stamp for path, stamp in stamps(root).items() if path in before} == before
-    assert not (root / "samples/teacher/round-1").exists()
-    assert set(read(root / "samples/student/round-1")["round"].to_pylist()) == {1}
-    assert set(read(root / "samples/student/round-1")["model"].to_pylist()) == {str(root / "models/round-0")}
-    assert set(read(root / "pairs/round-1")["round"].to_pylist()) == {1}
-    metrics = json.loads((root / "eval/round-1/metrics.json").read_text())
-    assert {row["system"] for row in metrics["systems"]} == {"teacher", "warmup", "seqkd", "round-0", "plad"}
-    assert (metrics["previous"], set(metrics["calibration"]["systems"])) == (
-        "round-0",
-        {"warmup", "seqkd", "round-0", "plad"},
-    )
-    assert "This round" in " ".join(metrics["verdict"])
-    assert (root / "eval/round-1/report.html").is_file()
-    assert str(root / "eval/round-1/report.html") in done.stdout
-    compared = plad("compare", str(root), "--json")
-    assert {row["label"] for row in json.loads(compared.stdout)["systems"]} >= {"run", "teacher", "warmup", "seqkd"}
-    checked = plad("verify", str(root))
+def test_the_run_is_sound(finished: Finished) -> None:
+    checked = plad("verify", str(finished.root))
     assert checked.returncode == 0, checked.stdout + checked.stderr
