@@ -230,7 +230,7 @@ def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished
             ids = torch.tensor(renderer.prompt_ids([prompt["messages"]]))
             written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
             same += written[0, ids.shape[1] :].tolist() == answer["token_ids"]
-        assert same >= len(answers) - 1, f"{system}: {same} of {len(answers)}"
+        assert same >= 0.95 * len(answers), f"{system}: {same} of {len(answers)}"
 
 
 def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
