@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from plad_dist.config_file import load_config
-from plad_dist.evaluation.metrics import Output, score_system
-from plad_dist.evaluation.stage import evaluated_prompts, outputs_of
+from plad_dist.evaluation.metrics import score_system
+from plad_dist.evaluation.stage import candidates_of, evaluated_prompts, outputs_of
 from plad_dist.evaluation.statistics import Scores, rank_correlations, wins
 from plad_dist.rundir import RunDir
 
@@ -54,13 +54,11 @@ class Finished:
             for system in ("warmup", "seqkd", "plad")
         }
         self.prompts, self.ranking = len(references), metrics["ranking"]
-        columns = {"warmup": run.candidates(), "plad": run.scored("candidates", "plad")}
-        shape = (self.prompts, config.evaluation.candidates)
-        logps = {name: np.array(data.read(["logprob"])["logprob"].to_pylist(), float) for name, data in columns.items()}
-        texts = run.candidates().read(["text"])["text"].to_pylist()
-        repeated = [reference for reference in references for _ in range(shape[1])]
-        quality = score_system(repeated, [Output(text, 1, True) for text in texts]).rouge_l.reshape(shape)
-        before, after = (rank_correlations(logps[name].reshape(shape), quality) for name in ("warmup", "plad"))
+        candidates = candidates_of(config, run, references)
+        assert candidates is not None
+        before, after = (
+            rank_correlations(candidates.logps[name], candidates.quality_PK) for name in ("warmup", "plad")
+        )
         self.correlation_gain = (after - before)[~np.isnan(after - before)]
 
 

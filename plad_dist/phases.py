@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from plad_dist.config import Config
-from plad_dist.rundir import earlier_round as round_of
 
 TEACHER, WARMUP, SEQKD = "teacher", "warmup", "seqkd"
-
-__all__ = ["SEQKD", "TEACHER", "WARMUP", "phase_names", "round_of", "round_phase"]
 
 
 def round_phase(number: int) -> str:

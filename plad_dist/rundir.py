@@ -127,8 +127,8 @@ class RunDir:
 
     def system_samples(self, system: str, decoding: str) -> Dataset:
         """A system's answers to the held-out prompts."""
-        number = self.round if system == PLAD else earlier_round(system) or 0
-        name = PLAD if earlier_round(system) is not None else system
+        number = self.round if system == PLAD else round_of(system) or 0
+        name = PLAD if round_of(system) is not None else system
         return Dataset(self.storage, f"eval/round-{number}/samples/{name}/{decoding}", SAMPLES)
 
     def candidates(self) -> Dataset:
@@ -182,8 +182,8 @@ class RunDir:
         return str(self.model(f"{name}-init")) if settings.scratch else resolve_model(settings)
 
 
-def earlier_round(system: str) -> int | None:
-    """The round that a system like `round-0` is the student of, None for other systems."""
+def round_of(system: str) -> int | None:
+    """The round of a phase or system that is named like `round-0`, None for others."""
     found = re.fullmatch(r"round-(\d+)", system)
     return int(found[1]) if found else None
 

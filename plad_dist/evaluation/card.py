@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from plad_dist.config import Config
+from plad_dist.evaluation.report import with_interval
 
 
 def render_card(config: Config, metrics: Mapping[str, Any], versions: Mapping[str, str], config_yaml: str) -> str:
@@ -25,7 +26,7 @@ def render_card(config: Config, metrics: Mapping[str, Any], versions: Mapping[st
         teachers={name: _origin(model) for name, model in config.all_teachers().items()},
         student=_origin(config.student),
         base=config.student.path,
-        share=lambda x: "–" if x is None else f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]",
+        share=with_interval,
     )
 
 

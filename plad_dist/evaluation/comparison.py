@@ -17,7 +17,7 @@ from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import score_system
-from plad_dist.evaluation.report import comparison_page
+from plad_dist.evaluation.report import comparison_page, with_interval
 from plad_dist.evaluation.stage import evaluated_prompts, last_round, outputs_of, systems_of
 from plad_dist.evaluation.statistics import Scores, bootstrap_mean, win_rate
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run
@@ -34,6 +34,7 @@ class _Run:
     run: RunDir
     metrics: Mapping[str, Any]
     prompts: list[str]  # ids, in the order of the answers
+    references: list[str | None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
         told = ", ".join(f"{run.name}: {run.metrics['main_decoding']}" for run in runs)
         raise UserError(f"these runs have other main decodings ({told}): evaluate them alike (evaluation.decodings)")
     decoding = decodings.pop()
-    common = [prompt for prompt in runs[0].prompts if all(prompt in set(run.prompts) for run in runs[1:])]
+    shared = set.intersection(*(set(run.prompts) for run in runs))
+    common = [prompt for prompt in runs[0].prompts if prompt in shared]
     if not common:
         raise UserError(f"{', '.join(paths)}: have no held-out prompt in common: they were made of other prompts")
     systems = _systems(runs, decoding, common)
@@ -92,7 +94,8 @@ def _opened(path: str, name: str) -> _Run:
     metrics = run.storage.read_json(run.metrics)
     if metrics is None:
         raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
-    return _Run(name, config, run, metrics, evaluated_prompts(config, run)["prompt_id"].to_pylist())
+    prompts = evaluated_prompts(config, run)
+    return _Run(name, config, run, metrics, *(prompts[column].to_pylist() for column in ("prompt_id", "reference")))
 
 
 def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list[_System]:
@@ -106,25 +109,14 @@ def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list
             continue
         seen.add(contents)
         place = {prompt: index for index, prompt in enumerate(run.prompts)}
-        answers, references = outputs_of(run.run, system, decoding), _references(run)
-        rows = [place[prompt] for prompt in common]
-        scores = score_system([references[row] for row in rows], [answers[row] for row in rows])
-        label = (
-            run.name
-            if system == PLAD
-            else f"{run.name}: {system}"
-            if len(runs) > 1 and order.get(system) is None
-            else system
-        )
+        answers, rows = outputs_of(run.run, system, decoding), [place[prompt] for prompt in common]
+        scores = score_system([run.references[row] for row in rows], [answers[row] for row in rows])
+        of_a_run = f"{run.name}: {system}"
+        label = run.name if system == PLAD else system if system in order or len(runs) == 1 else of_a_run
         if any(each.label == label for each in found):
-            label = f"{run.name}: {system}"
+            label = of_a_run
         found.append(_System(label, system, run, contents, scores.rouge_l, scores.tokens, scores.finished))
     return found
-
-
-def _references(run: _Run) -> list[str | None]:
-    references: list[str | None] = evaluated_prompts(run.config, run.run)["reference"].to_pylist()
-    return references
 
 
 def _row(each: _System, systems: Sequence[_System], first: _System, decoding: str) -> dict[str, Any]:
@@ -170,17 +162,13 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
         table.add_row(
             Text(row["label"]),
             Text(row["loss"] or ""),
-            *(Text(_share(row[key])) for key in ("rouge_l", "win_rate_vs_warmup", "win_rate_vs_first")),
+            *(Text(with_interval(row[key])) for key in ("rouge_l", "win_rate_vs_warmup", "win_rate_vs_first")),
             f"{row['tokens_mean']['value']:.1f}",
             f"{100 * row['no_eos_share']['value']:.1f}",
             "–" if rank is None else f"{rank['value']:.2f}",
             style="bold" if row["system"] == PLAD else "",
         )
     return table
-
-
-def _share(x: Mapping[str, float] | None) -> str:
-    return "–" if x is None else f"{100 * x['value']:.1f} [{100 * x['low']:.1f}, {100 * x['high']:.1f}]"
 
 
 def write_comparison(comparison: Mapping[str, Any], html: Path) -> None:

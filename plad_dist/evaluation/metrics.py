@@ -301,16 +301,15 @@ class _Comparison:
 
     def calibration(self, candidates: Candidates) -> dict[str, Any]:
         """How well each system's likelihoods rank the candidates: the sums, as the loss sees them, and the means per token."""
+        correlations = {s: rank_correlations(logps, candidates.quality_PK) for s, logps in candidates.logps.items()}
         found = {}
         for system, logps_PK in candidates.logps.items():
-            ranked = rank_correlations(logps_PK, candidates.quality_PK)
             per_token = rank_correlations(logps_PK / candidates.tokens_PK, candidates.quality_PK)
             found[system] = {
-                "rank_correlation": self.interval(ranked),
+                "rank_correlation": self.interval(correlations[system]),
                 "rank_correlation_per_token": self.interval(per_token),
                 "reliability": reliability(logps_PK, candidates.quality_PK),
             }
-        correlations = {s: rank_correlations(logps, candidates.quality_PK) for s, logps in candidates.logps.items()}
         return {
             "judge": candidates.judge,
             "candidates": int(candidates.quality_PK.shape[1]),

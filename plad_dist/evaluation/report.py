@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from plad_dist.evaluation.verdict import NO_EOS_WARNING
-from plad_dist.rundir import earlier_round
+from plad_dist.rundir import round_of
 
 Record = Mapping[str, Any]
 Key = tuple[str, str]  # system, decoding
@@ -139,9 +139,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         cells = [
             Text(row["system"]),
             Text(row["decoding"]),
-            Text(f"{_percent(row['rouge_l'])} {_brackets(row['rouge_l'])}".strip()),
+            Text(with_interval(row["rouge_l"])),
             Text(_percent(row["exact_match"])),
-            Text(f"{_percent(row['win_rate_vs_warmup'])} {_brackets(row['win_rate_vs_warmup'])}".strip()),
+            Text(with_interval(row["win_rate_vs_warmup"])),
             Text(f"{row['tokens_mean']['value']:.1f}"),
             Text(f"{100 * endless:.1f}", style="bold red" if endless >= NO_EOS_WARNING else ""),
         ]
@@ -160,8 +160,13 @@ def _brackets(x: Mapping[str, float] | None, factor: float = 100.0, digits: int 
     return "" if x is None else f"[{factor * x['low']:.{digits}f}, {factor * x['high']:.{digits}f}]"
 
 
+def with_interval(x: Mapping[str, float] | None) -> str:
+    """A share in per cent with its 95% interval, a dash for none."""
+    return f"{_percent(x)} {_brackets(x)}".strip()
+
+
 def _name(system: str) -> str:
-    number = earlier_round(system)
+    number = round_of(system)
     return NAMES.get(system, system) if number is None else f"PLaD, round {number}"
 
 

@@ -126,7 +126,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
         judgements=judgements,
         trained_on=_trained_on(config),
         previous=previous,
-        candidates=_candidates(config, run, references),
+        candidates=candidates_of(config, run, references),
     )
     metrics["settings"] = _settings(config)
     run.storage.delete(run.report)  # of other figures
@@ -148,7 +148,7 @@ def _trained_on(config: Config) -> str | None:
     return paths.get(pairing.reward_model.path)
 
 
-def _candidates(config: Config, run: RunDir, references: list[str | None]) -> Candidates | None:
+def candidates_of(config: Config, run: RunDir, references: list[str | None]) -> Candidates | None:
     """The candidates with their likelihoods under the students; None where there are none, or no reference tells their quality."""
     count = config.candidates
     if not count or not any(reference and reference.strip() for reference in references):
@@ -195,6 +195,7 @@ def report(config: Config, run: RunDir) -> str:
     phases = [TEACHER, WARMUP, *map(round_phase, range(run.round + 1)), SEQKD]
     pairs = run.pairs().manifest()
     found = pairs.facts if pairs else {}
+    config_yaml, installed = (run.storage.read(RUN_FILE) or b"").decode(), versions()
     page = render_report(
         ReportData(
             title=run.root.name,
@@ -202,8 +203,8 @@ def report(config: Config, run: RunDir) -> str:
             curves={phase: steps for phase in phases if (steps := read_metrics(run.root / "events" / phase)[0])},
             lengths=lengths,
             examples=_examples(config, run, metrics["main_decoding"]),
-            config_yaml=(run.storage.read(RUN_FILE) or b"").decode(),
-            versions=versions(),
+            config_yaml=config_yaml,
+            versions=installed,
             pairing={
                 "pairs": found.get("pairs", 0),
                 "drops": found.get("drops", {}),
@@ -213,7 +214,7 @@ def report(config: Config, run: RunDir) -> str:
             cost=_cost(config, run),
         )
     )
-    card = render_card(config, metrics, versions(), (run.storage.read(RUN_FILE) or b"").decode())
+    card = render_card(config, metrics, installed, config_yaml)
     run.storage.replace(f"models/{round_phase(run.round)}/{CARD}", card.encode())
     run.storage.replace(run.report, page.encode())
     return str(run.root / run.report)
@@ -224,21 +225,18 @@ def _cost(config: Config, run: RunDir) -> dict[str, dict[str, Any]]:
     rounds = [run.at_round(number) for number in range(run.round + 1)]
     teacher = [run.samples("teacher"), run.heldout_samples("teacher")]
     students = [dataset for each in rounds for dataset in (each.samples("student"), each.heldout_samples("student"))]
-    answers = {
-        system == TEACHER: [
-            each.system_samples(name, decoding)
-            for each in rounds
-            for name in (trained_systems(config, each) if each.round else systems_of(config, each))
-            if (name == TEACHER) == (system == TEACHER)
-            for decoding in system_decodings(config, name)
-        ]
-        for system in (TEACHER, PLAD)
-    }
+    answers = _answers(config, run, WARMUP)
+    answers += [
+        dataset
+        for each in rounds
+        for system in trained_systems(config, each)
+        for dataset in _answers(config, each, system)
+    ]
     sets = {
         "Teacher, for pairs": teacher,
         "Students, for pairs": students,
-        "Teacher, held-out prompts": answers[True],
-        "Students, held-out prompts": [*answers[False], run.candidates()],
+        "Teacher, held-out prompts": _answers(config, run, TEACHER),
+        "Students, held-out prompts": [*answers, run.candidates()],
     }
     for name, judge in config.evaluation.judges.items():
         if isinstance(judge, LlmJudge):

@@ -112,8 +112,7 @@ class Sampler:
         there = await asyncio.to_thread(dataset.find, block, job.fingerprint)
         if there is not None:
             return BlockResult(there, first=False, seconds=time.monotonic() - started)
-        prompts, rendered, kept, lost = await asyncio.to_thread(self._read, job, block)
-        given = await asyncio.to_thread(self._given, job, block)
+        prompts, rendered, given, kept, lost = await asyncio.to_thread(self._read, job, block)
         self._under_way[job.output, block] = set()
         samples: dict[int, list[dict[str, Any]]] = {}
 
@@ -150,11 +149,14 @@ class Sampler:
 
     def _read(
         self, job: SamplingJob, block: int
-    ) -> tuple[list[dict[str, Any]], Sequence[Any], dict[Any, dict[str, Any]], float]:
-        """A block's prompts, the same as the engine takes them, what of it was answered before, and money lost on it."""
+    ) -> tuple[list[dict[str, Any]], Sequence[Any], dict[Any, Response], dict[Any, dict[str, Any]], float]:
+        """A block's prompts, the same as the engine takes them, the responses that are to be scored, what of it was answered before,
+        and money lost on it.
+        """
         prompts = job.input(self._storage).read_block(block).slice(0, job.cut.get(block)).to_pylist()
         rendered = self._backend.render([prompt["messages"] for prompt in prompts])
-        return prompts, rendered, *(self._spool(job).load(block) if self._backend.paid else ({}, 0.0))
+        spooled = self._spool(job).load(block) if self._backend.paid else ({}, 0.0)
+        return prompts, rendered, self._given(job, block), *spooled
 
     def _given(self, job: SamplingJob, block: int) -> dict[Any, Response]:
         """The responses that a block's prompts are to be scored with."""

@@ -11,8 +11,8 @@ from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_of
-from plad_dist.rundir import RunDir, require_model
+from plad_dist.phases import SEQKD, TEACHER, WARMUP
+from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.attention import attention_of, check_rope
 from plad_dist.training.batching import steps_per_epoch
 from plad_dist.training.check import check_pairs
