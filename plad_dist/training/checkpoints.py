@@ -1,8 +1,6 @@
-"""Native ZeRO-3 checkpoints, committed atomically and in the background: a checkpoint is whole, or it is not there.
+"""How checkpoints are written and read by the ranks of an attempt: staged on the node, carried and committed in the background.
 
-``checkpoints/<phase>/step-00000120/`` holds DeepSpeed's files in a folder of the attempt that wrote them, and ``state.json``, which
-commits them: it is created once, when the files of all ranks are there, and lists them with sizes and checksums. Training
-waits only while every rank writes its part to a disk of its own node; a thread carries it to the storage, which may be an
+Training waits only while every rank writes its part to a disk of its own node; a thread carries it to the storage, which may be an
 object store. ``latest.json`` says for people which one is the newest; the truth is what is there.
 """
 
@@ -11,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import re
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -27,181 +24,17 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from plad_dist.data.storage import Storage, file_checksum
+from plad_dist.data.storage import file_checksum
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import of_first_rank
 from plad_dist.training.attempts import Attempt
+from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
 from plad_dist.training.reshard import load_resharded
 
-LATEST, STATE, OWNER = "latest.json", "state.json", "owner"
-_STEP = re.compile(r"step-(\d{8,})/")
-_RANK = re.compile(r"zero_pp_rank_(\d+)_")
+_LATEST = "latest.json"
 _STAGED = "plad-checkpoint-"
 _POLL_S = 0.2
 _COMMIT_TIMEOUT_S = 1800.0
-_ASIDE = ".damaged"  # ending of the state of a checkpoint that was set aside
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """Where training stands.
-
-    Attributes:
-        step: global steps done.
-        groups: groups trained on.
-        tokens: tokens computed.
-        workers: world size that wrote the checkpoint.
-        fingerprint: of the phase: its config, data and starting model.
-        stage, optimizer, dtype: of ZeRO, where it steps and in what precision, which decide what the files of a checkpoint hold.
-        first: figures of the first step.
-        evaluated: step of the latest evaluation; `best` is the best value, at `best_step`; `stale` evaluations have brought
-            nothing better since.
-    """
-
-    step: int
-    groups: int
-    tokens: int
-    workers: int
-    fingerprint: str
-    stage: int = 3
-    optimizer: str = ""
-    dtype: str = ""
-    first: dict[str, float] = field(default_factory=dict)
-    evaluated: int = -1
-    best: float | None = None
-    best_step: int | None = None
-    stale: int = 0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint.
-
-    Attributes:
-        folder: of its files, in the storage.
-        files: bytes and XXH3 checksum by name.
-    """
-
-    state: TrainState
-    folder: str
-    files: dict[str, tuple[int, str]]
-
-    def of_rank(self, rank: int) -> list[str]:
-        """Names of the files that a rank needs where there are as many ranks as wrote them."""
-        if self.state.stage != 3:
-            return list(self.files)
-        return [name for name in self.files if (match := _RANK.search(name)) is None or int(match[1]) == rank]
-
-
-class DamagedCheckpoint(RunFailed):
-    """A committed checkpoint is not what it should be. Storage that does not answer is no damage."""
-
-
-class CheckpointStore:
-    """The checkpoints of one phase in storage, as they are read.
-
-    Args:
-        fingerprint: of the phase; None to read those of any.
-    """
-
-    def __init__(self, storage: Storage, phase: str, fingerprint: str | None) -> None:
-        self.storage, self.folder, self._fingerprint = storage, f"checkpoints/{phase}", fingerprint
-
-    def steps(self) -> list[int]:
-        """Steps of which there is something, the newest first."""
-        found = (_STEP.fullmatch(name) for name in self.storage.sizes(self.folder))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
-
-    def newest(self, without: dict[int, str] | None = None) -> tuple[Checkpoint | None, dict[int, str]]:
-        """The newest whole checkpoint by names and sizes, and what is wrong with newer ones, by step.
-
-        Args:
-            without: steps that are known to be damaged.
-
-        Raises:
-            UserError: it belongs to another config, data or model.
-            RunFailed: none is whole, though some are committed; or the storage does not answer.
-        """
-        damaged, steps = dict(without or {}), self.steps()
-        for step in steps:
-            if step in damaged:
-                continue
-            try:
-                found = self.at(step)
-                if found is not None and (problem := self.harm(found)) is not None:
-                    raise DamagedCheckpoint(problem)
-            except DamagedCheckpoint as error:
-                damaged[step] = str(error)
-                continue
-            if found is not None:
-                return found, damaged
-        aside = [step for step in steps if self.storage.holds(f"{self._key(step)}{_ASIDE}")]
-        if damaged or aside:  # training must not begin anew without a word
-            why = "; ".join(damaged.values()) or f"those of the steps {', '.join(map(str, aside))} were set aside"
-            raise RunFailed(
-                f"{self.storage.url}/{self.folder}: every checkpoint is damaged ({why}). Mend the storage, or delete this folder to "
-                "train the phase from its start"
-            )
-        return None, damaged
-
-    def at(self, step: int) -> Checkpoint | None:
-        """The checkpoint of a step, None where none is committed. Raises as :meth:`newest`, and :class:`DamagedCheckpoint`."""
-        key = self._key(step)
-        data = self.storage.read(key)
-        if data is None:
-            return None
-        try:
-            found = json.loads(data)
-            files = {str(name): (int(size), str(digest)) for name, (size, digest) in found["files"].items()}
-            checkpoint = Checkpoint(
-                TrainState(**found["state"]), f"{self.folder}/{step_name(step)}/{found['attempt']}", files
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedCheckpoint(
-                f"{self.storage.url}/{key}: damaged: not the state of a checkpoint of this version"
-            ) from None
-        if self._fingerprint not in (None, checkpoint.state.fingerprint):
-            raise UserError(
-                f"{self.storage.url}/{key}: a checkpoint of another config, data or model (fingerprint "
-                f"{checkpoint.state.fingerprint[:12]}, expected {str(self._fingerprint)[:12]}). Use another run.dir, or delete "
-                f"{self.storage.url}/{self.folder}."
-            )
-        return checkpoint
-
-    def harm(self, checkpoint: Checkpoint) -> str | None:
-        """What names and sizes say against a checkpoint, None for nothing."""
-        sizes = self.storage.sizes(checkpoint.folder)
-        for name, (size, _) in checkpoint.files.items():
-            if sizes.get(name) != size:
-                what = (
-                    "missing"
-                    if name not in sizes
-                    else f"damaged: it has {sizes[name]:,} bytes, {size:,} were committed"
-                )
-                return f"{self.storage.url}/{checkpoint.folder}/{name}: {what}"
-        return None
-
-    def is_committed(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step."""
-        return self.storage.holds(self._key(step))
-
-    def alteration(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
-        """The first of these files, or of all, whose bytes are not those that were committed. None for none. Reads every byte."""
-        for name in checkpoint.files if names is None else names:
-            if self.storage.checksum(f"{checkpoint.folder}/{name}") != checkpoint.files[name][1]:
-                return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum is another"
-        return None
-
-    def set_aside(self, step: int) -> None:
-        """Make a damaged checkpoint one that is not committed; its files stay until the next ones are pruned."""
-        key = self._key(step)
-        data = self.storage.read(key)
-        if data is not None:
-            self.storage.replace(f"{key}{_ASIDE}", data)
-            self.storage.delete(key)
-
-    def _key(self, step: int) -> str:
-        return f"{self.folder}/{step_name(step)}/{STATE}"
 
 
 class Checkpoints:
@@ -281,7 +114,7 @@ class Checkpoints:
         self._pending.result()
         self._pending = None
         if self._rank and self._saved is not None:
-            key, until = self._state_key(self._saved), time.monotonic() + _COMMIT_TIMEOUT_S
+            key, until = self._store.key(self._saved), time.monotonic() + _COMMIT_TIMEOUT_S
             while not self._store.storage.holds(key) and self._attempt.superseded() is None:
                 if time.monotonic() > until:
                     raise RunFailed(f"{self._store.storage.url}/{key} did not come: the first worker does not answer")
@@ -306,19 +139,19 @@ class Checkpoints:
             self.commit_seconds = time.monotonic() - started
 
     def _commit(self, folder: str, state: TrainState) -> None:
-        storage, step = self._store.storage, f"{self._store.folder}/{step_name(state.step)}"
+        storage = self._store.storage
         files = self._files_of_all(folder)
         self.superseded = self._attempt.superseded()
         if self.superseded is not None:
             return
         document = {"state": asdict(state), "attempt": self._attempt.name, "files": files}
         text = json.dumps(document, indent=1).encode()
-        created = storage.create(f"{step}/{STATE}", text)
+        created = storage.create(self._store.key(state.step), text)
         self.superseded = self._attempt.superseded()
         if self.superseded is not None:  # it may have been for long: what is there now is not this attempt's to prune
             return
         if created:
-            storage.replace(f"{self._store.folder}/{LATEST}", json.dumps(asdict(state), indent=1).encode())
+            storage.replace(f"{self._store.folder}/{_LATEST}", json.dumps(asdict(state), indent=1).encode())
         self._prune()
 
     def _files_of_all(self, folder: str) -> dict[str, Any]:
@@ -340,11 +173,8 @@ class Checkpoints:
         kept = {step for state in newest for step in (state.step, state.best_step)}
         for step in self._store.steps():
             if step not in kept and step < newest[0].step:
-                self._store.storage.delete(self._state_key(step))  # first: what is left by a crash is not committed
+                self._store.storage.delete(self._store.key(step))  # first: what is left by a crash is not committed
                 self._store.storage.delete_folder(f"{self._store.folder}/{step_name(step)}")
-
-    def _state_key(self, step: int) -> str:
-        return f"{self._store.folder}/{step_name(step)}/{STATE}"
 
     # -- reading
 
@@ -468,11 +298,6 @@ def optimizer_of(engine: Any) -> str:
 
 def precision_of(engine: Any) -> str:
     return str(engine.get_data_types()[0]).removeprefix("torch.")
-
-
-def step_name(step: int) -> str:
-    """Folder of a step's checkpoint."""
-    return f"step-{step:08d}"
 
 
 def _rank_file(rank: int) -> str:

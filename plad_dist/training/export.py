@@ -14,7 +14,7 @@ import transformers
 from plad_dist.data.models import commit_model
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.training.attempts import Attempt
-from plad_dist.training.checkpoints import TrainState
+from plad_dist.training.checkpoint_store import TrainState
 from plad_dist.training.job import PhaseJob
 
 

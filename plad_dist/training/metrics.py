@@ -15,7 +15,7 @@ from torch import Tensor
 
 from plad_dist.config import Loss
 from plad_dist.training.batching import MicroBatch
-from plad_dist.training.checkpoints import TrainState
+from plad_dist.training.checkpoint_store import TrainState
 from plad_dist.training.trackers import Tracker, open_trackers
 
 METRICS_FILE = "metrics.jsonl"
