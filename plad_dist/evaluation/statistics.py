@@ -77,8 +77,8 @@ def length_controlled(wins_P: Scores, lengths_a: Scores, lengths_b: Scores) -> I
     `P(a wins) = sigmoid(system + weight * x)`, `x = tanh((length of a - length of b) / their root mean square)`; the figure is
     `sigmoid(system)`. The idea is that of AlpacaEval 2 (Dubois et al. 2024), without its term for a prompt's difficulty. Both
     coefficients have normal priors around 0, of precision 1 and 0.001: a system that wins only where it is longer, or is always
-    longer, does not win here. The interval is that of the normal approximation to the posterior, which is wide where the lengths
-    cannot be told from the system.
+    longer, does not win here. The interval takes the spread of the scores from the residuals (Huber 1967), since ties vary less than
+    coins do, and from the priors, so that it is wide where the lengths cannot be told from the system.
     """
     differences_P = np.asarray(lengths_a, dtype=np.float64) - np.asarray(lengths_b, dtype=np.float64)
     scale = float(np.sqrt(np.mean(differences_P**2)))
@@ -96,7 +96,10 @@ def length_controlled(wins_P: Scores, lengths_a: Scores, lengths_b: Scores) -> I
         coefficients = coefficients + step
         if np.abs(step).max() < 1e-9:
             break
-    system, spread = coefficients[0], 1.96 * float(np.sqrt(np.linalg.inv(curvature)[0, 0]))
+    residual_P = np.asarray(wins_P, dtype=np.float64) - _sigmoid(x_P2 @ coefficients)
+    inverse = np.linalg.inv(curvature)
+    covariance = inverse @ ((x_P2 * residual_P[:, None] ** 2).T @ x_P2 + precision) @ inverse
+    system, spread = coefficients[0], 1.96 * float(np.sqrt(covariance[0, 0]))
     low, value, high = _sigmoid(np.array([system - spread, system, system + spread])).tolist()
     return Interval(value, low, high)
 

@@ -123,8 +123,8 @@ def _at_equal_length(metrics: Mapping[str, Any]) -> str | None:
     plain, equal = _sign(row["win_rate"], 0.5), _sign(row["length_controlled"], 0.5)
     if plain > 0 and equal <= 0:
         return (
-            f"Warning: at equal length PLaD does not win against the warm-up student ({_share(row['length_controlled'])}): its wins "
-            "go with longer or shorter responses."
+            f"Warning: at equal length PLaD is not shown to win against the warm-up student ({_share(row['length_controlled'])}): its wins "
+            "may be those of longer or shorter responses."
         )
     return f"At equal length PLaD wins {_share(row['length_controlled'])} against the warm-up student."
 
