@@ -38,7 +38,7 @@ SIZES = {
     "3b": (3072, 8192, 28, 24, 8),
     "7b": (4096, 11008, 32, 32, 32),
 }
-CONFIGS = {"7b": "zero3_offload"}
+BYTES = 19  # of a parameter: weights, gradients and optimizer, and room for what a step holds for a while
 WARM, STEPS = 2, 5
 
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
     parser.add_argument("--sizes", nargs="+", default=["1b", "3b", "7b"], choices=list(SIZES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--systems", nargs="+", default=["ours", "padded", "trl"], choices=["ours", "padded", "trl"])
     parser.add_argument("--pairs", type=int, default=64, help="in a step")
     parser.add_argument("--tokens", type=int, default=16_384, help="of a micro-batch, ours and padded")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
@@ -72,30 +73,35 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="plad-gpu-training-") as folder:
             made = make_model(Path(folder), size)
             figures[size] = {"parameters": made} | {
-                shape: compare(folder, size, shape, arguments) for shape in arguments.shapes
+                shape: compare(folder, made, f"{size}: {shape}", shape, arguments) for shape in arguments.shapes
             }
     print(json.dumps(figures))
 
 
-def compare(model: str, size: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(model: str, parameters: int, name: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All systems on one size and shape, each in a process of its own."""
-    systems = ["ours", "padded"] + (["trl"] if find_spec("trl") and not arguments.smoke else [])
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else parameters * BYTES
+    config = "zero3" if parameters * BYTES <= memory else "zero3_offload"
+    systems = [one for one in arguments.systems if one != "trl" or (find_spec("trl") and not arguments.smoke)]
     figures: dict[str, Any] = {}
     for system in systems:
         command = [
             sys.executable, "-m", "benchmarks.gpu_training", "--one", system, shape, model, "--pairs", str(arguments.pairs),
-            "--tokens", str(arguments.tokens), "--config", CONFIGS.get(size, "zero3"),
+            "--tokens", str(arguments.tokens), "--config", config,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            figures[system] = {"failed": (done.stderr.strip().splitlines() or ["without a word"])[-1][:300]}
+            words = [line for line in done.stderr.splitlines() if "Error" in line] or ["without a word"]
+            figures[system] = {"failed": words[-1][:300]}
         else:
             figures[system] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{size}: {shape}: {system}: {figures[system]}", flush=True)
-    for peer in systems[1:]:
-        if "pairs_per_s" in figures["ours"] and "pairs_per_s" in figures[peer]:
+        print(f"{name}: {system}: {figures[system]}", flush=True)
+    for peer in [one for one in systems if one != "ours"]:
+        if "pairs_per_s" in figures.get("ours", {}) and "pairs_per_s" in figures[peer]:
             figures[f"speedup_vs_{peer}"] = round(figures["ours"]["pairs_per_s"] / figures[peer]["pairs_per_s"], 3)
-    return figures
+    return figures | {"config": config}
 
 
 def make_model(folder: Path, size: str) -> int:
@@ -144,6 +150,7 @@ def _figures(seconds: list[float], computed: int, rows: list[Row]) -> dict[str, 
     figures: dict[str, Any] = {"pairs_per_s": round(len(rows) / took, 3), "tokens_per_s": round(computed / took)}
     if torch.cuda.is_available():
         figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        figures["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
     return figures
 
 

@@ -33,8 +33,9 @@ from typing import Any
 
 import yaml
 
+from plad_dist.config_file import load_config
 from plad_dist.data.prompts import train_prompts
-from plad_dist.rundir import RunDir
+from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
 from tests.nodes import Cluster, Node, available
@@ -102,14 +103,14 @@ class Soak:
     def compare(self) -> float:
         """Train the phase that had the most attempts once more, in peace. Returns the largest relative difference of losses."""
         disturbed = max(self._runs, key=lambda run: max(row["attempt"] for row in _all_steps(run)))
-        again = self._folder / "again"
-        apart = shutil.ignore_patterns(
-            "round-0", ".ray-train"
-        )  # of the models and events; samples and pairs are copied whole
-        for name in ("models", "events", "eval", "samples", "pairs", "prompts"):
-            source = disturbed.root / name
-            shutil.copytree(source, again / "run" / name, ignore=apart if name in ("models", "events") else None)
-        self._begin(again)
+        self._configure(self._folder / "again")
+        open_run(load_config(self._config))
+        for name in ("samples", "pairs", "prompts"):
+            shutil.copytree(disturbed.root / name, self._run.root / name)
+        for name in ("models", "events"):
+            apart = shutil.ignore_patterns("round-0", ".ray-train")
+            shutil.copytree(disturbed.root / name, self._run.root / name, ignore=apart)
+        self._start()
         self._see_through(until=0.0)
         expected = read_metrics(self._run.root / "events/round-0")[0]
         found = read_metrics(disturbed.root / "events/round-0")[0]
@@ -130,7 +131,11 @@ class Soak:
     # -- a run
 
     def _begin(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
+        self._configure(folder)
+        self._start()
+
+    def _configure(self, folder: Path) -> None:
+        folder.mkdir()
         raw = sampling_config(folder, PROMPTS, block_size=8, max_tokens=48)
         raw["sampling"] |= {"heartbeat_timeout_s": 20, "window": 1}
         raw["sampling"]["teacher"]["engine"] = {"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 27}
@@ -144,7 +149,6 @@ class Soak:
         self._config = folder / "run.yaml"
         self._config.write_text(yaml.safe_dump(raw))
         self._run = RunDir.at(raw["run"]["dir"])
-        self._start()
 
     def _start(self) -> None:
         self._command = self.cluster.run("run", str(self._config), log=self._config.with_name("log"))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plad_dist.errors import UserError
 from plad_dist.training.batching import Layout, MicroBatch
-from plad_dist.training.tree import TREE_ATTENTION, TreeMask
+from plad_dist.training.tree import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
 # Models whose layers take a ready mask and place tokens by their position ids alone: a tree mask is exact.
 _BY_POSITION = (
@@ -71,7 +71,7 @@ def attention_of(config: Any, longest: int | None, wanted: Literal["auto", "sdpa
     flex = wanted == "flex" or (wanted == "auto" and torch.cuda.is_available())
     softcap = getattr(config, "attn_logit_softcapping", None) is not None
     piecewise = not flex and not softcap and wanted == "auto"
-    implementation = "flex_attention" if flex else "eager" if softcap else TREE_ATTENTION if piecewise else "sdpa"
+    implementation = FLEX_ATTENTION if flex else "eager" if softcap else TREE_ATTENTION if piecewise else "sdpa"
     layout = (
         Layout(row_tokens=_FLEX_ROW_TOKENS, multiple=_FLEX_BLOCK)
         if flex
@@ -114,7 +114,7 @@ def masks_of(batch: MicroBatch, attention: Attention, dtype: torch.dtype) -> Any
     if not attention.ready:
         return None
     make: Callable[[MicroBatch, int | None], Any]
-    if attention.implementation == "flex_attention":
+    if attention.implementation == FLEX_ATTENTION:
         make = _block_mask
     elif batch.pieces:
         make = TreeMask
@@ -156,14 +156,19 @@ def _block_mask(batch: MicroBatch, window: int | None) -> Any:
 
 
 def _sees(batch: MicroBatch, window: int | None) -> Any:
-    """The rule of the tree mask, in the form that FlexAttention takes: (row, head, query, key) to allowed or not."""
-    segments, branches, positions = batch.segments_RT, batch.branches_RT, batch.position_ids_RT
+    """The rule of the tree mask, in the form that FlexAttention takes: (row, head, query, key) to allowed or not.
+
+    What it reads depends on the query alone, so that a kernel reads it once for a block of keys.
+    """
+    begins, ends, branches = batch.begins_RT, batch.ends_RT, batch.branches_RT
 
     def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
-        prompt_or_own = (branches[row, key] == 0) | (branches[row, key] == branches[row, query])
-        allowed = (segments[row, key] == segments[row, query]) & prompt_or_own & (key <= query)
-        if window is not None:
-            allowed = allowed & (positions[row, query] - positions[row, key] < window)
-        return allowed
+        begin, end, branch = begins[row, query], ends[row, query], branches[row, query]
+        own = (key >= branch) & (key <= query)
+        prompt = (key >= begin) & (key < end)
+        if window is not None:  # in a branch, positions go on where the prompt ended
+            own = own & (query - key < window)
+            prompt = prompt & (query - branch + end - key < window)
+        return own | prompt
 
     return sees

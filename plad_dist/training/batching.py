@@ -97,8 +97,11 @@ class MicroBatch:
 
     Attributes:
         input_ids_RT, position_ids_RT: the rows.
-        segments_RT: what belongs together: a group, or a response with its own prompt; -1 is padding.
-        branches_RT: 0 for prompt tokens, k for tokens of the k-th response.
+        begins_RT: place in its row where a token's prompt begins; -1 for padding.
+        ends_RT: where that prompt ends (exclusive), for tokens of responses; elsewhere there is no prompt before a token's own
+            branch, and it equals `begins_RT`.
+        branches_RT: where its branch begins: its response, or the prompt for tokens of a prompt. A token sees its branch up to
+            itself, and the places from `begins_RT` to `ends_RT`.
         predictors_N: flat index into ``R * T`` of the position that predicts each response token.
         targets_N: the predicted tokens.
         responses_N, places_N: which response each predicted token is of, and its place in it.
@@ -113,7 +116,8 @@ class MicroBatch:
 
     input_ids_RT: Tensor
     position_ids_RT: Tensor
-    segments_RT: Tensor
+    begins_RT: Tensor
+    ends_RT: Tensor
     branches_RT: Tensor
     predictors_N: Tensor
     targets_N: Tensor
@@ -275,34 +279,37 @@ def _assemble(rows: list[list[_Piece]], filler: int, responses: int, multiple: i
     width = _width(rows, multiple)
     shape = (len(rows), width)
     ids, positions = np.full(shape, filler, np.int64), np.zeros(shape, np.int64)
-    segments, branches = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+    # In 32 bits: attention kernels read them for every block.
+    begins, ends, branches = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, np.int32)
     predictors: list[np.ndarray] = [np.empty(0)] * responses
     targets: list[np.ndarray] = [np.empty(0)] * responses
-    segment = 0
     for r, row in enumerate(rows):
         at = 0
         for piece in row:
             prompt = len(piece.prompt)
-            segments[r, at : at + piece.tokens] = segment
-            segment += 1
+            begins[r, at : at + piece.tokens] = at
+            branches[r, at : at + prompt] = ends[r, at : at + prompt] = at
+            ends[r, at + prompt : at + piece.tokens] = at + prompt
             ids[r, at : at + prompt] = piece.prompt
             positions[r, at : at + prompt] = np.arange(prompt)
             last_of_prompt = at + prompt - 1
             at += prompt
-            for branch, (number, response) in enumerate(piece.responses, start=1):
+            for number, response in piece.responses:
                 inner = len(response) - 1
                 ids[r, at : at + inner] = response[:-1]
                 positions[r, at : at + inner] = np.arange(prompt, prompt + inner)
-                branches[r, at : at + inner] = branch
+                branches[r, at : at + inner] = at
                 flat = r * width + np.arange(at - 1, at + inner)
                 flat[0] = r * width + last_of_prompt
                 predictors[number], targets[number] = flat, np.asarray(response, np.int64)
                 at += inner
+        branches[r, at:] = at  # padding sees padding, so that it sees something
     nothing = torch.empty(0)
     return MicroBatch(
         input_ids_RT=torch.from_numpy(ids),
         position_ids_RT=torch.from_numpy(positions),
-        segments_RT=torch.from_numpy(segments),
+        begins_RT=torch.from_numpy(begins),
+        ends_RT=torch.from_numpy(ends),
         branches_RT=torch.from_numpy(branches),
         predictors_N=torch.from_numpy(np.concatenate(predictors)),
         targets_N=torch.from_numpy(np.concatenate(targets)),

@@ -19,6 +19,7 @@ from plad_dist.training.deepspeed_config import is_offloaded
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.policy import Policy, without_dropout
 from plad_dist.training.probe import check_family
+from plad_dist.training.tree import FLEX_ATTENTION
 
 
 def build_engine(job: PhaseJob, device: torch.device) -> Any:
@@ -31,7 +32,7 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     attention = attention_of(model_config, job.longest, job.attention)
     if not attention.ready:
         check_family(model_config, attention)
-    if attention.implementation == "flex_attention" and device.type != "cuda":
+    if attention.implementation == FLEX_ATTENTION and device.type != "cuda":
         raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
     half = job.dtype == "bfloat16"
     optimizer = job.phase.optimizer
@@ -49,9 +50,12 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     model.config.use_cache = False
     if job.lora is not None:
         add_adapters(model, job.lora, job.seed)
+    if job.gradient_checkpointing or job.lora is not None:
+        model.enable_input_require_grads()  # or the first layer would be let go before its own backward
     if job.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Reentrant: a layer that is computed again is then fetched and let go by its own hooks, as in the first pass.
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    whole_layers(model)
     policy = Policy(model, attention)
     learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     given = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
@@ -59,6 +63,16 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     for parameters in engine.optimizer.param_groups:
         parameters["initial_lr"] = parameters["lr"]
     return engine
+
+
+def whole_layers(model: Any) -> None:
+    """Let ZeRO-3 fetch and let go a decoder layer as one: fewer and larger gathers, and no hooks in Python around each of its parts."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    names = [type(module).__name__ for module in model.modules()]
+    kinds = sorted(set(getattr(model, "_no_split_modules", None) or ()) & set(names))
+    if kinds:
+        set_z3_leaf_modules(model, kinds)
 
 
 def release(engine: Any) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Of one chunk's logits. The weight is read for every chunk, and on a GPU its gradient written: there, chunks are larger.
-_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 24, 1 << 27
+# Of one chunk's logits. For every chunk the weight is read and its gradient written, which takes a GPU longer chunks to hide.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 24, 1 << 26
 
 
 class LogprobHead(nn.Module):
@@ -92,10 +92,8 @@ class _TargetLogprobs(torch.autograd.Function):
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(weight_VH.dtype)
             grad_hidden_NH[rows] = grad_CV @ weight_VH
-            if grad_weight_VH is not None and exact == weight_VH.dtype:
-                grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
-            elif grad_weight_VH is not None:
-                grad_weight_VH += grad_CV.T @ hidden_CH
+            if grad_weight_VH is not None:
+                _add_product(grad_weight_VH, grad_CV.T, hidden_CH)
         if grad_weight_VH is not None:
             grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
         if grad_bias_V is not None:
@@ -104,10 +102,30 @@ class _TargetLogprobs(torch.autograd.Function):
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
+    if _widens(weight_VH):  # as the sums are made, without rounding them to half precision first
+        logits_CV = torch.mm(hidden_CH, weight_VH.T, out_dtype=torch.float32)
+        if bias_V is not None:
+            logits_CV += bias_V
+    else:
+        logits_CV = torch.nn.functional.linear(hidden_CH, weight_VH, bias_V).float()
     if scale != 1.0:
         logits_CV.mul_(scale)
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
+
+
+def _add_product(sum_AB: Tensor, left_AC: Tensor, right_CB: Tensor) -> None:
+    """``sum += left @ right`` in the sum's precision."""
+    if sum_AB.dtype == left_AC.dtype:
+        sum_AB.addmm_(left_AC, right_CB)
+    elif _widens(left_AC):
+        torch.addmm(sum_AB, left_AC, right_CB, out_dtype=sum_AB.dtype, out=sum_AB)
+    else:
+        sum_AB += left_AC @ right_CB
+
+
+def _widens(tensor: Tensor) -> bool:
+    """Whether products of such tensors can be had in float32."""
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 def _chunks(tokens_N: Tensor, weight_VH: Tensor) -> list[slice]:

@@ -51,7 +51,7 @@ def test_every_response_token_is_predicted_by_the_token_before_it(groups: list[G
     batch = collate(groups, filler=0)
     ids = batch.input_ids_RT.flatten()
     assert batch.tokens == sum(group.tokens for group in groups)
-    assert (batch.segments_RT >= 0).sum() == batch.tokens
+    assert (batch.begins_RT >= 0).sum() == batch.tokens
     owners = batch.responses_N.numpy()
     rebuilt = [batch.targets_N.numpy()[owners == owner].tolist() for owner in range(batch.lengths_S.numel())]
     assert rebuilt == [list(response) for group in groups for response in group.responses]
@@ -66,11 +66,11 @@ def test_a_token_sees_its_prompt_and_its_own_response_alone(groups: list[Group])
     mask = _dense_mask(batch, None)[:, 0]
     for r in range(mask.shape[0]):
         for i in range(mask.shape[1]):
-            segment, branch = batch.segments_RT[r, i], batch.branches_RT[r, i]
+            begin, branch = batch.begins_RT[r, i], batch.branches_RT[r, i]
             seen = mask[r, i].nonzero().flatten()
-            assert (batch.segments_RT[r, seen] == segment).all()
-            assert ((batch.branches_RT[r, seen] == 0) | (batch.branches_RT[r, seen] == branch)).all()
-            if segment >= 0:  # sees as many tokens as it has positions behind it: none is missing
+            assert (batch.begins_RT[r, seen] == begin).all()
+            assert ((batch.branches_RT[r, seen] == begin) | (batch.branches_RT[r, seen] == branch)).all()
+            if begin >= 0:  # sees as many tokens as it has positions behind it: none is missing
                 assert len(seen) == batch.position_ids_RT[r, i] + 1
 
 
@@ -107,8 +107,8 @@ def test_without_sharing_every_response_has_its_prompt(groups: list[Group]) -> N
     batch = collate(groups, filler=0, layout=Layout(shares=False))
     assert batch.tokens == batch.tokens_apart == sum(group.tokens_apart for group in groups)
     mask = _dense_mask(batch, None)[:, 0]
-    seen = mask.sum(-1)[batch.segments_RT >= 0]
-    assert torch.equal(seen, batch.position_ids_RT[batch.segments_RT >= 0] + 1)
+    seen = mask.sum(-1)[batch.begins_RT >= 0]
+    assert torch.equal(seen, batch.position_ids_RT[batch.begins_RT >= 0] + 1)
     alone = collate(groups, filler=0, layout=Layout(shares=False, packs=False))
     assert len(alone.input_ids_RT) == sum(len(group.responses) for group in groups)
 
@@ -127,4 +127,4 @@ def test_a_micro_batch_pads_no_more_than_rows_of_the_longest_group(sizes: list[i
     assert width <= max(2048, *sizes)
     padded = collate([Group([1] * size, [[2]]) for size in sizes], 0, Layout(row_tokens=2048, multiple=128))
     assert padded.input_ids_RT.shape[1] % 128 == 0
-    assert (padded.segments_RT >= 0).sum() == sum(sizes)
+    assert (padded.begins_RT >= 0).sum() == sum(sizes)

@@ -19,6 +19,7 @@ from plad_dist.training.batching import Group, Layout, collate, plain_pair
 from plad_dist.training.losses import group_losses
 from plad_dist.training.policy import Policy, logit_shape
 from plad_dist.training.probe import check_family
+from plad_dist.training.tree import FLEX_ATTENTION
 
 GROUPS = [
     plain_pair([5, 6, 7, 8, 9], [10, 11, 12, 2], [20, 21, 2]),
@@ -154,12 +155,12 @@ def test_the_block_mask_of_flex_attention_is_the_dense_one(window: int | None) -
 def test_flex_attention_gives_the_same_logps(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.integrations.flex_attention import WrappedFlexAttention
 
-    model = make("llama", "flex_attention").requires_grad_(False)  # on CPU it has no backward
+    model = make("llama", FLEX_ATTENTION).requires_grad_(False)  # on CPU it has no backward
     batch = collate(GROUPS, filler=0, layout=Layout(row_tokens=256))
     # The plain implementation: what a compiler makes of it is no matter here.
     monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: flex_attention)
-    logps_S = Policy(model, Attention(Layout(), "flex_attention"))(batch)
+    logps_S = Policy(model, Attention(Layout(), FLEX_ATTENTION))(batch)
     torch.testing.assert_close(logps_S.double(), separate_logps(make("llama").double(), GROUPS), rtol=1e-5, atol=0)
 
 

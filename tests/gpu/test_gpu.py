@@ -1,0 +1,185 @@
+"""What only a CUDA device shows: compiled FlexAttention, bfloat16, NCCL and DeepSpeed's kernels. Skipped where there is none."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks import training
+from plad_dist.config import Loss
+from plad_dist.training import logprobs
+from plad_dist.training.attention import attention_of
+from plad_dist.training.batching import Group, collate, plain_pair
+from plad_dist.training.losses import group_losses
+from plad_dist.training.policy import Policy
+from plad_dist.training.tree import FLEX_ATTENTION
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+WIDE = {
+    "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 997, "intermediate_size": 192,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "head_dim": 32, "initializer_range": 0.1,
+}  # fmt: skip
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 50}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", WIDE),
+    "mistral with a sliding window": ("mistral", WIDE | {"sliding_window": 60}),
+    "qwen3": ("qwen3", WIDE),
+    "gemma2 with softcaps": (
+        "gemma2",
+        WIDE | SLIDING | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    ),
+    "gemma3": ("gemma3_text", WIDE | SLIDING),
+    "opt": (
+        "opt",
+        {
+            "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 997, "ffn_dim": 192,
+            "max_position_embeddings": 1024, "word_embed_proj_dim": 128, "init_std": 0.1,
+        },
+    ),
+}  # fmt: skip
+LOSS = Loss(name="rank", margin=1.0, mle_weight=0.5)
+STEPS, KILLED_AT = 6, 4
+
+
+def groups(times: int = 1) -> list[Group]:
+    """Of several lengths, over more than one block of 128 places."""
+    torch.manual_seed(3)
+
+    def tokens(count: int) -> list[int]:
+        return [int(token) for token in torch.randint(3, 997, (count,))]
+
+    lengths = [(5, 4, 3), (1, 2, 5), (300, 70, 20), (40, 130, 129), (128, 128, 1), (257, 3, 90)]
+    return [
+        plain_pair(tokens(prompt), tokens(chosen), tokens(rejected)) for prompt, chosen, rejected in lengths * times
+    ]
+
+
+def plain(model: Any, found: list[Group]) -> torch.Tensor:
+    """Every sequence by itself."""
+    logps = []
+    for group in found:
+        for response in group.responses:
+            ids = torch.tensor([[*group.prompt, *response]], device="cuda")
+            logits = model(input_ids=ids).logits[0, len(group.prompt) - 1 : -1]
+            targets = torch.tensor(response, device="cuda")
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            logps.append(logits.to(dtype).log_softmax(-1).gather(1, targets[:, None]).sum())
+    return torch.stack(logps).double()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rows_under_flex_attention_equal_separate_sequences(family: str) -> None:
+    model_type, shape = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **shape)
+    attention = attention_of(config, None)
+    assert attention.implementation == FLEX_ATTENTION
+
+    def model(implementation: str | None, dtype: torch.dtype) -> Any:
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
+        return made.to("cuda", dtype).eval()
+
+    found = groups()
+    batch = collate(found, filler=0, layout=attention.layout).to(torch.device("cuda"))
+    reference = model("eager", torch.float64)
+    expected_S = plain(reference, found)
+    lengths, references = batch.lengths_S, batch.references_S
+    group_losses(LOSS, batch.pairs, expected_S, lengths, references).sum().backward()
+
+    policy = Policy(model(attention.implementation, torch.float32), attention)
+    logps_S = policy(batch)
+    group_losses(LOSS, batch.pairs, logps_S, lengths, references).sum().backward()
+    torch.testing.assert_close(logps_S.double(), expected_S, rtol=2e-5, atol=1e-4)
+    ours = dict(policy.model.named_parameters())
+    grads = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():
+        scale = max(grad.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(ours[name].grad.double(), grad, rtol=0, atol=2e-3 * scale)
+
+    many = groups(8)
+    batch = collate(many, filler=0, layout=attention.layout).to(torch.device("cuda"))
+    with torch.no_grad():
+        expected_S = plain(model("eager", torch.bfloat16).double(), many)
+        half_S = Policy(model(attention.implementation, torch.bfloat16), attention)(batch).double()
+        plain_S = plain(model("sdpa" if model_type != "gemma2" else "eager", torch.bfloat16), many)
+    ours_off, plain_off = ((each - expected_S).square().mean().sqrt().item() for each in (half_S, plain_S))
+    print(f"{family}: bfloat16 off by {ours_off:.4f} nat a response, a plain forward by {plain_off:.4f}")
+    assert ours_off <= 1.25 * plain_off
+
+
+@pytest.mark.parametrize(("bias", "scale", "softcap"), [(False, 1.0, None), (True, 0.5, 2.0)])
+def test_log_probabilities_of_half_precision_weights_are_not_rounded(
+    monkeypatch: pytest.MonkeyPatch, bias: bool, scale: float, softcap: float | None
+) -> None:
+    """bfloat16 keeps 8 bits: logits of 10 rounded to it would be off by 0.03."""
+    monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS_GPU", 100 * 5003)
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(256, 5003, bias=bias, device="cuda", dtype=torch.bfloat16)
+    hidden = (8 * torch.randn(777, 256, device="cuda")).bfloat16().requires_grad_()
+    targets, weights = torch.randint(5003, (777,), device="cuda"), torch.randn(777, device="cuda")
+    weights[::3] = 0
+    logps = logprobs.LogprobHead(layer, scale, softcap)(hidden, targets)
+    found = torch.autograd.grad((logps * weights).sum(), [hidden, *layer.parameters()])
+
+    wide = torch.nn.Linear(256, 5003, bias=bias, device="cuda", dtype=torch.float64)
+    wide.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    exact = hidden.detach().double().requires_grad_()
+    logits = wide(exact) * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    wanted = torch.autograd.grad((expected * weights.double()).sum(), [exact, *wide.parameters()])
+    torch.testing.assert_close(logps.double(), expected, rtol=0, atol=2e-5)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.double() - other).norm() <= 5e-3 * other.norm()
+
+
+def phase(folder: str, model: str, killed_at: int | None) -> None:
+    """One rank of a phase on the GPU, as Ray Train starts it, ended without a word before a step."""
+    from plad_dist.training.loop import Worker
+
+    os.environ |= training.RANK
+    torch.cuda.set_device(0)
+    training.start_one_rank("nccl")
+    rows = training.make_pairs("tldr", 16)
+    job = training.worker_job(
+        Path(folder), Path(model), rows, 4096, STEPS, dtype="bfloat16", gradient_checkpointing=True, attention="auto"
+    )
+    job = replace(job, phase=job.phase.model_copy(update={"checkpoint_every": 2}))
+    worker = Worker(job, torch.device("cuda", 0))
+    step = Worker._step
+
+    def dying(self: Worker, log: Any) -> Any:
+        if self.state.step == killed_at:
+            self.checkpoints.drain()
+            os._exit(9)
+        return step(self, log)
+
+    Worker._step = dying  # type: ignore[method-assign]
+    worker.run()
+    worker.close()
+
+
+def test_a_phase_killed_and_resumed_on_a_gpu_gives_the_same_weights_bit_by_bit(tmp_path: Path) -> None:
+    model = training.make_model(tmp_path / "model")
+    processes = multiprocessing.get_context("spawn")
+    for folder, killed_at, code in (("whole", None, 0), ("killed", KILLED_AT, 9), ("killed", None, 0)):
+        process = processes.Process(target=phase, args=(str(tmp_path / folder), str(model), killed_at))
+        process.start()
+        process.join()
+        assert process.exitcode == code
+    whole, killed = (next((tmp_path / name).rglob("model*.safetensors")) for name in ("whole", "killed"))
+    expected, found = load_file(whole), load_file(killed)
+    start = load_file(model / "model.safetensors")
+    assert any(not torch.equal(expected[name].float(), start[name]) for name in start), "nothing was trained"
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
