@@ -97,13 +97,18 @@ class Soak:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self._begin(self._folder / f"run-{len(self._runs)}")
+            self._start()
             self._see_through(until)
             self._runs.append(self._run)
 
     def compare(self) -> float:
         """Train the phase that had the most attempts once more, in peace. Returns the largest relative difference of losses."""
         disturbed = max(self._runs, key=lambda run: max(row["attempt"] for row in _all_steps(run)))
-        self._configure(self._folder / "again")
+        again = self._folder / "again"
+        again.mkdir()
+        raw = yaml.safe_load((disturbed.root.parent / "run.yaml").read_text())
+        raw["run"]["dir"] = str(again / "run")
+        self._use(raw, again)
         open_run(load_config(self._config))
         for name in ("samples", "pairs", "prompts"):
             shutil.copytree(disturbed.root / name, self._run.root / name)
@@ -131,10 +136,6 @@ class Soak:
     # -- a run
 
     def _begin(self, folder: Path) -> None:
-        self._configure(folder)
-        self._start()
-
-    def _configure(self, folder: Path) -> None:
         folder.mkdir()
         raw = sampling_config(folder, PROMPTS, block_size=8, max_tokens=48)
         raw["sampling"] |= {"heartbeat_timeout_s": 20, "window": 1}
@@ -146,6 +147,9 @@ class Soak:
             "round": {"epochs": 1000, "max_steps": STEPS, "batch_groups": 64, "checkpoint_every": EVERY},
         }  # fmt: skip
         raw["cluster"] = {"address": self.cluster.address, "start_timeout_s": 900}
+        self._use(raw, folder)
+
+    def _use(self, raw: dict[str, Any], folder: Path) -> None:
         self._config = folder / "run.yaml"
         self._config.write_text(yaml.safe_dump(raw))
         self._run = RunDir.at(raw["run"]["dir"])

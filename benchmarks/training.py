@@ -212,7 +212,7 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
         phase=Phase(batch_groups=len(rows), optimizer=optimizer, loss=loss), data=DataSpec("pairs", "pairs", context=1024),
         heldout=None, heldout_limit=0, seed=1, steps=steps, deepspeed=load_deepspeed("zero3"), dtype="float32",
         micro_batch_tokens=tokens, longest=None, attention="auto", lora=None, gradient_checkpointing=False,
-        divergence_factor=1e9, trackers=(), storage=storage, checkpoints=storage, staging=None, fingerprint="b",
+        divergence_factor=1e9, trackers=(), storage=storage, checkpoints=storage, staging=None, watch=None, fingerprint="b",
     )  # fmt: skip
     return replace(job, **changes)
 

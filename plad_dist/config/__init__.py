@@ -20,7 +20,7 @@ from plad_dist.config.root import (
 )
 from plad_dist.config.sampling import Decoding, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.training import Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup
+from plad_dist.config.training import Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup, Watch
 
 __all__ = [
     "OPERATIONAL",
@@ -54,6 +54,7 @@ __all__ = [
     "TeacherJudge",
     "Training",
     "Warmup",
+    "Watch",
     "fingerprint",
     "flatten",
     "is_operational",

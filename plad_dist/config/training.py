@@ -161,6 +161,35 @@ class Lora(Section):
     )
 
 
+class Watch(Section):
+    """Look at what the student writes while a round trains: on resources that are free then, its latest checkpoint answers a few prompts.
+
+    A checkpoint that is out of a bound has collapsed: training stops, and the latest one before it that was sound becomes the model.
+    """
+
+    prompts: int = Field(32, ge=1, description="Held-out prompts that are answered each time.")
+    min_end_share: float | None = Field(
+        0.5,
+        ge=0.0,
+        description="Fewest answers that end by themselves, over those of the starting student. Empty: no bound.",
+    )
+    max_length_ratio: float | None = Field(
+        2.0, gt=0.0, description="Longest mean answer, over that of the starting student. Empty: no bound."
+    )
+    max_repetition: float | None = Field(
+        0.3,
+        ge=0.0,
+        le=1.0,
+        description="Most repeated word 3-grams, beyond the starting student's share. Empty: no bound.",
+    )
+    min_win_rate: float | None = Field(
+        0.2,
+        ge=0.0,
+        le=1.0,
+        description="Lowest win rate against the starting student by ROUGE-L, where prompts have references. Empty: no bound.",
+    )
+
+
 class Training(Section):
     """Steps 0 and 3: DeepSpeed ZeRO-3 under Ray Train."""
 
@@ -254,6 +283,11 @@ class Training(Section):
         min_length=1,
         description="Folder on a disk of every node where checkpoints wait to be carried away. Empty: the system's for "
         "temporary files.",
+        json_schema_extra=OPERATIONAL,
+    )
+    watch: Watch | None = Field(
+        None,
+        description="Sample the student while rounds train, where the cluster has room for one of its engines. Empty: not.",
         json_schema_extra=OPERATIONAL,
     )
     heldout_pairs: int = Field(512, ge=0, description="Held-out pairs ranked before and after a round.")

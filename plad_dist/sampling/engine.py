@@ -19,6 +19,7 @@ from plad_dist.data.models import first_line
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import UserError
 from plad_dist.sampling.placement import spanning
+from plad_dist.sampling.work import EngineStartError
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 16_384
@@ -134,6 +135,7 @@ class Engine:
 
     Raises:
         UserError: vLLM refused to start, with its own reason, or the model has no usable tokenizer or template.
+        EngineStartError: its process died.
     """
 
     paid, retries = False, 0
@@ -164,6 +166,8 @@ class Engine:
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, **self._args))
         except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
+            if (reason := _silent_death(error)) is not None:
+                raise EngineStartError(f"{path}: {reason}") from None
             raise UserError(_readable(error, path)) from None
 
     async def check(self) -> str | None:
@@ -305,14 +309,28 @@ def _readable(error: Exception, path: str) -> str:
 
 def root_cause(error: Exception) -> str:
     """What went wrong in an engine. Its processes only print it, so it is looked for in what this process has printed."""
-    text = str(error).strip()
-    if re.search(r"root cause|initialization failed|EngineDeadError|encountered an issue", text, re.IGNORECASE):
-        for stream in (2, 1):
-            if (found := _last_error_printed(stream)) is not None:
-                return found
-        if re.search(r"EngineDeadError|encountered an issue", text):
-            return f"its process died without a word: was it killed, or out of memory? ({first_line(error)})"
-    return first_line(error)
+    if (printed := _printed(error)) is not None:
+        return printed
+    return _silent_death(error) or first_line(error)
+
+
+_OF_ANOTHER_PROCESS = re.compile(
+    r"root cause|initialization failed|EngineDeadError|encountered an issue", re.IGNORECASE
+)
+
+
+def _printed(error: Exception) -> str | None:
+    """What another process of the engine has printed; None where the error is this process's own, or nothing was."""
+    if not _OF_ANOTHER_PROCESS.search(str(error)):
+        return None
+    return next(filter(None, map(_last_error_printed, (2, 1))), None)
+
+
+def _silent_death(error: Exception) -> str | None:
+    """That a process of the engine has died and left no word of why; None where it has, or none has died."""
+    if not _OF_ANOTHER_PROCESS.search(str(error)) or _printed(error) is not None:
+        return None
+    return f"its process died without a word: was it killed, or out of memory? ({first_line(error)})"
 
 
 def _last_error_printed(stream: int) -> str | None:

@@ -40,6 +40,12 @@ def engines_use_gpus() -> bool:
     return False
 
 
+def engine_environment(cpus: float, *, has_gpus: bool) -> dict[str, str]:
+    """Variables of a process that runs an engine."""
+    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, int(cpus)))}
+    return environment if has_gpus else environment | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def window_for(at_once: int, block_size: int, least: int) -> int:
     """Blocks to lease to an actor that answers so many prompts at once, so that it never has fewer than that.
 

@@ -27,7 +27,7 @@ from plad_dist.progress import Progress
 from plad_dist.sampling.fleet import Fleet, RunningFleet, Task
 from plad_dist.sampling.output import Output
 from plad_dist.sampling.pool import BlockPool, Lease, Limits
-from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, StopStageError
+from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError
 
 logger = logging.getLogger("plad")
 
@@ -296,7 +296,7 @@ class _Driver:
 
     def _failed(self, fleet: RunningFleet, actor: str, about: Any, cause: Exception) -> None:
         match about:
-            case "start" if fleet.started_once:
+            case "start" if fleet.started_once or isinstance(cause, EngineStartError):
                 self._lost(fleet, actor, f"did not start: {first_line(cause)}")
             case "start":
                 raise RunFailed(f"{actor}: did not start: {cause!r}") from None

@@ -22,7 +22,7 @@ from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.fleet import Assignment, Fleet
 from plad_dist.sampling.job import SamplingJob
-from plad_dist.sampling.placement import Placement, engines_use_gpus, place, window_for
+from plad_dist.sampling.placement import Placement, engine_environment, engines_use_gpus, place, window_for
 from plad_dist.sampling.remote import EndpointBackend
 from plad_dist.sampling.run import run_fleets
 
@@ -331,9 +331,6 @@ def _fleet(
         )
     has_gpus = engines_use_gpus()
     placement = place(wanted.engine, wanted.cpus, has_gpus=has_gpus)
-    environment = {"VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": str(max(1, int(wanted.cpus)))}
-    if not has_gpus:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return Fleet(
         name=speaker.name,
         assignments=tuple(assignments),
@@ -349,5 +346,5 @@ def _fleet(
         window=window_for(
             int(wanted.engine.get("max_num_seqs", _SEQUENCES)), config.prompts.block_size, config.sampling.window
         ),
-        environment=environment,
+        environment=engine_environment(wanted.cpus, has_gpus=has_gpus),
     )

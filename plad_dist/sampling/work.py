@@ -23,6 +23,10 @@ class EngineDiedError(RuntimeError):
         self.reason, self.under_way = reason, under_way
 
 
+class EngineStartError(RuntimeError):
+    """An engine's process ended while it started and left no word: it was killed, perhaps. Another one may start."""
+
+
 class StopStageError(RunFailed):
     """An actor found that the whole stage must stop; what is committed is kept. `cost`: money spent without an answer."""
 

@@ -30,6 +30,7 @@ from plad_dist.training.agreement import of_first_rank
 from plad_dist.training.attempts import Attempt
 from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
 from plad_dist.training.reshard import load_resharded
+from plad_dist.training.watched import Watched
 
 _LATEST = "latest.json"
 _STAGED = "plad-checkpoint-"
@@ -42,12 +43,21 @@ class Checkpoints:
 
     Args:
         staging: folder on a disk of this node.
+        watched: gives what watching has found of them; None where nothing is watched.
         only_trained: leave out parameters that are frozen, which are those of the start.
     """
 
     def __init__(
-        self, store: CheckpointStore, attempt: Attempt, keep: int, staging: str | None, *, only_trained: bool = False
+        self,
+        store: CheckpointStore,
+        attempt: Attempt,
+        keep: int,
+        staging: str | None,
+        *,
+        only_trained: bool = False,
+        watched: Callable[[], Watched | None] = lambda: None,
     ) -> None:
+        self._watched = watched
         self._store, self._attempt, self._keep, self._only_trained = store, attempt, keep, only_trained
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._staging, self._lock = _own_folder(Path(staging or tempfile.gettempdir()))
@@ -56,6 +66,7 @@ class Checkpoints:
         self._saved: int | None = None  # step of the latest one
         self._damaged: dict[int, str] = {}
         self.superseded: str | None = None
+        self.collapsed = False  # by what watching has found
         self.seconds = 0.0  # that the latest one has cost training
         self.commit_seconds = 0.0  # that the latest one took until it was committed
 
@@ -165,12 +176,15 @@ class Checkpoints:
         return {name: fact for rank in sorted(wanted) for name, fact in storage.read_json(f"{folder}/{rank}").items()}
 
     def _prune(self) -> None:
-        """Delete all but the newest checkpoints and the best ones that these know of."""
+        """Delete all but the newest checkpoints, the best ones that these know of, and those that watching needs."""
+        watched = self._watched()
+        self.collapsed = watched is not None and watched.collapse is not None
         newest: list[TrainState] = []
         for step in self._store.steps():
             if len(newest) < self._keep and (found := self._store.at(step)) is not None:
                 newest.append(found.state)
         kept = {step for state in newest for step in (state.step, state.best_step)}
+        kept |= watched.needed if watched is not None else set()
         for step in self._store.steps():
             if step not in kept and step < newest[0].step:
                 self._store.storage.delete(self._store.key(step))  # first: what is left by a crash is not committed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plad_dist.config import Lora, Model, Phase
+from plad_dist.config import Lora, Model, Phase, Watch
 from plad_dist.data.storage import Storage
 from plad_dist.training.groups import DataSpec
 
@@ -23,6 +23,7 @@ class PhaseJob:
         longest: most tokens of a group, None for any.
         attention: which implementation is wanted.
         checkpoints: where checkpoints are kept, under checkpoints/<phase>/.
+        watch: how the student is looked at while it trains; None for not.
         staging: folder on every node where checkpoints wait to be carried there; None for the system's.
         launch: names the command that trains, which may start several worker groups.
         monitor: Ray actor that takes progress, None for none.
@@ -49,6 +50,7 @@ class PhaseJob:
     storage: Storage
     checkpoints: Storage
     staging: str | None
+    watch: Watch | None
     fingerprint: str
     launch: str = ""
     monitor: Any = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -31,6 +32,7 @@ from plad_dist.training.metrics import Calls, MetricsLog, StepTotals
 from plad_dist.training.notices import Notices
 from plad_dist.training.references import write_references
 from plad_dist.training.speed import Speed
+from plad_dist.training.watched import Watched, read_watched
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +87,12 @@ class Worker:
         self.layout = self.engine.module.attention.layout
         store = CheckpointStore(job.checkpoints, job.name, job.fingerprint)
         self.checkpoints = Checkpoints(
-            store, self.attempt, job.phase.keep_checkpoints, job.staging, only_trained=job.lora is not None
+            store,
+            self.attempt,
+            job.phase.keep_checkpoints,
+            job.staging,
+            only_trained=job.lora is not None,
+            watched=self._watched,
         )
         self.state = TrainState(
             0, 0, 0, self.world, job.fingerprint,
@@ -97,6 +104,7 @@ class Worker:
         self._next: tuple[int, Future[_Work]] | None = None
         self._saved_at, self._step_seconds = time.monotonic(), 0.0
         self.notices = Notices(job.monitor)
+        self._collapse: Watched | None = None
 
     def run(self) -> None:
         """The phase from where it stands to its end. Raises :class:`StoppedError`."""
@@ -112,7 +120,8 @@ class Worker:
             self._evaluate(log)
         self._saved_at = time.monotonic()
         self._due = False  # a checkpoint, when the one before is on its way no longer
-        while self.state.step < job.steps and not self._exhausted:
+        self._collapse = of_first_rank(self._found_collapsed)
+        while self.state.step < job.steps and not self._exhausted and self._collapse is None:
             calls = self._step(log)
             step, best = self.state.step, False
             if phase.evaluate_every and step % phase.evaluate_every == 0 and step < job.steps:
@@ -124,7 +133,8 @@ class Worker:
             self._heed(calls, log)
         if self._exhausted and log is not None:
             log.say(f"stopped at step {self.state.step}: nothing better in {phase.patience} evaluations")
-        self._evaluate(log)
+        if self._collapse is None:
+            self._evaluate(log)
         self._settle()
         self._export(log)
 
@@ -197,7 +207,8 @@ class Worker:
         seconds = self.job.phase.checkpoint_seconds
         due = seconds is not None and time.monotonic() - self._saved_at >= seconds
         wishes = self.notices.wishes(self.checkpoints.commit_seconds, self._step_seconds)
-        return replace(mine, save=due, superseded=self.checkpoints.superseded is not None, **wishes)
+        told = {"superseded": self.checkpoints.superseded is not None, "collapsed": self.checkpoints.collapsed}
+        return replace(mine, save=due, **told, **wishes)
 
     def _save(self) -> None:
         self.checkpoints.save(self.engine, self.state)
@@ -226,7 +237,9 @@ class Worker:
             raise RunFailed(f"phase {self.job.name}: a checkpoint could not be carried away: {next(filter(None, why))}")
         if calls.superseded:
             self._refuse_if_superseded()
-        if self.state.step == self.job.steps or self._exhausted:
+        if calls.collapsed:
+            self._collapse = of_first_rank(self._found_collapsed)
+        if self.state.step == self.job.steps or self._exhausted or self._collapse is not None:
             return
         if calls.look and self.notices.look(log):
             self._save()
@@ -430,11 +443,37 @@ class Worker:
         patience = self.job.phase.patience
         return patience is not None and self.state.stale >= patience
 
+    def _watched(self) -> Watched | None:
+        """What watching has found; where that cannot be read, training goes on as if nothing were known."""
+        if self.job.watch is None:
+            return None
+        with contextlib.suppress(RunFailed):
+            return read_watched(self.job.storage, self.job.name, self.job.fingerprint)
+        return None
+
+    def _found_collapsed(self) -> Watched | None:
+        found = self._watched()
+        return found if found is not None and found.collapse is not None else None
+
+    def _to_export(self) -> int | None:
+        """Step of the checkpoint that becomes the model, None for what is there now. Raises :class:`StoppedError`."""
+        if self._collapse is None:
+            return self.state.best_step if self.job.phase.export == "best" else None
+        if self._collapse.sound is None:
+            raise StoppedError(
+                f"phase {self.job.name}: the student has collapsed: {self._collapse.collapse}; no checkpoint before was found to be "
+                f"sound. Delete checkpoints/{self.job.name} and events/{self.job.name} of the run, and train with a lower "
+                "optimizer.lr, a larger loss.mle_weight, or other bounds in training.watch"
+            )
+        return self._collapse.sound
+
     def _export(self, log: MetricsLog | None) -> None:
-        state = self.state
-        if self.job.phase.export == "best" and state.best_step not in (None, state.step):
+        state, step = self.state, self._to_export()
+        if log is not None and self._collapse is not None:
+            log.say(f"stopped at step {state.step}: the student has collapsed: {self._collapse.collapse}")
+        if step not in (None, state.step):
             try:
-                best = self.checkpoints.at(state.best_step)
+                best = self.checkpoints.at(step)
             except DamagedCheckpoint as error:
                 raise StoppedError(
                     f"phase {self.job.name}: is trained, but its best checkpoint cannot be exported: {error}. Mend the storage and "
@@ -443,7 +482,9 @@ class Worker:
             self.checkpoints.load(self.engine, best)
             state = best.state
             if log is not None:
-                log.say(f"exports the best checkpoint, of step {state.step}")
+                log.say(
+                    f"exports the {'best' if self._collapse is None else 'latest sound'} checkpoint, of step {step}"
+                )
         export_model(self.engine, self.job, state, self.attempt)
         self._settle()
 

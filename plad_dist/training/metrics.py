@@ -36,6 +36,7 @@ class Calls:
         superseded: a later attempt has begun.
         busy: the latest checkpoint is still on its way.
         failed: it could not be carried away.
+        collapsed: a checkpoint of this phase has, by what was sampled from it.
     """
 
     save: bool = False
@@ -44,6 +45,7 @@ class Calls:
     superseded: bool = False
     busy: bool = False
     failed: bool = False
+    collapsed: bool = False
 
 
 class StepTotals:

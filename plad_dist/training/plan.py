@@ -102,6 +102,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         storage=run.storage,
         checkpoints=kept,
         staging=training.staging_dir,
+        watch=training.watch,
         fingerprint=identity_of_phase,
     )
 
@@ -142,6 +143,11 @@ def _check_partitions(config: Config) -> None:
         raise UserError(
             f"training.num_workers={most} is no multiple of zero_hpz_partition_size={size} (training.deepspeed: "
             f"{config.training.deepspeed}): set one that is, or another DeepSpeed config"
+        )
+    if config.training.watch is not None and zero["stage"] != 3:
+        raise UserError(
+            f"training.watch: looks at checkpoints of ZeRO stage 3, training.deepspeed: {config.training.deepspeed} has stage "
+            f"{zero['stage']}: set another DeepSpeed config, or leave training.watch empty"
         )
     if fewest < most and zero["stage"] != 3:
         raise UserError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,20 @@ def load_resharded(engine: Any, files: Callable[[int], AbstractContextManager[Pa
     optimizer.checkpoint_event_epilogue()
 
 
+def whole_weights(folder: Path, ranks: int) -> dict[str, Tensor]:
+    """The float32 weights that are trained, by name, from the files of a native ZeRO-3 checkpoint of so many ranks."""
+    shapes = {name: shape for group in _shapes(folder) for name, shape in group.items()}
+    old, whole = places(_sub_groups(folder), ranks), places(_sub_groups(folder), 1)
+    found = {name: torch.empty(place.numel) for name, place in old.items()}
+    for owner in range(ranks):
+        flat = _load(folder, owner)[_FP32]
+        for name, place in old.items():
+            for its_rank, source, target, count in pieces(place, replace(whole[name], offset=0), 0):
+                if its_rank == owner:
+                    found[name][target : target + count] = flat[place.group][source : source + count]
+    return {name: weight.view(shapes[name]) for name, weight in found.items()}
+
+
 def _load(folder: Path, rank: int) -> dict[str, Any]:
     """What a rank wrote of the optimizer, memory-mapped."""
     (file,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -137,10 +151,17 @@ def _load(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def _sub_groups(folder: Path) -> list[dict[str, int]]:
-    """Numbers of elements by parameter in each sub-group, as the first rank wrote them."""
+    """Numbers of elements by parameter in each sub-group."""
+    return [{name: shape.numel() for name, shape in group.items()} for group in _shapes(folder)]
+
+
+def _shapes(folder: Path) -> list[dict[str, torch.Size]]:
+    """Shapes by parameter in each sub-group, as the first rank wrote them."""
     (file,) = folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")
-    found = torch.load(file, map_location="cpu", mmap=True, weights_only=False)["param_shapes"]
-    return [{name: shape.numel() for name, shape in group.items()} for group in found]
+    found: list[dict[str, torch.Size]] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)[
+        "param_shapes"
+    ]
+    return found
 
 
 def _states_of(file: dict[str, Any], group: int, folder: Path, ranks: int) -> tuple[dict[str, Any], list[str]]:

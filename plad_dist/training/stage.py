@@ -81,7 +81,13 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
     fewest, most = config.training.workers
     names = ", ".join(job.name for job in jobs)
     size = str(most) if fewest == most else f"{fewest} to {most}"
-    with _ray_train_times(config), _monitored(progress, f"train {names}: starting {size} workers") as monitor:
+    from plad_dist.training.watch import watching
+
+    with (
+        _ray_train_times(config),
+        _monitored(progress, f"train {names}: starting {size} workers") as monitor,
+        watching(jobs, config, run, monitor, progress),
+    ):
         watcher = Watcher(monitor, names, fewest, most, config.cluster.start_timeout_s)
         tries, kept = 0, _kept(jobs, run)
         while True:

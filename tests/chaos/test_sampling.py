@@ -102,23 +102,27 @@ def morning(night: Night) -> dict[Path, tuple[bytes, int]]:
     """Everything that was committed at any of the blows; when it is there, the run is finished."""
     kept: dict[Path, tuple[bytes, int]] = {}
     night.start_driver()
+    # While it starts, and no engine of its kind has ever been up.
+    night.wait(lambda: bool(night.processes("VLLM::EngineCore")))
+    night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
+    night.wait(lambda: night.log().count(" died (") >= 1, 120)
     night.wait(lambda: len(night.parts()) >= 4)
 
     kept |= night.stamps()
     night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
-    night.wait(lambda: night.log().count(" died (") >= 1, 120)
+    night.wait(lambda: night.log().count(" died (") >= 2, 120)
     night.wait_for_more(4)
 
     kept |= night.stamps()
     # An engine that is told to end ends all its requests at once, as if they were done.
     night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGTERM)
-    night.wait(lambda: night.log().count(" died (") >= 2, 120)
+    night.wait(lambda: night.log().count(" died (") >= 3, 120)
     night.wait_for_more(4)
 
     kept |= night.stamps()
     night.cluster.remove_node(night.nodes.pop(), allow_graceful=False)
     night.nodes.append(night.add_node())
-    night.wait(lambda: night.log().count(" died (") >= 3, 300)
+    night.wait(lambda: night.log().count(" died (") >= 4, 300)
     night.wait_for_more(4)
 
     kept |= night.stamps()
@@ -164,7 +168,8 @@ def test_verify_passes(night: Night, morning: Any) -> None:
 
 def test_the_log_says_who_died_and_why(night: Night, morning: Any) -> None:
     reasons = re.findall(r" died \((.*)\); its blocks are leased again", night.log())
-    assert len(reasons) >= 3
+    assert len(reasons) >= 4
+    assert any("did not start" in reason for reason in reasons), reasons
     assert any("died without a word" in reason for reason in reasons), reasons
     assert any("told to end" in reason for reason in reasons), reasons
     assert any("node" in reason for reason in reasons), reasons

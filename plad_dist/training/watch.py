@@ -1,0 +1,292 @@
+"""Looks at what the student writes while a round trains, on resources that are free then.
+
+A look is a Ray task of its own: it makes the model of the latest checkpoint from its files, starts the student's engine on it, and lets
+it answer a few held-out prompts. The trainer waits for nothing and gathers nothing, and between looks their resources are anybody's.
+The driver judges the figures; the trainer reads the verdict when it next prunes its checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from plad_dist.config import Config, Decoding, Watch
+from plad_dist.data.models import model_fingerprint
+from plad_dist.data.prompts import heldout_prompts
+from plad_dist.data.templates import Messages
+from plad_dist.errors import RunFailed
+from plad_dist.evaluation.text import repetition, rouge_l
+from plad_dist.phases import WARMUP
+from plad_dist.progress import Progress
+from plad_dist.rundir import PLAD, RunDir, round_of
+from plad_dist.sampling.engine import Engine, RefusedPromptError
+from plad_dist.sampling.job import sample_seed
+from plad_dist.sampling.placement import engine_environment, engines_use_gpus, place
+from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore
+from plad_dist.training.elastic import free_resources
+from plad_dist.training.job import PhaseJob
+from plad_dist.training.watched import Look, Watched, read_watched
+
+logger = logging.getLogger("plad")
+
+_TURN_S = 5.0
+_SEED_ROUND = -4  # keeps these seeds apart from those of what is sampled for other purposes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked at every look, and what the starting student answered."""
+
+    ids: list[str]
+    prompts: list[Messages]
+    references: list[str | None]
+    before: list[Answer]
+
+
+@contextmanager
+def watching(jobs: Sequence[PhaseJob], config: Config, run: RunDir, monitor: Any, progress: Progress) -> Iterator[None]:
+    """Look at the rounds among the phases while the block runs, where the config wants it.
+
+    Args:
+        monitor: of the workers, who are left alone until they take steps.
+    """
+    rounds = [job for job in jobs if job.watch is not None and round_of(job.name) is not None]
+    if not rounds:
+        yield
+        return
+    watch = _Watch(rounds, config, run, monitor, progress)
+    thread = threading.Thread(target=watch.follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        watch.ended.set()
+        thread.join(timeout=2 * _TURN_S)
+
+
+class _Watch:
+    def __init__(self, jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, progress: Progress) -> None:
+        self._jobs, self._config, self._run, self._monitor, self._progress = jobs, config, run, monitor, progress
+        self.ended = threading.Event()
+        self._questions: dict[str, Questions] = {}
+        self._told = False  # that there is no room
+        for job in jobs:  # by the bounds as they are now
+            found = read_watched(run.storage, job.name, job.fingerprint)
+            if found is not None and job.watch is not None:
+                judged(replace(found, looking=None), job.watch).write(run.storage, job.name)
+
+    def follow(self) -> None:
+        while not self.ended.wait(_TURN_S):
+            try:
+                self._turn()
+            except (ray.exceptions.RayError, RunFailed, OSError) as error:  # training does not depend on being watched
+                logger.warning("watch: %s", str(error).strip().splitlines()[-1])
+
+    def _turn(self) -> None:
+        run = self._run
+        job = next((one for one in self._jobs if model_fingerprint(run.model(one.name)) != one.fingerprint), None)
+        if job is None or job.watch is None:
+            return
+        found = read_watched(run.storage, job.name, job.fingerprint)
+        newest, _ = CheckpointStore(job.checkpoints, job.name, job.fingerprint).newest()
+        if newest is None or (
+            found and (found.collapse or (found.looks and found.looks[-1].step >= newest.state.step))
+        ):
+            return
+        if not ray.get(self._monitor.takes_steps.remote(), timeout=30) or not self._room():
+            return
+        questions = self._questions_of(job, job.watch)
+        if not questions.ids:
+            return
+        found = found or Watched(job.fingerprint, start=figures(0, questions.before, questions))
+        replace(found, looking=newest.state.step).write(run.storage, job.name)
+        answers = self._look(job, newest, questions)
+        look = None if answers is None else figures(newest.state.step, answers, questions)
+        found = judged(replace(found, looks=[*found.looks, look] if look else found.looks, looking=None), job.watch)
+        found.write(run.storage, job.name)
+        if look is not None:
+            self._progress.say(f"watch {job.name}: {told(look)}; {found.collapse or 'sound'}")
+
+    def _room(self) -> bool:
+        """Whether one node has room for an engine of the student, beside the trainer."""
+        student = self._config.sampling.student
+        placement = place(student.engine, student.cpus, has_gpus=engines_use_gpus())
+        wanted = {"CPU": placement.cpus, "GPU": placement.gpus}
+        fits = not placement.bundles and any(
+            all(free.get(name, 0.0) >= amount for name, amount in wanted.items()) for free in free_resources().values()
+        )
+        if not fits and not self._told:
+            self._told = True
+            self._progress.say(f"watch: no node has {placement} free beside the trainer; looks when one has")
+        return fits
+
+    def _questions_of(self, job: PhaseJob, watch: Watch) -> Questions:
+        if job.name not in self._questions:
+            self._questions[job.name] = questions_of(self._config, self._run, round_of(job.name) or 0, watch.prompts)
+        return self._questions[job.name]
+
+    def _look(self, job: PhaseJob, checkpoint: Checkpoint, questions: Questions) -> list[Answer] | None:
+        """What the model of a checkpoint answers; None where training ends before it has."""
+        config, student = self._config, self._config.sampling.student
+        has_gpus = engines_use_gpus()
+        placement = place(student.engine, student.cpus, has_gpus=has_gpus)
+        environment = engine_environment(student.cpus, has_gpus=has_gpus)
+        decoding = Decoding(**{name: getattr(student, name) for name in Decoding.model_fields})
+        seeds = [sample_seed(config.run.seed, _SEED_ROUND, "student", id_, 0) for id_ in questions.ids]
+        task = ray.remote(max_calls=1, max_retries=0)(answers_of).options(
+            num_cpus=placement.cpus, num_gpus=placement.gpus, runtime_env={"env_vars": environment}
+        )
+        asked = task.remote(
+            replace(job, monitor=None), checkpoint, dict(student.engine), questions.prompts, decoding, seeds
+        )
+        while not ray.wait([asked], timeout=1.0)[0]:
+            if self.ended.is_set():
+                ray.cancel(asked, force=True)
+                return None
+        answers: list[Answer] = ray.get(asked)
+        return answers
+
+
+def questions_of(config: Config, run: RunDir, number: int, count: int) -> Questions:
+    """The first held-out prompts with the answers of the student that a round starts from."""
+    decodings = config.decodings()
+    decoding = "sampled" if "sampled" in decodings else max(decodings, key=lambda name: decodings[name].temperature)
+    before = run.at_round(number - 1).system_samples(PLAD, decoding) if number else run.system_samples(WARMUP, decoding)
+    rows = before.read(["prompt_id", "text", "num_tokens", "finish_reason"]).slice(0, count).to_pylist()
+    wanted = {row["prompt_id"] for row in rows}
+    prompts: dict[str, dict[str, Any]] = {}
+    dataset = heldout_prompts(run.storage)
+    for block in range(len(dataset.require("prepare").parts)):
+        if len(prompts) == len(wanted):
+            break
+        found = dataset.read_block(block).select(["prompt_id", "messages", "reference"]).to_pylist()
+        prompts |= {row["prompt_id"]: row for row in found if row["prompt_id"] in wanted}
+    return Questions(
+        ids=[row["prompt_id"] for row in rows],
+        prompts=[prompts[row["prompt_id"]]["messages"] for row in rows],
+        references=[prompts[row["prompt_id"]]["reference"] for row in rows],
+        before=[Answer(row["text"], row["num_tokens"], row["finish_reason"] == "stop") for row in rows],
+    )
+
+
+def answers_of(
+    job: PhaseJob,
+    checkpoint: Checkpoint,
+    engine: dict[str, Any],
+    prompts: Sequence[Messages],
+    decoding: Decoding,
+    seeds: Sequence[int],
+) -> list[Answer]:
+    """The task of a look: answers of a checkpoint's model, by an engine with vLLM's arguments of the student."""
+    from plad_dist.training.snapshot import write_snapshot  # it needs torch, which the driver does without
+
+    with tempfile.TemporaryDirectory(prefix="plad-watch-", dir=job.staging) as folder:
+        write_snapshot(job, checkpoint, Path(folder))
+        return asyncio.run(_answers(folder, job, engine, prompts, decoding, seeds))
+
+
+async def _answers(
+    folder: str,
+    job: PhaseJob,
+    engine: dict[str, Any],
+    prompts: Sequence[Messages],
+    decoding: Decoding,
+    seeds: Sequence[int],
+) -> list[Answer]:
+    running = Engine(folder, job.settings, engine, job.seed)
+
+    async def answer(index: int, prompt: Any) -> Answer:
+        try:
+            found = await running.complete(prompt, decoding, seeds[index], str(index))
+        except RefusedPromptError:
+            return Answer("", 0, finished=False)
+        return Answer(found.text, found.num_tokens, found.finish_reason == "stop")
+
+    try:
+        rendered = running.render(prompts)
+        return list(await asyncio.gather(*(answer(index, prompt) for index, prompt in enumerate(rendered))))
+    finally:
+        await running.close()
+
+
+def figures(step: int, answers: Sequence[Answer], questions: Questions) -> Look:
+    """Figures of answers to the questions."""
+    wins = []
+    for reference, answer, before in zip(questions.references, answers, questions.before, strict=True):
+        if reference and reference.strip():
+            ours, theirs = rouge_l(reference, answer.text), rouge_l(reference, before.text)
+            wins.append(0.5 if ours == theirs else float(ours > theirs))
+    return Look(
+        step=step,
+        tokens=_mean([answer.tokens for answer in answers]),
+        end_share=_mean([float(answer.finished) for answer in answers]),
+        repetition=_mean([repetition(answer.text) for answer in answers]),
+        win_rate=_mean(wins) if wins else None,
+    )
+
+
+def judged(found: Watched, bounds: Watch) -> Watched:
+    """The same with its verdict: what the latest look is out of, and the latest checkpoint that was sound."""
+    wrong = {look.step: out_of(look, found.start, bounds) for look in found.looks}
+    sound = [step for step, why in wrong.items() if why is None]
+    return replace(
+        found,
+        sound=sound[-1] if sound else None,
+        collapse=wrong[found.looks[-1].step] if found.looks else None,
+    )
+
+
+def out_of(look: Look, start: Look, bounds: Watch) -> str | None:
+    """The first bound that a look is out of, in words; None for none."""
+    if bounds.min_end_share is not None and look.end_share < bounds.min_end_share * start.end_share:
+        return (
+            f"at step {look.step} {look.end_share:.0%} of its answers end by themselves, {start.end_share:.0%} did at the start "
+            f"(training.watch.min_end_share={bounds.min_end_share:g})"
+        )
+    if bounds.max_length_ratio is not None and look.tokens > bounds.max_length_ratio * max(1.0, start.tokens):
+        return (
+            f"at step {look.step} an answer has {look.tokens:.1f} tokens, {start.tokens:.1f} at the start "
+            f"(training.watch.max_length_ratio={bounds.max_length_ratio:g})"
+        )
+    if bounds.max_repetition is not None and look.repetition > start.repetition + bounds.max_repetition:
+        return (
+            f"at step {look.step} {look.repetition:.0%} of the word 3-grams of an answer are repeated, {start.repetition:.0%} at "
+            f"the start (training.watch.max_repetition={bounds.max_repetition:g})"
+        )
+    if bounds.min_win_rate is not None and look.win_rate is not None and look.win_rate < bounds.min_win_rate:
+        return (
+            f"at step {look.step} it wins {look.win_rate:.0%} against the student that it started from "
+            f"(training.watch.min_win_rate={bounds.min_win_rate:g})"
+        )
+    return None
+
+
+def told(look: Look) -> str:
+    """A look in words."""
+    wins = "" if look.win_rate is None else f", wins {look.win_rate:.0%} against the start"
+    return (
+        f"step {look.step}: {look.tokens:.1f} tokens an answer, {look.end_share:.0%} end by themselves, repetition "
+        f"{look.repetition:.2f}{wins}"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
