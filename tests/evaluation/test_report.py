@@ -13,6 +13,7 @@ from rich.console import Console
 
 from plad_dist.evaluation.metrics import Output, compare
 from plad_dist.evaluation.report import ReportData, metrics_table, render_report
+from plad_dist.training.watched import Look, Watched
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
 RANKING = {
@@ -27,6 +28,7 @@ student: {path: Qwen/Qwen3-0.6B, revision: main}
 prompts: {source: {type: files, paths: [prompts.jsonl]}}
 training: {round: {loss: {name: rank, margin: 1.0}}}
 """
+LOOK = Look(0, tokens=3.0, end_share=0.9, repetition=0.0, win_rate=0.5)
 
 
 def make_metrics(systems: tuple[str, ...], reference: str | None, ranking: dict[str, Any] | None) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def make_report(
         versions={"vllm": "0.29.0"},
         pairing={"pairs": 7421, "drops": {"teacher_truncated": 12, "identical": 340}, "teacher_win_share": 0.512},
         timings={"warmup": 55.2, "sample": 3725.0},
+        watched={"round-0": Watched("f", LOOK, [LOOK], sound=0, collapse=f"it says {EVIL}")},
         facts={"Teacher parameters": "0.86 million"},
     )
 
@@ -61,7 +64,7 @@ def make_report(
 def empty_report() -> ReportData:
     return dataclasses.replace(
         make_report(("warmup", "plad"), None, {}),
-        curves={}, lengths={}, examples=[], config_yaml="", versions={}, pairing={}, timings={}, facts={},
+        curves={}, lengths={}, examples=[], config_yaml="", versions={}, pairing={}, timings={}, watched={}, facts={},
     )  # fmt: skip
 
 

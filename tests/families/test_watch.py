@@ -1,0 +1,66 @@
+"""A round that is watched while it trains: real checkpoints of real workers, answered by a real engine beside them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.conftest import plad, tiny_config, write_config, write_prompts
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A node with more cores than the trainer takes."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+    ray.shutdown()
+
+
+def watched_run(folder: Path, address: str, watch: dict[str, Any]) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    write_prompts(folder)
+    raw = tiny_config(folder)
+    raw["cluster"] = {"address": address}
+    raw["training"] |= {"num_workers": 1, "watch": {"prompts": 8} | watch}
+    raw["training"]["round"] |= {"epochs": 1000, "max_steps": 2500, "checkpoint_every": 20}
+    del raw["training"]["seqkd"]
+    config = write_config(folder, raw)
+    done = plad("run", str(config), timeout=1500)
+    return folder / "run", done
+
+
+def test_checkpoints_are_looked_at_while_training_goes_on(tmp_path: Path, address: str) -> None:
+    root, done = watched_run(
+        tmp_path, address,
+        {"min_end_share": None, "max_length_ratio": None, "max_repetition": None, "min_win_rate": None},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((root / "events/round-0/watched.json").read_text())
+    assert found["looks"], done.stderr[-4000:]
+    assert found["collapse"] is None
+    steps = [look["step"] for look in found["looks"]]
+    assert steps == sorted(set(steps))
+    assert all(step % 20 == 0 for step in steps)
+    assert all(0 < look["tokens"] <= 8 for look in found["looks"])
+    assert "watch round-0: step" in done.stderr
+    assert "What the student wrote during" in (root / "eval/round-0/report.html").read_text()
+
+
+def test_a_collapse_ends_the_round_early_and_says_so(tmp_path: Path, address: str) -> None:
+    """Bounds that no student can keep: there is no sound checkpoint either."""
+    root, done = watched_run(tmp_path, address, {"min_win_rate": 1.0, "max_length_ratio": 1e-3})
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "max_length_ratio" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (root / "models/round-0").exists()
+    metrics = (root / "events/round-0/metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["step"] < 2500
