@@ -218,6 +218,21 @@ def study(
         _compared(compare_runs(folders), str(Path(folders[0]).parent / "compare.html"))
 
 
+@app.command()
+def push(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Where on the hub; made if it is not there.")],
+    phase: Annotated[
+        str | None, typer.Option(help="Whose model: teacher, warmup, round-0, seqkd. Empty: the last round's.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="A new repository is seen by all.")] = False,
+) -> None:
+    """Upload a finished model with its card to a hub. The token comes from HF_TOKEN, another hub from HF_ENDPOINT."""
+    from plad_dist.push import push as upload
+
+    typer.echo(f"Pushed: {upload(run_dir, repo, phase, public=public)}")
+
+
 def _compared(comparison: dict[str, object], output: str | None, as_json: bool = False) -> None:
     from pathlib import Path
 

@@ -1,0 +1,150 @@
+"""`plad push` against a hub that this test serves: what is uploaded, and what is said when the hub or the run is not as it should be."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from plad_dist.config_file import parse_config
+from plad_dist.data.models import commit_model
+from plad_dist.rundir import RunDir, open_run
+from tests.conftest import plad
+from tests.tiny import make_random_model, sampling_config
+
+TOKEN = "hf_secret"  # of the hub below
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a hub as an upload of small files takes. Keeps what it was sent."""
+
+    made: ClassVar[list[dict[str, Any]]] = []
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._answer(401, {"error": "Invalid credentials"})
+        if self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            return self._answer(
+                200, {"url": f"http://{self.headers['Host']}/owner/student", "name": "owner/student", "id": "1"}
+            )
+        if "/preupload/" in self.path:
+            wanted = json.loads(body)["files"]
+            return self._answer(
+                200,
+                {"files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in wanted]},
+            )
+        if "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            return self._answer(
+                200,
+                {
+                    "success": True,
+                    "commitOid": "a" * 40,
+                    "commitUrl": f"http://{self.headers['Host']}/owner/student/commit/{'a' * 40}",
+                },
+            )
+        return self._answer(200, {})
+
+    def do_GET(self) -> None:
+        self._answer(200, {"name": "owner", "type": "user", "orgs": [], "sha": "b" * 40, "id": "owner/student"})
+
+    def _answer(self, status: int, body: dict[str, Any]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run with one finished model, made by hand."""
+    folder = tmp_path_factory.mktemp("push")
+    raw = sampling_config(folder, 4)
+    (folder / "run.yaml").write_text(yaml.safe_dump(raw))
+    found = open_run(parse_config(raw, "test"))
+    model = make_random_model(folder / "made")
+    (model / "README.md").write_text("# A student\n")
+    found.model("round-0").parent.mkdir()
+    commit_model(model, found.model("round-0"), "f", {"step": 3})
+    return found
+
+
+def push(hub: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+    own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": token}
+    return plad("push", *arguments, env=os.environ | own)
+
+
+def test_a_finished_model_goes_to_the_hub_with_its_card(run: RunDir, hub: str) -> None:
+    done = push(hub, str(run.root), "owner/student")
+    assert done.returncode == 0, done.stderr
+    assert f"Pushed: {hub}/owner/student" in done.stdout
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= Hub.files.keys()
+    assert Hub.files["model.safetensors"] == (run.model("round-0") / "model.safetensors").read_bytes()
+    assert Hub.made[-1]["visibility"] == "private"
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_token_that_the_hub_refuses_is_named_but_not_shown(run: RunDir, hub: str) -> None:
+    done = push(hub, str(run.root), "owner/student", token="hf_wrong")
+    assert done.returncode == 2, done.stderr
+    assert "the token in HF_TOKEN" in done.stderr
+    assert "hf_wrong" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["owner/student", "--phase", "seqkd"], 2, "the run has round-0"),
+        (["not a name!"], 2, "not a name!"),
+    ],
+)
+def test_bad_arguments_are_named(run: RunDir, hub: str, arguments: list[str], code: int, told: str) -> None:
+    done = push(hub, str(run.root), *arguments)
+    assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (code, True, False), done.stderr
+
+
+def test_a_hub_that_does_not_answer_is_said_to_be_away(run: RunDir) -> None:
+    done = push("http://127.0.0.1:9", str(run.root), "owner/student")
+    assert done.returncode == 1, done.stderr
+    assert "cannot be reached" in done.stderr
+
+
+def test_a_damaged_model_is_not_uploaded(run: RunDir, hub: str, tmp_path: Path) -> None:
+    weights = run.model("round-0") / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    try:
+        done = push(hub, str(run.root), "owner/student")
+    finally:
+        weights.write_bytes(whole)
+    assert done.returncode == 2
+    assert "plad verify" in done.stderr
