@@ -87,7 +87,8 @@ class Sampler:
     async def beat(self) -> Beat:
         """A sign of life."""
         in_flight = sum(map(len, self._under_way.values()))
-        return Beat(finished=self._finished, in_flight=in_flight, retries=self._backend.retries)
+        changes = self._backend.path is None
+        return Beat(finished=self._finished, in_flight=in_flight, retries=self._backend.retries, changes=changes)
 
     def _last_words(self, error: Exception) -> EngineDiedError:
         """Why the engine died and what was under way then. Nothing else may be sampled here: the actor ends."""

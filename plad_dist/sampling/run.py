@@ -336,6 +336,8 @@ class _Driver:
         if actor in fleet.ready:
             if beat.finished > fleet.ready[actor].finished:
                 fleet.failed_starts = 0
+            if beat.changes and not fleet.ready[actor].changes:
+                self._progress.say(f"{actor}: starts its engine anew, with the weights of the next model")
             fleet.ready[actor] = beat
             fleet.pool.beat(actor, beat.finished, time.monotonic())
 

@@ -89,11 +89,13 @@ class Beat:
         finished: units that it finished in its life; it stalls when this no longer grows.
         in_flight: units under way.
         retries: requests that it tried again in its life.
+        changes: its engine is being started anew with other weights.
     """
 
     finished: int
     in_flight: int
     retries: int = 0
+    changes: bool = False
 
 
 class BlockWorker(Protocol):
