@@ -33,7 +33,7 @@ test: setup ## Run the tests, the one on the real engines included.
 chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
 	$(BIN)/python -m pytest tests/chaos
 
-families: setup ## Run models of five families, and several rounds, through the whole pipeline; long.
+families: setup ## Run models of five families, several rounds and a watched one through the whole pipeline; long.
 	$(BIN)/python -m pytest tests/families
 
 soak: setup ## Disturb whole pipelines at random. MINUTES=15 SEED=1; needs root and iproute2.

@@ -53,7 +53,7 @@ class ReportData:
     tokens of every output. `examples`: `prompt`, `reference` (or None) and `outputs` by label. `pairing`: `pairs`,
     `drops` by reason, `teacher_win_share` (or None). `timings`: seconds by stage. `cost`: by who was
     sampled, `samples`, `prompt_tokens`, `tokens`, and `money` at endpoints (or None). `watched`: what watching has found of
-    each phase. `facts`: more lines for "what was distilled".
+    each phase, and the step of its model. `facts`: more lines for "what was distilled".
     """
 
     title: str
@@ -66,7 +66,7 @@ class ReportData:
     pairing: Mapping[str, Any]
     timings: Mapping[str, float]
     cost: Mapping[str, Record] = field(default_factory=dict)
-    watched: Mapping[str, Watched] = field(default_factory=dict)
+    watched: Mapping[str, tuple[Watched, int | None]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
 
 

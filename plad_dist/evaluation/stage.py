@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Config, LlmJudge, RewardJudge, fingerprint
+from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
@@ -213,7 +214,11 @@ def report(config: Config, run: RunDir) -> str:
             },
             timings=run.storage.read_json(TIMINGS) or {},
             cost=_cost(config, run),
-            watched={phase: found for phase in phases if (found := read_watched(run.storage, phase, None)) is not None},
+            watched={
+                phase: (watched, _model_step(run, phase))
+                for phase in phases
+                if (watched := read_watched(run.storage, phase, None)) is not None
+            },
         )
     )
     card = render_card(config, metrics, installed, config_yaml)
@@ -265,9 +270,17 @@ def heldout_ranking(config: Config, run: RunDir) -> dict[str, Any] | None:
             continue
         _, heldout = read_metrics(run.root / "events" / phase)
         if heldout:
-            ranking |= {last: heldout[-1]["heldout"], "pairs": heldout[-1]["heldout_pairs"]}
+            step = _model_step(run, phase)  # of the checkpoint that became the model, which need not be the last one
+            after = next((row for row in heldout if row["step"] == step), heldout[-1])
+            ranking |= {last: after["heldout"], "pairs": after["heldout_pairs"]}
             ranking |= {first: heldout[0]["heldout"]} if first else {}
     return ranking or None
+
+
+def _model_step(run: RunDir, phase: str) -> int | None:
+    """The step whose weights a phase's model has."""
+    marker = model_marker(run.model(phase))
+    return None if marker is None else marker["facts"].get("step")
 
 
 def versions() -> dict[str, str]:

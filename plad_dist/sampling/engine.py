@@ -166,9 +166,8 @@ class Engine:
         try:
             return AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, **self._args))
         except Exception as error:  # noqa: BLE001 - vLLM raises whatever its layers raise
-            if (reason := _silent_death(error)) is not None:
-                raise EngineStartError(f"{path}: {reason}") from None
-            raise UserError(_readable(error, path)) from None
+            kind = EngineStartError if _silent_death(error) is not None else UserError
+            raise kind(_readable(error, path)) from None
 
     async def check(self) -> str | None:
         """A running engine has been checked by its start."""

@@ -296,6 +296,8 @@ class _Driver:
 
     def _failed(self, fleet: RunningFleet, actor: str, about: Any, cause: Exception) -> None:
         match about:
+            case "start" if isinstance(cause, EngineStartError) and not fleet.started_once and fleet.failed_starts >= 2:
+                raise RunFailed(f"{actor}: {first_line(cause)} It was tried {fleet.failed_starts + 1} times") from None
             case "start" if fleet.started_once or isinstance(cause, EngineStartError):
                 self._lost(fleet, actor, f"did not start: {first_line(cause)}")
             case "start":

@@ -7,19 +7,16 @@ object store. ``latest.json`` says for people which one is the newest; the truth
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +26,7 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import of_first_rank
 from plad_dist.training.attempts import Attempt
 from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
+from plad_dist.training.own_folder import OwnFolder
 from plad_dist.training.reshard import load_resharded
 from plad_dist.training.watched import Watched
 
@@ -60,7 +58,8 @@ class Checkpoints:
         self._watched = watched
         self._store, self._attempt, self._keep, self._only_trained = store, attempt, keep, only_trained
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._staging, self._lock = _own_folder(Path(staging or tempfile.gettempdir()))
+        self._own = OwnFolder(staging, _STAGED)
+        self._staging = self._own.path
         self._carrier = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saved: int | None = None  # step of the latest one
@@ -73,9 +72,7 @@ class Checkpoints:
     def close(self) -> None:
         """Forget what is not committed."""
         self._carrier.shutdown(wait=False, cancel_futures=True)
-        shutil.rmtree(self._staging, ignore_errors=True)
-        _lock_of(self._staging).unlink(missing_ok=True)
-        self._lock.close()
+        self._own.remove()
 
     # -- writing
 
@@ -177,7 +174,10 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Delete all but the newest checkpoints, the best ones that these know of, and those that watching needs."""
-        watched = self._watched()
+        try:
+            watched = self._watched()
+        except RunFailed:  # what must be kept is not known now; the next checkpoint prunes
+            return
         self.collapsed = watched is not None and watched.collapse is not None
         newest: list[TrainState] = []
         for step in self._store.steps():
@@ -283,26 +283,6 @@ class Checkpoints:
             yield folder
         finally:
             shutil.rmtree(folder)
-
-
-def _own_folder(place: Path) -> tuple[Path, TextIO]:
-    """A new folder that is locked while this process lives. Those that dead processes have left are removed."""
-    place.mkdir(parents=True, exist_ok=True)
-    for folder in place.glob(f"{_STAGED}*/"):
-        with contextlib.suppress(OSError), _lock_of(folder).open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-            _lock_of(folder).unlink()
-    folder = place / f"{_STAGED}{uuid.uuid4().hex}"
-    # Before the folder is there, or another process could take it for one that was left.
-    lock = _lock_of(folder).open("a")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    folder.mkdir()
-    return folder, lock
-
-
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
 
 
 def optimizer_of(engine: Any) -> str:

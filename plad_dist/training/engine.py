@@ -53,7 +53,7 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     if job.gradient_checkpointing or job.lora is not None:
         model.enable_input_require_grads()  # or the first layer would be let go before its own backward
     if job.gradient_checkpointing:
-        # Reentrant: a layer that is computed again is then fetched and let go by its own hooks, as in the first pass.
+        # Reentrant: right whether or not a layer's hooks run again when it is computed again, which differs by transformers' version.
         model.gradient_checkpointing_enable({"use_reentrant": True})
     whole_layers(model)
     policy = Policy(model, attention)

@@ -136,6 +136,7 @@ class Worker:
         if self._collapse is None:
             self._evaluate(log)
         self._settle()
+        self._collapse = self._collapse or of_first_rank(self._found_collapsed)  # what was found at the last moment
         self._export(log)
 
     def close(self) -> None:
@@ -444,16 +445,16 @@ class Worker:
         return patience is not None and self.state.stale >= patience
 
     def _watched(self) -> Watched | None:
-        """What watching has found; where that cannot be read, training goes on as if nothing were known."""
-        if self.job.watch is None:
-            return None
-        with contextlib.suppress(RunFailed):
-            return read_watched(self.job.storage, self.job.name, self.job.fingerprint)
-        return None
+        """What watching has found, None where it does not watch."""
+        job = self.job
+        return None if job.watch is None else read_watched(job.storage, job.name, job.fingerprint)
 
     def _found_collapsed(self) -> Watched | None:
-        found = self._watched()
-        return found if found is not None and found.collapse is not None else None
+        """The same where there is a collapse. Where that cannot be read, training goes on."""
+        with contextlib.suppress(RunFailed):
+            found = self._watched()
+            return found if found is not None and found.collapse is not None else None
+        return None
 
     def _to_export(self) -> int | None:
         """Step of the checkpoint that becomes the model, None for what is there now. Raises :class:`StoppedError`."""
@@ -461,9 +462,9 @@ class Worker:
             return self.state.best_step if self.job.phase.export == "best" else None
         if self._collapse.sound is None:
             raise StoppedError(
-                f"phase {self.job.name}: the student has collapsed: {self._collapse.collapse}; no checkpoint before was found to be "
-                f"sound. Delete checkpoints/{self.job.name} and events/{self.job.name} of the run, and train with a lower "
-                "optimizer.lr, a larger loss.mle_weight, or other bounds in training.watch"
+                f"phase {self.job.name}: the student has collapsed: {self._collapse.collapse}; no checkpoint that is left was found to "
+                "be sound. Set other bounds in training.watch and run again, or train in another run.dir with a lower optimizer.lr "
+                "or a larger loss.mle_weight"
             )
         return self._collapse.sound
 
@@ -476,15 +477,16 @@ class Worker:
                 best = self.checkpoints.at(step)
             except DamagedCheckpoint as error:
                 raise StoppedError(
-                    f"phase {self.job.name}: is trained, but its best checkpoint cannot be exported: {error}. Mend the storage and "
-                    "run again, or use another run.dir"
+                    f"phase {self.job.name}: is trained, but the checkpoint of step {step} cannot be exported: {error}. Mend the storage "
+                    "and run again, or use another run.dir"
                 ) from None
             self.checkpoints.load(self.engine, best)
-            state = best.state
+            state = self.state = best.state
             if log is not None:
                 log.say(
                     f"exports the {'best' if self._collapse is None else 'latest sound'} checkpoint, of step {step}"
                 )
+            self._evaluate(log)  # unless it was: the report shows the figures of the model
         export_model(self.engine, self.job, state, self.attempt)
         self._settle()
 

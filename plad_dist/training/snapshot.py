@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 
 import torch
@@ -21,6 +19,8 @@ _PREFIX = "model."  # of the student's parameters in the engine's module
 def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
     """Write the weights of a ZeRO-3 checkpoint as a Hugging Face folder; adapters are merged into the start's weights.
 
+    Files of checkpoints on an object store lie beside it for a while.
+
     Raises:
         OSError, RunFailed: a file is not there (any more), or not what was committed.
     """
@@ -28,35 +28,33 @@ def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, checkpoint.state.dtype)
-    with _local(job.checkpoints, checkpoint) as files:
-        trained = whole_weights(files, checkpoint.state.workers)
-        transformers.utils.logging.disable_progress_bar()
-        settings = job.settings
-        model = AutoModelForCausalLM.from_pretrained(
-            job.start, revision=settings.revision, trust_remote_code=settings.trust_remote_code, dtype=dtype
-        )
-        parameters = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, weight in trained.items():
-                own = name.removeprefix(_PREFIX)
-                if ".lora_B." in own:  # W + scale * B A, as the export merges them
-                    assert job.lora is not None
-                    base = parameters[f"{own.partition('.lora_B.')[0]}.weight"]
-                    low_rank = weight @ trained[name.replace(".lora_B.", ".lora_A.")]
-                    base.copy_(base.float() + job.lora.alpha / job.lora.r * low_rank)
-                elif ".lora_A." not in own:
-                    parameters[own].copy_(weight)
+    trained = whole_weights(_local(job.checkpoints, checkpoint, folder / "files"), checkpoint.state.workers)
+    transformers.utils.logging.disable_progress_bar()
+    settings = job.settings
+    model = AutoModelForCausalLM.from_pretrained(
+        job.start, revision=settings.revision, trust_remote_code=settings.trust_remote_code, dtype=dtype
+    )
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in trained.items():
+            own = name.removeprefix(_PREFIX)
+            if ".lora_B." in own:  # W + scale * B A, as the export merges them
+                assert job.lora is not None
+                base = parameters[f"{own.partition('.lora_B.')[0]}.weight"]
+                low_rank = weight @ trained[name.replace(".lora_B.", ".lora_A.")]
+                base.copy_(base.float() + job.lora.alpha / job.lora.r * low_rank)
+            elif ".lora_A." not in own:
+                parameters[own].copy_(weight)
+    shutil.rmtree(folder / "files", ignore_errors=True)
     model.save_pretrained(folder)
     load_tokenizer(job.start, settings).save_pretrained(folder)
 
 
-@contextmanager
-def _local(storage: Storage, checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder with the checkpoint's files, while they are read."""
+def _local(storage: Storage, checkpoint: Checkpoint, room: Path) -> Path:
+    """A folder with the checkpoint's files."""
     if storage.local_root is not None:
-        yield storage.local_root / checkpoint.folder
-        return
-    with tempfile.TemporaryDirectory(prefix="plad-snapshot-") as folder:
-        for name in checkpoint.files:
-            storage.download(f"{checkpoint.folder}/{name}", Path(folder) / name)
-        yield Path(folder)
+        return storage.local_root / checkpoint.folder
+    room.mkdir(parents=True)
+    for name in checkpoint.files:
+        storage.download(f"{checkpoint.folder}/{name}", room / name)
+    return room

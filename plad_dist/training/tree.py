@@ -26,6 +26,7 @@ TREE_ATTENTION, FLEX_ATTENTION = "plad_tree", "plad_flex"
 # Half of what FlexAttention takes by itself: under a mask that is evaluated, larger ones spill registers (on an H200, a forward of
 # 10 rows of 1,792 tokens, 32 heads of 64 and 4 key-value heads: 0.27 ms and 0.92 ms).
 _BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64}
+_WIDEST_HEAD = 128  # with them; FlexAttention's own choice for wider heads is no larger
 
 
 class TreeMask(BlockMask):
@@ -115,8 +116,9 @@ def flex_tree_attention(
     """Attention under a block mask, as transformers calls it."""
     # Kernels differ with and without gradients, with windows, with one row: at the limit of 8 a call would go uncompiled from then on.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    blocks = _BLOCKS if query.shape[-1] <= _WIDEST_HEAD else None
     found: tuple[Tensor, Tensor | None] = flex_attention_forward(
-        module, query, key, value, attention_mask, kernel_options=_BLOCKS, **options
+        module, query, key, value, attention_mask, kernel_options=blocks, **options
     )
     return found
 

@@ -9,36 +9,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from plad_dist.config import Config, Decoding, Watch
-from plad_dist.data.models import model_fingerprint
+from plad_dist.data.models import first_line, model_fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.templates import Messages
-from plad_dist.errors import RunFailed
 from plad_dist.evaluation.text import repetition, rouge_l
 from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RunDir, round_of
 from plad_dist.sampling.engine import Engine, RefusedPromptError
 from plad_dist.sampling.job import sample_seed
-from plad_dist.sampling.placement import engine_environment, engines_use_gpus, place
+from plad_dist.sampling.placement import Placement, engine_environment, engines_use_gpus, place
 from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore
 from plad_dist.training.elastic import free_resources
 from plad_dist.training.job import PhaseJob
+from plad_dist.training.own_folder import OwnFolder
 from plad_dist.training.watched import Look, Watched, read_watched
 
 logger = logging.getLogger("plad")
 
-_TURN_S = 5.0
+_TURN_S, _LONGEST_PAUSE_S = 5.0, 300.0
+_FOLDER = "plad-watch-"
 _SEED_ROUND = -4  # keeps these seeds apart from those of what is sampled for other purposes
 
 
@@ -59,6 +59,7 @@ class Questions:
     prompts: list[Messages]
     references: list[str | None]
     before: list[Answer]
+    decoding: Decoding
 
 
 @contextmanager
@@ -87,18 +88,35 @@ class _Watch:
         self._jobs, self._config, self._run, self._monitor, self._progress = jobs, config, run, monitor, progress
         self.ended = threading.Event()
         self._questions: dict[str, Questions] = {}
+        self._looked_at: dict[str, int] = {}  # step by phase, whatever came of it
         self._told = False  # that there is no room
-        for job in jobs:  # by the bounds as they are now
-            found = read_watched(run.storage, job.name, job.fingerprint)
-            if found is not None and job.watch is not None:
-                judged(replace(found, looking=None), job.watch).write(run.storage, job.name)
 
     def follow(self) -> None:
-        while not self.ended.wait(_TURN_S):
+        """Look whenever there is something new. Training does not depend on it: what goes wrong is said, and tried again later."""
+        wait, begun = _TURN_S, False
+        while not self.ended.wait(wait):
             try:
+                if not begun:
+                    self._judge_anew()
+                begun = True
                 self._turn()
-            except (ray.exceptions.RayError, RunFailed, OSError) as error:  # training does not depend on being watched
-                logger.warning("watch: %s", str(error).strip().splitlines()[-1])
+                wait = _TURN_S
+            except Exception as error:  # noqa: BLE001 - the thread must go on
+                wait = min(2 * wait, _LONGEST_PAUSE_S)
+                logger.warning("watch: %s", first_line(error))
+
+    def _judge_anew(self) -> None:
+        """By the bounds as they are now, and the checkpoints that are left."""
+        for job in self._jobs:
+            found = read_watched(self._run.storage, job.name, job.fingerprint)
+            if found is not None:
+                self._write(job, replace(found, looking=None))
+
+    def _write(self, job: PhaseJob, found: Watched) -> Watched:
+        assert job.watch is not None
+        found = judged(found, job.watch, _store(job).is_committed)
+        found.write(self._run.storage, job.name)
+        return found
 
     def _turn(self) -> None:
         run = self._run
@@ -106,29 +124,37 @@ class _Watch:
         if job is None or job.watch is None:
             return
         found = read_watched(run.storage, job.name, job.fingerprint)
-        newest, _ = CheckpointStore(job.checkpoints, job.name, job.fingerprint).newest()
-        if newest is None or (
-            found and (found.collapse or (found.looks and found.looks[-1].step >= newest.state.step))
-        ):
+        newest, _ = _store(job).newest()
+        if newest is None or (found is not None and found.collapse is not None):
             return
-        if not ray.get(self._monitor.takes_steps.remote(), timeout=30) or not self._room():
+        step = newest.state.step
+        seen = max(self._looked_at.get(job.name, 0), found.looks[-1].step if found is not None and found.looks else 0)
+        if seen >= step or not self._trains() or not self._room():
             return
+        self._looked_at[job.name] = step
         questions = self._questions_of(job, job.watch)
         if not questions.ids:
             return
         found = found or Watched(job.fingerprint, start=figures(0, questions.before, questions))
-        replace(found, looking=newest.state.step).write(run.storage, job.name)
-        answers = self._look(job, newest, questions)
-        look = None if answers is None else figures(newest.state.step, answers, questions)
-        found = judged(replace(found, looks=[*found.looks, look] if look else found.looks, looking=None), job.watch)
-        found.write(run.storage, job.name)
-        if look is not None:
-            self._progress.say(f"watch {job.name}: {told(look)}; {found.collapse or 'sound'}")
+        self._write(job, replace(found, looking=step))
+        answers = self._look(job, newest, questions) if _store(job).is_committed(step) else None
+        found = read_watched(run.storage, job.name, job.fingerprint)
+        if found is None or found.looking != step:  # another command watches now
+            return
+        if answers is None:
+            self._write(job, replace(found, looking=None))
+            return
+        look = figures(step, answers, questions)
+        found = self._write(job, replace(found, looks=[*found.looks, look], looking=None))
+        self._progress.say(f"watch {job.name}: {told(look)}; {found.collapse or 'sound'}")
+
+    def _trains(self) -> bool:
+        """Whether the workers take steps: before, and while they start anew, what is free is theirs."""
+        return bool(ray.get(self._monitor.takes_steps.remote(), timeout=30))
 
     def _room(self) -> bool:
         """Whether one node has room for an engine of the student, beside the trainer."""
-        student = self._config.sampling.student
-        placement = place(student.engine, student.cpus, has_gpus=engines_use_gpus())
+        placement = self._placement
         wanted = {"CPU": placement.cpus, "GPU": placement.gpus}
         fits = not placement.bundles and any(
             all(free.get(name, 0.0) >= amount for name, amount in wanted.items()) for free in free_resources().values()
@@ -138,31 +164,41 @@ class _Watch:
             self._progress.say(f"watch: no node has {placement} free beside the trainer; looks when one has")
         return fits
 
+    @property
+    def _placement(self) -> Placement:
+        student = self._config.sampling.student
+        return place(student.engine, student.cpus, has_gpus=engines_use_gpus())
+
     def _questions_of(self, job: PhaseJob, watch: Watch) -> Questions:
         if job.name not in self._questions:
             self._questions[job.name] = questions_of(self._config, self._run, round_of(job.name) or 0, watch.prompts)
         return self._questions[job.name]
 
     def _look(self, job: PhaseJob, checkpoint: Checkpoint, questions: Questions) -> list[Answer] | None:
-        """What the model of a checkpoint answers; None where training ends before it has."""
-        config, student = self._config, self._config.sampling.student
-        has_gpus = engines_use_gpus()
-        placement = place(student.engine, student.cpus, has_gpus=has_gpus)
-        environment = engine_environment(student.cpus, has_gpus=has_gpus)
-        decoding = Decoding(**{name: getattr(student, name) for name in Decoding.model_fields})
+        """What the model of a checkpoint answers; None where it took too long, or the trainer needs what the look holds."""
+        config, student, placement = self._config, self._config.sampling.student, self._placement
         seeds = [sample_seed(config.run.seed, _SEED_ROUND, "student", id_, 0) for id_ in questions.ids]
         task = ray.remote(max_calls=1, max_retries=0)(answers_of).options(
-            num_cpus=placement.cpus, num_gpus=placement.gpus, runtime_env={"env_vars": environment}
+            num_cpus=placement.cpus,
+            num_gpus=placement.gpus,
+            runtime_env={"env_vars": engine_environment(student.cpus, has_gpus=engines_use_gpus())},
         )
         asked = task.remote(
-            replace(job, monitor=None), checkpoint, dict(student.engine), questions.prompts, decoding, seeds
+            replace(job, monitor=None), checkpoint, dict(student.engine), questions.prompts, questions.decoding, seeds
         )
-        while not ray.wait([asked], timeout=1.0)[0]:
-            if self.ended.is_set():
-                ray.cancel(asked, force=True)
-                return None
-        answers: list[Answer] = ray.get(asked)
-        return answers
+        until = time.monotonic() + config.sampling.engine_start_timeout_s + config.sampling.stall_timeout_s
+        try:
+            while not ray.wait([asked], timeout=1.0)[0]:
+                if self.ended.is_set() or time.monotonic() > until or not self._trains():
+                    return None
+            answers: list[Answer] = ray.get(asked)
+            return answers
+        finally:
+            ray.cancel(asked, force=True)  # nothing, where it has ended
+
+
+def _store(job: PhaseJob) -> CheckpointStore:
+    return CheckpointStore(job.checkpoints, job.name, job.fingerprint)
 
 
 def questions_of(config: Config, run: RunDir, number: int, count: int) -> Questions:
@@ -184,6 +220,7 @@ def questions_of(config: Config, run: RunDir, number: int, count: int) -> Questi
         prompts=[prompts[row["prompt_id"]]["messages"] for row in rows],
         references=[prompts[row["prompt_id"]]["reference"] for row in rows],
         before=[Answer(row["text"], row["num_tokens"], row["finish_reason"] == "stop") for row in rows],
+        decoding=decodings[decoding],
     )
 
 
@@ -198,9 +235,9 @@ def answers_of(
     """The task of a look: answers of a checkpoint's model, by an engine with vLLM's arguments of the student."""
     from plad_dist.training.snapshot import write_snapshot  # it needs torch, which the driver does without
 
-    with tempfile.TemporaryDirectory(prefix="plad-watch-", dir=job.staging) as folder:
-        write_snapshot(job, checkpoint, Path(folder))
-        return asyncio.run(_answers(folder, job, engine, prompts, decoding, seeds))
+    with OwnFolder(job.staging, _FOLDER) as folder:
+        write_snapshot(job, checkpoint, folder / "model")
+        return asyncio.run(_answers(str(folder / "model"), job, engine, prompts, decoding, seeds))
 
 
 async def _answers(
@@ -214,6 +251,8 @@ async def _answers(
     running = Engine(folder, job.settings, engine, job.seed)
 
     async def answer(index: int, prompt: Any) -> Answer:
+        if isinstance(prompt, Exception):  # the template cannot render it
+            return Answer("", 0, finished=False)
         try:
             found = await running.complete(prompt, decoding, seeds[index], str(index))
         except RefusedPromptError:
@@ -243,10 +282,10 @@ def figures(step: int, answers: Sequence[Answer], questions: Questions) -> Look:
     )
 
 
-def judged(found: Watched, bounds: Watch) -> Watched:
-    """The same with its verdict: what the latest look is out of, and the latest checkpoint that was sound."""
+def judged(found: Watched, bounds: Watch, is_there: Callable[[int], bool]) -> Watched:
+    """The same with its verdict: what the latest look is out of, and the latest checkpoint that is there and was sound."""
     wrong = {look.step: out_of(look, found.start, bounds) for look in found.looks}
-    sound = [step for step, why in wrong.items() if why is None]
+    sound = [step for step, why in wrong.items() if why is None and is_there(step)]
     return replace(
         found,
         sound=sound[-1] if sound else None,

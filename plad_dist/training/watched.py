@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 
 from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Watched:
         start: the starting student.
         looks: at checkpoints, in the order of their steps.
         looking: step of the checkpoint that is being sampled.
-        sound: step of the latest checkpoint that had not collapsed.
+        sound: step of the latest checkpoint that is there and had not collapsed.
         collapse: what is wrong with the latest one that was looked at, None for nothing.
     """
 
@@ -56,12 +57,25 @@ class Watched:
 
 
 def read_watched(storage: Storage, phase: str, fingerprint: str | None) -> Watched | None:
-    """What watching has found of a phase; None where it is not watched, or this was another one. `fingerprint`: None for any."""
+    """What watching has found of a phase; None where it is not watched, or this was another one.
+
+    Args:
+        fingerprint: of the phase, None for any.
+
+    Raises:
+        RunFailed: it cannot be read.
+    """
     found = storage.read_json(_key(phase))
-    if found is None or fingerprint not in (None, found["fingerprint"]):
+    if found is None:
         return None
-    looks = {"start": Look(**found["start"]), "looks": [Look(**look) for look in found["looks"]]}
-    return Watched(**{one.name: found[one.name] for one in fields(Watched)} | looks)
+    try:
+        looks = {"start": Look(**found["start"]), "looks": [Look(**look) for look in found["looks"]]}
+        watched = Watched(**{one.name: found[one.name] for one in fields(Watched)} | looks)
+    except (KeyError, TypeError, AttributeError):
+        raise RunFailed(
+            f"{storage.url}/{_key(phase)}: damaged; delete it to have the checkpoints looked at anew"
+        ) from None
+    return watched if fingerprint in (None, watched.fingerprint) else None
 
 
 def _key(phase: str) -> str:

@@ -56,7 +56,7 @@ def make_report(
         versions={"vllm": "0.29.0"},
         pairing={"pairs": 7421, "drops": {"teacher_truncated": 12, "identical": 340}, "teacher_win_share": 0.512},
         timings={"warmup": 55.2, "sample": 3725.0},
-        watched={"round-0": Watched("f", LOOK, [LOOK], sound=0, collapse=f"it says {EVIL}")},
+        watched={"round-0": (Watched("f", LOOK, [LOOK], sound=0, collapse=f"it says {EVIL}"), 7)},
         facts={"Teacher parameters": "0.86 million"},
     )
 

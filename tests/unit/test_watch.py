@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from plad_dist.config import Watch
+from plad_dist.config import Decoding, Watch
 from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed
 from plad_dist.training.watch import Answer, Questions, figures, judged, out_of
 from plad_dist.training.watched import Look, Watched, read_watched
 
@@ -17,13 +18,13 @@ SOUND = Look(5, tokens=11.0, end_share=0.88, repetition=0.1, win_rate=0.6)
 
 def test_figures_are_means_over_the_answers_and_wins_against_the_first_ones() -> None:
     before = [Answer("a b c", 3, True), Answer("x", 1, True), Answer("p q", 2, False)]
-    questions = Questions(["1", "2", "3"], [[], [], []], ["a b c d", "x", None], before)
+    questions = Questions(["1", "2", "3"], [[], [], []], ["a b c d", "x", None], before, Decoding())
     answers = [Answer("a b c d", 4, True), Answer("x", 2, True), Answer("a b c a b c a b c", 9, False)]
     look = figures(7, answers, questions)
     assert (look.step, look.tokens, look.end_share) == (7, 5.0, pytest.approx(2 / 3))
     assert look.win_rate == 0.75, "better, and the same; the third has no reference"
     assert look.repetition == pytest.approx((0 + 0 + 4 / 7) / 3)
-    assert figures(7, answers, Questions(["1"] * 3, [[]] * 3, [None] * 3, before)).win_rate is None
+    assert figures(7, answers, Questions(["1"] * 3, [[]] * 3, [None] * 3, before, Decoding())).win_rate is None
 
 
 @pytest.mark.parametrize(
@@ -43,11 +44,12 @@ def test_a_look_out_of_a_bound_says_which(figure: str, value: float, named: str)
 
 
 def test_the_latest_sound_look_stays_named_after_a_collapse() -> None:
-    looks = [SOUND, Look(10, 12.0, 0.9, 0.1), Look(15, 40.0, 0.1, 0.1)]
-    found = judged(Watched("f", START, looks), Watch())
-    assert (found.sound, found.collapse is not None) == (10, True)
-    assert judged(Watched("f", START, looks), Watch(min_end_share=None, max_length_ratio=None)).collapse is None
-    assert judged(Watched("f", START), Watch()).sound is None
+    found = Watched("f", START, [SOUND, Look(10, 12.0, 0.9, 0.1), Look(15, 40.0, 0.1, 0.1)])
+    judgement = judged(found, Watch(), lambda step: True)
+    assert (judgement.sound, judgement.collapse is not None) == (10, True)
+    assert judged(found, Watch(), lambda step: step != 10).sound == 5, "one that is gone is no use"
+    assert judged(found, Watch(min_end_share=None, max_length_ratio=None), lambda step: True).collapse is None
+    assert judged(Watched("f", START), Watch(), lambda step: True).sound is None
 
 
 def test_what_was_found_is_read_as_it_was_written_and_of_the_same_phase_alone(tmp_path: Path) -> None:
@@ -58,3 +60,6 @@ def test_what_was_found_is_read_as_it_was_written_and_of_the_same_phase_alone(tm
     assert read_watched(storage, "round-0", "f") == read_watched(storage, "round-0", None) == found
     assert found.needed == {5, 10}
     assert read_watched(storage, "round-0", "another") is None
+    storage.replace("events/round-0/watched.json", b'{"fingerprint": "f"}')
+    with pytest.raises(RunFailed, match="delete it"):
+        read_watched(storage, "round-0", "f")
