@@ -22,6 +22,7 @@ from plad_dist.config import Config, Decoding, Watch
 from plad_dist.data.models import first_line, model_fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.templates import Messages
+from plad_dist.evaluation.metrics import Output
 from plad_dist.evaluation.text import repetition, rouge_l
 from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
@@ -43,22 +44,13 @@ _SEED_ROUND = -4  # keeps these seeds apart from those of what is sampled for ot
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a model wrote."""
-
-    text: str
-    tokens: int
-    finished: bool
-
-
-@dataclass(frozen=True)
 class Questions:
     """What is asked at every look, and what the starting student answered."""
 
     ids: list[str]
     prompts: list[Messages]
     references: list[str | None]
-    before: list[Answer]
+    before: list[Output]
     decoding: Decoding
 
 
@@ -174,7 +166,7 @@ class _Watch:
             self._questions[job.name] = questions_of(self._config, self._run, round_of(job.name) or 0, watch.prompts)
         return self._questions[job.name]
 
-    def _look(self, job: PhaseJob, checkpoint: Checkpoint, questions: Questions) -> list[Answer] | None:
+    def _look(self, job: PhaseJob, checkpoint: Checkpoint, questions: Questions) -> list[Output] | None:
         """What the model of a checkpoint answers; None where it took too long, or the trainer needs what the look holds."""
         config, student, placement = self._config, self._config.sampling.student, self._placement
         seeds = [sample_seed(config.run.seed, _SEED_ROUND, "student", id_, 0) for id_ in questions.ids]
@@ -191,7 +183,7 @@ class _Watch:
             while not ray.wait([asked], timeout=1.0)[0]:
                 if self.ended.is_set() or time.monotonic() > until or not self._trains():
                     return None
-            answers: list[Answer] = ray.get(asked)
+            answers: list[Output] = ray.get(asked)
             return answers
         finally:
             ray.cancel(asked, force=True)  # nothing, where it has ended
@@ -219,7 +211,7 @@ def questions_of(config: Config, run: RunDir, number: int, count: int) -> Questi
         ids=[row["prompt_id"] for row in rows],
         prompts=[prompts[row["prompt_id"]]["messages"] for row in rows],
         references=[prompts[row["prompt_id"]]["reference"] for row in rows],
-        before=[Answer(row["text"], row["num_tokens"], row["finish_reason"] == "stop") for row in rows],
+        before=[Output(row["text"], row["num_tokens"], row["finish_reason"] == "stop") for row in rows],
         decoding=decodings[decoding],
     )
 
@@ -231,7 +223,7 @@ def answers_of(
     prompts: Sequence[Messages],
     decoding: Decoding,
     seeds: Sequence[int],
-) -> list[Answer]:
+) -> list[Output]:
     """The task of a look: answers of a checkpoint's model, by an engine with vLLM's arguments of the student."""
     from plad_dist.training.snapshot import write_snapshot  # it needs torch, which the driver does without
 
@@ -247,17 +239,17 @@ async def _answers(
     prompts: Sequence[Messages],
     decoding: Decoding,
     seeds: Sequence[int],
-) -> list[Answer]:
+) -> list[Output]:
     running = Engine(folder, job.settings, engine, job.seed)
 
-    async def answer(index: int, prompt: Any) -> Answer:
+    async def answer(index: int, prompt: Any) -> Output:
         if isinstance(prompt, Exception):  # the template cannot render it
-            return Answer("", 0, finished=False)
+            return Output("", 0, finished=False)
         try:
             found = await running.complete(prompt, decoding, seeds[index], str(index))
         except RefusedPromptError:
-            return Answer("", 0, finished=False)
-        return Answer(found.text, found.num_tokens, found.finish_reason == "stop")
+            return Output("", 0, finished=False)
+        return Output(found.text, found.num_tokens, found.finish_reason == "stop")
 
     try:
         rendered = running.render(prompts)
@@ -266,7 +258,7 @@ async def _answers(
         await running.close()
 
 
-def figures(step: int, answers: Sequence[Answer], questions: Questions) -> Look:
+def figures(step: int, answers: Sequence[Output], questions: Questions) -> Look:
     """Figures of answers to the questions."""
     wins = []
     for reference, answer, before in zip(questions.references, answers, questions.before, strict=True):
@@ -275,7 +267,7 @@ def figures(step: int, answers: Sequence[Answer], questions: Questions) -> Look:
             wins.append(0.5 if ours == theirs else float(ours > theirs))
     return Look(
         step=step,
-        tokens=_mean([answer.tokens for answer in answers]),
+        tokens=_mean([answer.num_tokens for answer in answers]),
         end_share=_mean([float(answer.finished) for answer in answers]),
         repetition=_mean([repetition(answer.text) for answer in answers]),
         win_rate=_mean(wins) if wins else None,

@@ -9,7 +9,8 @@ import pytest
 from plad_dist.config import Decoding, Watch
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
-from plad_dist.training.watch import Answer, Questions, figures, judged, out_of
+from plad_dist.evaluation.metrics import Output
+from plad_dist.training.watch import Questions, figures, judged, out_of
 from plad_dist.training.watched import Look, Watched, read_watched
 
 START = Look(0, tokens=10.0, end_share=0.9, repetition=0.1)
@@ -17,9 +18,9 @@ SOUND = Look(5, tokens=11.0, end_share=0.88, repetition=0.1, win_rate=0.6)
 
 
 def test_figures_are_means_over_the_answers_and_wins_against_the_first_ones() -> None:
-    before = [Answer("a b c", 3, True), Answer("x", 1, True), Answer("p q", 2, False)]
+    before = [Output("a b c", 3, True), Output("x", 1, True), Output("p q", 2, False)]
     questions = Questions(["1", "2", "3"], [[], [], []], ["a b c d", "x", None], before, Decoding())
-    answers = [Answer("a b c d", 4, True), Answer("x", 2, True), Answer("a b c a b c a b c", 9, False)]
+    answers = [Output("a b c d", 4, True), Output("x", 2, True), Output("a b c a b c a b c", 9, False)]
     look = figures(7, answers, questions)
     assert (look.step, look.tokens, look.end_share) == (7, 5.0, pytest.approx(2 / 3))
     assert look.win_rate == 0.75, "better, and the same; the third has no reference"
