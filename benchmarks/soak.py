@@ -3,7 +3,8 @@
 A cluster of a head without work and two nodes on this machine, each in a network namespace; real vLLM, Ray Train and DeepSpeed. One
 command after the other distils a tiny student from a tiny teacher, each in a run directory of its own. While it samples, engines,
 nodes and the driver are killed; while it trains, workers, nodes and the driver are killed, workers freeze, and nodes leave with
-notice. What is hit and when follows from the seed. A node that is gone is replaced, a driver that is gone is started again. When the
+notice. Sampling is hit in the first third of the time alone, or a run would seldom come to training. What is hit and when follows from
+the seed. A node that is gone is replaced, a driver that is gone is started again. When the
 time is over the last run ends in peace, and every run is checked: each prompt has each of its samples once, every step was
 trained, nothing that was committed is damaged. The phase that was disturbed most is trained once more in peace from the same pairs.
 
@@ -89,12 +90,14 @@ class Soak:
         self._nodes = [self.cluster.add(cpus=2), self.cluster.add(cpus=2)]
         self._runs: list[RunDir] = []  # that have ended
         self._faults: Counter[str] = Counter()
+        self._spare_samplers_from = 0.0
         self._recoveries = 0
         self._command: subprocess.Popen[bytes] | None = None
 
     def disturb(self, seconds: float) -> None:
         """Run after run, hit at random until the time is over; the last one ends in peace."""
-        until = time.monotonic() + seconds
+        begun = time.monotonic()
+        until, self._spare_samplers_from = begun + seconds, begun + seconds / 3
         while time.monotonic() < until:
             self._begin(self._folder / f"run-{len(self._runs)}")
             self._start()
@@ -170,7 +173,8 @@ class Soak:
                 done, moved, hit = got, now, False
             elif now - moved > HUNG_S:
                 raise Broken("hung", self._config.with_name("log"))
-            if now < until and now >= next_blow and not hit and got:
+            spared = now >= self._spare_samplers_from and not self._workers()
+            if now < until and now >= next_blow and not hit and got and not spared:
                 hit = self._blow()
                 time.sleep(_SETTLE_S if hit else 0.0)
                 done, moved = self._progress(), time.monotonic()
