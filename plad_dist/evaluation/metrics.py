@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def compared_pairs(previous: str = "warmup") -> list[tuple[str, str]]:
     return [("plad", other) for other in dict.fromkeys(("warmup", "seqkd", previous, "teacher"))]
 
 
-def main_decoding(scores: Mapping[Key, object], temperatures: Mapping[str, float]) -> str:
+def main_decoding(scores: Collection[Key], temperatures: Mapping[str, float]) -> str:
     """`sampled` where there is one, else the hottest decoding of the distilled student (or of whoever is there)."""
     names = [d for s, d in scores if s == "plad"] or [d for _, d in scores]
     return "sampled" if "sampled" in names else max(names, key=lambda name: temperatures[name])

@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import ray
 
 from plad_dist.config import Config, Decoding, Watch
 from plad_dist.data.models import first_line, model_fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.templates import Messages
-from plad_dist.evaluation.metrics import Output
+from plad_dist.evaluation.metrics import Output, main_decoding
+from plad_dist.evaluation.statistics import wins
 from plad_dist.evaluation.text import repetition, rouge_l
 from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
@@ -196,7 +198,7 @@ def _store(job: PhaseJob) -> CheckpointStore:
 def questions_of(config: Config, run: RunDir, number: int, count: int) -> Questions:
     """The first held-out prompts with the answers of the student that a round starts from."""
     decodings = config.decodings()
-    decoding = "sampled" if "sampled" in decodings else max(decodings, key=lambda name: decodings[name].temperature)
+    decoding = main_decoding([(PLAD, name) for name in decodings], {n: d.temperature for n, d in decodings.items()})
     before = run.at_round(number - 1).system_samples(PLAD, decoding) if number else run.system_samples(WARMUP, decoding)
     rows = before.read(["prompt_id", "text", "num_tokens", "finish_reason"]).slice(0, count).to_pylist()
     wanted = {row["prompt_id"] for row in rows}
@@ -260,17 +262,17 @@ async def _answers(
 
 def figures(step: int, answers: Sequence[Output], questions: Questions) -> Look:
     """Figures of answers to the questions."""
-    wins = []
-    for reference, answer, before in zip(questions.references, answers, questions.before, strict=True):
-        if reference and reference.strip():
-            ours, theirs = rouge_l(reference, answer.text), rouge_l(reference, before.text)
-            wins.append(0.5 if ours == theirs else float(ours > theirs))
+    scores = [
+        (rouge_l(reference, answer.text), rouge_l(reference, before.text))
+        for reference, answer, before in zip(questions.references, answers, questions.before, strict=True)
+        if reference and reference.strip()
+    ]
     return Look(
         step=step,
         tokens=_mean([answer.num_tokens for answer in answers]),
         end_share=_mean([float(answer.finished) for answer in answers]),
         repetition=_mean([repetition(answer.text) for answer in answers]),
-        win_rate=_mean(wins) if wins else None,
+        win_rate=float(wins(*np.array(scores).T).mean()) if scores else None,
     )
 
 
