@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 from plad_dist.config import Config
+from plad_dist.devices import gpu_of
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.planning.plan import Hardware, check_fits
+from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
 
@@ -21,17 +24,19 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
 
     def connect() -> None:
         nonlocal started
-        if not started:
-            _connect(config)
-            started = True
-
-    try:
-        yield connect
-    finally:
         if started:
-            import ray
+            return
+        started = True
+        import ray
 
-            ray.shutdown()
+        from plad_dist.observe import run_metrics
+
+        opened.callback(ray.shutdown)
+        _connect(config)
+        opened.enter_context(run_metrics(RunDir.of(config).storage.local_root))
+
+    with ExitStack() as opened:
+        yield connect
 
 
 def _connect(config: Config) -> None:
@@ -58,6 +63,7 @@ def _connect(config: Config) -> None:
         raise RunFailed(f"Ray did not start: {error}") from None
     resources = ray.cluster_resources()
     where = f"joined {address}" if address else "started a local Ray"
+    refuse_unfit(config, hardware_of_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]]))
     logger.info(
         "ray: %s: %d node(s), %g CPUs, %g GPUs",
         where,
@@ -65,6 +71,32 @@ def _connect(config: Config) -> None:
         resources.get("CPU", 0),
         resources.get("GPU", 0),
     )
+
+
+def refuse_unfit(config: Config, hardware: Hardware) -> None:
+    """Raise :class:`UserError` for a config that takes more memory than there is, before a device is held."""
+    problems = check_fits(config, hardware)
+    if not problems:
+        return
+    text = "\n  ".join(["this config does not fit:", *map(str, problems)])
+    if config.cluster.unfit == "warn":
+        logger.warning("%s", text)
+        return
+    raise UserError(f"{text}\n`plad plan` shows what takes what; cluster.unfit=warn tries it all the same")
+
+
+def hardware_of_nodes(nodes: Sequence[Mapping[str, float]]) -> Hardware:
+    """The hardware of a cluster by its nodes' resources. It may grow, so the number of GPU nodes is not held against a config."""
+    with_gpus = [node for node in nodes if node.get("GPU")]
+    names = [name for node in with_gpus for name in node if name.startswith("accelerator_type:")]
+    known = [gpu for name in names if (gpu := gpu_of(name.partition(":")[2])) is not None]
+    if known:
+        smallest = min(known, key=lambda gpu: gpu.memory)
+        return Hardware(smallest, None, int(max(node["GPU"] for node in with_gpus)), None)
+    if with_gpus:
+        return Hardware(None, None, 0, None)  # of a kind that is not known: nothing can be said
+    memory = [node.get("memory", 0.0) + node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU")]
+    return Hardware(None, len(memory) or None, 0, min(memory, default=None))
 
 
 def _local_cpus(config: Config) -> int:

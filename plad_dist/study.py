@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from plad_dist.config import Config, flatten, is_operational
 from plad_dist.config.section import Section
-from plad_dist.config_file import explain, override, parse_config, read_yaml
+from plad_dist.config_file import explain, load_config, override, parse_config, read_yaml
 from plad_dist.errors import UserError
 from plad_dist.rundir import FILES, RUN_FILE, RunDir, first_reader, run_document
 
@@ -68,6 +68,17 @@ def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]
             runs.append((name, parse_config(override(base, keys, overrides), f"{path}: variant {name}")))
         found.append(runs)
     return found
+
+
+def load_runs(path: str, overrides: list[str]) -> list[tuple[str, Config]]:
+    """The run of a config, by the file's name; of a study its variants with the first seed, as the seed changes no size.
+
+    Raises:
+        UserError: for anything wrong with the file.
+    """
+    if {"base", "variants"} <= read_yaml(Path(path)).keys():
+        return load_study(path, overrides)[0]
+    return [(path, load_config(path, overrides))]
 
 
 def begin(config: Config, earlier: list[Config]) -> None:

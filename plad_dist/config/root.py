@@ -43,6 +43,11 @@ class Cluster(Section):
         description="Seconds to wait for the cluster to give the actors and workers their resources.",
         json_schema_extra=OPERATIONAL,
     )
+    unfit: Literal["refuse", "warn"] = Field(
+        "refuse",
+        description="What to do with a config that takes more memory than the devices have, by `plad plan`, before anything is started.",
+        json_schema_extra=OPERATIONAL,
+    )
 
 
 class Rounds(Section):

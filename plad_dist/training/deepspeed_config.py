@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import logging
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from plad_dist.config import Training
 from plad_dist.errors import UserError
+from plad_dist.resources import resource
 
 # What the run's own config decides, and by which key.
 _OURS = {
@@ -33,8 +33,7 @@ def load_deepspeed(name: str) -> dict[str, Any]:
     """
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:
-        packaged = Path(str(importlib.resources.files("plad_dist"))) / "ds_configs" / f"{name}.json"
-        path = packaged if packaged.is_file() else Path(__file__).parents[2] / "ds_configs" / f"{name}.json"
+        path = resource("ds_configs") / f"{name}.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

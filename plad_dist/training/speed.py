@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-# Dense bfloat16 peaks in FLOP/s, by what the device's name holds. From NVIDIA's data sheets.
-_PEAKS = {
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H20": 148e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12,
-}  # fmt: skip
+from plad_dist.devices import gpu_of
 
 
 class Speed:
@@ -56,5 +53,5 @@ def _peak(device: torch.device) -> float | None:
     """What the device could do, None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAKS.items() if part in name), None)
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None

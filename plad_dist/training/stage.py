@@ -20,6 +20,7 @@ from plad_dist.config import Config
 from plad_dist.data.models import model_fingerprint
 from plad_dist.data.prompts import train_prompts
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.observe import TrainingMetrics
 from plad_dist.phases import TEACHER, WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
@@ -208,12 +209,14 @@ def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
     finished, heard, begun = threading.Event(), threading.Event(), time.monotonic()
+    metrics = TrainingMetrics()
 
     def show_news() -> None:
         try:
             for message in ray.get(monitor.drain.remote(), timeout=30):
                 heard.set()
                 _show(progress, message)
+                metrics.heard(message)
         except ray.exceptions.GetTimeoutError:
             return  # the machine is busy, with starting workers mostly
         except ray.exceptions.RayError as error:  # training does not depend on being watched

@@ -1,0 +1,52 @@
+"""Shapes of models that configs often name, for planning where no hub answers. As their published `config.json` gives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, context: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary, "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, *, tied: bool) -> dict[str, Any]:
+    return {
+        **_llama(hidden, inner, layers, heads, kv, vocabulary, 32_768), "model_type": "qwen2", "tie_word_embeddings": tied
+    }  # fmt: skip
+
+
+def _gpt_neo(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt_neo", "hidden_size": hidden, "num_layers": layers, "num_heads": heads, "vocab_size": 50_257,
+        "max_position_embeddings": 2048, "attention_types": [[["global", "local"], layers // 2]],
+    }  # fmt: skip
+
+
+_QWEN = {
+    "0.5B": _qwen2(896, 4864, 24, 14, 2, 151_936, tied=True),
+    "1.5B": _qwen2(1536, 8960, 28, 12, 2, 151_936, tied=True),
+    "3B": _qwen2(2048, 11_008, 36, 16, 2, 151_936, tied=True),
+    "7B": _qwen2(3584, 18_944, 28, 28, 4, 152_064, tied=False),
+    "14B": _qwen2(5120, 13_824, 48, 40, 8, 152_064, tied=False),
+    "32B": _qwen2(5120, 27_648, 64, 40, 8, 152_064, tied=False),
+    "72B": _qwen2(8192, 29_568, 80, 64, 8, 152_064, tied=False),
+}
+_LLAMA_3 = {
+    "8B": _llama(4096, 14_336, 32, 32, 8, 128_256, 131_072),
+    "70B": _llama(8192, 28_672, 80, 64, 8, 128_256, 131_072),
+}
+
+KNOWN_MODELS: dict[str, dict[str, Any]] = {
+    "EleutherAI/gpt-neo-125m": _gpt_neo(768, 12, 12),
+    "EleutherAI/gpt-neo-1.3B": _gpt_neo(2048, 24, 16),
+    "EleutherAI/gpt-neo-2.7B": _gpt_neo(2560, 32, 20),
+    "meta-llama/Llama-2-7b-hf": _llama(4096, 11_008, 32, 32, 32, 32_000, 4096),
+    "meta-llama/Llama-2-13b-hf": _llama(5120, 13_824, 40, 40, 40, 32_000, 4096),
+    "meta-llama/Llama-2-70b-hf": _llama(8192, 28_672, 80, 64, 8, 32_000, 4096),
+    **{f"meta-llama/Llama-3.1-{size}{kind}": shape for size, shape in _LLAMA_3.items() for kind in ("", "-Instruct")},
+    **{f"Qwen/Qwen2.5-{size}{kind}": shape for size, shape in _QWEN.items() for kind in ("", "-Instruct")},
+}

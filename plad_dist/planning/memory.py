@@ -1,0 +1,188 @@
+"""Bytes that training and sampling take, part by part.
+
+Sources: states of mixed-precision Adam and their partition, Rajbhandari et al. 2020 (ZeRO, arXiv 1910.02054), section 3; what a
+transformer layer keeps for its backward, Korthikanti et al. 2022 (arXiv 2205.05198), counted anew for layers with RMSNorm and a
+gated MLP as transformers computes them; keys and values, Kwon et al. 2023 (vLLM, arXiv 2309.06180). Widths of buffers are those of
+the installed DeepSpeed and of the project's own code. ``docs/benchmarks.md`` holds them against measurement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from plad_dist.config import Optimizer, Training
+from plad_dist.devices import GIB
+from plad_dist.planning.sizes import ModelSize
+from plad_dist.training.deepspeed_config import is_offloaded, load_deepspeed
+
+_CHUNK_ELEMENTS = {"gpu": 1 << 26, "cpu": 1 << 24}  # of a chunk's logits, as plad_dist.training.logprobs takes them
+_STEP_COPIES = 2  # while an optimizer steps: the gradients once more, and the square roots of the second moments
+_GPU_CONTEXT = 1.5 * GIB  # CUDA and NCCL
+_HOST_PROCESS = {"gpu": 4.0 * GIB, "cpu": 0.75 * GIB}  # a worker or an engine as it stands, with its libraries
+_ALLOCATOR = 1.03  # what allocators hold beyond what is asked of them
+_CUDA_GRAPHS = 1.0 * GIB
+_UTILIZATION = 0.92  # vLLM's own gpu_memory_utilization
+_BATCHED_TOKENS, _ENGINE_SEQUENCES = 8192, 256  # vLLM's own for a server
+_QUANTIZED = {
+    "fp8": 1.0,
+    "int8": 1.0,
+    "awq": 0.55,
+    "gptq": 0.55,
+    "awq_marlin": 0.55,
+    "gptq_marlin": 0.55,
+    "bitsandbytes": 0.55,
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process takes.
+
+    Attributes:
+        parts: bytes on its device by what they are for.
+        alternatives: parts of which only the largest is there at a time.
+        host: bytes in the memory of its node, beside those on a device.
+    """
+
+    parts: Mapping[str, float]
+    alternatives: Mapping[str, float]
+    host: float
+
+    @property
+    def device(self) -> float:
+        """Bytes on its device at the worst moment."""
+        return sum(self.parts.values()) + max(self.alternatives.values(), default=0.0)
+
+
+def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, workers: int, device: str) -> Memory:
+    """What one of so many workers takes.
+
+    Args:
+        device: `gpu`, or `cpu`, whose device is the memory of its node.
+    """
+    deepspeed = load_deepspeed(training.deepspeed)
+    zero = deepspeed["zero_optimization"]
+    offloaded = is_offloaded(deepspeed)
+    weights_offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    width = 4 if training.dtype == "float32" or (training.dtype == "auto" and device == "cpu") else 2
+    learning = size.adapters(training.lora) if training.lora else size.parameters
+    held = size.parameters + (learning if training.lora else 0)
+    mine = learning / workers
+    weights = width * held / (workers if zero["stage"] == 3 else 1)
+    second = math.gcd(int(zero.get("zero_hpz_partition_size", 1)), workers)
+    if second > 1:
+        weights += width * held / second
+    optimizer_states = mine * (_moments(optimizer) + (4 if width == 2 else 0))
+    gradients = 4 * mine
+    tokens = training.micro_batch_tokens
+    layer = tokens * _kept_of_layer(size, width)
+    kept = (
+        size.layers * tokens * width * size.hidden + layer if training.gradient_checkpointing else size.layers * layer
+    )
+    elements = min(_CHUNK_ELEMENTS[device], tokens * size.vocabulary)
+    chunk = 2.5 * 4 * elements + (0 if training.lora else (4 + width) * size.output)
+    buckets = width * int(zero.get("stage3_prefetch_bucket_size", 5e7)) + 4 * int(zero.get("reduce_bucket_size", 5e8))
+    gathered = width * (2 * size.layer + size.output) if zero["stage"] == 3 else 0
+    step = 4 * _STEP_COPIES * min(mine, int(zero.get("sub_group_size", 1e9)))
+    parts = {
+        "weights": 0.0 if weights_offloaded else weights,
+        "gradients": 0.0 if offloaded else gradients,
+        "optimizer": 0.0 if offloaded else optimizer_states,
+        "gathers": gathered + min(buckets, (width + 4) * size.parameters),
+    }
+    alternatives = {
+        "activations and log-prob chunk": kept + chunk,
+        "optimizer step": 0.0 if offloaded else step,
+    }
+    host = _HOST_PROCESS[device] + (optimizer_states + gradients + step if offloaded else 0.0)
+    if weights_offloaded:
+        host += weights
+    return _of_device(parts, alternatives, host, device)
+
+
+def engine_memory(size: ModelSize, engine: Mapping[str, Any], longest: int, device: str, share: float) -> Memory:
+    """What one device of a vLLM engine takes, its cache of keys and values filling what is left.
+
+    Args:
+        longest: tokens of the longest prompt and response together; the cache must hold them.
+        share: bytes of the device that it lets itself take.
+    """
+    devices = engine_devices(engine)
+    weights = _weight_width(engine, device) * size.parameters / devices
+    sequences = int(engine.get("max_num_seqs", _ENGINE_SEQUENCES))
+    batched = int(engine.get("max_num_batched_tokens", _BATCHED_TOKENS))
+    width = 4 if device == "cpu" else 2
+    forward = (
+        batched * width * (4 * size.hidden + 3 * size.mlp_width) / devices
+        + 3 * 4 * sequences * size.vocabulary / devices
+    )
+    parts = {"weights": weights, "forward": forward}
+    if device == "gpu" and not engine.get("enforce_eager", False):
+        parts["CUDA graphs"] = _CUDA_GRAPHS
+    given = engine.get("kv_cache_memory_bytes")
+    if given is not None:
+        parts["KV cache"] = float(given)
+    elif device == "cpu":
+        parts["KV cache"] = 4.0 * GIB
+    else:
+        left = share - sum(parts.values()) - _GPU_CONTEXT
+        parts["KV cache"] = max(left, kv_bytes(size, engine, device) * longest)
+    return _of_device(parts, {}, _HOST_PROCESS[device], device)
+
+
+def memory_share(engine: Mapping[str, Any]) -> float:
+    """Share of a GPU's memory that an engine lets itself take."""
+    return float(engine.get("gpu_memory_utilization", _UTILIZATION))
+
+
+def kv_bytes(size: ModelSize, engine: Mapping[str, Any], device: str) -> float:
+    """Bytes of a token's keys and values on one device of an engine."""
+    width = 1 if str(engine.get("kv_cache_dtype", "auto")).startswith("fp8") else 4 if device == "cpu" else 2
+    kv_heads = max(1, size.kv_width * size.heads // size.hidden)
+    tensor, pipeline = (int(engine.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
+    return 2 * width * size.layers * size.kv_width / (min(tensor, kv_heads) * pipeline)
+
+
+def engine_devices(engine: Mapping[str, Any]) -> int:
+    """Devices of one engine."""
+    return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
+
+
+def checkpoint_bytes(size: ModelSize, training: Training, device: str) -> float:
+    """One checkpoint: weights, their float32 masters and the optimizer's moments."""
+    width = 4 if training.dtype == "float32" or (training.dtype == "auto" and device == "cpu") else 2
+    learning = size.adapters(training.lora) if training.lora else size.parameters
+    return learning * (12.0 + width)
+
+
+def _moments(optimizer: Optimizer) -> float:
+    """Bytes of the moments of a parameter; Muon keeps one of a matrix, which nearly all parameters are in."""
+    return {"adamw": 8.0, "adamw_8bit": 2.0, "muon": 4.0}[optimizer.name]
+
+
+def _kept_of_layer(size: ModelSize, width: int) -> float:
+    """Bytes that one layer keeps of a token: two norms (their input in float32, the normalised and the scaled values), queries,
+    keys, values and outputs of attention, its scores where they are held (also in float32), and four hidden layers of a gated MLP."""
+    norms = 2 * (4 + 2 * width) * size.hidden
+    attention = width * (3 * size.hidden + 2 * size.kv_width)
+    return norms + attention + (4 + 2 * width) * size.scores_width + 4 * width * size.mlp_width
+
+
+def _weight_width(engine: Mapping[str, Any], device: str) -> float:
+    quantization = engine.get("quantization")
+    if quantization is not None:
+        return _QUANTIZED.get(str(quantization), 1.0)
+    if engine.get("dtype") == "float32" or device == "cpu":
+        return 4.0
+    return 2.0
+
+
+def _of_device(parts: dict[str, float], alternatives: dict[str, float], host: float, device: str) -> Memory:
+    """On a CPU the process itself is on the device."""
+    spare = {name: value * _ALLOCATOR for name, value in alternatives.items()}
+    if device == "cpu":
+        return Memory({"process": host, **parts}, spare, 0.0)
+    return Memory({"CUDA and NCCL": _GPU_CONTEXT, **parts}, spare, host)

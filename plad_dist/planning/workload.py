@@ -1,0 +1,131 @@
+"""How much a run has to do: prompts and tokens, as far as they are measured, given or bounded; and the disk that it fills."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plad_dist.config import Config, Phase, PythonFunctionsSource
+from plad_dist.data.prompts import train_prompts
+from plad_dist.data.store import Manifest
+from plad_dist.errors import RunFailed
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names
+from plad_dist.planning.memory import checkpoint_bytes
+from plad_dist.planning.sizes import ModelSize
+from plad_dist.rundir import RunDir
+
+_BYTES_OF_A_TOKEN = 4 + 4.5  # its id, and its text
+_BYTES_OF_A_ROW = 200.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Counts of one round.
+
+    Attributes:
+        prompts: that are sampled, None where nothing says how many.
+        prompt_tokens, response_tokens: means.
+        sources: where each of them is from, for the reader.
+    """
+
+    prompts: int | None
+    prompt_tokens: float
+    response_tokens: dict[str, float]
+    sources: dict[str, str]
+
+    def sampled_tokens(self, config: Config, role: str) -> float:
+        """Tokens that a role writes for pairs."""
+        n = (config.sampling.student if role == "student" else config.sampling.teacher).n
+        return (self.prompts or 0) * n * self.response_tokens[role]
+
+    def trained_tokens(self, config: Config, phase: str) -> float:
+        """Tokens of what a phase learns from a prompt: the prompt once, and one answer, or all responses."""
+        if phase in (TEACHER, WARMUP):
+            return self.prompt_tokens + self.response_tokens["teacher"]
+        return self.group_tokens(config)
+
+    def group_tokens(self, config: Config) -> float:
+        """Tokens of a prompt and all its responses, the prompt once."""
+        responses = config.sampling.teacher.n * self.response_tokens["teacher"]
+        return self.prompt_tokens + responses + config.sampling.student.n * self.response_tokens["student"]
+
+
+def workload_of(
+    config: Config, prompts: int | None = None, prompt_tokens: float | None = None, response_tokens: float | None = None
+) -> Workload:
+    """What is given goes before what the run directory has measured, and that before what the config bounds."""
+    sources: dict[str, str] = {}
+    run = RunDir.of(config)
+    prepared, limit = _manifest(run), config.sampling.limit
+    if prompts is not None:
+        sources["prompts"] = "--prompts"
+    elif prepared is not None:
+        prompts, sources["prompts"] = min(prepared.rows, limit or prepared.rows), "the run directory"
+    elif limit is not None:
+        prompts, sources["prompts"] = limit, "sampling.limit"
+    elif isinstance(config.prompts.source, PythonFunctionsSource):
+        prompts, sources["prompts"] = config.prompts.source.limit, "prompts.source.limit"
+    else:
+        sources["prompts"] = "unknown: give --prompts"
+    if prompt_tokens is not None:
+        sources["prompt_tokens"] = "--prompt-tokens"
+    else:
+        longest = config.prompts.max_tokens or 1024
+        prompt_tokens, sources["prompt_tokens"] = longest / 2, f"half of {longest:,}, the longest"
+    responses: dict[str, float] = {}
+    for role in ("teacher", "student"):
+        key = f"response_tokens.{role}"
+        measured = _measured(run, role)
+        if response_tokens is not None:
+            responses[role], sources[key] = response_tokens, "--response-tokens"
+        elif measured is not None:
+            responses[role], sources[key] = measured, "the run directory"
+        else:
+            longest = (config.sampling.student if role == "student" else config.sampling.teacher).max_tokens
+            responses[role], sources[key] = longest / 2, f"half of {longest:,}, the longest"
+    return Workload(prompts, prompt_tokens, responses, sources)
+
+
+def _manifest(run: RunDir) -> Manifest | None:
+    try:
+        return train_prompts(run.storage).manifest()
+    except RunFailed:  # damaged; the run itself says so
+        return None
+
+
+def _measured(run: RunDir, role: str) -> float | None:
+    """Mean tokens of the responses that a role has written in this run."""
+    try:
+        manifest = run.samples(role).manifest()
+    except RunFailed:
+        return None
+    return manifest.count("tokens") / manifest.rows if manifest is not None and manifest.rows else None
+
+
+def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], device: str) -> dict[str, float]:
+    """Bytes of a run directory by kind, when the run is over, and one checkpoint more that is being written."""
+    prompts, rounds, training = work.prompts or 0, config.rounds.most, config.training
+    row = _BYTES_OF_A_ROW + work.prompt_tokens * _BYTES_OF_A_TOKEN
+    samples = 0.0
+    for role, times in (("teacher", 1), ("student", rounds)):
+        n = (config.sampling.student if role == "student" else config.sampling.teacher).n
+        samples += times * prompts * n * (_BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN)
+    pairs = prompts * rounds * (_BYTES_OF_A_ROW + work.group_tokens(config) * _BYTES_OF_A_TOKEN)
+    student, weight = sizes["student"], 4 if device == "cpu" else 2
+    models = weight * student.parameters * (rounds + (training.warmup is not None) + (training.seqkd is not None))
+    if training.teacher is not None:
+        models += weight * sizes["teacher"].parameters
+    checkpoints = one = 0.0
+    for name, phase in phases_of(config):
+        one = checkpoint_bytes(sizes["teacher" if name == TEACHER else "student"], training, device)
+        checkpoints += (phase.keep_checkpoints + (phase.evaluate_every is not None)) * one
+    return {
+        "prompts": prompts * row, "samples": samples, "pairs": pairs, "checkpoints": checkpoints + one, "models": float(models)
+    }  # fmt: skip
+
+
+def phases_of(config: Config) -> list[tuple[str, Phase]]:
+    """The training phases with their settings."""
+    training = config.training
+    sections = {TEACHER: training.teacher, WARMUP: training.warmup, SEQKD: training.seqkd}
+    found = [(name, sections.get(name, training.round)) for name in phase_names(config)]
+    return [(name, phase) for name, phase in found if phase is not None]

@@ -1,0 +1,80 @@
+"""What `plad plan` says of memory, against real ZeRO-3 workers: on host memory here; docs/benchmarks.md has the figures of a GPU."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plad_dist.config_file import parse_config
+from plad_dist.devices import GIB
+from plad_dist.planning.memory import training_memory
+from plad_dist.planning.sizes import size_of
+from plad_dist.training.loop import Worker
+from tests.numerics.workers import config_with_pairs, job_of, make_run, start
+from tests.tiny import make_random_model
+
+SHAPE = {
+    "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "max_position_embeddings": 512,
+}  # fmt: skip
+ROW = {
+    "chosen_text": "", "rejected_text": "", "chosen_score": 1.0, "rejected_score": 0.0, "rejected_logprob": None, "round": 0,
+}  # fmt: skip
+
+
+def measured_steps(raw: dict[str, Any], phase: str, stop: int) -> None:
+    """Some steps of a worker, and its most anonymous memory while they were done; files that are mapped can be dropped."""
+    most, over = [0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.01):
+            status = Path("/proc/self/status").read_text()
+            most[0] = max(most[0], int(status.partition("RssAnon:")[2].split()[0]) * 1024)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    worker = Worker(job_of(raw, phase), torch.device("cpu"))
+    worker._open_groups()
+    for _ in range(stop):
+        worker._step(None)
+    over.set()
+    thread.join()
+    folder = Path(raw["run"]["dir"])
+    (folder / f"memory-{worker.rank}.json").write_text(json.dumps(most[0]))
+    worker.close()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_planned_host_memory_is_within_a_tenth_of_what_a_worker_takes(
+    workers: int, recomputed: bool, tmp_path: Path
+) -> None:
+    raw = config_with_pairs(tmp_path, batch_groups=4 * workers, max_steps=2)
+    raw["student"]["path"] = str(make_random_model(tmp_path / "large", 3, **SHAPE))
+    raw["training"] |= {
+        "micro_batch_tokens": 1024, "deepspeed": "zero3", "heldout_pairs": 0, "gradient_checkpointing": recomputed
+    }  # fmt: skip
+    groups = [
+        ROW | {"prompt_id": str(number), "prompt_token_ids": [7] * 128, "chosen_token_ids": [9] * 63 + [2],
+               "rejected_token_ids": [11] * 63 + [2]}
+        for number in range(8 * workers)
+    ]  # fmt: skip
+    make_run(raw, [groups])
+    processes = start(tmp_path, raw, "round-0", workers, 2, measured_steps)
+    for process in processes:
+        process.join(timeout=600)
+    assert [process.exitcode for process in processes] == [0] * workers, (tmp_path / "worker-0.log").read_text()[-3000:]
+    config = parse_config(raw, "test")
+    planned = training_memory(
+        size_of(config.student), config.training, config.training.round.optimizer, workers, "cpu"
+    ).device
+    for rank in range(workers):
+        taken = json.loads((tmp_path / "run" / f"memory-{rank}.json").read_text())
+        print(f"{workers} workers: rank {rank} took {taken / GIB:.2f} GiB, planned {planned / GIB:.2f}")
+        assert abs(planned - taken) <= 0.1 * taken

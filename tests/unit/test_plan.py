@@ -1,0 +1,214 @@
+"""The planner: sizes without weights, memory as it was measured, remedies that really help, and a refusal before a device is held."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plad_dist.cluster import hardware_of_nodes, refuse_unfit
+from plad_dist.config import Config, Model, Optimizer, ScratchModel, Training
+from plad_dist.config_file import load_config, parse_config
+from plad_dist.devices import GIB, GPUS, gpu_of
+from plad_dist.errors import UserError
+from plad_dist.planning.memory import training_memory
+from plad_dist.planning.needs import gpu_needs
+from plad_dist.planning.plan import Hardware, check_fits, hardware_of, plan_run
+from plad_dist.planning.sizes import ModelSize, size_of
+from plad_dist.study import load_runs
+from tests.conftest import plad, tiny_config
+
+EXAMPLES = sorted(Path("examples").glob("*.yaml"))
+H100 = GPUS["h100-80g"]
+
+
+def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32_000) -> ModelSize:
+    architecture = {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    return size_of(
+        Model(scratch=ScratchModel(architecture=architecture, vocab_size=vocabulary), template="{{ messages }}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("meta-llama/Llama-2-13b-hf", 13_015_864_320),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648),
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("EleutherAI/gpt-neo-125m", 125_198_592),
+    ],
+)
+def test_parameters_are_counted_without_weights(name: str, parameters: int) -> None:
+    assert size_of(Model(path=name)).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "recomputed", "measured_gb"),
+    [  # on one H200, micro-batches of 16,384 tokens: docs/benchmarks.md
+        ((2048, 5632, 22, 32, 4), True, 28.1),
+        ((2048, 5632, 22, 32, 4), False, 55.0),
+        ((4096, 11008, 32, 32, 32), True, 130.7),
+    ],
+)
+def test_gpu_memory_is_within_a_tenth_of_what_was_measured(
+    size: tuple[int, int, int, int, int], recomputed: bool, measured_gb: float
+) -> None:
+    training = Training(micro_batch_tokens=16_384, gradient_checkpointing=recomputed)
+    found = training_memory(llama(*size), training, Optimizer(), 1, "gpu")
+    allocated = found.device - found.parts["CUDA and NCCL"]  # which PyTorch's own count leaves out
+    assert abs(allocated / 1e9 - measured_gb) <= 0.1 * measured_gb
+
+
+@given(workers=st.integers(1, 512), tokens=st.sampled_from([1024, 4096, 16_384]), recomputed=st.booleans())
+@settings(max_examples=50)
+def test_more_workers_and_shorter_micro_batches_never_take_more(workers: int, tokens: int, recomputed: bool) -> None:
+    size = llama(1024, 2816, 8, 16, 4)
+
+    def takes(workers: int, tokens: int) -> float:
+        training = Training(micro_batch_tokens=tokens, gradient_checkpointing=recomputed)
+        return training_memory(size, training, Optimizer(), workers, "gpu").device
+
+    assert takes(workers + 1, tokens) <= takes(workers, tokens)
+    assert takes(workers, tokens // 2) <= takes(workers, tokens)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_every_example_fits_the_hardware_that_it_names(path: Path) -> None:
+    for _, config in load_runs(str(path), []):
+        hardware = hardware_of(None, None, 8, config)
+        plan = plan_run(config, hardware, price=2.0)
+        assert plan["fits"], plan["problems"]
+        json.dumps(plan, allow_nan=False)
+
+
+def seventy_to_seven(**training: Any) -> Config:
+    config = load_config("examples/qwen-72b-to-7b.yaml")
+    return config.model_copy(update={"training": config.training.model_copy(update=training)})
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"num_workers": 8, "gradient_checkpointing": False},
+        {"num_workers": 2},
+        {"num_workers": 1, "deepspeed": "zero3"},
+        {"num_workers": (1, 32), "deepspeed": "zero3", "gradient_checkpointing": False},
+    ],
+)
+def test_every_remedy_makes_the_config_fit(training: dict[str, Any]) -> None:
+    config, hardware = seventy_to_seven(**training), Hardware(H100, None, 8, None)
+    problems = check_fits(config, hardware)
+    assert problems
+    for problem in problems:
+        assert problem.remedies
+        for remedy in problem.remedies:
+            changes = {}
+            for setting in remedy.removesuffix(" or more").split():
+                key, _, value = setting.partition("=")
+                changes[key.removeprefix("training.")] = json.loads(value) if value[0] in "0123456789tf" else value
+            changed = seventy_to_seven(**{**training, **changes})
+            assert check_fits(changed, hardware) == [], remedy
+
+
+def test_a_teacher_that_is_too_large_for_its_gpus_gets_the_parallelism_that_holds_it() -> None:
+    config = load_config("examples/qwen-72b-to-7b.yaml", ["sampling.teacher.engine={tensor_parallel_size: 1}"])
+    problem, *others = check_fits(config, Hardware(H100, None, 8, None))
+    assert not others
+    assert problem.what.startswith("teacher: an engine of Qwen/Qwen2.5-72B-Instruct (72.7B) takes")
+    assert problem.remedies[0] == "sampling.teacher.engine.tensor_parallel_size=2"
+
+
+def test_gpus_are_those_that_the_stages_need() -> None:
+    config = load_config(
+        "examples/qwen-72b-to-7b.yaml", ["sampling.teacher.replicas=4", "sampling.student.replicas=16"]
+    )
+    assert gpu_needs(config) == (8, 32)  # 4 x 4 of the teacher beside 16 of the student; the trainer's fewest and most
+    problems = check_fits(config, Hardware(H100, 1, 4, None))
+    assert "the config needs 8 GPUs at least, the cluster has 1 x 4" in [problem.what for problem in problems]
+
+
+def test_what_the_run_has_measured_and_what_is_given_goes_before_assumptions(tmp_path: Path) -> None:
+    config = parse_config(tiny_config(tmp_path), "test")
+    hardware = Hardware(H100, 1, 8, None)
+    assumed = plan_run(config, hardware)
+    assert assumed["time"] is None
+    assert "prompts: unknown: give --prompts" in assumed["assumptions"]
+    given = plan_run(
+        config, hardware, prompts=1_000_000, prompt_tokens=100, response_tokens=50,
+        rates={"teacher": 1000.0, "student": 2000.0, "train": 500.0}, price=3.0,
+    )  # fmt: skip
+    sampled = given["time"]["stages"]["sample teacher"]
+    assert sampled["tokens"] == 50_000_000
+    assert sampled["hours"] == pytest.approx(50_000_000 / 1000 / 3600, rel=1e-3)  # one engine of one GPU
+    assert given["cost"]["devices"] == pytest.approx(3.0 * given["time"]["device_hours"])
+
+
+def test_an_endpoint_costs_what_its_prices_say() -> None:
+    config = load_config("examples/endpoint-to-7b.yaml")
+    plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
+    assert plan["cost"]["endpoint teacher"] == pytest.approx(20_000 * (200 * 2.5 + 300 * 10.0) / 1e6)
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    hardware = hardware_of_nodes([{"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}])
+    assert hardware.gpu == H100
+    with pytest.raises(
+        UserError, match=r"does not fit:\n  training of Qwen/Qwen2.5-7B-Instruct(.|\n)*cluster.unfit=warn"
+    ):
+        refuse_unfit(seventy_to_seven(num_workers=1), hardware)
+    config = seventy_to_seven(num_workers=1)
+    warned = config.model_copy(update={"cluster": config.cluster.model_copy(update={"unfit": "warn"})})
+    logging.getLogger("plad").propagate = True
+    refuse_unfit(warned, hardware)
+    assert "does not fit" in caplog.text
+    refuse_unfit(seventy_to_seven(), hardware)
+
+
+def test_nothing_is_refused_where_the_device_is_not_known() -> None:
+    hardware = hardware_of_nodes([{"CPU": 8.0, "GPU": 8.0, "accelerator_type:Sunway": 1.0}])
+    refuse_unfit(seventy_to_seven(num_workers=1), hardware)
+
+
+def test_workers_on_one_node_share_its_memory(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    raw["training"]["num_workers"] = 64
+    config = parse_config(raw, "test")
+    assert check_fits(config, hardware_of_nodes([{"CPU": 64.0, "memory": 16.0 * GIB}]))
+    assert not check_fits(config, hardware_of_nodes([{"CPU": 64.0, "memory": 16.0 * GIB}] * 16))
+
+
+@pytest.mark.parametrize(
+    ("reported", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80g"), ("NVIDIA H200", "h200-141g"), ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40g"), ("NVIDIA L40S", "l40s-48g"), ("NVIDIA L4", "l4-24g"), ("NVIDIA A10G", "a10-24g"),
+        ("A100-80G", "a100-80g"), ("H20", "h20-96g"),
+    ],
+)  # fmt: skip
+def test_gpus_are_known_by_the_names_that_drivers_and_ray_give_them(reported: str, name: str) -> None:
+    found = gpu_of(reported)
+    assert found is not None
+    assert found.name == name
+
+
+def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
+    shown = plad("plan", "examples/qwen-72b-to-7b.yaml", "--gpu", "l4-24g", "training.num_workers=8")
+    assert shown.returncode == 1
+    assert "Does not fit: training of Qwen/Qwen2.5-7B-Instruct (7.6B)" in shown.stdout
+    assert "Traceback" not in shown.stderr
+    as_json = plad("plan", "examples/ablation.yaml", "--json")
+    assert as_json.returncode == 0
+    assert set(json.loads(as_json.stdout)["variants"]) >= {"rank", "dpo"}
+    unknown = plad("plan", "examples/quickstart.yaml", "--gpu", "h900")
+    assert (unknown.returncode, "--gpu h900: not known; expected one of" in unknown.stderr) == (2, True)
