@@ -1,72 +1,166 @@
-"""Prometheus metrics of a run, exported by Ray's own agent on every node (`ray.util.metrics`)."""
+"""Prometheus metrics of a run, exported by Ray's own agent on every node (`ray.util.metrics`).
+
+Prometheus sees them as ``ray_plad_<name>``, counters with ``_total`` after it, histograms with ``_bucket``, ``_sum`` and ``_count``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from plad_dist.sampling.work import Beat, BlockResult
 
-_TAGS = ("stage", "fleet")
+FLEET = {
+    "rows": (Counter, "Rows committed."),
+    "tokens": (Counter, "Response tokens committed."),
+    "error_rows": (Counter, "Error rows committed."),
+    "retries": (Counter, "Blocks and requests that were tried again."),
+    "engine_starts": (Counter, "Actors asked for."),
+    "engine_deaths": (Counter, "Actors that died or were given up."),
+    "spent": (Counter, "Money paid to an endpoint, in the unit of its prices."),
+    "in_flight": (Gauge, "Requests under way."),
+    "queue_blocks": (Gauge, "Blocks that no actor holds."),
+    "actors": (Gauge, "Actors that are up."),
+    "block_seconds": (Histogram, "Seconds from lease to commit of a block."),
+}
+TRAINING = {
+    "train_starts": (Counter, "Times that the workers began or went on; more than one is a recovery or a resize."),
+    "train_tokens": (Counter, "Tokens trained on."),
+    "train_step": (Gauge, "Steps done."),
+    "train_steps": (Gauge, "Steps of the phase in all."),
+    "train_workers": (Gauge, "Workers."),
+    "train_loss": (Gauge, "Loss of a group, mean over the step."),
+    "train_grad_norm": (Gauge, "Norm of the gradient before it is clipped."),
+    "train_pair_accuracy": (Gauge, "Share of the step's pairs that are ranked right."),
+    "train_chosen_logp_per_token": (Gauge, "Mean log-likelihood of a chosen token."),
+    "train_rejected_logp_per_token": (Gauge, "Mean log-likelihood of a rejected token."),
+    "train_sampler_gap_per_token": (Gauge, "Log-likelihoods of the engine against the trainer's."),
+    "train_tokens_per_s": (Gauge, "Tokens a second, all workers."),
+    "train_model_flops_utilisation": (Gauge, "Share of the devices' peak."),
+    "train_memory_gb": (Gauge, "Most memory of the first worker's device so far."),
+    "train_checkpoint_seconds": (Gauge, "Seconds that the step waited for a checkpoint."),
+    "train_input_wait_share": (Gauge, "Share of the step that waited for data."),
+    "heldout_pair_accuracy": (Gauge, "Share of the held-out pairs that are ranked right."),
+}
+RUN = {
+    "run_up": (Gauge, "1 while a command works on the run."),
+    "disk_free_bytes": (Gauge, "Free bytes where the run directory lies."),
+}
 _SECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+_EVERY_S = 15.0
+
+
+class _Metrics:
+    """Some of the tables above, with the same tags."""
+
+    def __init__(self, table: dict[str, tuple[Any, str]], tags: dict[str, str]) -> None:
+        self._metrics = {}
+        for name, (kind, description) in table.items():
+            arguments = (_SECONDS,) if kind is Histogram else ()
+            metric = kind(f"plad_{name}", description, *arguments, tag_keys=tuple(tags))
+            self._metrics[name] = metric.set_default_tags(tags)
+
+    def add(self, name: str, value: float = 1.0) -> None:
+        """To a counter."""
+        if value > 0:
+            self._metrics[name].inc(value)
+
+    def set(self, name: str, value: float) -> None:
+        """A gauge."""
+        self._metrics[name].set(value)
+
+    def observe(self, name: str, value: float) -> None:
+        """In a histogram."""
+        self._metrics[name].observe(value)
 
 
 class FleetMetrics:
-    """What Prometheus sees of one fleet. Every name begins with `plad_`."""
+    """What Prometheus sees of one fleet."""
 
     def __init__(self, stage: str, fleet: str) -> None:
-        def counter(name: str, description: str) -> Counter:
-            return Counter(f"plad_{name}", description, _TAGS).set_default_tags(self._tags)
-
-        def gauge(name: str, description: str) -> Gauge:
-            return Gauge(f"plad_{name}", description, _TAGS).set_default_tags(self._tags)
-
-        self._tags = {"stage": stage, "fleet": fleet}
-        self._rows = counter("rows", "Rows committed.")
-        self._tokens = counter("tokens", "Response tokens committed.")
-        self._errors = counter("error_rows", "Error rows committed.")
-        self._retries = counter("retries", "Blocks and requests that were tried again.")
-        self._starts = counter("engine_starts", "Actors asked for.")
-        self._deaths = counter("engine_deaths", "Actors that died or were given up.")
-        self._in_flight = gauge("in_flight", "Requests under way.")
-        self._queue = gauge("queue_blocks", "Blocks that no actor holds.")
-        self._actors = gauge("actors", "Actors that are up.")
-        self._block_seconds = Histogram(
-            "plad_block_seconds", "Seconds from lease to commit of a block.", _SECONDS, _TAGS
-        ).set_default_tags(self._tags)
+        self._metrics = _Metrics(FLEET, {"stage": stage, "fleet": fleet})
         self._requests_retried = 0
 
     def committed(self, result: BlockResult) -> None:
         """A block was committed."""
         counts = result.part.counts
-        for metric, value in (
-            (self._rows, result.part.rows),
-            (self._tokens, counts.get("tokens", 0)),
-            (self._errors, counts.get("errors", 0)),
-        ):
-            if value:
-                metric.inc(value)
-        self._block_seconds.observe(result.seconds)
+        self._metrics.add("rows", result.part.rows)
+        self._metrics.add("tokens", counts.get("tokens", 0))
+        self._metrics.add("error_rows", counts.get("errors", 0))
+        self._metrics.add("spent", counts.get("cost_micros", 0) / 1e6)
+        self._metrics.observe("block_seconds", result.seconds)
 
     def state(self, beats: Sequence[Beat], waiting: int) -> None:
         """The fleet as its last heartbeats show it."""
-        self._in_flight.set(sum(beat.in_flight for beat in beats))
-        self._queue.set(waiting)
-        self._actors.set(len(beats))
+        self._metrics.set("in_flight", sum(beat.in_flight for beat in beats))
+        self._metrics.set("queue_blocks", waiting)
+        self._metrics.set("actors", len(beats))
         retried = sum(beat.retries for beat in beats)
-        if retried > self._requests_retried:
-            self._retries.inc(retried - self._requests_retried)
+        self._metrics.add("retries", retried - self._requests_retried)
         self._requests_retried = retried
 
     def retried(self) -> None:
         """A block is tried again."""
-        self._retries.inc()
+        self._metrics.add("retries")
 
     def started(self) -> None:
         """An actor was asked for."""
-        self._starts.inc()
+        self._metrics.add("engine_starts")
 
     def died(self) -> None:
         """An actor died or was given up."""
-        self._deaths.inc()
+        self._metrics.add("engine_deaths")
+
+
+class TrainingMetrics:
+    """What Prometheus sees of training, from what the workers tell the driver."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, _Metrics] = {}
+
+    def heard(self, message: dict[str, Any]) -> None:
+        """A message of the first worker."""
+        phase = str(message["phase"])
+        if message["kind"] not in ("begin", "step", "heldout"):
+            return
+        metrics = self._phases.setdefault(phase, _Metrics(TRAINING, {"phase": phase}))
+        if message["kind"] == "begin":
+            metrics.add("train_starts")
+            metrics.set("train_steps", message["steps"])
+        elif message["kind"] == "heldout":
+            metrics.set("heldout_pair_accuracy", message["pair_accuracy"])
+        else:
+            metrics.add("train_tokens", message["tokens_per_s"] * message["seconds"])
+            for name, (kind, _) in TRAINING.items():
+                value = message.get(name.removeprefix("train_"))
+                if kind is Gauge and value is not None:
+                    metrics.set(name, value)
+
+
+@contextmanager
+def run_metrics(root: Path | None) -> Iterator[None]:
+    """Tell that a command works on a run, and how full its disk is, for as long as the block runs."""
+    metrics, over = _Metrics(RUN, {"run": root.name if root else ""}), threading.Event()
+
+    def tell() -> None:
+        while True:
+            metrics.set("run_up", 1)
+            if root is not None:
+                metrics.set("disk_free_bytes", shutil.disk_usage(root).free)
+            if over.wait(_EVERY_S):
+                return
+
+    thread = threading.Thread(target=tell, name="run-metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        metrics.set("run_up", 0)

@@ -11,6 +11,13 @@ def main(command: str) -> None:
     parser.add_argument("--config", required=True, help="the run's YAML file, as seen from the cluster")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set")
     arguments = parser.parse_args()
+    from plad_dist import __version__
+
+    wanted = os.environ.get("PLAD_VERSION", __version__)
+    if wanted != __version__:
+        sys.exit(
+            f"plad: submitted by plad-dist {wanted}, the cluster's image has {__version__}: use one version on both"
+        )
     os.environ.setdefault("RAY_ADDRESS", "auto")
     sys.argv = ["plad", command, arguments.config, *arguments.overrides]
     from plad_dist.cli import main as plad

@@ -1,0 +1,240 @@
+"""Runs as Ray jobs: submitted to a cluster's job server over HTTP, followed, stopped. The cluster may be far away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import shutil
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from rich.table import Table
+
+from plad_dist import __version__
+from plad_dist.cluster import hardware_of_nodes, refuse_unfit
+from plad_dist.config import Config
+from plad_dist.config_file import load_config
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.resources import resource
+
+logger = logging.getLogger("plad")
+
+Stage = Literal["sample", "pair", "train", "evaluate", "distill"]
+STAGES: tuple[Stage, ...] = ("sample", "pair", "train", "evaluate", "distill")
+_CONNECT_S, _STOP_S, _RECONNECTS = 10.0, 60.0, 5
+_CONFIG = "run.yaml"
+_ACTIVE = ("PENDING", "RUNNING")
+
+
+class JobServer:
+    """The job server of one cluster.
+
+    Every call raises :class:`UserError` for a wrong address or token, and :class:`RunFailed` where the cluster stops answering.
+
+    Args:
+        address: of the dashboard, such as http://host:8265; None for RAY_API_SERVER_ADDRESS, or the cluster of this machine.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self.address = _reachable(address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265")
+        with self._asking(begins=True):
+            self._client: Any = JobSubmissionClient(self.address)
+
+    def submit(self, file: str, overrides: list[str], stage: Stage) -> str:
+        """Submit a stage of a run and return the job's name. Submitted again after it has ended, it goes on where it was left.
+
+        Raises:
+            UserError: the config is wrong or does not fit, or a job of the same run is under way.
+        """
+        config = load_config(file, overrides)
+        _refuse_relative(config)
+        self._refuse_unfit(config)
+        run_dir = config.run.dir
+        active = [job for job in self.jobs() if job.status in _ACTIVE and job.metadata.get("run_dir") == run_dir]
+        if active:
+            name = active[0].submission_id
+            raise UserError(
+                f"{run_dir}: job {name} works on this run already. `plad logs {name} --follow` shows it, `plad stop {name}` ends it"
+            )
+        job = f"plad-{_plain(Path(run_dir).name)}-{stage}-{uuid.uuid4().hex[:6]}"
+        with tempfile.TemporaryDirectory(prefix="plad-submit-") as temporary:
+            folder = Path(temporary)
+            shutil.copy(file, folder / _CONFIG)
+            shutil.copytree(resource("ray_jobs"), folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
+            with self._asking():
+                self._client.submit_job(
+                    entrypoint=shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG, *overrides]),
+                    submission_id=job,
+                    runtime_env={"working_dir": str(folder), "env_vars": {"PLAD_VERSION": __version__}},
+                    metadata={"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()},
+                )
+        return job
+
+    def follow(self, job: str, show: Callable[[str], None]) -> str:
+        """Show what a job says until it has ended; returns the state that it ended in.
+
+        Raises:
+            RunFailed: the cluster does not answer any more.
+        """
+        shown = 0
+        for attempt in range(_RECONNECTS + 1):
+            try:
+                shown = asyncio.run(self._tail(job, shown, show))
+                if (state := self.job(job).status) not in _ACTIVE:
+                    return str(state)
+            except (RuntimeError, OSError, RunFailed) as error:
+                logger.debug("the connection to %s broke: %s", self.address, error)
+            time.sleep(min(30.0, 2.0**attempt))
+        raise RunFailed(self._gone())
+
+    async def _tail(self, job: str, shown: int, show: Callable[[str], None]) -> int:
+        """Show the log of a job past so many characters; returns how many there are. A new connection begins with all of it."""
+        seen = 0
+        async for text in self._client.tail_job_logs(job):
+            show(text[max(0, shown - seen) :])
+            seen += len(text)
+        return max(shown, seen)
+
+    def logs(self, job: str) -> str:
+        """What a job has said so far."""
+        with self._asking(job):
+            return str(self._client.get_job_logs(job))
+
+    def stop(self, job: str) -> str:
+        """End a job and wait until it has; returns its state."""
+        with self._asking(job):
+            self._client.stop_job(job)
+        end = time.monotonic() + _STOP_S
+        while (state := self.job(job).status) in _ACTIVE:
+            if time.monotonic() > end:
+                raise RunFailed(f"{job}: still {state} {_STOP_S:.0f} s after it was told to stop; see {self.address}")
+            time.sleep(0.5)
+        return str(state)
+
+    def job(self, job: str) -> Any:
+        """State of a job, as the server has it."""
+        with self._asking(job):
+            return self._client.get_job_info(job)
+
+    def jobs(self) -> list[Any]:
+        """Jobs of this product, the newest first."""
+        with self._asking():
+            found = [job for job in self._client.list_jobs() if job.submission_id and "run_dir" in (job.metadata or {})]
+        return sorted(found, key=lambda job: job.start_time or 0, reverse=True)
+
+    def newest(self) -> str:
+        """Name of the newest job. Raises :class:`UserError` where there is none."""
+        jobs = self.jobs()
+        if not jobs:
+            raise UserError(f"{self.address}: has no job of plad-dist")
+        return str(jobs[0].submission_id)
+
+    def _refuse_unfit(self, config: Config) -> None:
+        from ray.util.state import list_nodes
+
+        try:
+            nodes = [
+                node.resources_total for node in list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])
+            ]
+            refuse_unfit(config, hardware_of_nodes(nodes))
+        except UserError as error:
+            if "does not fit" in str(error):
+                raise
+            logger.info("not planned from here, the job does it there: %s", error)  # its models lie on the cluster
+        except Exception as error:  # noqa: BLE001 - whatever the state server has against it; the job plans again
+            logger.info("not planned from here, the job does it there: %r", error)
+
+    @contextmanager
+    def _asking(self, job: str | None = None, *, begins: bool = False) -> Iterator[None]:
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise UserError(f"{self.address}: {_about_token(error.message)}") from None
+        except OSError:
+            raise UserError(_no_answer(self.address)) if begins else RunFailed(self._gone()) from None
+        except RuntimeError as error:
+            if job is not None and "404" in str(error):
+                raise UserError(f"{self.address}: has no job {job}; `plad status` lists them") from None
+            raise RunFailed(f"{self.address}: {str(error).strip().splitlines()[0]:.300}") from None
+
+    def _gone(self) -> str:
+        return (
+            f"{self.address} does not answer any more: its head node is dead, or the way to it is cut. What the run has committed is kept. "
+            "When a cluster is up, submit the same config again and it goes on"
+        )
+
+
+def job_table(jobs: list[Any], address: str) -> Table:
+    """One line for each job."""
+    table = Table("job", "state", "stage", "run directory", "began", title=address)
+    for job in jobs:
+        began = (
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000)) if job.start_time else ""
+        )
+        table.add_row(job.submission_id, str(job.status), job.metadata["stage"], job.metadata["run_dir"], began)
+    return table
+
+
+def _refuse_relative(config: Config) -> None:
+    """Raise :class:`UserError` for places that would lie in the job's own folder, which goes away with the job."""
+    places = {
+        "run.dir": config.run.dir,
+        "training.checkpoint_url": config.training.checkpoint_url,
+        "training.staging_dir": config.training.staging_dir,
+    }
+    for key, place in places.items():
+        if place is not None and "://" not in place and not Path(place).is_absolute():
+            raise UserError(
+                f"{key}: {place}: is relative, and a job has no lasting folder: give an absolute path that all nodes share, or a URI; "
+                f"{key}=/mnt/shared/... after the config sets it"
+            )
+
+
+def _reachable(address: str) -> str:
+    """The address, if something listens there."""
+    parts = urlsplit(address)
+    try:
+        host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        host = None
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(f"--address {address}: expected the dashboard's URL, such as http://host:8265")
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S):
+            return address
+    except OSError as error:
+        raise UserError(f"{_no_answer(address)} ({error.strerror or error})") from None
+
+
+def _no_answer(address: str) -> str:
+    return (
+        f"{address}: no Ray dashboard answers there. Is the address right, the head node up, and the port forwarded "
+        "(kubectl port-forward service/...-head-svc 8265)? --address or RAY_API_SERVER_ADDRESS names it"
+    )
+
+
+def _about_token(message: str) -> str:
+    if message.startswith("Authentication required"):
+        return "wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it"
+    return (
+        "refuses this token: it is wrong, or has expired. Get the cluster's (on Kubernetes from the secret of its name) and set RAY_AUTH_TOKEN, or "
+        "RAY_AUTH_TOKEN_PATH to a file with it"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "run"

@@ -1,0 +1,159 @@
+"""Jobs on a real Ray head with its job server and token authentication: submitted, followed, stopped, resubmitted, finished."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from plad_dist import observe
+from tests.cluster.heads import TOKEN, Head, head
+from tests.conftest import write_config
+from tests.tiny import sampling_config
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Head]:
+    with head() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    raw = sampling_config(folder, prompts=600, block_size=16)
+    raw["prompts"]["heldout_fraction"] = 0.05
+    return write_config(folder, raw)
+
+
+def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: Head, config: Path) -> None:
+    root = config.parent / "run"
+    submitted = cluster.plad("submit", str(config), "--stage", "sample", "--address", cluster.url)
+    assert submitted.returncode == 0, submitted.stderr
+    job = re.search(r"Submitted: (\S+)", submitted.stdout)[1]
+
+    again = cluster.plad("submit", str(config), "--stage", "sample", "--address", cluster.url)
+    assert again.returncode == 2, again.stdout
+    assert f"job {job} works on this run already" in again.stderr
+
+    deadline = time.monotonic() + 300
+    while not (kept := parts(root)):
+        state = cluster.plad("status", job, "--address", cluster.url).stdout
+        assert "RUNNING" in state or "PENDING" in state, cluster.plad("logs", job, "--address", cluster.url).stdout
+        assert time.monotonic() < deadline, "nothing was sampled"
+        time.sleep(0.2)
+    scraped = scrape(cluster)
+    stopped = cluster.plad("stop", job, "--address", cluster.url)
+    assert (stopped.returncode, "STOPPED" in stopped.stdout) == (0, True), stopped.stderr
+    assert not (root / "samples" / "student" / "round-0" / "manifest.json").exists(), (
+        "stopped too late to prove anything"
+    )
+
+    followed = cluster.plad("submit", str(config), "--stage", "sample", "--address", cluster.url, "--follow")
+    assert followed.returncode == 0, followed.stdout[-3000:] + followed.stderr
+    assert "sample: done" in followed.stdout
+    for role in ("teacher", "student"):
+        assert json.loads((root / "samples" / role / "round-0" / "manifest.json").read_text())["parts"]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a part was made twice"
+
+    jobs = cluster.plad("status", "--address", cluster.url).stdout
+    assert "STOPPED" in jobs
+    assert "SUCCEEDED" in jobs
+    exported = set(re.findall(r"^ray_plad_(\w+?)(?:_total|_bucket|_sum|_count)?\{", scraped, re.MULTILINE))
+    assert {"run_up", "disk_free_bytes", "rows", "tokens", "actors", "engine_starts", "block_seconds"} <= exported
+    assert exported <= {*observe.FLEET, *observe.TRAINING, *observe.RUN}
+    for path in [*root.rglob("*.log"), *root.rglob("*.json"), *root.rglob("*.yaml")]:
+        assert TOKEN not in path.read_text(), path
+
+
+def parts(root: Path) -> dict[Path, int]:
+    """Committed parts with the times at which they were."""
+    return {path: path.stat().st_mtime_ns for path in (root / "samples").rglob("part-*.arrow")}
+
+
+def scrape(cluster: Head) -> str:
+    """What Prometheus would read, once it has the fleet's metrics."""
+    text, deadline = "", time.monotonic() + 60
+    while "ray_plad_rows_total" not in text and time.monotonic() < deadline:
+        time.sleep(1)
+        with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
+            text = answer.read().decode()
+    return text
+
+
+def test_a_wrong_token_is_refused_by_name(cluster: Head, config: Path) -> None:
+    refused = cluster.plad("submit", str(config), "--address", cluster.url, RAY_AUTH_TOKEN="wrong-token-0123456789")
+    assert refused.returncode == 2
+    assert "refuses this token: it is wrong, or has expired" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "wrong-token" not in refused.stderr
+
+
+def test_no_token_is_asked_for(cluster: Head) -> None:
+    environment = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH")}
+    asked = subprocess.run(
+        [sys.executable, "-c", "from plad_dist.cli import main; main()", "status", "--address", cluster.url],
+        capture_output=True, text=True, timeout=120, check=False, env=environment,
+    )  # fmt: skip
+    assert asked.returncode == 2
+    assert "wants a token: set RAY_AUTH_MODE=token" in asked.stderr
+
+
+def test_a_bad_config_fails_before_it_is_submitted(cluster: Head, config: Path) -> None:
+    relative = cluster.plad("submit", str(config), "run.dir=runs/here", "--address", cluster.url)
+    assert (relative.returncode, "run.dir: runs/here: is relative" in relative.stderr) == (2, True), relative.stderr
+    unknown = cluster.plad("submit", str(config), "sampling.limt=3", "--address", cluster.url)
+    assert (unknown.returncode, "sampling.limt" in unknown.stderr) == (2, True), unknown.stderr
+    stage = cluster.plad("submit", str(config), "--stage", "tune", "--address", cluster.url)
+    assert (stage.returncode, "--stage tune: expected one of" in stage.stderr) == (2, True), stage.stderr
+    large = cluster.plad(
+        "submit", str(config), "sampling.student.engine.kv_cache_memory_bytes=9000000000000", "--address", cluster.url
+    )
+    assert (large.returncode, "does not fit" in large.stderr) == (2, True), large.stderr
+
+
+def test_a_job_that_is_not_there_is_named(cluster: Head) -> None:
+    missing = cluster.plad("logs", "plad-none-sample-000000", "--address", cluster.url)
+    assert missing.returncode == 2
+    assert "has no job plad-none-sample-000000" in missing.stderr
+
+
+def test_what_was_wrong_on_the_cluster_comes_back_with_its_exit_code(cluster: Head, config: Path) -> None:
+    failed = cluster.plad(
+        "submit", str(config), "prompts.source.paths=[/nowhere/prompts.jsonl]", f"run.dir={config.parent / 'other'}",
+        "--stage", "sample", "--address", cluster.url, "--follow",
+    )  # fmt: skip
+    assert failed.returncode == 2, failed.stdout + failed.stderr
+    assert "/nowhere/prompts.jsonl" in failed.stdout
+
+
+def test_wrong_addresses_and_dead_heads_are_named(config: Path) -> None:
+    with head(cpus=1) as found:
+        wrong = found.plad("status", "--address", "http://127.0.0.1:9")
+        assert (wrong.returncode, "no Ray dashboard answers there" in wrong.stderr) == (2, True), wrong.stderr
+        odd = found.plad("status", "--address", "localhost:8265")
+        assert (odd.returncode, "expected the dashboard's URL" in odd.stderr) == (2, True), odd.stderr
+        job = found.plad(
+            "submit", str(config), "--stage", "sample", f"run.dir={config.parent / 'dead'}", "--address", found.url
+        )
+        assert job.returncode == 0, job.stderr
+        name = re.search(r"Submitted: (\S+)", job.stdout)[1]
+        following = subprocess.Popen(
+            [sys.executable, "-c", "from plad_dist.cli import main; main()", "logs", name, "--follow", "--address", found.url],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=found.environment,
+        )  # fmt: skip
+        time.sleep(15)
+        found.kill()
+        _, said = following.communicate(timeout=180)
+        assert following.returncode == 1, said
+        assert "does not answer any more" in said
+        assert "submit the same config again" in said

@@ -1,0 +1,72 @@
+"""Dashboard and alerts ask for metrics that the code exports, and say what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ray.util.metrics import Counter, Histogram
+
+from plad_dist.observe import FLEET, RUN, TRAINING
+
+FOLDER = Path("k8s/components/monitoring")
+METRICS = FLEET | TRAINING | RUN
+
+
+def exported() -> set[str]:
+    """Names as Prometheus has them."""
+    names = set()
+    for name, (kind, _) in METRICS.items():
+        endings = ["_total"] if kind is Counter else ["_bucket", "_sum", "_count"] if kind is Histogram else [""]
+        names |= {f"ray_plad_{name}{ending}" for ending in endings}
+    return names
+
+
+def asked(expressions: list[str]) -> set[str]:
+    return {name for text in expressions for name in re.findall(r"\bray_plad_\w+", text)}
+
+
+def dashboard() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text())
+    return found
+
+
+def alerts() -> list[dict[str, Any]]:
+    rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())
+    return [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
+
+
+def test_every_metric_of_the_dashboard_is_exported_and_every_exported_one_is_shown() -> None:
+    expressions = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    assert asked(expressions) <= exported()
+    shown = {name for name in METRICS if any(f"ray_plad_{name}" in text for text in expressions)}
+    assert shown == set(METRICS)
+
+
+def test_every_metric_of_the_alerts_is_exported() -> None:
+    assert asked([rule["expr"] for rule in alerts()]) <= exported()
+
+
+def test_alerts_cover_what_can_go_wrong_and_say_what_to_do() -> None:
+    found = {rule["alert"]: rule for rule in alerts()}
+    assert set(found) >= {
+        "PladNoProgress", "PladErrorRows", "PladLossNotFinite", "PladManyRecoveries", "PladEnginesDie", "PladDiskFills",
+    }  # fmt: skip
+    for rule in found.values():
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        assert len(rule["annotations"]["description"]) > 60
+
+
+def test_panels_do_not_overlap_and_have_titles_and_descriptions() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard()["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        assert panel["title"]
+        assert panel["type"] == "row" or panel["description"]
