@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from ray.util.metrics import Counter, Histogram
 
 from plad_dist.observe import FLEET, RUN, TRAINING
+from tests.k8s.rendered import OVERLAYS, cluster_of, of_kind, render_on_top
 
 FOLDER = Path("k8s/components/monitoring")
 METRICS = FLEET | TRAINING | RUN
@@ -70,3 +72,20 @@ def test_panels_do_not_overlap_and_have_titles_and_descriptions() -> None:
         taken |= cells
         assert panel["title"]
         assert panel["type"] == "row" or panel["description"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_head_and_workers_of_every_overlay_are_scraped(overlay: str, tmp_path: Path) -> None:
+    objects = render_on_top(overlay, ["monitoring"], tmp_path)
+    (monitor,) = of_kind(objects, "PodMonitor")
+    wanted, (endpoint,) = monitor["spec"]["selector"]["matchLabels"], monitor["spec"]["podMetricsEndpoints"]
+    cluster = cluster_of(objects)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]
+        assert wanted.items() <= pod["metadata"]["labels"].items()
+        ports = [port["name"] for container in pod["spec"]["containers"] for port in container.get("ports", [])]
+        assert endpoint["port"] in ports
+    boards = [
+        item for item in of_kind(objects, "ConfigMap") if item["metadata"].get("labels", {}).get("grafana_dashboard")
+    ]
+    assert len(boards) == 1

@@ -1,0 +1,83 @@
+# syntax=docker/dockerfile:1.7
+# The image of a run, from the locks:
+#   docker build --target gpu -t plad-dist:0.1.0 .
+#   docker build --target cpu -t plad-dist:0.1.0-cpu .
+# For builds that can be repeated:
+#   --build-arg REVISION=$(git rev-parse HEAD) --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
+#   --output type=image,name=NAME,push=true,rewrite-timestamp=true
+#   --build-arg PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:...    (the builder pins the digest; Debian's packages are
+#   those of the day all the same)
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+
+# What builds: none of it is in the image but /opt/venv.
+FROM ${PYTHON_IMAGE} AS build
+ARG UV_VERSION=0.13.9
+ARG HATCHLING_VERSION=1.33.0
+# Compiled files name their source by its hash, not by its date: the root file system is read-only where they would be renewed.
+# What is built dates from 1980, the first day that an archive can say.
+ENV SOURCE_DATE_EPOCH=315532800 PYC_INVALIDATION_MODE=CHECKED_HASH PIP_DISABLE_PIP_VERSION_CHECK=1
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+WORKDIR /build
+RUN pip install --no-cache-dir "uv==${UV_VERSION}" \
+    && uv venv --no-cache --python /usr/local/bin/python /opt/venv \
+    && echo "hatchling==${HATCHLING_VERSION}" >build-constraints.txt
+
+FROM build AS build-gpu
+COPY requirements/gpu.txt requirements/
+RUN uv pip sync --no-cache --python /opt/venv/bin/python --compile-bytecode requirements/gpu.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY ds_configs ds_configs
+COPY ray_jobs ray_jobs
+COPY plad_dist plad_dist
+RUN uv pip install --no-cache --python /opt/venv/bin/python --compile-bytecode --no-deps \
+    --build-constraints build-constraints.txt .
+
+FROM build AS build-cpu
+COPY requirements/cpu.txt requirements/
+RUN uv pip sync --no-cache --python /opt/venv/bin/python --compile-bytecode --index-strategy unsafe-best-match \
+    --extra-index-url https://download.pytorch.org/whl/cpu requirements/cpu.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY ds_configs ds_configs
+COPY ray_jobs ray_jobs
+COPY plad_dist plad_dist
+RUN uv pip install --no-cache --python /opt/venv/bin/python --compile-bytecode --no-deps \
+    --build-constraints build-constraints.txt .
+
+FROM ${PYTHON_IMAGE} AS run
+ARG PYTHON_IMAGE
+LABEL org.opencontainers.image.title="plad-dist" \
+    org.opencontainers.image.description="Preference-based distillation of large language models on clusters" \
+    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.base.name="docker.io/library/${PYTHON_IMAGE}"
+# g++: Triton and torch.compile (FlexAttention in the trainer, vLLM) build small launchers when they run, DeepSpeed its
+# collectives on CPUs and its AdamW of an offloaded optimizer. No CUDA toolkit: torch's wheels bring the libraries, the
+# trainer's AdamW is torch's, and no other CUDA operation of DeepSpeed's is used.
+# wget: what older KubeRay operators probe with. The release is the base image's; Debian keeps one version of each in it.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ libnuma1 wget \
+    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig/aux-cache \
+    && SOURCE_DATE_EPOCH=315532800 useradd --uid 1000 --user-group --create-home --shell /bin/bash plad \
+    && echo "export PATH=/opt/venv/bin:\$PATH" >/etc/profile.d/plad-dist.sh
+# The line above is for operators that start Ray from a login shell, which sets PATH anew.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/home/plad
+WORKDIR /opt/plad-dist
+COPY LICENSE ./
+COPY ds_configs ds_configs
+COPY ray_jobs ray_jobs
+
+FROM run AS cpu
+COPY --from=build-cpu /opt/venv /opt/venv
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
+USER 1000:1000
+CMD ["plad", "--help"]
+
+FROM run AS gpu
+ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
+COPY --from=build-gpu /opt/venv /opt/venv
+ARG REVISION=unknown
+LABEL org.opencontainers.image.revision="${REVISION}"
+USER 1000:1000
+CMD ["plad", "--help"]

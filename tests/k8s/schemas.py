@@ -1,0 +1,80 @@
+"""Objects against their schemas, unknown fields refused: Kubernetes' own, and those of custom resource definitions."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+# Of KubeRay and Kueue, in a folder beside the repository.
+CRDS = Path(__file__).parents[3] / "shared" / "k8s-crds"
+KUBERNETES = "1.31"
+
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_METADATA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string"},
+        "namespace": {"type": "string"},
+        "labels": _TEXTS,
+        "annotations": _TEXTS,
+    },
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+def is_custom(item: dict[str, Any]) -> bool:
+    """Whether an object is KubeRay's or Kueue's."""
+    return item["apiVersion"].partition("/")[0] in ("ray.io", "kueue.x-k8s.io")
+
+
+def problem_of(item: dict[str, Any]) -> str | None:
+    """What is wrong with an object; None where nothing is."""
+    try:
+        if is_custom(item):
+            jsonschema.Draft202012Validator(_schema(item["apiVersion"], item["kind"])).validate(item)
+        else:
+            kubernetes_validate.validate(item, KUBERNETES, strict=True)
+    except jsonschema.ValidationError as error:  # those of kubernetes_validate are such, too
+        return f"{item['kind']} {item['metadata']['name']}: {'.'.join(map(str, error.absolute_path))}: {error.message}"
+    return None
+
+
+@cache
+def _schema(api_version: str, kind: str) -> dict[str, Any]:
+    if not CRDS.is_dir():
+        pytest.skip(f"needs the custom resource definitions of KubeRay and Kueue in {CRDS}")
+    group, _, version = api_version.partition("/")
+    for path in sorted(CRDS.glob(f"{group}_*.yaml")):
+        spec = yaml.load(path.read_text(), Loader=yaml.CSafeLoader)["spec"]
+        if spec["names"]["kind"] == kind:
+            (schema,) = [item["schema"] for item in spec["versions"] if item["name"] == version and item["served"]]
+            strict: dict[str, Any] = _strict(schema["openAPIV3Schema"])
+            strict["properties"]["metadata"] = _METADATA
+            return strict
+    raise AssertionError(f"no definition of {api_version} {kind} in {CRDS}")
+
+
+def _strict(schema: Any) -> Any:
+    """An OpenAPI schema as a JSON schema that refuses what it does not name, as `kubectl apply` does."""
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {
+        # Names of fields under `properties` may be anything, also a keyword's.
+        key: {name: _strict(item) for name, item in value.items()} if key == "properties" else _strict(value)
+        for key, value in schema.items()
+        if key not in ("default", "description", "enum", "required") and not key.startswith("x-")
+    }
+    strict |= {key: schema[key] for key in ("enum", "required") if key in schema}
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if "properties" in schema and not open_ended:
+        strict["additionalProperties"] = False
+    return strict
