@@ -15,6 +15,7 @@ from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from plad_dist.jobs import JobServer
     from plad_dist.rundir import RunDir
     from plad_dist.verify import Checked
 
@@ -30,6 +31,13 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAM
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as run.seed=3.")
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The cluster's dashboard, such as http://host:8265. Empty: RAY_API_SERVER_ADDRESS, else this machine's."
+    ),
+]
+JobName = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Empty: the newest one.")]
 
 
 def main() -> None:
@@ -88,7 +96,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Sample the teacher and the student."""
+    """Sample the teacher and the student; read the prompts first, where that is not done."""
     _stage("sample", config, overrides)
 
 
@@ -128,11 +136,93 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def status(run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")]) -> None:
-    """What of a run is committed."""
-    from plad_dist.status import status_table
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    stage: Annotated[str, typer.Option(help="sample, pair, train, evaluate, or distill for all.")] = "distill",
+    follow: Annotated[bool, typer.Option("--follow", help="Show what the job says, and end as it ends.")] = False,
+) -> None:
+    """Submit a run to a Ray cluster as a job. Submitted again, it goes on where it was left."""
+    from plad_dist.jobs import STAGES, JobServer
 
-    _print(status_table(run_dir))
+    wanted = next((name for name in STAGES if name == stage), None)
+    if wanted is None:
+        raise UserError(f"--stage {stage}: expected one of {', '.join(STAGES)}")
+    server = JobServer(address)
+    job = server.submit(config, overrides or [], wanted)
+    typer.echo(f"Submitted: {job}")
+    if follow:
+        _follow(server, job)
+    else:
+        typer.echo(f"`plad logs {job} --follow` shows it, `plad stop {job}` ends it")
+
+
+@app.command()
+def status(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[RUN_DIR or JOB]", help="A run directory, or a job. Empty: all jobs.")
+    ] = None,
+    address: Address = None,
+) -> None:
+    """What of a run is committed, or how jobs on a cluster stand."""
+    from pathlib import Path
+
+    is_job = what is None or address is not None or what.startswith(("plad-", "raysubmit_"))
+    if what is not None and (not is_job or Path(what).is_dir()):
+        from plad_dist.status import status_table
+
+        _print(status_table(what))
+        return
+    from plad_dist.jobs import JobServer, job_table
+
+    server = JobServer(address)
+    jobs = server.jobs() if what is None else [server.job(what)]
+    _print(job_table(jobs, server.address))
+    if what is not None and jobs[0].message:
+        typer.echo(str(jobs[0].message).strip())
+
+
+@app.command()
+def logs(
+    job: JobName = None,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Until it has ended; end as it ends.")] = False,
+) -> None:
+    """What a job says."""
+    from plad_dist.jobs import JobServer
+
+    server = JobServer(address)
+    name = job or server.newest()
+    if follow:
+        _follow(server, name)
+    else:
+        typer.echo(server.logs(name), nl=False)
+
+
+@app.command()
+def stop(job: JobName = None, address: Address = None) -> None:
+    """End a job. What it has committed is kept."""
+    from plad_dist.jobs import JobServer
+
+    server = JobServer(address)
+    name = job or server.newest()
+    typer.echo(f"{name}: {server.stop(name)}. What was committed is kept; submit the same config again to go on")
+
+
+def _follow(server: JobServer, job: str) -> None:
+    try:
+        state = server.follow(job, lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        _fail(
+            f"plad: {job} goes on without being watched; `plad logs {job} --follow` shows it, `plad stop {job}` ends it",
+            INTERRUPTED,
+        )
+    if state == "STOPPED":
+        raise RunFailed(f"{job} was stopped. What was committed is kept; submit the same config again to go on")
+    if state != "SUCCEEDED":
+        code = server.job(job).driver_exit_code
+        raise (UserError if code == BAD_INPUT else RunFailed)(f"{job}: {state}; what it said last is above")
 
 
 @app.command()
@@ -263,6 +353,86 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides or [])
     check_inputs(settings, RunDir.of(settings), all_rows=True)
     typer.echo(f"{config}: valid; fingerprint {settings.fingerprint()[:12]}, run directory {settings.run.dir}")
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="The run's YAML file. Empty: only the machines are checked."),
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster, such as auto or host:6379. Empty: the config's, else RAY_ADDRESS, else none."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check this machine, every node of a cluster and what a config names. Exit code 0 where nothing failed, 1 otherwise."""
+    from dataclasses import asdict
+
+    from plad_dist.planning.doctor import examine, findings_table, summary
+
+    settings = load_config(config, overrides or []) if config is not None else None
+    try:
+        findings = examine(settings, address)
+    except KeyboardInterrupt:
+        _fail("plad: interrupted. Nothing was changed.", INTERRUPTED)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        _print(findings_table(findings))
+        typer.echo(summary(findings))
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="Kind of GPU, such as h100-80g; cpu: this machine. Empty: what is here, where it fits."),
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes. Empty: as many as are needed.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, help="Prompts that are sampled, where nothing else says it.")
+    ] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
+    response_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of a response.")] = None,
+    teacher_rate: Annotated[float | None, typer.Option(min=0.001, help="Tokens a second and device, measured.")] = None,
+    student_rate: Annotated[float | None, typer.Option(min=0.001, help="The same, of the student's engines.")] = None,
+    train_rate: Annotated[float | None, typer.Option(min=0.001, help="The same, of training.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Price of a device for an hour.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Memory part by part, disk, time and money of a run, without starting anything. Exit code 1 where it does not fit.
+
+    Of a study, its variants.
+    """
+    from plad_dist.planning.plan import hardware_of, plan_run
+    from plad_dist.planning.table import plan_lines, plan_tables
+    from plad_dist.study import load_runs
+
+    given = {"teacher": teacher_rate, "student": student_rate, "train": train_rate}
+    rates = {name: rate for name, rate in given.items() if rate is not None}
+    plans = {}
+    for name, settings in load_runs(config, overrides or []):
+        hardware = hardware_of(gpu, nodes, gpus_per_node, settings)
+        plans[name] = plan_run(
+            settings, hardware, prompts=prompts, prompt_tokens=prompt_tokens, response_tokens=response_tokens, rates=rates, price=price
+        )  # fmt: skip
+        if not as_json:
+            for table in plan_tables(name, plans[name]):
+                _print(table)
+            typer.echo("\n".join(plan_lines(plans[name])) + "\n")
+    fits = all(found["fits"] for found in plans.values())
+    if as_json:
+        typer.echo(json.dumps(plans.get(config, {"fits": fits, "variants": plans})))
+    if not fits:
+        raise typer.Exit(FAILED)
 
 
 def _stage(command: str, config: str, overrides: list[str] | None, phase: str | None = None) -> None:

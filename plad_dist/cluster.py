@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from urllib.parse import urlsplit
 
 from plad_dist.config import Config
 from plad_dist.devices import gpu_of
@@ -15,6 +17,8 @@ from plad_dist.planning.plan import Hardware, check_fits
 from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
+
+_CONNECT_S = 10.0
 
 
 @contextmanager
@@ -46,6 +50,8 @@ def _connect(config: Config) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address and (problem := silent(address)) is not None:
+        raise UserError(f"cluster.address: {address}: no Ray cluster answers there ({problem})")
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -71,6 +77,17 @@ def _connect(config: Config) -> None:
         resources.get("CPU", 0),
         resources.get("GPU", 0),
     )
+
+
+def silent(address: str) -> str | None:
+    """Why nothing listens at a Ray address; None where something does, or it names none. Ray itself would wait for many minutes."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    try:
+        if parts.hostname and parts.port:  # not `auto`
+            socket.create_connection((parts.hostname, parts.port), timeout=_CONNECT_S).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def refuse_unfit(config: Config, hardware: Hardware) -> None:
