@@ -96,7 +96,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Sample the teacher and the student; read the prompts first, where that is not done."""
+    """Sample the teacher and the student."""
     _stage("sample", config, overrides)
 
 

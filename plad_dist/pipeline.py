@@ -130,8 +130,7 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     progress = Progress()
 
     def steps() -> Iterator[Step]:
-        wanted = {command, "prepare"} if command == "sample" else {command}
-        return (step for step in steps_of(config, run, progress, phase) if command is None or step.command in wanted)
+        return (step for step in steps_of(config, run, progress, phase) if command in (None, step.command))
 
     if command and (first := next((step for step in steps() if not step.done()), None)):
         first.inputs()  # what one command needs is there, or it leaves nothing behind

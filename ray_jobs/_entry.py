@@ -5,21 +5,26 @@ import os
 import sys
 
 
-def main(command: str) -> None:
-    """Run one `plad` command on the cluster that the job was submitted to. Exit codes are those of `plad`."""
-    parser = argparse.ArgumentParser(description=f"plad {command} as a Ray job")
+def main(*commands: str) -> None:
+    """Run `plad` commands, one after the other, on the cluster that the job was submitted to. Exit codes are those of `plad`."""
+    parser = argparse.ArgumentParser(description=f"plad {', then plad '.join(commands)} as a Ray job")
     parser.add_argument("--config", required=True, help="the run's YAML file, as seen from the cluster")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set")
     arguments = parser.parse_args()
     from plad_dist import __version__
+    from plad_dist.cli import main as plad
 
     wanted = os.environ.get("PLAD_VERSION", __version__)
     if wanted != __version__:
-        sys.exit(
-            f"plad: submitted by plad-dist {wanted}, the cluster's image has {__version__}: use one version on both"
+        sys.stderr.write(
+            f"plad: submitted by plad-dist {wanted}, the cluster has {__version__}: use one version on both\n"
         )
+        sys.exit(2)
     os.environ.setdefault("RAY_ADDRESS", "auto")
-    sys.argv = ["plad", command, arguments.config, *arguments.overrides]
-    from plad_dist.cli import main as plad
-
-    plad()
+    for command in commands:
+        sys.argv = ["plad", command, arguments.config, *arguments.overrides]
+        try:
+            plad()
+        except SystemExit as end:
+            if end.code:
+                raise

@@ -1,6 +1,6 @@
-"""Sample the teacher and the student: `ray job submit -- python ray_jobs/sample.py --config CONFIG [KEY=VALUE ...]`."""
+"""Read the prompts and sample teacher and student: `ray job submit -- python ray_jobs/sample.py --config CONFIG [KEY=VALUE ...]`."""
 
 from _entry import main
 
 if __name__ == "__main__":
-    main("sample")
+    main("prepare", "sample")
