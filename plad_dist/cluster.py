@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
@@ -14,7 +14,9 @@ from plad_dist.config import Config
 from plad_dist.devices import gpu_of
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.planning.plan import Hardware, check_fits
+from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
+from plad_dist.sampling.placement import engines_use_gpus
 
 logger = logging.getLogger("plad")
 
@@ -22,11 +24,14 @@ _CONNECT_S = 10.0
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[Callable[[], None]]:
-    """Gives a function that connects to Ray, the first time that a stage needs it. Ends what it started."""
+def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collection[str]], None]]:
+    """Gives a function that connects to Ray, the first time that a stage needs it. Ends what it started.
+
+    The function is told what the run is still to do, as :func:`refuse_unfit` is.
+    """
     started = False
 
-    def connect() -> None:
+    def connect(holds: Collection[str]) -> None:
         nonlocal started
         if started:
             return
@@ -37,7 +42,8 @@ def connected(config: Config) -> Iterator[Callable[[], None]]:
 
         opened.callback(ray.shutdown)
         _connect(config)
-        opened.enter_context(run_metrics(RunDir.of(config).storage.local_root))
+        refuse_unfit(config, hardware_of_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]]), holds)
+        opened.enter_context(run_metrics(RunDir.of(config).storage.local_root, progress))
 
     with ExitStack() as opened:
         yield connect
@@ -69,7 +75,6 @@ def _connect(config: Config) -> None:
         raise RunFailed(f"Ray did not start: {error}") from None
     resources = ray.cluster_resources()
     where = f"joined {address}" if address else "started a local Ray"
-    refuse_unfit(config, hardware_of_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]]))
     logger.info(
         "ray: %s: %d node(s), %g CPUs, %g GPUs",
         where,
@@ -90,30 +95,55 @@ def silent(address: str) -> str | None:
     return None
 
 
-def refuse_unfit(config: Config, hardware: Hardware) -> None:
-    """Raise :class:`UserError` for a config that takes more memory than there is, before a device is held."""
-    problems = check_fits(config, hardware)
-    if not problems:
+def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[str] | None = None) -> None:
+    """Raise :class:`UserError` for a config that takes more memory than there is, before a device is held.
+
+    What would fit a larger group of workers, and models that cannot be sized, are told of and left to the run.
+
+    Args:
+        hardware: None where nothing can be said.
+        holds: of what the run is still to do; see :func:`plad_dist.planning.plan.check_fits`.
+    """
+    if hardware is None:
         return
-    text = "\n  ".join(["this config does not fit:", *map(str, problems)])
-    if config.cluster.unfit == "warn":
-        logger.warning("%s", text)
+    try:
+        problems = check_fits(config, hardware, holds)
+    except UserError as error:
+        logger.info("not planned: %s", error)
         return
-    raise UserError(f"{text}\n`plad plan` shows what takes what; cluster.unfit=warn tries it all the same")
+    refused = [problem for problem in problems if problem.always and config.cluster.unfit == "refuse"]
+    for problem in problems:
+        if problem not in refused:
+            logger.warning("may not fit: %s", problem)
+    if refused:
+        text = "\n  ".join(["this config does not fit:", *map(str, refused)])
+        raise UserError(f"{text}\n`plad plan` shows what takes what; cluster.unfit=warn tries it all the same")
 
 
-def hardware_of_nodes(nodes: Sequence[Mapping[str, float]]) -> Hardware:
-    """The hardware of a cluster by its nodes' resources. It may grow, so the number of GPU nodes is not held against a config."""
-    with_gpus = [node for node in nodes if node.get("GPU")]
-    names = [name for node in with_gpus for name in node if name.startswith("accelerator_type:")]
-    known = [gpu for name in names if (gpu := gpu_of(name.partition(":")[2])) is not None]
-    if known:
-        smallest = min(known, key=lambda gpu: gpu.memory)
-        return Hardware(smallest, None, int(max(node["GPU"] for node in with_gpus)), None)
-    if with_gpus:
-        return Hardware(None, None, 0, None)  # of a kind that is not known: nothing can be said
-    memory = [node.get("memory", 0.0) + node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU")]
-    return Hardware(None, len(memory) or None, 0, min(memory, default=None))
+def hardware_of_nodes(nodes: Sequence[Mapping[str, float]]) -> Hardware | None:
+    """The hardware of a cluster by its nodes' resources, those of its largest ones where they differ; None where nothing can be said.
+
+    A cluster may grow, so the number of GPU nodes is not held against a config.
+    """
+    if engines_use_gpus() or any(node.get("GPU") for node in nodes):
+        found = [
+            Hardware(gpu, None, int(node["GPU"]), _memory(node))
+            for node in nodes
+            for name in node
+            if name.startswith("accelerator_type:") and node.get("GPU", 0) >= 1
+            if (gpu := gpu_of(name.partition(":")[2])) is not None
+        ]
+        return max(found, key=lambda one: (one.gpu.memory if one.gpu else 0, one.gpus_per_node), default=None)
+    with_cpus = [node for node in nodes if node.get("CPU")]
+    if not with_cpus:
+        return None
+    largest = max(with_cpus, key=_memory)
+    return Hardware(None, len(with_cpus), 0, _memory(largest), largest["CPU"])
+
+
+def _memory(node: Mapping[str, float]) -> float:
+    """Bytes of a node: Ray takes a part of them for its objects."""
+    return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)
 
 
 def _local_cpus(config: Config) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import re
@@ -11,21 +12,25 @@ import shutil
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from aiohttp import ClientError
 from rich.table import Table
 
 from plad_dist import __version__
 from plad_dist.cluster import hardware_of_nodes, refuse_unfit
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
+from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.planning.needs import engines_of
 from plad_dist.resources import resource
+from plad_dist.rundir import RunDir
+from plad_dist.sampling.engine import check_engine_args
 
 logger = logging.getLogger("plad")
 
@@ -60,52 +65,61 @@ class JobServer:
         """
         config = load_config(file, overrides)
         _refuse_relative(config)
+        for need in engines_of(config):  # a secret among them would be seen by all who see the job
+            check_engine_args(need.sampling.engine, f"{need.key}.engine")
         self._refuse_unfit(config)
-        run_dir = config.run.dir
-        active = [job for job in self.jobs() if job.status in _ACTIVE and job.metadata.get("run_dir") == run_dir]
-        if active:
-            name = active[0].submission_id
-            raise UserError(
-                f"{run_dir}: job {name} works on this run already. `plad logs {name} --follow` shows it, `plad stop {name}` ends it"
-            )
-        job = f"plad-{_plain(Path(run_dir).name)}-{stage}-{uuid.uuid4().hex[:6]}"
+        run_dir = RunDir.of(config).storage.url
+        earlier = [job for job in self.jobs() if job.metadata.get("run_dir") == run_dir]
+        for job in earlier:
+            if job.status in _ACTIVE:
+                raise UserError(_busy(run_dir, job.submission_id))
+        # Two that are submitted at once get the same name, which the server takes once.
+        digest = hashlib.sha256(run_dir.encode()).hexdigest()[:6]
+        name = f"plad-{_plain(Path(run_dir).name)}-{digest}-{len(earlier) + 1}"
         with tempfile.TemporaryDirectory(prefix="plad-submit-") as temporary:
             folder = Path(temporary)
             shutil.copy(file, folder / _CONFIG)
             shutil.copytree(resource("ray_jobs"), folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
-            with self._asking():
-                self._client.submit_job(
-                    entrypoint=shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG, *overrides]),
-                    submission_id=job,
-                    runtime_env={"working_dir": str(folder), "env_vars": {"PLAD_VERSION": __version__}},
-                    metadata={"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()},
-                )
-        return job
+            try:
+                with self._asking():
+                    self._client.submit_job(
+                        entrypoint=shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG, *overrides]),
+                        submission_id=name,
+                        runtime_env={"working_dir": str(folder), "env_vars": {"PLAD_VERSION": __version__}},
+                        metadata={"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()},
+                    )
+            except RunFailed as error:
+                if "already exists" in str(error):
+                    raise UserError(_busy(run_dir, name)) from None
+                raise
+        return name
 
     def follow(self, job: str, show: Callable[[str], None]) -> str:
         """Show what a job says until it has ended; returns the state that it ended in.
 
         Raises:
+            UserError: there is no such job.
             RunFailed: the cluster does not answer any more.
         """
-        shown = 0
-        for attempt in range(_RECONNECTS + 1):
+        self.job(job)
+        log, tries = _Log(show), 0
+        while tries <= _RECONNECTS:
+            before = log.shown
             try:
-                shown = asyncio.run(self._tail(job, shown, show))
+                asyncio.run(self._tail(job, log))
                 if (state := self.job(job).status) not in _ACTIVE:
                     return str(state)
-            except (RuntimeError, OSError, RunFailed) as error:
+                tries = 0
+            except (RuntimeError, OSError, RunFailed, ClientError) as error:
                 logger.debug("the connection to %s broke: %s", self.address, error)
-            time.sleep(min(30.0, 2.0**attempt))
+                tries = 1 if log.shown > before else tries + 1
+            time.sleep(min(30.0, 2.0**tries))
         raise RunFailed(self._gone())
 
-    async def _tail(self, job: str, shown: int, show: Callable[[str], None]) -> int:
-        """Show the log of a job past so many characters; returns how many there are. A new connection begins with all of it."""
-        seen = 0
+    async def _tail(self, job: str, log: _Log) -> None:
+        log.begin()  # a new connection is sent all of it
         async for text in self._client.tail_job_logs(job):
-            show(text[max(0, shown - seen) :])
-            seen += len(text)
-        return max(shown, seen)
+            log.add(text)
 
     def logs(self, job: str) -> str:
         """What a job has said so far."""
@@ -145,16 +159,13 @@ class JobServer:
         from ray.util.state import list_nodes
 
         try:
-            nodes = [
-                node.resources_total for node in list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])
-            ]
-            refuse_unfit(config, hardware_of_nodes(nodes))
-        except UserError as error:
-            if "does not fit" in str(error):
-                raise
-            logger.info("not planned from here, the job does it there: %s", error)  # its models lie on the cluster
+            nodes = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])
         except Exception as error:  # noqa: BLE001 - whatever the state server has against it; the job plans again
-            logger.info("not planned from here, the job does it there: %r", error)
+            logger.info("not planned from here, the job does it there: %s", first_line(error))
+            return
+        resources = [node.resources_total for node in nodes]
+        if any(node.get("GPU") for node in resources):  # one without may gain some; the job knows what it is made for
+            refuse_unfit(config, hardware_of_nodes(resources))
 
     @contextmanager
     def _asking(self, job: str | None = None, *, begins: bool = False) -> Iterator[None]:
@@ -178,6 +189,26 @@ class JobServer:
         )
 
 
+class _Log:
+    """A job's log as it is sent, shown once however often it is sent from its beginning."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self.shown = self._seen = 0
+
+    def begin(self) -> None:
+        """It is sent from its beginning."""
+        self._seen = 0
+
+    def add(self, text: str) -> None:
+        """The next piece."""
+        new = text[max(0, self.shown - self._seen) :]
+        self._seen += len(text)
+        self.shown = max(self.shown, self._seen)
+        if new:
+            self._show(new)
+
+
 def job_table(jobs: list[Any], address: str) -> Table:
     """One line for each job."""
     table = Table("job", "state", "stage", "run directory", "began", title=address)
@@ -185,8 +216,13 @@ def job_table(jobs: list[Any], address: str) -> Table:
         began = (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime((job.start_time or 0) / 1000)) if job.start_time else ""
         )
-        table.add_row(job.submission_id, str(job.status), job.metadata["stage"], job.metadata["run_dir"], began)
+        told = job.metadata or {}
+        table.add_row(job.submission_id, str(job.status), told.get("stage", ""), told.get("run_dir", ""), began)
     return table
+
+
+def _busy(run_dir: str, job: str) -> str:
+    return f"{run_dir}: job {job} works on this run already. `plad logs {job} --follow` shows it, `plad stop {job}` ends it"
 
 
 def _refuse_relative(config: Config) -> None:

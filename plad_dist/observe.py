@@ -8,12 +8,13 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from plad_dist.progress import Progress
 from plad_dist.sampling.work import Beat, BlockResult
 
 FLEET = {
@@ -31,6 +32,10 @@ FLEET = {
 }
 TRAINING = {
     "train_starts": (Counter, "Times that the workers began or went on; more than one is a recovery or a resize."),
+    "train_diverged": (
+        Counter,
+        "Times that the loss or the gradient was not a number, or exploded; training stops then.",
+    ),
     "train_tokens": (Counter, "Tokens trained on."),
     "train_step": (Gauge, "Steps done."),
     "train_steps": (Gauge, "Steps of the phase in all."),
@@ -50,6 +55,7 @@ TRAINING = {
 }
 RUN = {
     "run_up": (Gauge, "1 while a command works on the run."),
+    "idle_seconds": (Gauge, "Seconds since anything was begun or done."),
     "disk_free_bytes": (Gauge, "Free bytes where the run directory lies."),
 }
 _SECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
@@ -127,12 +133,14 @@ class TrainingMetrics:
     def heard(self, message: dict[str, Any]) -> None:
         """A message of the first worker."""
         phase = str(message["phase"])
-        if message["kind"] not in ("begin", "step", "heldout"):
+        if message["kind"] not in ("begin", "step", "heldout", "diverged"):
             return
         metrics = self._phases.setdefault(phase, _Metrics(TRAINING, {"phase": phase}))
         if message["kind"] == "begin":
             metrics.add("train_starts")
             metrics.set("train_steps", message["steps"])
+        elif message["kind"] == "diverged":
+            metrics.add("train_diverged")
         elif message["kind"] == "heldout":
             metrics.set("heldout_pair_accuracy", message["pair_accuracy"])
         else:
@@ -144,15 +152,20 @@ class TrainingMetrics:
 
 
 @contextmanager
-def run_metrics(root: Path | None) -> Iterator[None]:
-    """Tell that a command works on a run, and how full its disk is, for as long as the block runs."""
+def run_metrics(root: Path | None, progress: Progress) -> Iterator[None]:
+    """Tell that a command works on a run, whether it gets on, and how full its disk is, for as long as the block runs.
+
+    A run does not depend on being watched: what cannot be told is left out.
+    """
     metrics, over = _Metrics(RUN, {"run": root.name if root else ""}), threading.Event()
 
     def tell() -> None:
         while True:
             metrics.set("run_up", 1)
+            metrics.set("idle_seconds", progress.idle_s)
             if root is not None:
-                metrics.set("disk_free_bytes", shutil.disk_usage(root).free)
+                with suppress(OSError):
+                    metrics.set("disk_free_bytes", shutil.disk_usage(root).free)
             if over.wait(_EVERY_S):
                 return
 
@@ -162,5 +175,5 @@ def run_metrics(root: Path | None) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(timeout=5)  # a disk that does not answer holds nobody up
         metrics.set("run_up", 0)

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import dropwhile
 from typing import Any
 
 from plad_dist.cluster import connected
@@ -32,6 +34,7 @@ class Step:
         done: whether its output is committed.
         inputs: raises :class:`UserError` where what an earlier stage makes is not there.
         work: does it; returns a sentence about what came of it, or None.
+        holds: whose memory it needs: `train <phase>`, `sample teacher`, `sample student`, `judge`.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Step:
     inputs: Callable[[], object]
     work: Callable[[], str | None]
     needs_ray: bool = True
+    holds: tuple[str, ...] = ()
 
 
 def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None = None) -> Iterator[Step]:
@@ -57,6 +61,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
                 lambda: training.are_trained(wanted, run),
                 lambda: training.require_inputs(wanted, config, run),
                 lambda: training.train_phases(wanted, config, run, progress),
+                holds=tuple(f"train {name}" for name in wanted),
             )
 
     def sample(name: str, roles: tuple[str, ...], run: RunDir = run) -> Step:
@@ -66,6 +71,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
             lambda: sampling.is_sampled(config, run, roles),
             lambda: train_prompts(run.storage).require("prepare"),
             lambda: sampling.sample(config, run, progress, roles),
+            holds=tuple(f"sample {role}" for role in roles),
         )
 
     def calibrate(run: RunDir, *trained: str) -> Iterator[Step]:
@@ -85,6 +91,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
             lambda: is_evaluated(config, run),
             lambda: require_inputs(config, run),
             lambda: _evaluate(config, run, progress),
+            holds=("sample student", "judge"),
         )
         yield Step(
             name("report"),
@@ -132,12 +139,16 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     def steps() -> Iterator[Step]:
         return (step for step in steps_of(config, run, progress, phase) if command in (None, step.command))
 
+    def still_to_do(first: Step) -> list[str]:
+        rest = dropwhile(lambda step: step.name != first.name, steps())
+        return [held for step in rest for held in step.holds]
+
     if command and (first := next((step for step in steps() if not step.done()), None)):
         first.inputs()  # what one command needs is there, or it leaves nothing behind
     open_run(config)
     log_to_run(run)
     todo = 0
-    with connected(config) as connect:
+    with connected(config, progress) as connect:
         for step in steps():
             if step.done():
                 logger.info("%s: committed, skipped", step.name)
@@ -149,13 +160,13 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
                     logger.info("%s: is left to a later `plad %s`: %s", step.name, command, missing)
                     break
             todo += 1
-            _work(step, run, connect)
+            _work(step, run, partial(connect, still_to_do(step)))
     if not todo:
         logger.info("nothing to do: everything is committed in %s", run.storage.url)
     return run
 
 
-def _work(step: Step, run: RunDir, connect: Callable[[], None]) -> None:
+def _work(step: Step, run: RunDir, connect: Callable[[], object]) -> None:
     logger.info("%s: begins", step.name)
     started = time.monotonic()
     step.inputs()

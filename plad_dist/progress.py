@@ -20,13 +20,19 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._every = 0.5 if self._live else every_s
         self._shown = False
+        self._moved = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since something was begun or done."""
+        return time.monotonic() - self._moved
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """Begin a count of `total` units."""
         self._stage, self._total, self._unit = stage, total, unit
         self._done = self._tokens = 0
         self._note = ""
-        self._started = self._last = time.monotonic()
+        self._started = self._last = self._moved = time.monotonic()
 
     def set(self, done: int, tokens: int, note: str) -> None:
         """`done` units are done in all; a resumed count starts where it was left."""
@@ -42,6 +48,8 @@ class Progress:
         if self._done == 0 and count:  # rates leave out the start of engines and workers
             self._first = time.monotonic()
             self._before_first, self._tokens_before_first = count, tokens
+        if count:
+            self._moved = time.monotonic()
         self._done += count
         self._tokens += tokens
         self.tick()

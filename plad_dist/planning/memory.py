@@ -15,26 +15,20 @@ from typing import Any
 
 from plad_dist.config import Optimizer, Training
 from plad_dist.devices import GIB
-from plad_dist.planning.sizes import ModelSize
+from plad_dist.planning.sizes import Device, ModelSize, quantized_width
+from plad_dist.sampling.engine import CPU_DEFAULTS
 from plad_dist.training.deepspeed_config import is_offloaded, load_deepspeed
 
 _CHUNK_ELEMENTS = {"gpu": 1 << 26, "cpu": 1 << 24}  # of a chunk's logits, as plad_dist.training.logprobs takes them
-_STEP_COPIES = 2  # while an optimizer steps: the gradients once more, and the square roots of the second moments
+# While an optimizer steps: the gradients once more, and what torch's AdamW makes on the way, on CPUs without fused kernels.
+_STEP_COPIES = {"gpu": 2, "cpu": 4}
 _GPU_CONTEXT = 1.5 * GIB  # CUDA and NCCL
-_HOST_PROCESS = {"gpu": 4.0 * GIB, "cpu": 0.75 * GIB}  # a worker or an engine as it stands, with its libraries
+_HOST_WORKER = {"gpu": 4.0 * GIB, "cpu": 0.5 * GIB}  # a process as it stands, with its libraries
+_HOST_ENGINE = {"gpu": 6.0 * GIB, "cpu": 0.75 * GIB}
 _ALLOCATOR = 1.03  # what allocators hold beyond what is asked of them
 _CUDA_GRAPHS = 1.0 * GIB
 _UTILIZATION = 0.92  # vLLM's own gpu_memory_utilization
 _BATCHED_TOKENS, _ENGINE_SEQUENCES = 8192, 256  # vLLM's own for a server
-_QUANTIZED = {
-    "fp8": 1.0,
-    "int8": 1.0,
-    "awq": 0.55,
-    "gptq": 0.55,
-    "awq_marlin": 0.55,
-    "gptq_marlin": 0.55,
-    "bitsandbytes": 0.55,
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Memory:
         return sum(self.parts.values()) + max(self.alternatives.values(), default=0.0)
 
 
-def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, workers: int, device: str) -> Memory:
+def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, workers: int, device: Device) -> Memory:
     """What one of so many workers takes.
 
     Args:
@@ -72,7 +66,7 @@ def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, w
     held = size.parameters + (learning if training.lora else 0)
     mine = learning / workers
     weights = width * held / (workers if zero["stage"] == 3 else 1)
-    second = math.gcd(int(zero.get("zero_hpz_partition_size", 1)), workers)
+    second = math.gcd(int(_number(zero, "zero_hpz_partition_size", 1)), workers)
     if second > 1:
         weights += width * held / second
     optimizer_states = mine * (_moments(optimizer) + (4 if width == 2 else 0))
@@ -84,9 +78,11 @@ def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, w
     )
     elements = min(_CHUNK_ELEMENTS[device], tokens * size.vocabulary)
     chunk = 2.5 * 4 * elements + (0 if training.lora else (4 + width) * size.output)
-    buckets = width * int(zero.get("stage3_prefetch_bucket_size", 5e7)) + 4 * int(zero.get("reduce_bucket_size", 5e8))
-    gathered = width * (2 * size.layer + size.output) if zero["stage"] == 3 else 0
-    step = 4 * _STEP_COPIES * min(mine, int(zero.get("sub_group_size", 1e9)))
+    buckets = width * _number(zero, "stage3_prefetch_bucket_size", 5e7) + 4 * _number(zero, "reduce_bucket_size", 5e8)
+    # What is used again soon stays gathered; a worker alone has all of its weights and gathers nothing that it would keep.
+    alive = min(size.parameters, _number(zero, "stage3_max_live_parameters", 1e9)) if workers > 1 else 0
+    gathered = width * max(alive, 2 * size.layer + size.output) if zero["stage"] == 3 else 0
+    step = 4 * _STEP_COPIES[device] * min(mine, _number(zero, "sub_group_size", 1e9))
     parts = {
         "weights": 0.0 if weights_offloaded else weights,
         "gradients": 0.0 if offloaded else gradients,
@@ -97,53 +93,51 @@ def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, w
         "activations and log-prob chunk": kept + chunk,
         "optimizer step": 0.0 if offloaded else step,
     }
-    host = _HOST_PROCESS[device] + (optimizer_states + gradients + step if offloaded else 0.0)
+    host = _HOST_WORKER[device] + (optimizer_states + gradients + step if offloaded else 0.0)
     if weights_offloaded:
         host += weights
     return _of_device(parts, alternatives, host, device)
 
 
-def engine_memory(size: ModelSize, engine: Mapping[str, Any], longest: int, device: str, share: float) -> Memory:
+def engine_memory(size: ModelSize, engine: Mapping[str, Any], longest: int, device: Device, share: float) -> Memory:
     """What one device of a vLLM engine takes, its cache of keys and values filling what is left.
 
     Args:
         longest: tokens of the longest prompt and response together; the cache must hold them.
         share: bytes of the device that it lets itself take.
     """
+    if device == "cpu":
+        engine = {**CPU_DEFAULTS, **engine}
     devices = engine_devices(engine)
-    weights = _weight_width(engine, device) * size.parameters / devices
-    sequences = int(engine.get("max_num_seqs", _ENGINE_SEQUENCES))
-    batched = int(engine.get("max_num_batched_tokens", _BATCHED_TOKENS))
+    sequences = int(engine.get("max_num_seqs") or _ENGINE_SEQUENCES)
+    batched = int(engine.get("max_num_batched_tokens") or _BATCHED_TOKENS)
     width = 4 if device == "cpu" else 2
-    forward = (
-        batched * width * (4 * size.hidden + 3 * size.mlp_width) / devices
-        + 3 * 4 * sequences * size.vocabulary / devices
-    )
-    parts = {"weights": weights, "forward": forward}
-    if device == "gpu" and not engine.get("enforce_eager", False):
+    forward = batched * width * (4 * size.hidden + 3 * size.mlp_width) + 3 * 4 * sequences * size.vocabulary
+    offloaded = float(engine.get("cpu_offload_gb") or 0) * GIB
+    weights = _weight_width(size, engine, device) * size.parameters / devices
+    parts = {"weights": max(0.0, weights - offloaded), "forward": forward / devices}
+    if device == "gpu" and not engine.get("enforce_eager"):
         parts["CUDA graphs"] = _CUDA_GRAPHS
     given = engine.get("kv_cache_memory_bytes")
     if given is not None:
         parts["KV cache"] = float(given)
-    elif device == "cpu":
-        parts["KV cache"] = 4.0 * GIB
     else:
         left = share - sum(parts.values()) - _GPU_CONTEXT
-        parts["KV cache"] = max(left, kv_bytes(size, engine, device) * longest)
-    return _of_device(parts, {}, _HOST_PROCESS[device], device)
+        parts["KV cache"] = max(left, sequence_bytes(size, engine, longest, device))
+    return _of_device(parts, {}, _HOST_ENGINE[device] + offloaded, device)
 
 
 def memory_share(engine: Mapping[str, Any]) -> float:
     """Share of a GPU's memory that an engine lets itself take."""
-    return float(engine.get("gpu_memory_utilization", _UTILIZATION))
+    return float(engine.get("gpu_memory_utilization") or _UTILIZATION)
 
 
-def kv_bytes(size: ModelSize, engine: Mapping[str, Any], device: str) -> float:
-    """Bytes of a token's keys and values on one device of an engine."""
+def sequence_bytes(size: ModelSize, engine: Mapping[str, Any], tokens: float, device: Device) -> float:
+    """Bytes of the keys and values of a sequence on one device of an engine."""
     width = 1 if str(engine.get("kv_cache_dtype", "auto")).startswith("fp8") else 4 if device == "cpu" else 2
-    kv_heads = max(1, size.kv_width * size.heads // size.hidden)
     tensor, pipeline = (int(engine.get(f"{kind}_parallel_size", 1)) for kind in ("tensor", "pipeline"))
-    return 2 * width * size.layers * size.kv_width / (min(tensor, kv_heads) * pipeline)
+    kept = (size.layers - size.windowed) * tokens + size.windowed * min(tokens, size.window or tokens)
+    return width * size.kv_width * kept / (min(tensor, size.kv_heads) * pipeline)
 
 
 def engine_devices(engine: Mapping[str, Any]) -> int:
@@ -151,7 +145,7 @@ def engine_devices(engine: Mapping[str, Any]) -> int:
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
 
 
-def checkpoint_bytes(size: ModelSize, training: Training, device: str) -> float:
+def checkpoint_bytes(size: ModelSize, training: Training, device: Device) -> float:
     """One checkpoint: weights, their float32 masters and the optimizer's moments."""
     width = 4 if training.dtype == "float32" or (training.dtype == "auto" and device == "cpu") else 2
     learning = size.adapters(training.lora) if training.lora else size.parameters
@@ -167,22 +161,27 @@ def _kept_of_layer(size: ModelSize, width: int) -> float:
     """Bytes that one layer keeps of a token: two norms (their input in float32, the normalised and the scaled values), queries,
     keys, values and outputs of attention, its scores where they are held (also in float32), and four hidden layers of a gated MLP."""
     norms = 2 * (4 + 2 * width) * size.hidden
-    attention = width * (3 * size.hidden + 2 * size.kv_width)
+    attention = width * (3 * size.hidden + 2 * size.key_width)
     return norms + attention + (4 + 2 * width) * size.scores_width + 4 * width * size.mlp_width
 
 
-def _weight_width(engine: Mapping[str, Any], device: str) -> float:
-    quantization = engine.get("quantization")
-    if quantization is not None:
-        return _QUANTIZED.get(str(quantization), 1.0)
-    if engine.get("dtype") == "float32" or device == "cpu":
-        return 4.0
-    return 2.0
+def _weight_width(size: ModelSize, engine: Mapping[str, Any], device: Device) -> float:
+    if size.quantized is not None:
+        return size.quantized
+    if engine.get("quantization"):
+        return quantized_width(str(engine["quantization"]))
+    return 4.0 if engine.get("dtype") == "float32" or device == "cpu" else 2.0
 
 
-def _of_device(parts: dict[str, float], alternatives: dict[str, float], host: float, device: str) -> Memory:
-    """On a CPU the process itself is on the device."""
+def _number(zero: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of a DeepSpeed config, which takes `auto` for its own default."""
+    value = zero.get(key)
+    return value if isinstance(value, (int, float)) else default
+
+
+def _of_device(parts: dict[str, float], alternatives: dict[str, float], host: float, device: Device) -> Memory:
+    """On a CPU the process itself is on the device, and keeps what it has once taken: nothing takes the place of something else."""
     spare = {name: value * _ALLOCATOR for name, value in alternatives.items()}
     if device == "cpu":
-        return Memory({"process": host, **parts}, spare, 0.0)
+        return Memory({"process": host, **parts, **spare}, {}, 0.0)
     return Memory({"CUDA and NCCL": _GPU_CONTEXT, **parts}, spare, host)

@@ -28,6 +28,11 @@ class EngineNeed:
         return self.role.startswith("judge ")
 
     @property
+    def held_by(self) -> str:
+        """What of a run starts it: `sample teacher`, `sample student` or `judge`."""
+        return "judge" if self.judges else "sample student" if self.role == "student" else "sample teacher"
+
+    @property
     def devices(self) -> int:
         """Of one engine."""
         return engine_devices(self.sampling.engine)

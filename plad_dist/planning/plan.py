@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
 
-from plad_dist.config import Config, Endpoint, Optimizer, Training
+from plad_dist.config import Config, Endpoint, LlmJudge, Optimizer, Training
 from plad_dist.devices import GIB, GPUS, Gpu, gpu_of
 from plad_dist.errors import UserError
 from plad_dist.phases import TEACHER
-from plad_dist.planning.memory import Memory, engine_memory, kv_bytes, memory_share, training_memory
+from plad_dist.planning.memory import Memory, engine_memory, memory_share, sequence_bytes, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
-from plad_dist.planning.sizes import ModelSize, size_of
+from plad_dist.planning.sizes import Device, ModelSize, size_of
 from plad_dist.planning.workload import Workload, disk_bytes, phases_of, workload_of
 from plad_dist.rundir import RunDir
 
@@ -35,15 +35,17 @@ class Hardware:
         gpu: None for nodes without any.
         nodes: None for as many as are needed.
         host_memory: bytes of a node, None where it is not known.
+        cpus: of a node, None where it is not known.
     """
 
     gpu: Gpu | None
     nodes: int | None
     gpus_per_node: int
     host_memory: float | None
+    cpus: float | None = None
 
     @property
-    def device(self) -> str:
+    def device(self) -> Device:
         return "gpu" if self.gpu else "cpu"
 
     @property
@@ -68,7 +70,7 @@ def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int, config: 
     found = _gpu_here()
     if found is not None:
         return Hardware(found[0], nodes or 1, found[1], here.host_memory)
-    if nodes is None and not list(_problems(config, here)):
+    if nodes is None and not check_fits(config, here):
         return here
     return Hardware(GPUS["h100-80g"], nodes, gpus_per_node, None)
 
@@ -89,13 +91,45 @@ class Problem:
     Attributes:
         what: with the figures.
         remedies: config keys to change, the cheapest first.
+        always: it would not fit with the most workers either; else a group that shrinks to its fewest would run out of memory.
     """
 
     what: str
     remedies: tuple[str, ...]
+    always: bool = True
 
     def __str__(self) -> str:
         return self.what + "".join(f"\n    {remedy}" for remedy in self.remedies)
+
+
+def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None = None) -> list[Problem]:
+    """What of a config does not fit.
+
+    Args:
+        holds: what is still to do, of `train <phase>`, `sample teacher`, `sample student` and `judge`; None for all.
+
+    Raises:
+        UserError: a model cannot be sized.
+    """
+    sizes = sizes_of(config, hardware.device)
+    found: dict[str, Problem] = {}
+    for name, phase in phases_of(config):
+        if holds is None or f"train {name}" in holds:
+            problem = _of_training(config.training, phase.optimizer, _trained(name, sizes), hardware)
+            if problem is not None:
+                found[problem.what] = problem
+    for need in engines_of(config):
+        if holds is None or need.held_by in holds:
+            found |= {problem.what: problem for problem in _of_engine(config, need, sizes[need.role], hardware)}
+    if hardware.gpu and hardware.nodes is not None:
+        fewest, _ = gpu_needs(config)
+        if fewest > hardware.nodes * hardware.gpus_per_node:
+            what = (
+                f"the config needs {fewest} GPUs at least, the cluster has {hardware.nodes} x {hardware.gpus_per_node}"
+            )
+            remedy = f"--nodes {_nodes(fewest, hardware)}, or fewer training.num_workers and sampling.*.min_replicas"
+            found[what] = Problem(what, (remedy,))
+    return list(found.values())
 
 
 def plan_run(
@@ -118,9 +152,9 @@ def plan_run(
     Raises:
         UserError: a model's config cannot be had.
     """
-    sizes = sizes_of(config)
+    sizes = sizes_of(config, hardware.device)
     work = workload_of(config, prompts, prompt_tokens, response_tokens)
-    problems = list(_problems(config, hardware))
+    problems = check_fits(config, hardware)
     fewest, most = gpu_needs(config)
     time = _time(config, hardware, sizes, work, rates or {}, price)
     return {
@@ -140,24 +174,18 @@ def plan_run(
         "work": {"prompts": work.prompts, "prompt_tokens": work.prompt_tokens, "response_tokens": work.response_tokens},
         "time": time,
         "cost": _cost(config, time, work, price),
-        "assumptions": _assumptions(work, rates or {}),
+        "assumptions": _assumptions(config, work, rates or {}),
     }
 
 
-def sizes_of(config: Config) -> dict[str, ModelSize]:
-    """Size by role of every model that engines run or the trainer trains."""
-    run = RunDir.of(config)
-    made = run.storage.local_root
+def sizes_of(config: Config, device: Device) -> dict[str, ModelSize]:
+    """Size by role of every model that engines run or the trainer trains. Raises :class:`UserError` where one cannot be sized."""
+    made = RunDir.of(config).storage.local_root
     sizes = {}
     for need in engines_of(config):
         name = "student" if need.role == "student" else "teacher"
-        sizes[need.role] = size_of(need.model, made / "models" / f"{name}-init" if made else None)
+        sizes[need.role] = size_of(need.model, device, made / "models" / f"{name}-init" if made else None)
     return sizes
-
-
-def check_fits(config: Config, hardware: Hardware) -> list[Problem]:
-    """What of a config cannot fit."""
-    return list(_problems(config, hardware))
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
@@ -168,45 +196,37 @@ def _capacity(hardware: Hardware) -> float:
     return hardware.gpu.memory if hardware.gpu else hardware.host_memory or math.inf
 
 
-def _share(hardware: Hardware, workers: int) -> float:
-    """Bytes that one of so many workers may take: workers on CPUs share their node."""
+def _share(hardware: Hardware, training: Training, workers: int) -> float:
+    """Bytes of the device that one of so many workers may take: on CPUs they share a node."""
+    together = 1 if hardware.gpu else _on_a_node(hardware, training, workers)
+    return _SPARE * _capacity(hardware) / together
+
+
+def _on_a_node(hardware: Hardware, training: Training, workers: int) -> int:
+    """Workers on the fullest node: Ray Train packs them."""
     if hardware.gpu:
-        return _SPARE * hardware.gpu.memory
-    return _SPARE * _capacity(hardware) / math.ceil(workers / (hardware.nodes or 1))
+        return min(workers, hardware.gpus_per_node)
+    if hardware.cpus is not None:
+        return max(1, min(workers, int(hardware.cpus / training.cpus_per_worker)))
+    return math.ceil(workers / (hardware.nodes or 1))
 
 
 def _trained(name: str, sizes: dict[str, ModelSize]) -> ModelSize:
     return sizes["teacher" if name == TEACHER else "student"]
 
 
-def _problems(config: Config, hardware: Hardware) -> Iterator[Problem]:
-    sizes = sizes_of(config)
-    seen = set()
-    for name, phase in phases_of(config):
-        problem = _of_training(config.training, phase.optimizer, _trained(name, sizes), hardware)
-        if problem is not None and problem.what not in seen:
-            seen.add(problem.what)
-            yield problem
-    for need in engines_of(config):
-        yield from _of_engine(config, need, sizes[need.role], hardware)
-    if hardware.gpu and hardware.nodes is not None:
-        fewest, _ = gpu_needs(config)
-        if fewest > hardware.nodes * hardware.gpus_per_node:
-            yield Problem(
-                f"the config needs {fewest} GPUs at least, the cluster has {hardware.nodes} x {hardware.gpus_per_node}",
-                (f"--nodes {_nodes(fewest, hardware)}, or fewer training.num_workers and sampling.*.min_replicas",),
-            )
-
-
 def _of_training(training: Training, optimizer: Optimizer, size: ModelSize, hardware: Hardware) -> Problem | None:
-    fewest, _ = training.workers
+    fewest, most = training.workers
 
     def fits(settings: Training, workers: int) -> bool:
-        return training_memory(size, settings, optimizer, workers, hardware.device).device <= _share(hardware, workers)
+        takes = training_memory(size, settings, optimizer, workers, hardware.device)
+        host = takes.host * _on_a_node(hardware, settings, workers)
+        return takes.device <= _share(hardware, settings, workers) and host <= (hardware.host_memory or math.inf)
 
     if fits(training, fewest):
         return None
-    takes = training_memory(size, training, optimizer, fewest, hardware.device).device
+    takes = training_memory(size, training, optimizer, fewest, hardware.device)
+    share, together = _share(hardware, training, fewest), _on_a_node(hardware, training, fewest)
     recomputed = {"gradient_checkpointing": True}
     smaller = [tokens for tokens in (8192, 4096, 2048) if tokens < training.micro_batch_tokens]
     changes: list[dict[str, Any]] = [
@@ -220,12 +240,12 @@ def _of_training(training: Training, optimizer: Optimizer, size: ModelSize, hard
         remedies.append(f"training.num_workers={enough} or more")
     elif not remedies:
         remedies.append("a device with more memory, or training.lora")
-    workers = f"{fewest} worker{'s' * (fewest > 1)}"
-    return Problem(
-        f"training of {size.name} ({_billions(size)}) takes {_gib(takes)} GiB of a {hardware.name} with {workers}, "
-        f"{_gib(_share(hardware, fewest))} GiB are there",
-        tuple(remedies),
-    )
+    if takes.device > share:
+        figures = f"{_gib(takes.device)} GiB of a {hardware.name} with {_workers(fewest)}, {_gib(share)} GiB are there"
+    else:
+        figures = f"{_gib(takes.host * together)} GiB of a node's memory with {_workers(together)} on it, {_gib(hardware.host_memory or 0)} GiB are there"
+    what = f"training of {size.name} ({_billions(size)}) takes {figures}"
+    return Problem(what, tuple(remedies), always=not fits(training, most))
 
 
 def _settings(training: Training, changes: Mapping[str, object]) -> str:
@@ -266,7 +286,9 @@ def _engine_share(engine: Mapping[str, Any], hardware: Hardware) -> float:
 def _engine_memory(
     config: Config, need: EngineNeed, size: ModelSize, hardware: Hardware, engine: dict[str, Any]
 ) -> Memory:
-    longest = min(size.context, (config.prompts.max_tokens or size.context) + need.sampling.max_tokens)
+    own = engine.get("max_model_len")
+    context = min(size.context, own) if isinstance(own, int) and own > 0 else size.context
+    longest = min(context, (config.prompts.max_tokens or context) + need.sampling.max_tokens)
     return engine_memory(size, engine, longest, hardware.device, _engine_share(engine, hardware))
 
 
@@ -289,7 +311,7 @@ def _phase_plan(config: Config, name: str, sizes: dict[str, ModelSize], hardware
         return training_memory(size, training, optimizer, workers, hardware.device)
 
     fewest, most = training.workers
-    smallest = next((w for w in _EVEN if memory(w).device <= _share(hardware, w)), None)
+    smallest = next((w for w in _EVEN if memory(w).device <= _share(hardware, training, w)), None)
     found = memory(fewest)
     return {
         "workers": [fewest, most],
@@ -299,7 +321,7 @@ def _phase_plan(config: Config, name: str, sizes: dict[str, ModelSize], hardware
         "largest_alternative_counts": list(found.alternatives),
         "host_gib_per_worker": _gib(found.host),
         "device_gib_at_most_workers": _gib(memory(most).device),
-        "fits": found.device <= _share(hardware, fewest),
+        "fits": _of_training(training, optimizer, size, hardware) is None,
     }
 
 
@@ -308,7 +330,7 @@ def _engine_plan(
 ) -> dict[str, Any]:
     size, engine = sizes[need.role], need.sampling.engine
     found = _engine_memory(config, need, size, hardware, engine)
-    cached = found.parts["KV cache"] / kv_bytes(size, engine, hardware.device)
+    cached = _cached_tokens(size, engine, hardware, found, work)
     return {
         "tensor_parallel_size": int(engine.get("tensor_parallel_size", 1)),
         "smallest_tensor_parallel_size": _smallest_parallelism(config, need, size, hardware),
@@ -323,10 +345,18 @@ def _engine_plan(
     }
 
 
+def _cached_tokens(
+    size: ModelSize, engine: Mapping[str, Any], hardware: Hardware, memory: Memory, work: Workload
+) -> float:
+    """Tokens that the cache holds, of sequences of the mean length."""
+    length = work.prompt_tokens + max(work.response_tokens.values())
+    return memory.parts["KV cache"] / sequence_bytes(size, engine, length, hardware.device) * length
+
+
 def _at_once(need: EngineNeed, cached_tokens: float, work: Workload) -> float:
     role = "student" if need.role == "student" else "teacher"
     length = work.prompt_tokens + work.response_tokens[role] / 2
-    return max(1.0, min(float(need.sampling.engine.get("max_num_seqs", 256)), cached_tokens / length))
+    return max(1.0, min(float(need.sampling.engine.get("max_num_seqs") or 256), cached_tokens / length))
 
 
 # ---------------------------------------------------------------------------------------------------- time and money
@@ -387,11 +417,10 @@ def _engine_rate(config: Config, need: EngineNeed, size: ModelSize, hardware: Ha
     assert hardware.gpu is not None
     engine = need.sampling.engine
     memory = _engine_memory(config, need, size, hardware, engine)
-    per_token = kv_bytes(size, engine, "gpu")
-    at_once = _at_once(need, memory.parts["KV cache"] / per_token, work)
+    at_once = _at_once(need, _cached_tokens(size, engine, hardware, memory, work), work)
     role = "student" if need.role == "student" else "teacher"
     length = work.prompt_tokens + work.response_tokens[role] / 2
-    read = (memory.parts["weights"] + at_once * length * per_token) / hardware.gpu.bandwidth
+    read = (memory.parts["weights"] + at_once * sequence_bytes(size, engine, length, "gpu")) / hardware.gpu.bandwidth
     prefilled = work.prompt_tokens / max(
         1.0, need.sampling.n * work.response_tokens[role]
     )  # prompt tokens for one that is written
@@ -404,23 +433,28 @@ def _cost(config: Config, time: dict[str, Any] | None, work: Workload, price: fl
     cost: dict[str, float] = {}
     if time is not None and price is not None:
         cost["devices"] = round(price * time["device_hours"], 2)
-    for name, teacher in config.all_teachers().items():
+    teachers = config.all_teachers()
+    shares = sum(teacher.share for teacher in teachers.values())
+    for name, teacher in teachers.items():
         if teacher.endpoint is not None and work.prompts is not None:
-            spent = _spent(teacher.endpoint, work, work.prompts)
+            spent = _spent(teacher.endpoint, work, work.prompts * teacher.share / shares, config.sampling.teacher.n)
             if spent is not None:
                 cost[f"endpoint {name}"] = round(spent, 2)
     return cost or None
 
 
-def _spent(endpoint: Endpoint, work: Workload, prompts: int) -> float | None:
+def _spent(endpoint: Endpoint, work: Workload, prompts: float, n: int) -> float | None:
+    """Every response is a request of its own, which pays for the prompt again."""
     if endpoint.input_price is None or endpoint.output_price is None:
         return None
     tokens = work.prompt_tokens * endpoint.input_price + work.response_tokens["teacher"] * endpoint.output_price
-    return prompts * tokens / 1e6
+    return prompts * n * tokens / 1e6
 
 
-def _assumptions(work: Workload, rates: dict[str, float]) -> list[str]:
+def _assumptions(config: Config, work: Workload, rates: dict[str, float]) -> list[str]:
     lines = [f"{name.replace('_', ' ')}: {source}" for name, source in work.sources.items()]
+    if any(isinstance(judge, LlmJudge) and judge.model.endpoint for judge in config.evaluation.judges.values()):
+        lines.append("money for judges behind endpoints is not counted")
     if "train" not in rates:
         lines.append(
             f"training at {_TRAINING_UTILISATION:.0%} of the device's peak (measured: 20% at 1.1B, 28% at 6.7B parameters)"
@@ -442,6 +476,10 @@ def _gib(value: float) -> float:
 
 def _gibs(values: Mapping[str, float]) -> dict[str, float]:
     return {name: _gib(value) for name, value in values.items()}
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker{'s' * (number > 1)}"
 
 
 def _billions(size: ModelSize) -> str:

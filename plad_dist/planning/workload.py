@@ -10,7 +10,7 @@ from plad_dist.data.store import Manifest
 from plad_dist.errors import RunFailed
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names
 from plad_dist.planning.memory import checkpoint_bytes
-from plad_dist.planning.sizes import ModelSize
+from plad_dist.planning.sizes import Device, ModelSize
 from plad_dist.rundir import RunDir
 
 _BYTES_OF_A_TOKEN = 4 + 4.5  # its id, and its text
@@ -101,7 +101,7 @@ def _measured(run: RunDir, role: str) -> float | None:
     return manifest.count("tokens") / manifest.rows if manifest is not None and manifest.rows else None
 
 
-def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], device: str) -> dict[str, float]:
+def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], device: Device) -> dict[str, float]:
     """Bytes of a run directory by kind, when the run is over, and one checkpoint more that is being written."""
     prompts, rounds, training = work.prompts or 0, config.rounds.most, config.training
     row = _BYTES_OF_A_ROW + work.prompt_tokens * _BYTES_OF_A_TOKEN

@@ -106,6 +106,13 @@ def check_engine_args(engine: dict[str, Any], key: str) -> None:
             raise UserError(f"{key}.{name}: is set by the run itself; use the model's config section")
     if "hf_token" in engine:
         raise UserError(f"{key}.hf_token: secrets are not kept in configs; set the HF_TOKEN environment variable")
+    for name in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+        value = engine.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"{key}.{name}: expected a whole number of at least 1, got {value!r:.60}")
+    share = engine.get("gpu_memory_utilization")
+    if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
+        raise UserError(f"{key}.gpu_memory_utilization: expected a number above 0, at most 1, got {share!r:.60}")
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         size = engine.get(name, 1)
         if not isinstance(size, int) or size < 1:
@@ -152,7 +159,7 @@ class Engine:
             "max_model_len": settings.max_length,
             "seed": seed,
             "disable_log_stats": True,
-            **(_CPU_DEFAULTS if current_platform.is_cpu() else {}),
+            **(CPU_DEFAULTS if current_platform.is_cpu() else {}),
             **spanning(engine),
         }
         self._llm = self._started(path)
@@ -285,7 +292,7 @@ class Engine:
 _FINISHED = {"stop": "stop", "length": "length", "repetition": "length"}
 
 # A seeded request whose prompt is prefilled in several chunks kills the CPU engine, so no prompt is ever split there.
-_CPU_DEFAULTS: dict[str, Any] = {
+CPU_DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "enable_chunked_prefill": False,

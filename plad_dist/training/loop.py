@@ -382,6 +382,8 @@ class Worker:
         )
 
     def _diverged(self, what: str, groups: list[str]) -> str:
+        if self._metrics is not None:
+            self._metrics.diverged()
         self.checkpoints.drain()
         kept = self.checkpoints.committed_step()
         shown = "".join(f"\n  {name}" for name in groups[:10]) + ("\n  ..." if len(groups) > 10 else "")

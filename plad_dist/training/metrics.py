@@ -176,6 +176,10 @@ class MetricsLog:
         """Something for the driver's log."""
         self._post({"kind": "say", "text": text})
 
+    def diverged(self) -> None:
+        """The step that was begun is not taken, and training stops."""
+        self._post({"kind": "diverged"})
+
     def close(self) -> None:
         self._board.close()
         self._file.close()

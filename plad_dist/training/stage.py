@@ -219,7 +219,7 @@ def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
                 metrics.heard(message)
         except ray.exceptions.GetTimeoutError:
             return  # the machine is busy, with starting workers mostly
-        except ray.exceptions.RayError as error:  # training does not depend on being watched
+        except Exception as error:  # noqa: BLE001 - training does not depend on being watched
             logger.warning("no news from the workers: %s", error)
 
     def follow() -> None:

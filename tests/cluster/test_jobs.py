@@ -115,16 +115,28 @@ def test_a_bad_config_fails_before_it_is_submitted(cluster: Head, config: Path) 
     assert (unknown.returncode, "sampling.limt" in unknown.stderr) == (2, True), unknown.stderr
     stage = cluster.plad("submit", str(config), "--stage", "tune", "--address", cluster.url)
     assert (stage.returncode, "--stage tune: expected one of" in stage.stderr) == (2, True), stage.stderr
+    secret = cluster.plad("submit", str(config), "sampling.teacher.engine.hf_token=hf_secret", "--address", cluster.url)
+    assert (secret.returncode, "hf_token: secrets are not kept in configs" in secret.stderr) == (2, True), secret.stderr
+    assert "hf_secret" not in secret.stdout + secret.stderr
+
+
+def test_a_config_that_cannot_fit_is_refused_before_anything_is_held(cluster: Head, config: Path) -> None:
     large = cluster.plad(
-        "submit", str(config), "sampling.student.engine.kv_cache_memory_bytes=9000000000000", "--address", cluster.url
-    )
-    assert (large.returncode, "does not fit" in large.stderr) == (2, True), large.stderr
+        "submit", str(config), "sampling.student.engine.kv_cache_memory_bytes=9000000000000", "--stage", "sample",
+        f"run.dir={config.parent / 'large'}", "--address", cluster.url, "--follow",
+    )  # fmt: skip
+    assert large.returncode == 2, large.stdout + large.stderr
+    assert "does not fit" in large.stdout
+    assert "a smaller sampling.student.engine.kv_cache_memory_bytes" in large.stdout
+    assert "is up" not in large.stdout
 
 
 def test_a_job_that_is_not_there_is_named(cluster: Head) -> None:
-    missing = cluster.plad("logs", "plad-none-sample-000000", "--address", cluster.url)
-    assert missing.returncode == 2
-    assert "has no job plad-none-sample-000000" in missing.stderr
+    for arguments in (["logs"], ["logs", "--follow"], ["status"], ["stop"]):
+        missing = cluster.plad(*arguments, "plad-none-000000-1", "--address", cluster.url)
+        assert missing.returncode == 2, missing.stderr
+        assert "has no job plad-none-000000-1" in missing.stderr
+        assert "Traceback" not in missing.stderr
 
 
 def test_what_was_wrong_on_the_cluster_comes_back_with_its_exit_code(cluster: Head, config: Path) -> None:

@@ -17,25 +17,31 @@ class Peer:
 
 
 def may_connect(objects: Objects, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Whether the policies of the run's namespace let a connection in. Without one that selects the target all are let in."""
+    """Whether the policies of the run's namespace let a connection out of its source and into its target."""
+    out = _allowed(objects, "egress", source, target, port, protocol)
+    return out and _allowed(objects, "ingress", target, source, port, protocol)
+
+
+def _allowed(objects: Objects, way: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
+    """One way. Where no policy selects a pod everything is allowed, as it is for pods of other namespaces."""
     policies = [item["spec"] for item in objects if item["kind"] == "NetworkPolicy"]
     chosen = [
         spec
         for spec in policies
-        if target.namespace == "plad"
-        and "Ingress" in spec["policyTypes"]
-        and _matches(spec["podSelector"], target.labels)
+        if pod.namespace == "plad"
+        and way.capitalize() in spec["policyTypes"]
+        and _matches(spec["podSelector"], pod.labels)
     ]
-    return not chosen or any(
-        _allows(rule, source, port, protocol) for spec in chosen for rule in spec.get("ingress") or []
-    )
+    rules = [rule for spec in chosen for rule in spec.get(way) or []]
+    return not chosen or any(_allows(rule, way, other, port, protocol) for rule in rules)
 
 
-def _allows(rule: dict[str, Any], source: Peer, port: int, protocol: str) -> bool:
+def _allows(rule: dict[str, Any], way: str, other: Peer, port: int, protocol: str) -> bool:
     ports = rule.get("ports")
     if ports and not any(item["port"] == port and item["protocol"] == protocol for item in ports):
         return False
-    return "from" not in rule or any(_is(peer, source) for peer in rule["from"])
+    peers = rule.get("from" if way == "ingress" else "to")
+    return peers is None or any(_is(peer, other) for peer in peers)
 
 
 def _is(peer: dict[str, Any], source: Peer) -> bool:

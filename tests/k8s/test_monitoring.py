@@ -55,7 +55,7 @@ def test_every_metric_of_the_alerts_is_exported() -> None:
 def test_alerts_cover_what_can_go_wrong_and_say_what_to_do() -> None:
     found = {rule["alert"]: rule for rule in alerts()}
     assert set(found) >= {
-        "PladNoProgress", "PladErrorRows", "PladLossNotFinite", "PladManyRecoveries", "PladEnginesDie", "PladDiskFills",
+        "PladNoProgress", "PladErrorRows", "PladDiverged", "PladManyRecoveries", "PladEnginesDie", "PladDiskFills",
     }  # fmt: skip
     for rule in found.values():
         assert rule["labels"]["severity"] in ("warning", "critical")

@@ -28,6 +28,7 @@ SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"sk-[A-Za-z0-9]{8}|hf_[A-Za-z0-9]{8}|AKIA[A-Z0-9]{12}|-----BEGIN|eyJ[A-Za-z0-9_-]{10}")
 OPERATOR = Peer({"app.kubernetes.io/component": "kuberay-operator"}, "kuberay-system")
 PROMETHEUS = Peer({"app.kubernetes.io/name": "prometheus"}, "monitoring")
+NAMES, OUTSIDE = Peer({"k8s-app": "kube-dns"}, "kube-system"), Peer({}, "outside")
 STRANGERS = [Peer({}), Peer({"app": "other"}), Peer({"app.kubernetes.io/component": "ray"}), Peer({}, "other")]
 
 pods = pytest.mark.parametrize(
@@ -119,6 +120,10 @@ def test_the_pods_of_a_run_reach_what_they_need(overlay: str) -> None:
     by_kind = {pod.kind: Peer(pod.labels) for pod in pods_of(objects)}
     head, worker = by_kind["head"], by_kind["worker"]
     assert all(may_connect(objects, a, b, port) for a, b in ((head, worker), (worker, head)) for port in (6379, 23456))
+    for pod in (head, worker):
+        assert may_connect(objects, pod, NAMES, 53, "UDP")
+        assert may_connect(objects, pod, OUTSIDE, 443)
+        assert not may_connect(objects, pod, OUTSIDE, 80)
     assert may_connect(objects, OPERATOR, head, 8265)
     assert may_connect(objects, PROMETHEUS, head, 8080)
     assert may_connect(objects, PROMETHEUS, worker, 8080)

@@ -157,11 +157,33 @@ def test_what_the_run_has_measured_and_what_is_given_goes_before_assumptions(tmp
 def test_an_endpoint_costs_what_its_prices_say() -> None:
     config = load_config("examples/endpoint-to-7b.yaml")
     plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
-    assert plan["cost"]["endpoint teacher"] == pytest.approx(20_000 * (200 * 2.5 + 300 * 10.0) / 1e6)
+    once = 20_000 * (200 * 2.5 + 300 * 10.0) / 1e6
+    assert plan["cost"]["endpoint teacher"] == pytest.approx(once)
+    config = load_config("examples/endpoint-to-7b.yaml", ["sampling.teacher.n=4"])
+    plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
+    assert plan["cost"]["endpoint teacher"] == pytest.approx(4 * once)
 
 
-def test_a_run_that_cannot_fit_is_refused_unless_told_otherwise(caplog: pytest.LogCaptureFixture) -> None:
-    hardware = hardware_of_nodes([{"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}])
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged for the user."""
+    monkeypatch.setattr(logging.getLogger("plad"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="plad")
+    return caplog
+
+
+def nodes(*kinds: str, gpus: float = 8.0) -> list[dict[str, float]]:
+    """Resources of a head and of nodes with GPUs, as Ray has them."""
+    head = {"CPU": 8.0, "memory": 16.0 * GIB}
+    return [
+        head,
+        *({"CPU": 64.0, "memory": 500.0 * GIB, "GPU": gpus, f"accelerator_type:{kind}": 1.0} for kind in kinds),
+    ]
+
+
+def test_a_run_that_cannot_fit_is_refused_unless_told_otherwise(said: pytest.LogCaptureFixture) -> None:
+    hardware = hardware_of_nodes(nodes("H100"))
+    assert hardware is not None
     assert hardware.gpu == H100
     with pytest.raises(
         UserError, match=r"does not fit:\n  training of Qwen/Qwen2.5-7B-Instruct(.|\n)*cluster.unfit=warn"
@@ -169,23 +191,94 @@ def test_a_run_that_cannot_fit_is_refused_unless_told_otherwise(caplog: pytest.L
         refuse_unfit(seventy_to_seven(num_workers=1), hardware)
     config = seventy_to_seven(num_workers=1)
     warned = config.model_copy(update={"cluster": config.cluster.model_copy(update={"unfit": "warn"})})
-    logging.getLogger("plad").propagate = True
     refuse_unfit(warned, hardware)
-    assert "does not fit" in caplog.text
+    assert "may not fit: training of" in said.text
     refuse_unfit(seventy_to_seven(), hardware)
 
 
-def test_nothing_is_refused_where_the_device_is_not_known() -> None:
-    hardware = hardware_of_nodes([{"CPU": 8.0, "GPU": 8.0, "accelerator_type:Sunway": 1.0}])
-    refuse_unfit(seventy_to_seven(num_workers=1), hardware)
+def test_what_is_done_already_is_not_held_against_a_run() -> None:
+    hardware = hardware_of_nodes(nodes("L4", gpus=1.0))
+    with pytest.raises(UserError, match="does not fit"):
+        refuse_unfit(seventy_to_seven(), hardware)
+    refuse_unfit(seventy_to_seven(), hardware, [])
+    refuse_unfit(seventy_to_seven(), hardware, ["judge"])
+
+
+def test_an_elastic_group_is_refused_only_where_its_most_workers_do_not_fit_either(
+    said: pytest.LogCaptureFixture,
+) -> None:
+    elastic = seventy_to_seven(num_workers=(1, 16), deepspeed="zero3")
+    (problem,) = check_fits(elastic, Hardware(H100, None, 8, None), ["train round-0"])
+    assert not problem.always
+    refuse_unfit(elastic, hardware_of_nodes(nodes("H100", "H100")))
+    assert "may not fit: training of" in said.text
+
+
+@pytest.mark.parametrize("kinds", [("Sunway",), ("H100-MIG-1g",), ("L4", "H100")])
+def test_nothing_is_refused_that_an_unknown_or_a_larger_node_may_hold(kinds: tuple[str, ...]) -> None:
+    refuse_unfit(seventy_to_seven(), hardware_of_nodes(nodes(*kinds)))
+
+
+def test_a_cluster_that_has_no_gpu_yet_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plad_dist.cluster.engines_use_gpus", lambda: True)
+    assert hardware_of_nodes(nodes()) is None
+
+
+def test_a_model_that_cannot_be_sized_stops_no_run(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "vocab_size": 100}))
+    config = load_config("examples/qwen-72b-to-7b.yaml", [f"teacher.path={tmp_path}"])
+    with pytest.raises(UserError, match="cannot be sized"):
+        check_fits(config, Hardware(H100, 1, 8, None))
+    refuse_unfit(config, hardware_of_nodes(nodes("H100")))
+    assert "not planned" in said.text
+
+
+def small_llama(folder: Path, **more: Any) -> Path:
+    """The config of a 7B Llama in a folder, without weights."""
+    shape = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+             "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32_000}  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 131_072} | more))
+    return folder
+
+
+def teacher_problems(path: Path, *overrides: str) -> list[str]:
+    arguments = [f"teacher.path={path}", "sampling.teacher.engine={tensor_parallel_size: 1}", "teacher.max_length=null"]
+    config = load_config("examples/qwen-72b-to-7b.yaml", [*arguments, "prompts.max_tokens=null", *overrides])
+    return [problem.what for problem in check_fits(config, Hardware(GPUS["l4-24g"], None, 8, None), ["sample teacher"])]
+
+
+def test_quantized_models_and_shorter_contexts_are_planned_as_they_are(tmp_path: Path) -> None:
+    plain = small_llama(tmp_path / "plain")
+    assert teacher_problems(plain)
+    assert not teacher_problems(plain, "sampling.teacher.engine={max_model_len: 4096}")
+    awq = small_llama(
+        tmp_path / "awq", max_position_embeddings=16_384, quantization_config={"quant_method": "awq", "bits": 4}
+    )
+    assert not teacher_problems(awq)
+    assert not teacher_problems(awq, "sampling.teacher.engine={max_num_seqs: null, kv_cache_memory_bytes: null}")
+
+
+def test_offloading_is_held_against_the_memory_of_the_node() -> None:
+    offloaded = seventy_to_seven(num_workers=1, deepspeed="zero3_offload")
+    assert not check_fits(offloaded, Hardware(H100, None, 8, 512 * GIB), ["train round-0"])
+    (problem,) = check_fits(offloaded, Hardware(H100, None, 8, 64 * GIB), ["train round-0"])
+    assert "GiB of a node's memory with 1 worker on it, 64.0 GiB are there" in problem.what
+
+
+def test_deepspeed_values_that_are_auto_are_its_own(tmp_path: Path) -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "sub_group_size": "auto"}
+    (tmp_path / "auto.json").write_text(json.dumps({"zero_optimization": zero}))
+    assert not check_fits(seventy_to_seven(deepspeed=str(tmp_path / "auto.json")), Hardware(H100, None, 8, None))
 
 
 def test_workers_on_one_node_share_its_memory(tmp_path: Path) -> None:
     raw = tiny_config(tmp_path)
     raw["training"]["num_workers"] = 64
     config = parse_config(raw, "test")
-    assert check_fits(config, hardware_of_nodes([{"CPU": 64.0, "memory": 16.0 * GIB}]))
-    assert not check_fits(config, hardware_of_nodes([{"CPU": 64.0, "memory": 16.0 * GIB}] * 16))
+    large, small = {"CPU": 64.0, "memory": 16.0 * GIB}, {"CPU": 4.0, "memory": 16.0 * GIB}
+    assert check_fits(config, hardware_of_nodes([large] * 16))  # Ray Train packs them
+    assert not check_fits(config, hardware_of_nodes([small] * 16))
 
 
 @pytest.mark.parametrize(
@@ -193,13 +286,20 @@ def test_workers_on_one_node_share_its_memory(tmp_path: Path) -> None:
     [
         ("NVIDIA H100 80GB HBM3", "h100-80g"), ("NVIDIA H200", "h200-141g"), ("NVIDIA A100-SXM4-80GB", "a100-80g"),
         ("NVIDIA A100-PCIE-40GB", "a100-40g"), ("NVIDIA L40S", "l40s-48g"), ("NVIDIA L4", "l4-24g"), ("NVIDIA A10G", "a10-24g"),
-        ("A100-80G", "a100-80g"), ("H20", "h20-96g"),
+        ("A100-80G", "a100-80g"), ("A100", "a100-80g"), ("A100-40G", "a100-40g"), ("H20", "h20-96g"), ("NVIDIA L40", "l40-48g"),
     ],
 )  # fmt: skip
 def test_gpus_are_known_by_the_names_that_drivers_and_ray_give_them(reported: str, name: str) -> None:
     found = gpu_of(reported)
     assert found is not None
     assert found.name == name
+
+
+@pytest.mark.parametrize(
+    "reported", ["NVIDIA GH200 480GB", "NVIDIA RTX A1000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "TPU-V4"]
+)
+def test_a_gpu_that_is_not_known_is_not_taken_for_another(reported: str) -> None:
+    assert gpu_of(reported) is None
 
 
 def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
