@@ -16,7 +16,7 @@ DEV_LOCK := requirements/dev.txt
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 
-.PHONY: help setup quickstart test chaos families soak bench lint lock clean
+.PHONY: help setup quickstart test chaos families cluster soak bench lint lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -35,6 +35,9 @@ chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
 
 families: setup ## Run models of five families, several rounds and a watched one through the whole pipeline; long.
 	$(BIN)/python -m pytest tests/families
+
+cluster: setup ## Run jobs on a real Ray head with token authentication, and the doctor over two nodes; ten minutes.
+	$(BIN)/python -m pytest tests/cluster
 
 soak: setup ## Disturb whole pipelines at random. MINUTES=15 SEED=1; needs root and iproute2.
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json

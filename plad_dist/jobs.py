@@ -22,15 +22,11 @@ from aiohttp import ClientError
 from rich.table import Table
 
 from plad_dist import __version__
-from plad_dist.cluster import hardware_of_nodes, refuse_unfit
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
-from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.planning.needs import engines_of
 from plad_dist.resources import resource
 from plad_dist.rundir import RunDir
-from plad_dist.sampling.engine import check_engine_args
 
 logger = logging.getLogger("plad")
 
@@ -63,6 +59,10 @@ class JobServer:
         Raises:
             UserError: the config is wrong or does not fit, or a job of the same run is under way.
         """
+        # What only a submit needs brings torch along, which status, logs and stop should not wait for.
+        from plad_dist.planning.needs import engines_of
+        from plad_dist.sampling.engine import check_engine_args
+
         config = load_config(file, overrides)
         _refuse_relative(config)
         for need in engines_of(config):  # a secret among them would be seen by all who see the job
@@ -158,10 +158,12 @@ class JobServer:
     def _refuse_unfit(self, config: Config) -> None:
         from ray.util.state import list_nodes
 
+        from plad_dist.cluster import hardware_of_nodes, refuse_unfit
+
         try:
             nodes = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])
         except Exception as error:  # noqa: BLE001 - whatever the state server has against it; the job plans again
-            logger.info("not planned from here, the job does it there: %s", first_line(error))
+            logger.info("not planned from here, the job does it there: %r", error)
             return
         resources = [node.resources_total for node in nodes]
         if any(node.get("GPU") for node in resources):  # one without may gain some; the job knows what it is made for

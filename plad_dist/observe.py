@@ -59,7 +59,7 @@ RUN = {
     "disk_free_bytes": (Gauge, "Free bytes where the run directory lies."),
 }
 _SECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
-_EVERY_S = 15.0
+_EVERY_S = 5.0
 
 
 class _Metrics:
@@ -129,26 +129,36 @@ class TrainingMetrics:
 
     def __init__(self) -> None:
         self._phases: dict[str, _Metrics] = {}
+        self._gauges: dict[str, dict[str, float]] = {}
 
     def heard(self, message: dict[str, Any]) -> None:
         """A message of the first worker."""
         phase = str(message["phase"])
         if message["kind"] not in ("begin", "step", "heldout", "diverged"):
             return
-        metrics = self._phases.setdefault(phase, _Metrics(TRAINING, {"phase": phase}))
-        if message["kind"] == "begin":
-            metrics.add("train_starts")
-            metrics.set("train_steps", message["steps"])
-        elif message["kind"] == "diverged":
-            metrics.add("train_diverged")
-        elif message["kind"] == "heldout":
-            metrics.set("heldout_pair_accuracy", message["pair_accuracy"])
-        else:
-            metrics.add("train_tokens", message["tokens_per_s"] * message["seconds"])
-            for name, (kind, _) in TRAINING.items():
-                value = message.get(name.removeprefix("train_"))
-                if kind is Gauge and value is not None:
-                    metrics.set(name, value)
+        if phase not in self._phases:
+            self._phases[phase], self._gauges[phase] = _Metrics(TRAINING, {"phase": phase}), {}
+        metrics, gauges = self._phases[phase], self._gauges[phase]
+        match message["kind"]:
+            case "begin":
+                metrics.add("train_starts")
+                gauges["train_steps"] = message["steps"]
+            case "diverged":
+                metrics.add("train_diverged")
+            case "heldout":
+                gauges["heldout_pair_accuracy"] = message["pair_accuracy"]
+            case "step":
+                metrics.add("train_tokens", message["tokens_per_s"] * message["seconds"])
+                for name, (kind, _) in TRAINING.items():
+                    value = message.get(name.removeprefix("train_"))
+                    if kind is Gauge and value is not None:
+                        gauges[name] = value
+
+    def refresh(self) -> None:
+        """Set every gauge again: Ray forgets one that was not set for some seconds."""
+        for phase, gauges in self._gauges.items():
+            for name, value in gauges.items():
+                self._phases[phase].set(name, value)
 
 
 @contextmanager

@@ -11,9 +11,15 @@ def main(*commands: str) -> None:
     parser.add_argument("--config", required=True, help="the run's YAML file, as seen from the cluster")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set")
     arguments = parser.parse_args()
-    from plad_dist import __version__
-    from plad_dist.cli import main as plad
-
+    try:
+        from plad_dist import __version__
+        from plad_dist.cli import main as plad
+    except ModuleNotFoundError as error:
+        sys.stderr.write(
+            f"plad: {sys.executable} on the cluster has no {error.name}: install plad-dist there, or start Ray with the PATH of the "
+            "environment that has it\n"
+        )
+        sys.exit(2)
     wanted = os.environ.get("PLAD_VERSION", __version__)
     if wanted != __version__:
         sys.stderr.write(

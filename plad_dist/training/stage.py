@@ -217,6 +217,7 @@ def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
                 heard.set()
                 _show(progress, message)
                 metrics.heard(message)
+            metrics.refresh()
         except ray.exceptions.GetTimeoutError:
             return  # the machine is busy, with starting workers mostly
         except Exception as error:  # noqa: BLE001 - training does not depend on being watched

@@ -59,6 +59,7 @@ def head(cpus: int = 4) -> Iterator[Head]:
             "RAY_AUTH_TOKEN": TOKEN,
             "HF_HUB_OFFLINE": "1",
             "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an environment that is activated
         }
         command = [
             "ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
