@@ -159,11 +159,16 @@ def test_wrong_addresses_and_dead_heads_are_named(config: Path) -> None:
         )
         assert job.returncode == 0, job.stderr
         name = re.search(r"Submitted: (\S+)", job.stdout)[1]
-        following = subprocess.Popen(
-            [sys.executable, "-c", "from plad_dist.cli import main; main()", "logs", name, "--follow", "--address", found.url],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=found.environment,
-        )  # fmt: skip
-        time.sleep(15)
+        command = ["logs", name, "--follow", "--address", found.url]
+        with (config.parent / "followed.log").open("w") as log:
+            following = subprocess.Popen(
+                [sys.executable, "-c", "from plad_dist.cli import main; main()", *command],
+                stdout=log, stderr=subprocess.PIPE, text=True, env=found.environment,
+            )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while "begins" not in (config.parent / "followed.log").read_text():
+            assert time.monotonic() < deadline, "the job said nothing"
+            time.sleep(0.5)
         found.kill()
         _, said = following.communicate(timeout=180)
         assert following.returncode == 1, said
