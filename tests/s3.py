@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,9 +26,21 @@ def server() -> Iterator[str]:
 
     found = ThreadedMotoServer(port=0)
     found.start()
+    found._server.app = _one_at_a_time(found._server.app)
     host, port = found.get_host_and_port()
     yield f"http://{host}:{port}"
     found.stop()
+
+
+def _one_at_a_time(app: Any) -> Any:
+    """A conditional put is atomic on a real store; moto looks and writes in two steps."""
+    lock = threading.Lock()
+
+    def locked(environ: Any, respond: Any) -> Any:
+        with lock:
+            return app(environ, respond)
+
+    return locked
 
 
 @pytest.fixture

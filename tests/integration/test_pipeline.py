@@ -23,7 +23,7 @@ from plad_dist.rundir import RunDir
 from plad_dist.sampling.job import sample_seed
 from tests.conftest import plad, tiny_config, write_config, write_prompts
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 
 Stamp = tuple[bytes, int]
 
@@ -54,7 +54,7 @@ def kill_when(config: Path, condition: Any, command: str = "run") -> None:
         start_new_session=True,
         cwd=config.parent,
     )
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 700
     while not condition():
         assert process.poll() is None, (config.parent / "killed.log").read_text()[-3000:]
         assert time.monotonic() < deadline, "what was waited for did not come"
