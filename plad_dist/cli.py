@@ -412,18 +412,16 @@ def plan(
 
     Of a study, its variants.
     """
-    from plad_dist.planning.needs import engines_of
     from plad_dist.planning.plan import hardware_of, plan_run
+    from plad_dist.planning.preflight import check_engines
     from plad_dist.planning.table import plan_lines, plan_tables
-    from plad_dist.sampling.engine import check_engine_args
     from plad_dist.study import load_runs
 
     given = {"teacher": teacher_rate, "student": student_rate, "train": train_rate}
     rates = {name: rate for name, rate in given.items() if rate is not None}
     plans = {}
     for name, settings in load_runs(config, overrides or []):
-        for need in engines_of(settings):
-            check_engine_args(need.sampling.engine, f"{need.key}.engine")
+        check_engines(settings)
         hardware = hardware_of(gpu, nodes, gpus_per_node, settings)
         plans[name] = plan_run(
             settings, hardware, prompts=prompts, prompt_tokens=prompt_tokens, response_tokens=response_tokens, rates=rates, price=price

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
@@ -15,12 +14,11 @@ from plad_dist.devices import gpu_of
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.planning.plan import Hardware, check_fits
 from plad_dist.progress import Progress
+from plad_dist.reach import unreachable
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
 
 logger = logging.getLogger("plad")
-
-_CONNECT_S = 10.0
 
 
 @contextmanager
@@ -86,13 +84,11 @@ def _connect(config: Config) -> None:
 
 def silent(address: str) -> str | None:
     """Why nothing listens at a Ray address; None where something does, or it names none. Ray itself would wait for many minutes."""
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
     try:
-        if parts.hostname and parts.port:  # not `auto`
-            socket.create_connection((parts.hostname, parts.port), timeout=_CONNECT_S).close()
-    except (OSError, ValueError) as error:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        return unreachable(parts.hostname, parts.port) if parts.hostname and parts.port else None  # not `auto`
+    except ValueError as error:
         return str(error)
-    return None
 
 
 def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[str] | None = None) -> None:

@@ -9,13 +9,12 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from aiohttp import ClientError
@@ -25,14 +24,15 @@ from plad_dist import __version__
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.reach import unreachable
 from plad_dist.resources import resource
 from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
 
 Stage = Literal["sample", "pair", "train", "evaluate", "distill"]
-STAGES: tuple[Stage, ...] = ("sample", "pair", "train", "evaluate", "distill")
-_CONNECT_S, _STOP_S, _RECONNECTS = 10.0, 60.0, 5
+STAGES: tuple[Stage, ...] = get_args(Stage)
+_STOP_S, _RECONNECTS = 60.0, 5
 _CONFIG = "run.yaml"
 _ACTIVE = ("PENDING", "RUNNING")
 
@@ -60,13 +60,11 @@ class JobServer:
             UserError: the config is wrong or does not fit, or a job of the same run is under way.
         """
         # What only a submit needs brings torch along, which status, logs and stop should not wait for.
-        from plad_dist.planning.needs import engines_of
-        from plad_dist.sampling.engine import check_engine_args
+        from plad_dist.planning.preflight import check_engines
 
         config = load_config(file, overrides)
         _refuse_relative(config)
-        for need in engines_of(config):  # a secret among them would be seen by all who see the job
-            check_engine_args(need.sampling.engine, f"{need.key}.engine")
+        check_engines(config)  # a secret among their arguments would be seen by all who see the job
         self._refuse_unfit(config)
         run_dir = RunDir.of(config).storage.url
         earlier = [job for job in self.jobs() if job.metadata.get("run_dir") == run_dir]
@@ -251,11 +249,9 @@ def _reachable(address: str) -> str:
         host = None
     if parts.scheme not in ("http", "https") or not host:
         raise UserError(f"--address {address}: expected the dashboard's URL, such as http://host:8265")
-    try:
-        with socket.create_connection((host, port), timeout=_CONNECT_S):
-            return address
-    except OSError as error:
-        raise UserError(f"{_no_answer(address)} ({error.strerror or error})") from None
+    if (problem := unreachable(host, port)) is not None:
+        raise UserError(f"{_no_answer(address)} ({problem})")
+    return address
 
 
 def _no_answer(address: str) -> str:

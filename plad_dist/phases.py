@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plad_dist.config import Config
+from plad_dist.config import Config, Phase
 
 TEACHER, WARMUP, SEQKD = "teacher", "warmup", "seqkd"
 
@@ -12,14 +12,15 @@ def round_phase(number: int) -> str:
     return f"round-{number}"
 
 
-def phase_names(config: Config) -> list[str]:
-    """The phases that a config has, in order; rounds may stop before the last."""
+def phases_of(config: Config) -> dict[str, Phase]:
+    """The phases that a config has with their settings, in order; rounds may stop before the last."""
     training = config.training
     rounds = [round_phase(number) for number in range(config.rounds.most)]
-    first = [
-        (TEACHER, training.teacher),
-        (WARMUP, training.warmup),
-        (rounds[0], training.round),
-        (SEQKD, training.seqkd),
-    ]
-    return [name for name, section in first if section is not None] + rounds[1:]
+    found = {TEACHER: training.teacher, WARMUP: training.warmup, rounds[0]: training.round, SEQKD: training.seqkd}
+    found |= dict.fromkeys(rounds[1:], training.round)
+    return {name: phase for name, phase in found.items() if phase is not None}
+
+
+def phase_names(config: Config) -> list[str]:
+    """Names of the phases that a config has, in order."""
+    return list(phases_of(config))

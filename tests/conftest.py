@@ -32,6 +32,22 @@ SHAPE = {
 }
 
 
+def in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Run `plad` without a process of its own: its exit code, and what it wrote to each stream."""
+    from plad_dist.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["plad", *arguments])
+    try:
+        main()
+        code = 0
+    except SystemExit as left:
+        code = int(left.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
 def tiny_config(folder: Path) -> dict[str, Any]:
     """A whole run in the small: 600 sums to name, models from scratch, two training workers."""
     role = {"temperature": 1.0, "max_tokens": 8, "engine": {"max_num_seqs": 128, "kv_cache_memory_bytes": 1 << 27}}

@@ -103,6 +103,11 @@ class Config(Section):
             for name, teacher in teachers.items()
         }
 
+    def named_models(self) -> dict[str, Model]:
+        """Teachers and student by the keys that they stand at."""
+        teachers = {f"teachers.{name}" if self.teachers else name: model for name, model in self.all_teachers().items()}
+        return {**teachers, "student": self.student}
+
     def trained(self, role: str) -> Model:
         """The section of a model that the run may train: `teacher` (a single one) or `student`."""
         model = self.teacher if role == "teacher" else self.student

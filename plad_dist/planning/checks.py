@@ -24,10 +24,11 @@ from typing import Any, Literal
 from plad_dist.config import Endpoint
 from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
+from plad_dist.devices import GIB
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.sampling.connection import Connection
 
-MIB, GIB = 1 << 20, 1 << 30
+MIB = 1 << 20
 DISK_WARN, DISK_FAIL = 20 * GIB, GIB
 SHM_WARN, SHM_FAIL = GIB, 64 * MIB
 _SHM = "/dev/shm"  # noqa: S108 - the mount itself

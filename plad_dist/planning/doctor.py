@@ -104,10 +104,9 @@ def _wanted(config: Config | None) -> Node:
 
 def _models_of(config: Config) -> list[tuple[str, Model]]:
     """Every model that the config names, by its key."""
-    teachers = {f"teachers.{name}" if config.teachers else name: model for name, model in config.all_teachers().items()}
     judges = config.evaluation.judges.items()
     asked = {f"evaluation.judges.{name}.model": judge.model for name, judge in judges if isinstance(judge, LlmJudge)}
-    return [*teachers.items(), ("student", config.student), *asked.items()]
+    return [*config.named_models().items(), *asked.items()]
 
 
 @contextmanager
@@ -321,10 +320,10 @@ def _agreement(config: Config, refused: Sequence[str]) -> Iterator[Finding]:
 def _model(key: str, path: str, model: Model, renderer: Any) -> Iterator[Finding]:
     """Whether a model has embeddings for all that its tokenizer and its template may write."""
     from plad_dist.data.models import load_model_config, vocabulary_size
-    from plad_dist.training.plan import _check_vocabulary
+    from plad_dist.training.plan import check_vocabulary
 
     embeddings, tokenizer = vocabulary_size(load_model_config(path, model)), renderer.tokenizer
-    _check_vocabulary(path, renderer, embeddings)
+    check_vocabulary(path, renderer, embeddings)
     known = set(tokenizer.get_vocab().values())
     prompt = renderer.prompt_ids([[{"role": "user", "content": "Hello"}]])[0]
     bos = tokenizer.bos_token_id

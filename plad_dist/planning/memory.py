@@ -61,7 +61,7 @@ def training_memory(size: ModelSize, training: Training, optimizer: Optimizer, w
     zero = deepspeed["zero_optimization"]
     offloaded = is_offloaded(deepspeed)
     weights_offloaded = (zero.get("offload_param") or {}).get("device", "none") != "none"
-    width = 4 if training.dtype == "float32" or (training.dtype == "auto" and device == "cpu") else 2
+    width = _trained_width(training, device)
     learning = size.adapters(training.lora) if training.lora else size.parameters
     held = size.parameters + (learning if training.lora else 0)
     mine = learning / workers
@@ -147,9 +147,14 @@ def engine_devices(engine: Mapping[str, Any]) -> int:
 
 def checkpoint_bytes(size: ModelSize, training: Training, device: Device) -> float:
     """One checkpoint: weights, their float32 masters and the optimizer's moments."""
-    width = 4 if training.dtype == "float32" or (training.dtype == "auto" and device == "cpu") else 2
+    width = _trained_width(training, device)
     learning = size.adapters(training.lora) if training.lora else size.parameters
     return learning * (12.0 + width)
+
+
+def _trained_width(training: Training, device: Device) -> int:
+    """Bytes of a weight that is trained."""
+    return 4 if training.dtype == "float32" or (training.dtype == "auto" and device == "cpu") else 2
 
 
 def _moments(optimizer: Optimizer) -> float:

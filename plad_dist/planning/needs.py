@@ -28,9 +28,14 @@ class EngineNeed:
         return self.role.startswith("judge ")
 
     @property
+    def speaker(self) -> str:
+        """`student`, or `teacher` for all else: whose responses are as long."""
+        return "student" if self.role == "student" else "teacher"
+
+    @property
     def held_by(self) -> str:
         """What of a run starts it: `sample teacher`, `sample student` or `judge`."""
-        return "judge" if self.judges else "sample student" if self.role == "student" else "sample teacher"
+        return "judge" if self.judges else f"sample {self.speaker}"
 
     @property
     def devices(self) -> int:

@@ -12,11 +12,11 @@ import psutil
 from plad_dist.config import Config, Endpoint, LlmJudge, Optimizer, Training
 from plad_dist.devices import GIB, GPUS, Gpu, gpu_of
 from plad_dist.errors import UserError
-from plad_dist.phases import TEACHER
+from plad_dist.phases import TEACHER, phases_of
 from plad_dist.planning.memory import Memory, engine_memory, memory_share, sequence_bytes, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import Device, ModelSize, size_of
-from plad_dist.planning.workload import Workload, disk_bytes, phases_of, workload_of
+from plad_dist.planning.workload import Workload, disk_bytes, workload_of
 from plad_dist.rundir import RunDir
 
 _SPARE = 0.97  # of a device's memory that is planned with
@@ -113,7 +113,7 @@ def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None
     """
     sizes = sizes_of(config, hardware.device)
     found: dict[str, Problem] = {}
-    for name, phase in phases_of(config):
+    for name, phase in phases_of(config).items():
         if holds is None or f"train {name}" in holds:
             problem = _of_training(config.training, phase.optimizer, _trained(name, sizes), hardware)
             if problem is not None:
@@ -156,7 +156,7 @@ def plan_run(
     work = workload_of(config, prompts, prompt_tokens, response_tokens)
     problems = check_fits(config, hardware)
     fewest, most = gpu_needs(config)
-    time = _time(config, hardware, sizes, work, rates or {}, price)
+    time = _time(config, hardware, sizes, work, rates or {})
     return {
         "fits": not problems,
         "problems": [asdict(problem) for problem in problems],
@@ -168,7 +168,7 @@ def plan_run(
         },
         "gpus": {"fewest": fewest, "most": most} if hardware.gpu else {"fewest": 0, "most": 0},
         "models": {name: {"name": size.name, "parameters": size.parameters} for name, size in sizes.items()},
-        "training": {name: _phase_plan(config, name, sizes, hardware) for name, _ in phases_of(config)},
+        "training": {name: _phase_plan(config, name, sizes, hardware) for name in phases_of(config)},
         "sampling": {need.role: _engine_plan(config, need, sizes, hardware, work) for need in engines_of(config)},
         "disk_gib": _gibs(disk_bytes(config, work, sizes, hardware.device)),
         "work": {"prompts": work.prompts, "prompt_tokens": work.prompt_tokens, "response_tokens": work.response_tokens},
@@ -183,8 +183,7 @@ def sizes_of(config: Config, device: Device) -> dict[str, ModelSize]:
     made = RunDir.of(config).storage.local_root
     sizes = {}
     for need in engines_of(config):
-        name = "student" if need.role == "student" else "teacher"
-        sizes[need.role] = size_of(need.model, device, made / "models" / f"{name}-init" if made else None)
+        sizes[need.role] = size_of(need.model, device, made / "models" / f"{need.speaker}-init" if made else None)
     return sizes
 
 
@@ -305,7 +304,7 @@ def _smallest_parallelism(config: Config, need: EngineNeed, size: ModelSize, har
 
 def _phase_plan(config: Config, name: str, sizes: dict[str, ModelSize], hardware: Hardware) -> dict[str, Any]:
     training, size = config.training, _trained(name, sizes)
-    optimizer = dict(phases_of(config))[name].optimizer
+    optimizer = phases_of(config)[name].optimizer
 
     def memory(workers: int) -> Memory:
         return training_memory(size, training, optimizer, workers, hardware.device)
@@ -341,7 +340,7 @@ def _engine_plan(
         "parts_gib": _gibs(found.parts),
         "kv_cache_tokens": round(cached),
         "responses_at_once": round(_at_once(need, cached, work)),
-        "fits": found.device <= _engine_share(need.sampling.engine, hardware),
+        "fits": found.device <= _engine_share(engine, hardware),
     }
 
 
@@ -353,9 +352,13 @@ def _cached_tokens(
     return memory.parts["KV cache"] / sequence_bytes(size, engine, length, hardware.device) * length
 
 
+def _mean_length(need: EngineNeed, work: Workload) -> float:
+    """Tokens of a sequence while it is written."""
+    return work.prompt_tokens + work.response_tokens[need.speaker] / 2
+
+
 def _at_once(need: EngineNeed, cached_tokens: float, work: Workload) -> float:
-    role = "student" if need.role == "student" else "teacher"
-    length = work.prompt_tokens + work.response_tokens[role] / 2
+    length = _mean_length(need, work)
     return max(1.0, min(float(need.sampling.engine.get("max_num_seqs") or 256), cached_tokens / length))
 
 
@@ -368,7 +371,6 @@ def _time(
     sizes: dict[str, ModelSize],
     work: Workload,
     rates: dict[str, float],
-    price: float | None,
 ) -> dict[str, Any] | None:
     """Hours of the stages, None where the prompts or the device's speed are not known."""
     if work.prompts is None or (hardware.gpu is None and not {"teacher", "student", "train"} <= rates.keys()):
@@ -383,9 +385,9 @@ def _time(
                         "device_hours": round(hours * devices, 2)}  # fmt: skip
 
     for need in engines_of(config):
-        role = "student" if need.role == "student" else "teacher"
         if need.judges:
             continue
+        role = need.speaker
         rate = rates.get(role) or _engine_rate(config, need, sizes[need.role], hardware, work)
         times = rounds if role == "student" else 1
         share = 1.0
@@ -395,7 +397,7 @@ def _time(
         most = devices // need.devices if need.sampling.replicas == "auto" else need.sampling.replicas
         used = max(1, min(most, devices // need.devices)) * need.devices
         add(f"sample {need.role}", share * times * work.sampled_tokens(config, role), rate, used)
-    for name, phase in phases_of(config):
+    for name, phase in phases_of(config).items():
         rate = rates.get("train") or _training_rate(_trained(name, sizes), hardware)
         groups = phase.epochs * work.prompts
         if phase.max_steps:
@@ -418,11 +420,10 @@ def _engine_rate(config: Config, need: EngineNeed, size: ModelSize, hardware: Ha
     engine = need.sampling.engine
     memory = _engine_memory(config, need, size, hardware, engine)
     at_once = _at_once(need, _cached_tokens(size, engine, hardware, memory, work), work)
-    role = "student" if need.role == "student" else "teacher"
-    length = work.prompt_tokens + work.response_tokens[role] / 2
+    length = _mean_length(need, work)
     read = (memory.parts["weights"] + at_once * sequence_bytes(size, engine, length, "gpu")) / hardware.gpu.bandwidth
     prefilled = work.prompt_tokens / max(
-        1.0, need.sampling.n * work.response_tokens[role]
+        1.0, need.sampling.n * work.response_tokens[need.speaker]
     )  # prompt tokens for one that is written
     computed = 2 * size.active * at_once * (1 + prefilled) / (hardware.gpu.flops * need.devices)
     return _ENGINE_EFFICIENCY * at_once / max(read, computed) / need.devices

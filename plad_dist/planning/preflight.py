@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 from plad_dist.config import Config, LlmJudge, Model, RewardJudge, TeacherJudge
 from plad_dist.data.models import check_local_model, check_weights, load_model_config
@@ -39,6 +40,24 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
 
 
+def check_engines(config: Config) -> None:
+    """Raise :class:`UserError` for engine arguments that vLLM does not take, or that hold a secret."""
+    for key, arguments in _engine_arguments(config):
+        check_engine_args(arguments, key)
+
+
+def _engine_arguments(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Engine arguments by the key that they stand at."""
+    yield "sampling.teacher.engine", config.sampling.teacher.engine
+    yield "sampling.student.engine", config.sampling.student.engine
+    for name, teacher in config.teachers.items():
+        if teacher.sampling:
+            yield f"teachers.{name}.sampling.engine", teacher.sampling.engine
+    for name, judge in config.evaluation.judges.items():
+        if isinstance(judge, LlmJudge):
+            yield f"evaluation.judges.{name}.sampling.engine", judge.sampling.engine
+
+
 def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], object]]]:
     """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing; its key goes before."""
     from plad_dist.pairing.scores import check_scorer
@@ -48,16 +67,12 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     yield "", partial(_check_place, run)
     yield "", partial(check_optimizers, config.training.deepspeed, config.training)
     yield "", partial(check_trackers, config.training.trackers)
-    for role, wanted in (("teacher", config.sampling.teacher), ("student", config.sampling.student)):
-        yield "", partial(check_engine_args, wanted.engine, f"sampling.{role}.engine")
-    for name, teacher in config.teachers.items():
-        if teacher.sampling:
-            yield "", partial(check_engine_args, teacher.sampling.engine, f"teachers.{name}.sampling.engine")
+    for key, arguments in _engine_arguments(config):
+        yield "", partial(check_engine_args, arguments, key)
     yield "", partial(check_scorer, config.pairing)
     for name, judge in config.evaluation.judges.items():
         yield from _judge_checks(f"evaluation.judges.{name}", judge)
-    teachers = {f"teachers.{name}" if config.teachers else name: model for name, model in config.all_teachers().items()}
-    models: dict[str, Model] = {**teachers, "student": config.student}
+    models = config.named_models()
     if train_prompts(run.storage).manifest() is not None:  # the rest was checked when the run began
         for key, model in models.items():
             if model.path is not None:
@@ -78,7 +93,6 @@ def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Ite
         yield "", partial(open_reward_model, judge, key)
     if isinstance(judge, LlmJudge):
         yield "", partial(load_template, judge, key)
-        yield "", partial(check_engine_args, judge.sampling.engine, f"{key}.sampling.engine")
         yield from _model_checks(f"{key}.model", judge.model)
 
 

@@ -94,12 +94,7 @@ def _pretrained(name: str, revision: str | None, longest: int | None, device: De
 
         config = AutoConfig.for_model(**known)
     else:
-        try:
-            config = load_model_config(name, Model(path=name, revision=revision, trust_remote_code=remote))
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a config class has against its values
-            raise UserError(f"{name}: its config.json is not valid: {first_line(error):.200}") from None
+        config = load_model_config(name, Model(path=name, revision=revision, trust_remote_code=remote))
     return _measured(config, name, longest, device, remote=remote)
 
 

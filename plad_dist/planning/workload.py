@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plad_dist.config import Config, Phase, PythonFunctionsSource
+from plad_dist.config import Config, PythonFunctionsSource, RoleSampling
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.errors import RunFailed
-from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names
+from plad_dist.phases import TEACHER, WARMUP, phases_of
 from plad_dist.planning.memory import checkpoint_bytes
 from plad_dist.planning.sizes import Device, ModelSize
 from plad_dist.rundir import RunDir
@@ -34,8 +34,7 @@ class Workload:
 
     def sampled_tokens(self, config: Config, role: str) -> float:
         """Tokens that a role writes for pairs."""
-        n = (config.sampling.student if role == "student" else config.sampling.teacher).n
-        return (self.prompts or 0) * n * self.response_tokens[role]
+        return (self.prompts or 0) * _sampling(config, role).n * self.response_tokens[role]
 
     def trained_tokens(self, config: Config, phase: str) -> float:
         """Tokens of what a phase learns from a prompt: the prompt once, and one answer, or all responses."""
@@ -80,9 +79,13 @@ def workload_of(
         elif measured is not None:
             responses[role], sources[key] = measured, "the run directory"
         else:
-            longest = (config.sampling.student if role == "student" else config.sampling.teacher).max_tokens
+            longest = _sampling(config, role).max_tokens
             responses[role], sources[key] = longest / 2, f"half of {longest:,}, the longest"
     return Workload(prompts, prompt_tokens, responses, sources)
+
+
+def _sampling(config: Config, role: str) -> RoleSampling:
+    return config.sampling.student if role == "student" else config.sampling.teacher
 
 
 def _manifest(run: RunDir) -> Manifest | None:
@@ -107,25 +110,21 @@ def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], devi
     row = _BYTES_OF_A_ROW + work.prompt_tokens * _BYTES_OF_A_TOKEN
     samples = 0.0
     for role, times in (("teacher", 1), ("student", rounds)):
-        n = (config.sampling.student if role == "student" else config.sampling.teacher).n
-        samples += times * prompts * n * (_BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN)
+        samples += (
+            times
+            * prompts
+            * _sampling(config, role).n
+            * (_BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN)
+        )
     pairs = prompts * rounds * (_BYTES_OF_A_ROW + work.group_tokens(config) * _BYTES_OF_A_TOKEN)
     student, weight = sizes["student"], 4 if device == "cpu" else 2
     models = weight * student.parameters * (rounds + (training.warmup is not None) + (training.seqkd is not None))
     if training.teacher is not None:
         models += weight * sizes["teacher"].parameters
     checkpoints = one = 0.0
-    for name, phase in phases_of(config):
+    for name, phase in phases_of(config).items():
         one = checkpoint_bytes(sizes["teacher" if name == TEACHER else "student"], training, device)
         checkpoints += (phase.keep_checkpoints + (phase.evaluate_every is not None)) * one
     return {
         "prompts": prompts * row, "samples": samples, "pairs": pairs, "checkpoints": checkpoints + one, "models": float(models)
     }  # fmt: skip
-
-
-def phases_of(config: Config) -> list[tuple[str, Phase]]:
-    """The training phases with their settings."""
-    training = config.training
-    sections = {TEACHER: training.teacher, WARMUP: training.warmup, SEQKD: training.seqkd}
-    found = [(name, sections.get(name, training.round)) for name in phase_names(config)]
-    return [(name, phase) for name, phase in found if phase is not None]

@@ -11,7 +11,7 @@ from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.phases import SEQKD, TEACHER, WARMUP
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of
 from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.attention import attention_of, check_rope
 from plad_dist.training.batching import steps_per_epoch
@@ -46,7 +46,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     context = context_length(start, settings)
     model, renderer = load_model_config(start, settings), Renderer(start, settings)
     check_rope(model, context, role)
-    _check_vocabulary(start, renderer, vocabulary_size(model))
+    check_vocabulary(start, renderer, vocabulary_size(model))
     _check_partitions(config)
     kind, path = _data(name, config, run)
     shares = attention_of(model, training.max_group_tokens).layout.shares
@@ -121,7 +121,7 @@ def _check_checkpoints(store: CheckpointStore, run: RunDir) -> None:
         )
 
 
-def _check_vocabulary(model: str, renderer: Renderer, vocabulary: int) -> None:
+def check_vocabulary(model: str, renderer: Renderer, vocabulary: int) -> None:
     """Raise :class:`UserError` where the tokenizer has tokens that the model has not."""
     tokens = int(renderer.tokenizer.vocab_size)  # without added ones, such as padding
     if tokens > vocabulary:
@@ -157,10 +157,7 @@ def _check_partitions(config: Config) -> None:
 
 
 def _phase(name: str, config: Config) -> Phase:
-    training = config.training
-    if round_of(name) is not None:
-        return training.round
-    phase = {TEACHER: training.teacher, WARMUP: training.warmup, SEQKD: training.seqkd}.get(name)
+    phase = phases_of(config).get(name)
     if phase is None:
         raise UserError(f"this config has no phase {name}: it has no section training.{name}")
     return phase

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from plad_dist.cli import main
 from plad_dist.config_file import parse_config
 from plad_dist.rundir import open_run
 from plad_dist.training.scratch import train_tokenizer
-from tests.conftest import write_config
+from tests.conftest import in_this_process, write_config
 
 Change = Callable[[Path, dict[str, Any]], None]
 
@@ -25,14 +23,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs `plad` in this process: (exit code, what it printed)."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["plad", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
+        code, out, err = in_this_process(monkeypatch, capsys, *arguments)
+        return code, out + err
 
     return run
 

@@ -8,7 +8,6 @@ import json
 import pickle
 import shutil
 import socket
-import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
@@ -18,14 +17,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from plad_dist.cli import main
 from plad_dist.config import Endpoint
 from plad_dist.config_file import parse_config
 from plad_dist.data.storage import Storage
 from plad_dist.planning import checks, doctor
 from plad_dist.planning.checks import GIB, MIB, Finding, Node, Place
 from plad_dist.training.scratch import train_tokenizer
-from tests.conftest import write_config
+from tests.conftest import in_this_process, write_config
 from tests.fake_endpoint import error, good, serving
 from tests.tiny import sampling_config
 
@@ -48,14 +46,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Runs `plad doctor` in this process: (exit code, what it printed)."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["plad", "doctor", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out if code in (0, 1) else printed.err
+        code, out, err = in_this_process(monkeypatch, capsys, "doctor", *arguments)
+        return code, out if code in (0, 1) else err
 
     return run
 

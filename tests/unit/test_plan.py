@@ -216,7 +216,9 @@ def test_an_elastic_group_is_refused_only_where_its_most_workers_do_not_fit_eith
 
 @pytest.mark.parametrize("kinds", [("Sunway",), ("H100-MIG-1g",), ("L4", "H100")])
 def test_nothing_is_refused_that_an_unknown_or_a_larger_node_may_hold(kinds: tuple[str, ...]) -> None:
-    refuse_unfit(seventy_to_seven(), hardware_of_nodes(nodes(*kinds)))
+    hardware = hardware_of_nodes(nodes(*kinds))
+    assert hardware is None or hardware.gpu == H100
+    refuse_unfit(seventy_to_seven(), hardware)
 
 
 def test_a_cluster_that_has_no_gpu_yet_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
