@@ -115,5 +115,5 @@ def load_tokenizer(model: str, settings: Model) -> Any:
         return AutoTokenizer.from_pretrained(
             model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # noqa: BLE001 - it reads the model's config too, whose classes have errors of their own
         raise UserError(f"{model}: no usable tokenizer there: {first_line(error)}") from None

@@ -278,7 +278,10 @@ def test_an_engine_without_memory_is_refused_in_words(finished: Finished) -> Non
     raw["sampling"]["teacher"]["engine"]["kv_cache_memory_bytes"] = 1 << 45
     raw["sampling"]["student"]["engine"]["kv_cache_memory_bytes"] = 1 << 45
     config.write_text(json.dumps(raw))
-    done = plad("run", str(config), timeout=400)
+    planned = plad("run", str(config), timeout=400)
+    assert planned.returncode == 2, planned.stderr[-3000:]
+    assert "this config does not fit" in planned.stderr
+    done = plad("run", str(config), "cluster.unfit=warn", timeout=400)
     assert done.returncode == 2, done.stderr[-3000:]
     assert "vLLM could not start" in done.stderr
     assert "kv_cache_memory_bytes" in done.stderr

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from plad_dist.cluster import hardware_of_nodes, refuse_unfit
 from plad_dist.config import Config, Model, Optimizer, ScratchModel, Training
 from plad_dist.config_file import load_config, parse_config
+from plad_dist.data.models import load_model_config
+from plad_dist.data.templates import load_tokenizer
 from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
 from plad_dist.planning.memory import training_memory
@@ -233,6 +235,13 @@ def test_a_model_that_cannot_be_sized_stops_no_run(tmp_path: Path, said: pytest.
         check_fits(config, Hardware(H100, 1, 8, None))
     refuse_unfit(config, hardware_of_nodes(nodes("H100")))
     assert "not planned" in said.text
+
+
+def test_a_model_config_with_bad_values_is_named_where_it_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "abc"}))
+    for load in (load_model_config, load_tokenizer):
+        with pytest.raises(UserError, match=f"{tmp_path}: .*hidden_size"):
+            load(str(tmp_path), Model(path=str(tmp_path)))
 
 
 def small_llama(folder: Path, **more: Any) -> Path:
