@@ -412,7 +412,8 @@ def plan(
 
     Of a study, its variants.
     """
-    from plad_dist.planning.plan import hardware_of, plan_run
+    from plad_dist.planning.fit import hardware_of
+    from plad_dist.planning.plan import plan_run
     from plad_dist.planning.preflight import check_engines
     from plad_dist.planning.table import plan_lines, plan_tables
     from plad_dist.study import load_runs

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from plad_dist.config import Config
 from plad_dist.devices import gpu_of
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.planning.plan import Hardware, check_fits
+from plad_dist.planning.fit import Hardware, check_fits
 from plad_dist.progress import Progress
 from plad_dist.reach import unreachable
 from plad_dist.rundir import RunDir
@@ -98,7 +98,7 @@ def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[st
 
     Args:
         hardware: None where nothing can be said.
-        holds: of what the run is still to do; see :func:`plad_dist.planning.plan.check_fits`.
+        holds: of what the run is still to do; see :func:`plad_dist.planning.fit.check_fits`.
     """
     if hardware is None:
         return

@@ -1,6 +1,6 @@
 """`plad doctor`: whether this machine, every node of a cluster, and what a config names are fit for a run.
 
-Checks of one machine are in :mod:`plad_dist.planning.checks`; here nodes are asked and compared, and a config's models
+Checks of one machine are in :mod:`plad_dist.planning.checks`, of what it reaches in :mod:`plad_dist.planning.reach_checks`; here nodes are asked and compared, and a config's models
 are looked at. What is written for it goes into one folder of its own in each storage, which is removed at the end.
 """
 
@@ -13,7 +13,7 @@ import re
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,19 +27,8 @@ from plad_dist.cluster import silent
 from plad_dist.config import Config, Endpoint, LlmJudge, Model
 from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.planning.checks import (
-    DRIVER_CHECKS,
-    NODE_CHECKS,
-    PROBE,
-    Finding,
-    Node,
-    Place,
-    fail,
-    findings_of,
-    installed_versions,
-    ok,
-    warn,
-)
+from plad_dist.planning import checks, reach_checks
+from plad_dist.planning.checks import PROBE, Finding, Node, Place, fail, findings_of, installed_versions, ok, warn
 from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
@@ -50,6 +39,21 @@ CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 30.0
 _CLOCK_READINGS = 3
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _CORRECT = "correct the config, or put what it names in its place; `plad validate` checks it again"
+
+NODE_CHECKS: dict[str, Callable[[Node], Iterable[Finding]]] = {
+    "versions": checks.versions,
+    "engine": checks.engine,
+    "GPUs": checks.gpus,
+    "network": checks.network,
+    "shared memory": checks.shared_memory,
+    "memory, CPUs": checks.limits,
+    "open files": checks.open_files,
+    "disk": checks.disk,
+    "storage": reach_checks.storage,
+    "endpoints": reach_checks.endpoints,
+    "environment": reach_checks.environment,
+}
+DRIVER_CHECKS = ("versions", "disk", "storage", "environment")  # the rest is the nodes' business
 
 Reading = tuple[float, float, float]  # seconds: asked here, the time there, answered here
 

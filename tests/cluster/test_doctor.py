@@ -37,7 +37,7 @@ def test_every_node_is_asked_compared_and_named(
     assert [finding for finding in found if finding.state == "fail"] == []
     members = {finding.node for finding in found} - {doctor.HERE, cluster.address}
     assert len(members) == 2
-    for check in (*checks.NODE_CHECKS, "same versions", "clock"):
+    for check in (*doctor.NODE_CHECKS, "same versions", "clock"):
         if check not in ("network", "endpoints", "environment"):
             assert members <= {finding.node for finding in found if finding.check == check}, check
     told = [finding for finding in found if finding.check == "storage" and finding.node in members]

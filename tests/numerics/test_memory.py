@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,16 @@ ROW = {
 
 
 def measured_steps(raw: dict[str, Any], phase: str, stop: int) -> None:
-    """Some steps of a worker, and its most anonymous memory while they were done; files that are mapped can be dropped."""
-    most, over = [0], threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.01):
-            status = Path("/proc/self/status").read_text()
-            most[0] = max(most[0], int(status.partition("RssAnon:")[2].split()[0]) * 1024)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
+    """Some steps of a worker, and the most memory that they took, as the kernel kept it; files that are mapped can be dropped."""
     worker = Worker(job_of(raw, phase), torch.device("cpu"))
     worker._open_groups()
+    Path("/proc/self/clear_refs").write_text("5")  # the most is what is taken now: models are read before, mapped
     for _ in range(stop):
         worker._step(None)
-    over.set()
-    thread.join()
+    taken = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
     folder = Path(raw["run"]["dir"])
-    (folder / f"memory-{worker.rank}.json").write_text(json.dumps(most[0]))
+    most = 1024 * (int(taken["VmHWM"]) - int(taken["RssFile"]))
+    (folder / f"memory-{worker.rank}.json").write_text(json.dumps(most))
     worker.close()
 
 

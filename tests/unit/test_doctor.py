@@ -20,7 +20,7 @@ from aiohttp import web
 from plad_dist.config import Endpoint
 from plad_dist.config_file import parse_config
 from plad_dist.data.storage import Storage
-from plad_dist.planning import checks, doctor
+from plad_dist.planning import checks, doctor, reach_checks
 from plad_dist.planning.checks import GIB, MIB, Finding, Node, Place
 from plad_dist.training.scratch import train_tokenizer
 from tests.conftest import in_this_process, write_config
@@ -124,7 +124,7 @@ def test_an_interrupt_ends_with_130_and_removes_the_probes(
         raise KeyboardInterrupt
 
     folder, raw = run
-    monkeypatch.setitem(checks.NODE_CHECKS, "endpoints", interrupted)
+    monkeypatch.setitem(doctor.NODE_CHECKS, "endpoints", interrupted)
     code, printed = command(str(write_config(folder, raw)))
     assert (code, "interrupted" in printed, "Traceback" in printed) == (130, True, False)
     assert not (folder / "run").exists()
@@ -161,7 +161,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(
     def broken(node: Node) -> Iterable[Finding]:
         raise LookupError("no such thing\nand more")
 
-    monkeypatch.setitem(checks.NODE_CHECKS, "engine", broken)
+    monkeypatch.setitem(doctor.NODE_CHECKS, "engine", broken)
     code, printed = command("--json")
     (failed,) = failing(printed)
     assert (code, failed["check"]) == (1, "engine")
@@ -351,7 +351,7 @@ def test_storage_that_cannot_be_written_fails_and_leaves_nothing(tmp_path: Path)
     for folder in (tmp_path / "file" / "run", Path("/proc/plad-run")):
         with doctor.probes([place(folder)]) as held:
             assert held == ()
-            found = only(checks.storage(Node("n", places=(place(folder),))), "fail")
+            found = only(reach_checks.storage(Node("n", places=(place(folder),))), "fail")
         assert str(folder) in found.found
         assert ".doctor" not in found.found
     assert everything(tmp_path) == before
@@ -368,7 +368,7 @@ def test_a_read_only_run_directory_ends_with_1(
 
 def test_storage_that_overwrites_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Storage, "create", lambda self, key, data: True)
-    found = only(checks.storage(Node("n", places=(place(tmp_path),))), "fail")
+    found = only(reach_checks.storage(Node("n", places=(place(tmp_path),))), "fail")
     assert "does not refuse" in found.found
 
 
@@ -376,9 +376,11 @@ def test_a_run_directory_on_a_nodes_own_disk_fails_by_name(tmp_path: Path, monke
     monkeypatch.setattr(checks, "_SEEN_WITHIN_S", 0.1)
     there = place(tmp_path / "there")
     with doctor.probes([place(tmp_path / "here")]) as held:
-        shared = checks.findings_of("storage", "a", lambda: checks.storage(Node("a", "member", held)))
+        shared = checks.findings_of("storage", "a", lambda: reach_checks.storage(Node("a", "member", held)))
         assert states(shared) == ["ok"]
-        found = only(checks.findings_of("storage", "b", lambda: checks.storage(Node("b", "member", (there,)))), "fail")
+        found = only(
+            checks.findings_of("storage", "b", lambda: reach_checks.storage(Node("b", "member", (there,)))), "fail"
+        )
     assert found.node == "b"
     assert "another folder" in found.found
     assert "file system that all nodes share" in found.remedy
@@ -391,14 +393,14 @@ def test_the_files_of_a_run_are_not_touched(tmp_path: Path) -> None:
     before = everything(tmp_path / "run")
     with doctor.probes([place(tmp_path / "run"), place(tmp_path / "run" / "kept")]) as held:
         assert len(held) == 2
-        assert states(checks.storage(Node("n", "member", held))) == ["ok", "ok"]
+        assert states(reach_checks.storage(Node("n", "member", held))) == ["ok", "ok"]
     assert everything(tmp_path / "run") == before
 
 
 def test_object_stores_are_probed_alike(bucket: str) -> None:
     at = Place("run.dir", bucket, ".doctor-test")
     with doctor.probes([at]) as held:
-        assert states(checks.storage(Node("n", "member", held))) == ["ok"]
+        assert states(reach_checks.storage(Node("n", "member", held))) == ["ok"]
     assert at.storage.sizes("") == {}
     with doctor.probes([Place("run.dir", "s3://no-such-bucket/run", ".doctor-test")]) as held:
         assert held == ()
@@ -422,7 +424,7 @@ def looked_at(models: Callable[[], web.Response], **settings: Any) -> Finding:
             server.models = models
             endpoint = Endpoint(url=server.url, model="big", timeout_s=5, **settings)
             node = Node("node-3", endpoints=(("teacher.endpoint", endpoint),))
-            (found,) = await asyncio.to_thread(lambda: list(checks.endpoints(node)))
+            (found,) = await asyncio.to_thread(lambda: list(reach_checks.endpoints(node)))
             assert not server.bodies, "nothing is asked that costs money"
             return found
 
@@ -482,7 +484,7 @@ def test_a_server_that_fails_or_redirects_fails(status: int) -> None:
 
 def test_servers_are_asked_by_the_nodes_where_there_are_some(closed_port: int) -> None:
     endpoint = Endpoint(url=f"http://127.0.0.1:{closed_port}/v1", model="big")
-    assert list(checks.endpoints(Node("n", "driver", endpoints=(("teacher.endpoint", endpoint),)))) == []
+    assert list(reach_checks.endpoints(Node("n", "driver", endpoints=(("teacher.endpoint", endpoint),)))) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- models
@@ -551,17 +553,17 @@ def test_token_authentication_without_a_token_fails(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    assert "RAY_AUTH_TOKEN" in only(checks.environment(Node("n")), "fail").remedy
+    assert "RAY_AUTH_TOKEN" in only(reach_checks.environment(Node("n")), "fail").remedy
     monkeypatch.setenv("RAY_AUTH_TOKEN", KEY)
-    assert KEY not in only(checks.environment(Node("n")), "ok").found
+    assert KEY not in only(reach_checks.environment(Node("n")), "ok").found
 
 
 def test_a_missing_hub_token_is_only_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    found = only(checks.environment(Node("n", hub_models=("org/model",))), "ok").found
+    found = only(reach_checks.environment(Node("n", hub_models=("org/model",))), "ok").found
     assert "org/model" in found
     monkeypatch.setattr("huggingface_hub.get_token", lambda: KEY)
-    assert list(checks.environment(Node("n", hub_models=("org/model",)))) == []
+    assert list(reach_checks.environment(Node("n", hub_models=("org/model",)))) == []
 
 
 def test_nodes_have_names_that_no_other_has() -> None:

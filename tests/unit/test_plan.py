@@ -18,9 +18,10 @@ from plad_dist.data.models import load_model_config
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
+from plad_dist.planning.fit import Hardware, check_fits, hardware_of
 from plad_dist.planning.memory import training_memory
 from plad_dist.planning.needs import gpu_needs
-from plad_dist.planning.plan import Hardware, check_fits, hardware_of, plan_run
+from plad_dist.planning.plan import plan_run
 from plad_dist.planning.sizes import ModelSize, size_of
 from plad_dist.study import load_runs
 from tests.conftest import plad, tiny_config

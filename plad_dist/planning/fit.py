@@ -1,0 +1,268 @@
+"""Whether a config fits a cluster: what every worker and every engine takes, against what its device and its node have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from plad_dist.config import Config, Optimizer, Training
+from plad_dist.devices import GIB, GPUS, Gpu, gpu_of
+from plad_dist.errors import UserError
+from plad_dist.phases import TEACHER, phases_of
+from plad_dist.planning.memory import Memory, engine_memory, memory_share, training_memory
+from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
+from plad_dist.planning.sizes import Device, ModelSize, size_of
+from plad_dist.rundir import RunDir
+
+_SPARE = 0.97  # of a device's memory that is planned with
+_EVEN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A cluster of like nodes.
+
+    Attributes:
+        gpu: None for nodes without any.
+        nodes: None for as many as are needed.
+        host_memory: bytes of a node, None where it is not known.
+        cpus: of a node, None where it is not known.
+    """
+
+    gpu: Gpu | None
+    nodes: int | None
+    gpus_per_node: int
+    host_memory: float | None
+    cpus: float | None = None
+
+    @property
+    def device(self) -> Device:
+        return "gpu" if self.gpu else "cpu"
+
+    @property
+    def name(self) -> str:
+        return self.gpu.name if self.gpu else "cpu"
+
+
+def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int, config: Config) -> Hardware:
+    """The cluster that is asked about: a kind of GPU, `cpu` for this machine's memory, or None for what suits the config.
+
+    Raises:
+        UserError: no such kind.
+    """
+    here = Hardware(None, nodes or 1, 0, float(psutil.virtual_memory().total))
+    if gpu == "cpu":
+        return here
+    if gpu is not None:
+        kind = GPUS.get(gpu.lower()) or gpu_of(gpu)
+        if kind is None:
+            raise UserError(f"--gpu {gpu}: not known; expected one of {', '.join(GPUS)}, or cpu")
+        return Hardware(kind, nodes, gpus_per_node, None)
+    found = _gpu_here()
+    if found is not None:
+        return Hardware(found[0], nodes or 1, found[1], here.host_memory)
+    if nodes is None and not check_fits(config, here):
+        return here
+    return Hardware(GPUS["h100-80g"], nodes, gpus_per_node, None)
+
+
+def _gpu_here() -> tuple[Gpu, int] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    gpu = gpu_of(torch.cuda.get_device_name(0))
+    return (gpu, torch.cuda.device_count()) if gpu else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that does not fit.
+
+    Attributes:
+        what: with the figures.
+        remedies: config keys to change, the cheapest first.
+        always: it would not fit with the most workers either; else a group that shrinks to its fewest would run out of memory.
+    """
+
+    what: str
+    remedies: tuple[str, ...]
+    always: bool = True
+
+    def __str__(self) -> str:
+        return self.what + "".join(f"\n    {remedy}" for remedy in self.remedies)
+
+
+def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None = None) -> list[Problem]:
+    """What of a config does not fit.
+
+    Args:
+        holds: what is still to do, of `train <phase>`, `sample teacher`, `sample student` and `judge`; None for all.
+
+    Raises:
+        UserError: a model cannot be sized.
+    """
+    sizes = sizes_of(config, hardware.device)
+    found: dict[str, Problem] = {}
+    for name, phase in phases_of(config).items():
+        if holds is None or f"train {name}" in holds:
+            problem = training_problem(config.training, phase.optimizer, size_trained(name, sizes), hardware)
+            if problem is not None:
+                found[problem.what] = problem
+    for need in engines_of(config):
+        if holds is None or need.held_by in holds:
+            found |= {problem.what: problem for problem in _of_engine(config, need, sizes[need.role], hardware)}
+    if hardware.gpu and hardware.nodes is not None:
+        fewest, _ = gpu_needs(config)
+        if fewest > hardware.nodes * hardware.gpus_per_node:
+            what = (
+                f"the config needs {fewest} GPUs at least, the cluster has {hardware.nodes} x {hardware.gpus_per_node}"
+            )
+            remedy = f"--nodes {nodes_for(fewest, hardware)}, or fewer training.num_workers and sampling.*.min_replicas"
+            found[what] = Problem(what, (remedy,))
+    return list(found.values())
+
+
+def sizes_of(config: Config, device: Device) -> dict[str, ModelSize]:
+    """Size by role of every model that engines run or the trainer trains. Raises :class:`UserError` where one cannot be sized."""
+    made = RunDir.of(config).storage.local_root
+    sizes = {}
+    for need in engines_of(config):
+        sizes[need.role] = size_of(need.model, device, made / "models" / f"{need.speaker}-init" if made else None)
+    return sizes
+
+
+def capacity(hardware: Hardware) -> float:
+    """Bytes of a device; on CPUs, of a node."""
+    return hardware.gpu.memory if hardware.gpu else hardware.host_memory or math.inf
+
+
+def share_of_worker(hardware: Hardware, training: Training, workers: int) -> float:
+    """Bytes of the device that one of so many workers may take: on CPUs they share a node."""
+    together = 1 if hardware.gpu else _on_a_node(hardware, training, workers)
+    return _SPARE * capacity(hardware) / together
+
+
+def _on_a_node(hardware: Hardware, training: Training, workers: int) -> int:
+    """Workers on the fullest node: Ray Train packs them."""
+    if hardware.gpu:
+        return min(workers, hardware.gpus_per_node)
+    if hardware.cpus is not None:
+        return max(1, min(workers, int(hardware.cpus / training.cpus_per_worker)))
+    return math.ceil(workers / (hardware.nodes or 1))
+
+
+def size_trained(name: str, sizes: dict[str, ModelSize]) -> ModelSize:
+    return sizes["teacher" if name == TEACHER else "student"]
+
+
+def training_problem(training: Training, optimizer: Optimizer, size: ModelSize, hardware: Hardware) -> Problem | None:
+    fewest, most = training.workers
+
+    def fits(settings: Training, workers: int) -> bool:
+        takes = training_memory(size, settings, optimizer, workers, hardware.device)
+        host = takes.host * _on_a_node(hardware, settings, workers)
+        return takes.device <= share_of_worker(hardware, settings, workers) and host <= (
+            hardware.host_memory or math.inf
+        )
+
+    if fits(training, fewest):
+        return None
+    takes = training_memory(size, training, optimizer, fewest, hardware.device)
+    share, together = share_of_worker(hardware, training, fewest), _on_a_node(hardware, training, fewest)
+    recomputed = {"gradient_checkpointing": True}
+    smaller = [tokens for tokens in (8192, 4096, 2048) if tokens < training.micro_batch_tokens]
+    changes: list[dict[str, Any]] = [
+        recomputed,
+        *(recomputed | {"micro_batch_tokens": tokens} for tokens in smaller),
+        recomputed | {"deepspeed": "zero3_offload"},
+    ]
+    remedies = [_settings(training, one) for one in changes if fits(training.model_copy(update=one), fewest)][:2]
+    enough = next((workers for workers in _EVEN if workers > fewest and fits(training, workers)), None)
+    if enough is not None:
+        remedies.append(f"training.num_workers={enough} or more")
+    elif not remedies:
+        remedies.append("a device with more memory, or training.lora")
+    if takes.device > share:
+        figures = (
+            f"{gib(takes.device)} GiB of a {hardware.name} with {workers_text(fewest)}, {gib(share)} GiB are there"
+        )
+    else:
+        figures = f"{gib(takes.host * together)} GiB of a node's memory with {workers_text(together)} on it, {gib(hardware.host_memory or 0)} GiB are there"
+    what = f"training of {size.name} ({_billions(size)}) takes {figures}"
+    return Problem(what, tuple(remedies), always=not fits(training, most))
+
+
+def _settings(training: Training, changes: Mapping[str, object]) -> str:
+    """Changes as they are typed, without what is so already."""
+    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in changes.items()}
+    return " ".join(f"training.{key}={words[key]}" for key in changes if changes[key] != getattr(training, key))
+
+
+def _of_engine(config: Config, need: EngineNeed, size: ModelSize, hardware: Hardware) -> Iterator[Problem]:
+    if hardware.gpu and int(need.sampling.engine.get("tensor_parallel_size", 1)) > hardware.gpus_per_node:
+        yield Problem(
+            f"{need.key}.engine.tensor_parallel_size: {need.devices}: a node has {hardware.gpus_per_node} GPUs",
+            (
+                f"{need.key}.engine.tensor_parallel_size={hardware.gpus_per_node}, and pipeline_parallel_size over nodes",
+            ),
+        )
+        return
+    takes = memory_of_engine(config, need, size, hardware, need.sampling.engine).device
+    if takes <= engine_share(need.sampling.engine, hardware):
+        return
+    enough = smallest_parallelism(config, need, size, hardware)
+    remedies = [f"{need.key}.engine.tensor_parallel_size={enough}"] if enough else []
+    if "kv_cache_memory_bytes" in need.sampling.engine:
+        remedies.append(f"a smaller {need.key}.engine.kv_cache_memory_bytes")
+    remedies.append("a smaller max_length of the model, or a quantized one")
+    yield Problem(
+        f"{need.role}: an engine of {size.name} ({_billions(size)}) takes {gib(takes)} GiB of each of {need.devices} {hardware.name}, "
+        f"{gib(engine_share(need.sampling.engine, hardware))} GiB are there",
+        tuple(remedies),
+    )
+
+
+def engine_share(engine: Mapping[str, Any], hardware: Hardware) -> float:
+    """Bytes of a device that an engine lets itself take."""
+    return memory_share(engine) * capacity(hardware) if hardware.gpu else _SPARE * capacity(hardware)
+
+
+def memory_of_engine(
+    config: Config, need: EngineNeed, size: ModelSize, hardware: Hardware, engine: dict[str, Any]
+) -> Memory:
+    own = engine.get("max_model_len")
+    context = min(size.context, own) if isinstance(own, int) and own > 0 else size.context
+    longest = min(context, (config.prompts.max_tokens or context) + need.sampling.max_tokens)
+    return engine_memory(size, engine, longest, hardware.device, engine_share(engine, hardware))
+
+
+def smallest_parallelism(config: Config, need: EngineNeed, size: ModelSize, hardware: Hardware) -> int | None:
+    """Fewest GPUs of a node that hold a model with room for one sequence; its heads must divide among them."""
+    if hardware.gpu is None:
+        return None
+    for tensor in (n for n in _EVEN if n <= hardware.gpus_per_node and size.heads % n == 0):
+        engine = {**need.sampling.engine, "tensor_parallel_size": tensor}
+        if memory_of_engine(config, need, size, hardware, engine).device <= engine_share(engine, hardware):
+            return tensor
+    return None
+
+
+def nodes_for(devices: int, hardware: Hardware) -> int:
+    return max(1, math.ceil(devices / hardware.gpus_per_node)) if hardware.gpu else 1
+
+
+def gib(value: float) -> float:
+    return round(value / GIB, 2)
+
+
+def workers_text(number: int) -> str:
+    return f"{number} worker{'s' * (number > 1)}"
+
+
+def _billions(size: ModelSize) -> str:
+    return f"{size.parameters / 1e9:.1f}B" if size.parameters >= 1e8 else f"{size.parameters / 1e6:.1f}M"
