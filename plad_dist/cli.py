@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -144,13 +145,14 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="Show what the job says, and end as it ends.")] = False,
 ) -> None:
     """Submit a run to a Ray cluster as a job. Submitted again, it goes on where it was left."""
-    from plad_dist.jobs import STAGES, JobServer
+    from plad_dist.jobs import STAGES, JobServer, load_submitted
 
     wanted = next((name for name in STAGES if name == stage), None)
     if wanted is None:
         raise UserError(f"--stage {stage}: expected one of {', '.join(STAGES)}")
+    settings = load_submitted(config, overrides or [])
     server = JobServer(address)
-    job = server.submit(config, overrides or [], wanted)
+    job = server.submit(settings, config, overrides or [], wanted)
     typer.echo(f"Submitted: {job}")
     if follow:
         _follow(server, job)
@@ -398,7 +400,7 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes. Empty: as many as are needed.")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Prompts that are sampled, where nothing else says it.")
+        int | None, typer.Option(min=1, help="Prompts of the data set; sampling.limit bounds those that are sampled.")
     ] = None,
     prompt_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of a prompt.")] = None,
     response_tokens: Annotated[float | None, typer.Option(min=1, help="Mean length of a response.")] = None,
@@ -419,6 +421,14 @@ def plan(
     from plad_dist.study import load_runs
 
     given = {"teacher": teacher_rate, "student": student_rate, "train": train_rate}
+    for option, value in {
+        "price": price,
+        "prompt-tokens": prompt_tokens,
+        "response-tokens": response_tokens,
+        **given,
+    }.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"--{option} {value}: expected a finite number")
     rates = {name: rate for name, rate in given.items() if rate is not None}
     plans = {}
     for name, settings in load_runs(config, overrides or []):

@@ -14,7 +14,7 @@ from plad_dist.devices import gpu_of
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.planning.fit import Hardware, check_fits
 from plad_dist.progress import Progress
-from plad_dist.reach import unreachable
+from plad_dist.reach import is_grpc, unreachable
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.placement import engines_use_gpus
 
@@ -83,12 +83,19 @@ def _connect(config: Config) -> None:
 
 
 def silent(address: str) -> str | None:
-    """Why nothing listens at a Ray address; None where something does, or it names none. Ray itself would wait for many minutes."""
+    """Why no Ray listens at an address; None where one may, or it names no place. Ray itself would wait for many minutes."""
     try:
         parts = urlsplit(address if "://" in address else f"ray://{address}")
-        return unreachable(parts.hostname, parts.port) if parts.hostname and parts.port else None  # not `auto`
+        host, port = parts.hostname, parts.port
     except ValueError as error:
         return str(error)
+    if not host or not port:  # `auto`
+        return None
+    if (problem := unreachable(host, port)) is not None:
+        return problem
+    if os.environ.get("RAY_USE_TLS") != "1" and not is_grpc(host, port):
+        return "what listens there is no Ray"
+    return None
 
 
 def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[str] | None = None) -> None:

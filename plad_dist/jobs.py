@@ -23,6 +23,7 @@ from rich.table import Table
 from plad_dist import __version__
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
+from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.reach import unreachable
 from plad_dist.resources import resource
@@ -35,6 +36,17 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 _STOP_S, _RECONNECTS = 60.0, 5
 _CONFIG = "run.yaml"
 _ACTIVE = ("PENDING", "RUNNING")
+
+
+def load_submitted(file: str, overrides: list[str]) -> Config:
+    """The config of a run that is to be submitted. Raises :class:`UserError` for what a cluster need not be asked about."""
+    # What only a submit needs brings torch along, which status, logs and stop should not wait for.
+    from plad_dist.planning.preflight import check_engines
+
+    config = load_config(file, overrides)
+    _refuse_relative(config)
+    check_engines(config)  # a secret among their arguments would be seen by all who see the job
+    return config
 
 
 class JobServer:
@@ -53,18 +65,15 @@ class JobServer:
         with self._asking(begins=True):
             self._client: Any = JobSubmissionClient(self.address)
 
-    def submit(self, file: str, overrides: list[str], stage: Stage) -> str:
+    def submit(self, config: Config, file: str, overrides: list[str], stage: Stage) -> str:
         """Submit a stage of a run and return the job's name. Submitted again after it has ended, it goes on where it was left.
 
-        Raises:
-            UserError: the config is wrong or does not fit, or a job of the same run is under way.
-        """
-        # What only a submit needs brings torch along, which status, logs and stop should not wait for.
-        from plad_dist.planning.preflight import check_engines
+        Args:
+            config: as :func:`load_submitted` reads it from the file.
 
-        config = load_config(file, overrides)
-        _refuse_relative(config)
-        check_engines(config)  # a secret among their arguments would be seen by all who see the job
+        Raises:
+            UserError: the config does not fit, or a job of the same run is under way.
+        """
         self._refuse_unfit(config)
         run_dir = RunDir.of(config).storage.url
         earlier = [job for job in self.jobs() if job.metadata.get("run_dir") == run_dir]
@@ -178,9 +187,11 @@ class JobServer:
         except OSError:
             raise UserError(_no_answer(self.address)) if begins else RunFailed(self._gone()) from None
         except RuntimeError as error:
+            if begins:
+                raise UserError(f"{_no_answer(self.address)} ({first_line(error):.200})") from None
             if job is not None and "404" in str(error):
                 raise UserError(f"{self.address}: has no job {job}; `plad status` lists them") from None
-            raise RunFailed(f"{self.address}: {str(error).strip().splitlines()[0]:.300}") from None
+            raise RunFailed(f"{self.address}: {first_line(error):.300}") from None
 
     def _gone(self) -> str:
         return (

@@ -1,10 +1,14 @@
-"""Whether anything listens at an address, asked before libraries that would wait for it for minutes."""
+"""Whether something listens at an address, asked before libraries that would wait for it for minutes."""
 
 from __future__ import annotations
 
 import socket
 
 _CONNECT_S = 10.0
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
+    (0, 0, 0, 4, 0, 0, 0, 0, 0)
+)  # RFC 9113, 3.4: with empty settings
+_SETTINGS = 4
 
 
 def unreachable(host: str, port: int) -> str | None:
@@ -14,3 +18,17 @@ def unreachable(host: str, port: int) -> str | None:
     except OSError as error:
         return str(error.strerror or error)
     return None
+
+
+def is_grpc(host: str, port: int) -> bool:
+    """Whether a server that listens begins a connection of HTTP/2 in clear, as gRPC's do, Ray's among them."""
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S) as connection:
+            connection.settimeout(_CONNECT_S)
+            connection.sendall(_PREFACE)
+            head = b""
+            while len(head) < 4 and (more := connection.recv(4 - len(head))):
+                head += more
+    except OSError:
+        return False
+    return len(head) == 4 and head[3] == _SETTINGS

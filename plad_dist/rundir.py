@@ -271,7 +271,7 @@ def _run_file(run: RunDir) -> dict[str, Any] | None:
     except yaml.YAMLError as error:
         why = yaml_reason(error)
     except (KeyError, TypeError, ValueError):
-        why = "expected `config` and `fingerprint`"
+        why = "expected `config` and `fingerprint`; a config of yours is no run directory, its run.dir names that"
     raise RunFailed(
         f"{run.storage.url}/{RUN_FILE}: damaged ({why}). Nothing was changed. Put the file back from a copy, or use another "
         "run directory."

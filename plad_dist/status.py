@@ -17,7 +17,7 @@ from plad_dist.evaluation.judges import judge_answers
 from plad_dist.evaluation.stage import systems_of, trained_systems
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
-from plad_dist.sampling.stage import rows_by_block, system_decodings
+from plad_dist.sampling.stage import rows_by_block
 from plad_dist.training.checkpoint_store import CheckpointStore
 
 
@@ -41,7 +41,7 @@ def status_table(path: str) -> Table:
         for dataset in [*map(each.heldout_samples, roles), each.heldout_pairs()]:
             table.add_row(*_dataset_row(dataset))
         for system in trained_systems(config, each) if each.round else systems_of(config, each):
-            for name in system_decodings(config, system):
+            for name in config.system_decodings(system):
                 table.add_row(*_dataset_row(each.system_samples(system, name), heldout))
         if config.candidates:
             scored = [each.scored("candidates", system) for system in trained_systems(config, each)]

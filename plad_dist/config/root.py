@@ -122,6 +122,15 @@ class Config(Section):
         sampled = Decoding(**{name: getattr(student, name) for name in Decoding.model_fields})
         return {"greedy": sampled.model_copy(update={"temperature": 0.0}), "sampled": sampled}
 
+    def system_decodings(self, system: str) -> dict[str, Decoding]:
+        """The decodings that one system is evaluated with: the warm-up student also at lower temperatures."""
+        decodings = self.decodings()
+        if system == "warmup":
+            base = Decoding(**{name: getattr(self.sampling.student, name) for name in Decoding.model_fields})
+            for temperature in self.evaluation.warmup_temperatures:
+                decodings[f"t{temperature:g}"] = base.model_copy(update={"temperature": temperature})
+        return decodings
+
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the run produces; run.dir and operational keys are left out."""
         return fingerprint({key: value for key, value in self.flat().items() if not is_operational(key)})

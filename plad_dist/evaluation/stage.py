@@ -20,7 +20,7 @@ from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, c
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, TIMINGS, RunDir, require_model
-from plad_dist.sampling.stage import rows_by_block, sample_systems, system_decodings
+from plad_dist.sampling.stage import rows_by_block, sample_systems
 from plad_dist.training.metrics import read_metrics
 from plad_dist.training.watched import read_watched
 
@@ -88,7 +88,7 @@ def last_round(config: Config, run: RunDir) -> RunDir:
 
 def _answers(config: Config, run: RunDir, system: str) -> list[Dataset]:
     """A system's answers in every decoding."""
-    return [run.system_samples(system, name) for name in system_decodings(config, system)]
+    return [run.system_samples(system, name) for name in config.system_decodings(system)]
 
 
 def require_inputs(config: Config, run: RunDir) -> None:
@@ -105,12 +105,12 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
     answers = {
         (system, name): outputs_of(run, system, name)
         for system in systems_of(config, run)
-        for name in system_decodings(config, system)
+        for name in config.system_decodings(system)
     }
     temperatures = {
         name: decoding.temperature
         for system in systems_of(config, run)
-        for name, decoding in system_decodings(config, system).items()
+        for name, decoding in config.system_decodings(system).items()
     }
     prompts = evaluated_prompts(config, run).select(["prompt_id", "messages", "reference"]).to_pylist()
     references = [prompt["reference"] for prompt in prompts]
@@ -192,7 +192,7 @@ def report(config: Config, run: RunDir) -> str:
     lengths = {
         (system, name): run.system_samples(system, name).read(["num_tokens"])["num_tokens"].to_pylist()
         for system in systems_of(config, run)
-        for name in system_decodings(config, system)
+        for name in config.system_decodings(system)
     }
     phases = [TEACHER, WARMUP, *map(round_phase, range(run.round + 1)), SEQKD]
     pairs = run.pairs().manifest()

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import time
 import uuid
 from collections import defaultdict
@@ -19,16 +20,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.cluster import silent
+from plad_dist.cluster import hardware_of_nodes, silent
 from plad_dist.config import Config, Endpoint, LlmJudge, Model
 from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.planning import checks, reach_checks
-from plad_dist.planning.checks import PROBE, Finding, Node, Place, fail, findings_of, installed_versions, ok, warn
+from plad_dist.planning.checks import PROBE, Finding, Node, Place, fail, findings_of, installed_versions, ok, size, warn
+from plad_dist.planning.fit import Hardware, check_fits, hardware_here, sizes_of
+from plad_dist.planning.workload import disk_bytes, workload_of
 from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
@@ -38,6 +42,7 @@ NODE_TIMEOUT_S, CLOCK_TIMEOUT_S = 180.0, 20.0
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 30.0
 _CLOCK_READINGS = 3
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_ALONE = "none is named by --address, cluster.address or RAY_ADDRESS: this machine alone was looked at"
 _CORRECT = "correct the config, or put what it names in its place; `plad validate` checks it again"
 
 NODE_CHECKS: dict[str, Callable[[Node], Iterable[Finding]]] = {
@@ -69,7 +74,12 @@ def examine(config: Config | None, address: str | None = None) -> list[Finding]:
     with probes(here.places) as held:
         found, versions = node_findings(here)
         if address and here.role == "driver":
-            found += findings_of("cluster", address, partial(_cluster, address, replace(here, places=held), versions))
+            members = replace(here, places=held)
+            found += findings_of("cluster", address, partial(_cluster, address, members, versions, config))
+        else:
+            found.append(Finding("cluster", HERE, "ok", _ALONE))
+            if config is not None:
+                found += findings_of("plan", HERE, partial(_fit, config, hardware_here(), alone=True))
     return found + (config_findings(config) if config else [])
 
 
@@ -94,7 +104,7 @@ def _wanted(config: Config | None) -> Node:
     for key, model in _models_of(config):
         if model.endpoint is not None:
             endpoints.append((f"{key}.endpoint", model.endpoint))
-        elif model.path is not None and not Path(model.path).expanduser().exists():
+        elif model.path is not None and not _is_local(model.path):
             hub_models.append(model.path)
     return Node(
         HERE,
@@ -104,6 +114,10 @@ def _wanted(config: Config | None) -> Node:
         hub_models=tuple(hub_models),
         ray_folder=ray_folder,
     )
+
+
+def _is_local(path: str) -> bool:
+    return path.startswith(("/", ".", "~")) or Path(path).exists()
 
 
 def _models_of(config: Config) -> list[tuple[str, Model]]:
@@ -138,9 +152,16 @@ def probes(places: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
 # ------------------------------------------------------------------------------------------------------------- cluster
 
 
-def _cluster(address: str, wanted: Node, versions: dict[str, str]) -> Iterator[Finding]:
+def _cluster(address: str, wanted: Node, versions: dict[str, str], config: Config | None) -> Iterator[Finding]:
     """Join the cluster, ask every living node, compare them."""
     start = "start it, or correct --address, cluster.address or RAY_ADDRESS"
+    if address.startswith(("http://", "https://")):
+        host = urlsplit(address).hostname or "host"
+        yield fail(
+            "is the URL of a dashboard, which only jobs are submitted to",
+            f"give the address of Ray itself, {host}:6379 by default; from outside a Kubernetes cluster run the doctor in a pod of it",
+        )
+        return
     if (problem := silent(address)) is not None:
         yield fail(f"no Ray cluster answers there: {problem}", start)
         return
@@ -158,6 +179,8 @@ def _cluster(address: str, wanted: Node, versions: dict[str, str]) -> Iterator[F
         resources = ray.cluster_resources()
         yield ok(f"{len(living)} nodes, {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
         yield from _members(named(living, wanted), versions)
+        if config is not None and (hardware := hardware_of_nodes([node["Resources"] for node in living])) is not None:
+            yield from findings_of("plan", "", partial(_fit, config, hardware))
     finally:
         ray.shutdown()
 
@@ -273,6 +296,32 @@ def clock(name: str, readings: Sequence[Reading]) -> Finding:
 
 
 # -------------------------------------------------------------------------------------------------------------- config
+
+
+def _fit(config: Config, hardware: Hardware, *, alone: bool = False) -> Iterator[Finding]:
+    """Whether what the config takes is there: memory of devices and nodes, and disk."""
+    problems = check_fits(config, hardware)
+    if problems and alone and hardware.gpu is None:  # made for a cluster, perhaps, from whose login node this is asked
+        yield warn(f"this machine cannot run it: {problems[0].what}", "name a cluster by --address, or see `plad plan`")
+    else:
+        for problem in problems:
+            yield (fail if problem.always else warn)(problem.what, "; or ".join(problem.remedies))
+    if not problems:
+        yield ok(f"memory for every stage, on {hardware.name}")
+    root, work = RunDir.of(config).storage.local_root, workload_of(config)
+    if root is None:
+        return
+    takes = sum(disk_bytes(config, work, sizes_of(config, hardware.device), hardware.device).values())
+    there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    more = "" if work.prompts is not None else ", prompts and samples not counted"
+    if takes > free:
+        yield warn(
+            f"run.dir: the whole run takes {size(takes)} of disk{more}, {size(free)} are free at {there}",
+            "free some, use another place, or lower keep_checkpoints of the phases, whose checkpoints take most",
+        )
+    else:
+        yield ok(f"run.dir: {size(takes)} of disk for the whole run{more}, {size(free)} are free")
 
 
 def config_findings(config: Config) -> list[Finding]:

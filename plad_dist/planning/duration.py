@@ -23,42 +23,68 @@ def time_of(
     hardware: Hardware,
     sizes: dict[str, ModelSize],
     work: Workload,
-    rates: dict[str, float],
+    rates: Mapping[str, float],
 ) -> dict[str, Any] | None:
-    """Hours of the stages, None where the prompts or the device's speed are not known."""
+    """Hours of the stages, None where the prompts or the device's speed are not known.
+
+    A stage whose speed nothing tells (a server without limits) has hours of None and is in no sum; starts of engines and workers are in
+    none either.
+    """
     if work.prompts is None or (hardware.gpu is None and not {"teacher", "student", "train"} <= rates.keys()):
         return None
     devices = (hardware.nodes or nodes_for(gpu_needs(config)[0], hardware)) * hardware.gpus_per_node or 1
-    rounds = config.rounds.most
-    stages: dict[str, dict[str, float]] = {}
+    stages: dict[str, dict[str, float | None]] = {}
 
-    def add(name: str, tokens: float, rate: float, used: int) -> None:
-        hours = tokens / (rate * used) / 3600
-        stages[name] = {"tokens": round(tokens), "tokens_per_s_per_device": round(rate, 1), "hours": round(hours, 3),
-                        "device_hours": round(hours * devices, 2)}  # fmt: skip
+    def add(name: str, tokens: float, rate: float | None, used: int) -> None:
+        hours = tokens / (rate * used) / 3600 if rate else None
+        stages[name] = {
+            "tokens": round(tokens),
+            "tokens_per_s_per_device": round(rate, 1) if rate else None,
+            "hours": round(hours, 3) if hours is not None else None,
+            "device_hours": round(hours * devices, 2) if hours is not None else None,
+        }
 
+    teachers = config.all_teachers()
+    shares = sum(teacher.share for teacher in teachers.values())
+    for name, teacher in teachers.items():
+        if teacher.endpoint is not None:
+            share = teacher.share / shares
+            role = f"teachers.{name}" if config.teachers else "teacher"
+            tokens = share * _written(config, work, "teacher")
+            add(f"sample {role}", tokens, rates.get("teacher") or _server_rate(teacher.endpoint, work), 1)
     for need in engines_of(config):
         if need.judges:
             continue
         role = need.speaker
         rate = rates.get(role) or _engine_rate(config, need, sizes[need.role], hardware, work)
-        times = rounds if role == "student" else 1
         share = 1.0
         if config.teachers and role == "teacher":
-            name = need.role.removeprefix("teachers.")
-            share = config.teachers[name].share / sum(teacher.share for teacher in config.teachers.values())
+            share = config.teachers[need.role.removeprefix("teachers.")].share / shares
         most = devices // need.devices if need.sampling.replicas == "auto" else need.sampling.replicas
         used = max(1, min(most, devices // need.devices)) * need.devices
-        add(f"sample {need.role}", share * times * work.sampled_tokens(config, role), rate, used)
-    for name, phase in phases_of(config).items():
+        add(f"sample {need.role}", share * _written(config, work, role), rate, used)
+    for name in phases_of(config):
         rate = rates.get("train") or _training_rate(size_trained(name, sizes), hardware)
-        groups = phase.epochs * work.prompts
-        if phase.max_steps:
-            groups = min(groups, phase.max_steps * phase.batch_groups)
-        tokens = groups * work.trained_tokens(config, name)
-        add(f"train {name}", tokens, rate, min(config.training.workers[1], devices))
-    hours = sum(stage["hours"] for stage in stages.values())
+        add(f"train {name}", work.trained_tokens(config, name), rate, min(config.training.workers[1], devices))
+    hours = sum(stage["hours"] or 0.0 for stage in stages.values())
     return {"devices": devices, "stages": stages, "hours": round(hours, 2), "device_hours": round(hours * devices, 1)}
+
+
+def _written(config: Config, work: Workload, role: str) -> float:
+    """Tokens that a role writes: for the pairs of every round, and in answer to held-out prompts."""
+    rounds = config.rounds.most if role == "student" else 1
+    return rounds * work.sampled_tokens(config, role) + work.heldout_answers(config, role) * work.response_tokens[role]
+
+
+def _server_rate(endpoint: Endpoint, work: Workload) -> float | None:
+    """Tokens a second that a server's limits let it write; None where it has none."""
+    answer = work.response_tokens["teacher"]
+    limits = []
+    if endpoint.requests_per_minute is not None:
+        limits.append(endpoint.requests_per_minute * answer / 60)
+    if endpoint.tokens_per_minute is not None:
+        limits.append(endpoint.tokens_per_minute * answer / (work.prompt_tokens + answer) / 60)
+    return min(limits, default=None)
 
 
 def _training_rate(size: ModelSize, hardware: Hardware) -> float:
@@ -110,16 +136,17 @@ def cost_of(
     teachers = config.all_teachers()
     shares = sum(teacher.share for teacher in teachers.values())
     for name, teacher in teachers.items():
-        if teacher.endpoint is not None and work.prompts is not None:
-            spent = _spent(teacher.endpoint, work, work.prompts * teacher.share / shares, config.sampling.teacher.n)
+        if teacher.endpoint is not None and work.sampled is not None:
+            requests = work.sampled * config.sampling.teacher.n + work.heldout_answers(config, "teacher")
+            spent = _spent(teacher.endpoint, work, requests * teacher.share / shares)
             if spent is not None:
                 cost[f"endpoint {name}"] = round(spent, 2)
     return cost or None
 
 
-def _spent(endpoint: Endpoint, work: Workload, prompts: float, n: int) -> float | None:
+def _spent(endpoint: Endpoint, work: Workload, requests: float) -> float | None:
     """Every response is a request of its own, which pays for the prompt again."""
     if endpoint.input_price is None or endpoint.output_price is None:
         return None
     tokens = work.prompt_tokens * endpoint.input_price + work.response_tokens["teacher"] * endpoint.output_price
-    return prompts * n * tokens / 1e6
+    return requests * tokens / 1e6

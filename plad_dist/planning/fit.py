@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -19,7 +20,7 @@ from plad_dist.planning.sizes import Device, ModelSize, size_of
 from plad_dist.rundir import RunDir
 
 _SPARE = 0.97  # of a device's memory that is planned with
-_EVEN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_MOST_WORKERS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Hardware:
         nodes: None for as many as are needed.
         host_memory: bytes of a node, None where it is not known.
         cpus: of a node, None where it is not known.
+        source: how it is known, for the reader.
     """
 
     gpu: Gpu | None
@@ -38,6 +40,7 @@ class Hardware:
     gpus_per_node: int
     host_memory: float | None
     cpus: float | None = None
+    source: str = "given"
 
     @property
     def device(self) -> Device:
@@ -54,29 +57,26 @@ def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int, config: 
     Raises:
         UserError: no such kind.
     """
-    here = Hardware(None, nodes or 1, 0, float(psutil.virtual_memory().total))
+    here = replace(hardware_here(), nodes=nodes or 1)
     if gpu == "cpu":
-        return here
+        return replace(here, gpu=None, gpus_per_node=0)
     if gpu is not None:
         kind = GPUS.get(gpu.lower()) or gpu_of(gpu)
         if kind is None:
-            raise UserError(f"--gpu {gpu}: not known; expected one of {', '.join(GPUS)}, or cpu")
+            raise UserError(f"--gpu {gpu!r}: not known; expected one of {', '.join(GPUS)}, or cpu")
         return Hardware(kind, nodes, gpus_per_node, None)
-    found = _gpu_here()
-    if found is not None:
-        return Hardware(found[0], nodes or 1, found[1], here.host_memory)
-    if nodes is None and not check_fits(config, here):
+    if here.gpu is not None or (nodes is None and not check_fits(config, here)):
         return here
-    return Hardware(GPUS["h100-80g"], nodes, gpus_per_node, None)
+    return Hardware(GPUS["h100-80g"], nodes, gpus_per_node, None, source="assumed: name others by --gpu")
 
 
-def _gpu_here() -> tuple[Gpu, int] | None:
+def hardware_here() -> Hardware:
+    """This machine, with its GPUs where they are of a kind that is known."""
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    gpu = gpu_of(torch.cuda.get_device_name(0))
-    return (gpu, torch.cuda.device_count()) if gpu else None
+    here = Hardware(None, 1, 0, float(psutil.virtual_memory().total), source="this machine")
+    gpu = gpu_of(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    return here if gpu is None else replace(here, gpu=gpu, gpus_per_node=torch.cuda.device_count())
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None
                 found[problem.what] = problem
     for need in engines_of(config):
         if holds is None or need.held_by in holds:
-            found |= {problem.what: problem for problem in _of_engine(config, need, sizes[need.role], hardware)}
+            found |= {problem.what: problem for problem in engine_problems(config, need, sizes[need.role], hardware)}
     if hardware.gpu and hardware.nodes is not None:
         fewest, _ = gpu_needs(config)
         if fewest > hardware.nodes * hardware.gpus_per_node:
@@ -143,11 +143,11 @@ def capacity(hardware: Hardware) -> float:
 
 def share_of_worker(hardware: Hardware, training: Training, workers: int) -> float:
     """Bytes of the device that one of so many workers may take: on CPUs they share a node."""
-    together = 1 if hardware.gpu else _on_a_node(hardware, training, workers)
+    together = 1 if hardware.gpu else workers_on_a_node(hardware, training, workers)
     return _SPARE * capacity(hardware) / together
 
 
-def _on_a_node(hardware: Hardware, training: Training, workers: int) -> int:
+def workers_on_a_node(hardware: Hardware, training: Training, workers: int) -> int:
     """Workers on the fullest node: Ray Train packs them."""
     if hardware.gpu:
         return min(workers, hardware.gpus_per_node)
@@ -156,16 +156,28 @@ def _on_a_node(hardware: Hardware, training: Training, workers: int) -> int:
     return math.ceil(workers / (hardware.nodes or 1))
 
 
+def smallest(fits: Callable[[int], bool], least: int = 1) -> int | None:
+    """The fewest workers that fit, where more never take more of a device."""
+    enough = least
+    while not fits(enough):
+        if enough >= _MOST_WORKERS:
+            return None
+        least, enough = enough + 1, min(2 * enough, _MOST_WORKERS)
+    return least + bisect.bisect_left(range(least, enough), True, key=fits)
+
+
 def size_trained(name: str, sizes: dict[str, ModelSize]) -> ModelSize:
+    """The size of the model that a phase trains."""
     return sizes["teacher" if name == TEACHER else "student"]
 
 
 def training_problem(training: Training, optimizer: Optimizer, size: ModelSize, hardware: Hardware) -> Problem | None:
+    """What is wrong with training a model on this hardware by its fewest workers."""
     fewest, most = training.workers
 
     def fits(settings: Training, workers: int) -> bool:
         takes = training_memory(size, settings, optimizer, workers, hardware.device)
-        host = takes.host * _on_a_node(hardware, settings, workers)
+        host = takes.host * workers_on_a_node(hardware, settings, workers)
         return takes.device <= share_of_worker(hardware, settings, workers) and host <= (
             hardware.host_memory or math.inf
         )
@@ -173,7 +185,7 @@ def training_problem(training: Training, optimizer: Optimizer, size: ModelSize, 
     if fits(training, fewest):
         return None
     takes = training_memory(size, training, optimizer, fewest, hardware.device)
-    share, together = share_of_worker(hardware, training, fewest), _on_a_node(hardware, training, fewest)
+    share, together = share_of_worker(hardware, training, fewest), workers_on_a_node(hardware, training, fewest)
     recomputed = {"gradient_checkpointing": True}
     smaller = [tokens for tokens in (8192, 4096, 2048) if tokens < training.micro_batch_tokens]
     changes: list[dict[str, Any]] = [
@@ -182,15 +194,17 @@ def training_problem(training: Training, optimizer: Optimizer, size: ModelSize, 
         recomputed | {"deepspeed": "zero3_offload"},
     ]
     remedies = [_settings(training, one) for one in changes if fits(training.model_copy(update=one), fewest)][:2]
-    enough = next((workers for workers in _EVEN if workers > fewest and fits(training, workers)), None)
+    enough = smallest(lambda workers: fits(training, workers), fewest)
     if enough is not None:
         remedies.append(f"training.num_workers={enough} or more")
     elif not remedies:
         remedies.append("a device with more memory, or training.lora")
     if takes.device > share:
-        figures = (
-            f"{gib(takes.device)} GiB of a {hardware.name} with {workers_text(fewest)}, {gib(share)} GiB are there"
+        of = hardware.name if hardware.gpu else "node's memory"
+        shared = (
+            f" ({together} share a node of {gib(capacity(hardware))} GiB)" if not hardware.gpu and together > 1 else ""
         )
+        figures = f"{gib(takes.device)} GiB of a {of} with {workers_text(fewest)}, {gib(share)} GiB are there{shared}"
     else:
         figures = f"{gib(takes.host * together)} GiB of a node's memory with {workers_text(together)} on it, {gib(hardware.host_memory or 0)} GiB are there"
     what = f"training of {size.name} ({_billions(size)}) takes {figures}"
@@ -203,13 +217,25 @@ def _settings(training: Training, changes: Mapping[str, object]) -> str:
     return " ".join(f"training.{key}={words[key]}" for key in changes if changes[key] != getattr(training, key))
 
 
-def _of_engine(config: Config, need: EngineNeed, size: ModelSize, hardware: Hardware) -> Iterator[Problem]:
-    if hardware.gpu and int(need.sampling.engine.get("tensor_parallel_size", 1)) > hardware.gpus_per_node:
+def engine_problems(config: Config, need: EngineNeed, size: ModelSize, hardware: Hardware) -> Iterator[Problem]:
+    """What is wrong with one kind of engines on this hardware."""
+    longest, tensor = need.model.max_length, int(need.sampling.engine.get("tensor_parallel_size", 1))
+    key = f"{need.key}.engine.tensor_parallel_size"
+    if longest is not None and size.positions is not None and longest > size.positions:
         yield Problem(
-            f"{need.key}.engine.tensor_parallel_size: {need.devices}: a node has {hardware.gpus_per_node} GPUs",
-            (
-                f"{need.key}.engine.tensor_parallel_size={hardware.gpus_per_node}, and pipeline_parallel_size over nodes",
-            ),
+            f"{need.model_key}.max_length: {longest:,}: {size.name} has {size.positions:,} positions",
+            (f"{need.model_key}.max_length={size.positions}",),
+        )
+    if hardware.gpu and tensor > hardware.gpus_per_node:
+        yield Problem(
+            f"{key}: {tensor}: a node has {hardware.gpus_per_node} GPUs",
+            (f"{key}={hardware.gpus_per_node}, and pipeline_parallel_size over nodes",),
+        )
+        return
+    if size.heads % tensor:
+        divisors = ", ".join(str(n) for n in range(1, hardware.gpus_per_node + 1) if size.heads % n == 0)
+        yield Problem(
+            f"{key}: {tensor}: does not divide the {size.heads} heads of {size.name}", (f"{key} of {divisors}",)
         )
         return
     takes = memory_of_engine(config, need, size, hardware, need.sampling.engine).device
@@ -245,7 +271,7 @@ def smallest_parallelism(config: Config, need: EngineNeed, size: ModelSize, hard
     """Fewest GPUs of a node that hold a model with room for one sequence; its heads must divide among them."""
     if hardware.gpu is None:
         return None
-    for tensor in (n for n in _EVEN if n <= hardware.gpus_per_node and size.heads % n == 0):
+    for tensor in (n for n in (1, 2, 4, 8, 16, 32) if n <= hardware.gpus_per_node and size.heads % n == 0):
         engine = {**need.sampling.engine, "tensor_parallel_size": tensor}
         if memory_of_engine(config, need, size, hardware, engine).device <= engine_share(engine, hardware):
             return tensor

@@ -24,6 +24,11 @@ class EngineNeed:
     sampling: RoleSampling
 
     @property
+    def model_key(self) -> str:
+        """Of the config section that names the model."""
+        return f"evaluation.judges.{self.role.removeprefix('judge ')}.model" if self.judges else self.role
+
+    @property
     def judges(self) -> bool:
         return self.role.startswith("judge ")
 

@@ -17,24 +17,26 @@ from plad_dist.planning.duration import (
     time_of,
 )
 from plad_dist.planning.fit import (
-    _EVEN,
     Hardware,
     capacity,
     check_fits,
-    engine_share,
+    engine_problems,
     gib,
     memory_of_engine,
     nodes_for,
     share_of_worker,
     size_trained,
     sizes_of,
+    smallest,
     smallest_parallelism,
     training_problem,
+    workers_on_a_node,
 )
 from plad_dist.planning.memory import Memory, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import ModelSize
 from plad_dist.planning.workload import Workload, disk_bytes, workload_of
+from plad_dist.training.deepspeed_config import is_offloaded, load_deepspeed
 
 
 def plan_run(
@@ -70,16 +72,23 @@ def plan_run(
             "memory_gib": gib(capacity(hardware)),
             "devices_per_node": hardware.gpus_per_node or None,
             "nodes": hardware.nodes or nodes_for(fewest, hardware),
+            "source": hardware.source,
         },
         "gpus": {"fewest": fewest, "most": most} if hardware.gpu else {"fewest": 0, "most": 0},
         "models": {name: {"name": size.name, "parameters": size.parameters} for name, size in sizes.items()},
         "training": {name: _phase_plan(config, name, sizes, hardware) for name in phases_of(config)},
         "sampling": {need.role: _engine_plan(config, need, sizes, hardware, work) for need in engines_of(config)},
         "disk_gib": _gibs(disk_bytes(config, work, sizes, hardware.device)),
-        "work": {"prompts": work.prompts, "prompt_tokens": work.prompt_tokens, "response_tokens": work.response_tokens},
+        "work": {
+            "prompts": work.prompts,
+            "sampled_prompts": work.sampled,
+            "heldout_prompts": work.heldout,
+            "prompt_tokens": work.prompt_tokens,
+            "response_tokens": work.response_tokens,
+        },
         "time": time,
         "cost": cost_of(config, time, work, price),
-        "assumptions": _assumptions(config, work, rates or {}),
+        "assumptions": _assumptions(config, work, rates or {}, time),
     }
 
 
@@ -91,15 +100,15 @@ def _phase_plan(config: Config, name: str, sizes: dict[str, ModelSize], hardware
         return training_memory(size, training, optimizer, workers, hardware.device)
 
     fewest, most = training.workers
-    smallest = next((w for w in _EVEN if memory(w).device <= share_of_worker(hardware, training, w)), None)
     found = memory(fewest)
     return {
         "workers": [fewest, most],
-        "smallest_workers": smallest,
+        "smallest_workers": smallest(lambda count: memory(count).device <= share_of_worker(hardware, training, count)),
         "device_gib": gib(found.device),
         "parts_gib": _gibs({**found.parts, **found.alternatives}),
         "largest_alternative_counts": list(found.alternatives),
         "host_gib_per_worker": gib(found.host),
+        "host_gib_per_node": gib(found.host * workers_on_a_node(hardware, training, fewest)),
         "device_gib_at_most_workers": gib(memory(most).device),
         "fits": training_problem(training, optimizer, size, hardware) is None,
     }
@@ -121,14 +130,24 @@ def _engine_plan(
         "parts_gib": _gibs(found.parts),
         "kv_cache_tokens": round(cached),
         "responses_at_once": round(responses_at_once(need, cached, work)),
-        "fits": found.device <= engine_share(engine, hardware),
+        "fits": not any(engine_problems(config, need, size, hardware)),
     }
 
 
-def _assumptions(config: Config, work: Workload, rates: dict[str, float]) -> list[str]:
+def _assumptions(config: Config, work: Workload, rates: dict[str, float], time: dict[str, Any] | None) -> list[str]:
     lines = [f"{name.replace('_', ' ')}: {source}" for name, source in work.sources.items()]
     if any(isinstance(judge, LlmJudge) and judge.model.endpoint for judge in config.evaluation.judges.values()):
         lines.append("money for judges behind endpoints is not counted")
+    stages = time["stages"] if time is not None else {}
+    lines += [
+        f"{stage}: nothing says how fast the server is, so its time is in no sum: set its requests_per_minute, or give --teacher-rate"
+        for stage, found in stages.items()
+        if found["hours"] is None
+    ]
+    if stages:
+        lines.append("starts of engines and workers are not counted")
+    if is_offloaded(load_deepspeed(config.training.deepspeed)):
+        lines.append("what offloading moves between a GPU and its node is not counted: training takes longer")
     if "train" not in rates:
         lines.append(
             f"training at {TRAINING_UTILISATION:.0%} of the device's peak (measured: 20% at 1.1B, 28% at 6.7B parameters)"

@@ -19,6 +19,7 @@ Device = Literal["gpu", "cpu"]
 _QUANTIZED = {
     "awq": 0.6, "bitsandbytes": 0.6, "compressed-tensors": 0.6, "fp8": 1.1, "gptq": 0.6, "int8": 1.1, "mxfp4": 0.6,
 }  # fmt: skip
+_MOST_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class ModelSize:
         scores_width: elements of a token's attention scores in one layer, where the trainer's attention holds them; 0 where it does
             not.
         quantized: bytes of a stored weight where the model comes quantized, else None.
+        context: longest sequence, by the model and by the config.
+        positions: longest sequence that the model itself takes, None where it names none.
     """
 
     name: str
@@ -62,6 +65,7 @@ class ModelSize:
     quantized: float | None
     vocabulary: int
     context: int
+    positions: int | None
 
     def adapters(self, lora: Lora) -> int:
         """Parameters of adapters of all linear layers; a choice of them has fewer."""
@@ -110,7 +114,7 @@ def _measured(config: Any, name: str, longest: int | None, device: Device, *, re
         return _measure(config, name, longest, device, remote=remote)
     except Exception as error:  # noqa: BLE001 - whatever a family has against being built or asked
         raise UserError(
-            f"{name}: cannot be sized, it is no plain causal language model: {first_line(error):.200}"
+            f"{name}: cannot be sized, it is no causal language model of a kind that is known: {first_line(error):.200}"
         ) from None
 
 
@@ -118,6 +122,9 @@ def _measure(config: Any, name: str, longest: int | None, device: Device, *, rem
     import torch
     from transformers import AutoModelForCausalLM
 
+    deep = _first(config.get_text_config(), "num_hidden_layers", "num_layers", "n_layer") or 0
+    if deep > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers: {deep:,}, expected at most {_MOST_LAYERS:,}")
     quantized = _stored_width(config)
     if quantized is not None:  # counted as it would be without
         config.quantization_config = None
@@ -139,7 +146,8 @@ def _measure(config: Any, name: str, longest: int | None, device: Device, *, rem
     inner = _first(text, "intermediate_size", "ffn_dim") or 4 * hidden
     if experts > 1:
         inner = (_first(text, "moe_intermediate_size") or inner) * met
-    context = int(min(value for value in (longest, _first(text, "max_position_embeddings"), 1 << 20) if value))
+    positions = _positions(text)
+    context = min(value for value in (longest, positions, 1 << 20) if value)
     attention = attention_of(text, None, "flex" if device == "gpu" else "sdpa")
     longest_row = min(attention.layout.longest_row or context, context)
     kinds = list(getattr(text, "layer_types", None) or ())
@@ -168,7 +176,16 @@ def _measure(config: Any, name: str, longest: int | None, device: Device, *, rem
         quantized=quantized,
         vocabulary=vocabulary_size(config),
         context=context,
+        positions=positions,
     )
+
+
+def _positions(text: Any) -> int | None:
+    """Positions of a model; those that stretch their rotary embeddings name the number before it, or after it: the larger is taken."""
+    found = _first(text, "max_position_embeddings")
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    factor = rope.get("factor") if isinstance(rope, dict) else None
+    return found if found is None or factor is None else int(found * max(1.0, factor))
 
 
 def _stored_width(config: Any) -> float | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+_COLUMNS = {"tokens_per_s_per_device": ".0f", "hours": ".2f", "device_hours": ".1f"}
+
 
 def plan_tables(name: str, plan: dict[str, Any]) -> Iterator[Table]:
     """Memory, and time where it is known."""
@@ -14,7 +16,7 @@ def plan_tables(name: str, plan: dict[str, Any]) -> Iterator[Table]:
     per_node = hardware["devices_per_node"]
     where = f"{hardware['nodes']} x {per_node} {hardware['device']}" if per_node else f"{hardware['nodes']} x cpu"
     memory = Table(
-        "stage", "devices", "GiB", "of which", "smallest that fits", "fits",
+        "stage", "devices", "GiB", "of which", "GiB of its node", "smallest that fits", "fits",
         title=f"{name} on {where}, {hardware['memory_gib']:g} GiB each",
     )  # fmt: skip
     for phases, found in _alike(plan["training"]):
@@ -24,6 +26,7 @@ def plan_tables(name: str, plan: dict[str, Any]) -> Iterator[Table]:
             f"{fewest} to {most}" if most > fewest else f"{fewest}",
             f"{found['device_gib']:.1f}",
             _parts(found["parts_gib"]),
+            f"{found['host_gib_per_node']:,.0f}" if found["host_gib_per_node"] else "-",
             _workers(found["smallest_workers"]),
             _yes(found["fits"]),
         )
@@ -34,6 +37,7 @@ def plan_tables(name: str, plan: dict[str, Any]) -> Iterator[Table]:
             f"{found['devices_per_engine']} an engine, {found['replicas']} engines",
             f"{found['device_gib']:.1f}",
             f"{_parts(found['parts_gib'])} ({found['kv_cache_tokens']:,} tokens, {found['responses_at_once']:,} responses at once)",
+            "",
             f"tensor parallelism {smallest}" if smallest else "-" if not per_node else "none in a node",
             _yes(found["fits"]),
         )
@@ -42,15 +46,19 @@ def plan_tables(name: str, plan: dict[str, Any]) -> Iterator[Table]:
         time = Table("stage", "tokens", "tokens/s a device", "hours", f"hours x {plan['time']['devices']} devices")
         for stage, found in plan["time"]["stages"].items():
             time.add_row(
-                stage, f"{found['tokens']:,}", f"{found['tokens_per_s_per_device']:,.0f}", f"{found['hours']:.2f}",
-                f"{found['device_hours']:,.1f}",
-            )  # fmt: skip
+                stage,
+                f"{found['tokens']:,}",
+                *("?" if found[key] is None else f"{found[key]:,{form}}" for key, form in _COLUMNS.items()),
+            )
         time.add_row("in all", "", "", f"{plan['time']['hours']:.2f}", f"{plan['time']['device_hours']:,.1f}")
         yield time
 
 
 def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
     """What goes under the tables."""
+    hardware = plan["hardware"]
+    if plan["fits"]:
+        yield f"Fits {hardware['nodes']} x {hardware['devices_per_node'] or 1} {hardware['device']} ({hardware['source']})."
     yield "In training, of activations and optimizer step only the larger is there at a time."
     gpus = plan["gpus"]
     if gpus["most"]:

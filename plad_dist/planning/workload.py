@@ -8,10 +8,10 @@ from plad_dist.config import Config, PythonFunctionsSource, RoleSampling
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.errors import RunFailed
-from plad_dist.phases import TEACHER, WARMUP, phases_of
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
 from plad_dist.planning.memory import checkpoint_bytes
 from plad_dist.planning.sizes import Device, ModelSize
-from plad_dist.rundir import RunDir
+from plad_dist.rundir import PLAD, RunDir
 
 _BYTES_OF_A_TOKEN = 4 + 4.5  # its id, and its text
 _BYTES_OF_A_ROW = 200.0
@@ -19,28 +19,54 @@ _BYTES_OF_A_ROW = 200.0
 
 @dataclass(frozen=True)
 class Workload:
-    """Counts of one round.
+    """Counts of a run.
 
     Attributes:
-        prompts: that are sampled, None where nothing says how many.
+        prompts: to train on, None where nothing says how many; `sampled` are those that are sampled for pairs.
+        heldout: held-out prompts that systems answer.
         prompt_tokens, response_tokens: means.
         sources: where each of them is from, for the reader.
     """
 
     prompts: int | None
+    sampled: int | None
+    heldout: int
     prompt_tokens: float
     response_tokens: dict[str, float]
     sources: dict[str, str]
 
     def sampled_tokens(self, config: Config, role: str) -> float:
-        """Tokens that a role writes for pairs."""
-        return (self.prompts or 0) * _sampling(config, role).n * self.response_tokens[role]
+        """Tokens that a role writes for the pairs of one round."""
+        return (self.sampled or 0) * _sampling(config, role).n * self.response_tokens[role]
 
-    def trained_tokens(self, config: Config, phase: str) -> float:
-        """Tokens of what a phase learns from a prompt: the prompt once, and one answer, or all responses."""
-        if phase in (TEACHER, WARMUP):
-            return self.prompt_tokens + self.response_tokens["teacher"]
-        return self.group_tokens(config)
+    def heldout_answers(self, config: Config, role: str) -> int:
+        """Answers of a role to held-out prompts: of every system that it is, in every decoding, its candidates and held-out pairs."""
+        training = config.training
+        trained = [SEQKD] * (training.seqkd is not None) + [PLAD] * config.rounds.most
+        systems = [WARMUP, *trained] if role == "student" else [TEACHER]
+        answers = sum(len(config.system_decodings(system)) for system in systems)
+        pairs = training.heldout_pairs * _sampling(config, role).n
+        return self.heldout * (answers + (config.candidates if role == "student" else 0)) + pairs
+
+    def trained_tokens(self, config: Config, name: str) -> float:
+        """Tokens that a phase computes. Where references are learnt, their length is taken for the teacher's."""
+        if name == SEQKD:  # of equal compute, as the trainer counts it
+            name = round_phase(0)
+        phase = phases_of(config)[name]
+        answer = self.prompt_tokens + self.response_tokens["teacher"]
+        match name:
+            case "teacher":
+                rows, tokens = self.prompts, answer
+            case "warmup":
+                warmup = config.training.warmup
+                assert warmup is not None
+                rows, tokens = (self.sampled if warmup.data == "teacher" else self.prompts), answer
+            case _:
+                rows, tokens = self.sampled, self.group_tokens(config)
+        groups = phase.epochs * (rows or 0)
+        if phase.max_steps:
+            groups = min(groups, phase.max_steps * phase.batch_groups)
+        return groups * tokens
 
     def group_tokens(self, config: Config) -> float:
         """Tokens of a prompt and all its responses, the prompt once."""
@@ -51,20 +77,27 @@ class Workload:
 def workload_of(
     config: Config, prompts: int | None = None, prompt_tokens: float | None = None, response_tokens: float | None = None
 ) -> Workload:
-    """What is given goes before what the run directory has measured, and that before what the config bounds."""
+    """What is given goes before what the run directory has measured, and that before what the config bounds.
+
+    Args:
+        prompts: of the data set; `sampling.limit` bounds how many of them are sampled.
+    """
     sources: dict[str, str] = {}
     run = RunDir.of(config)
     prepared, limit = _manifest(run), config.sampling.limit
     if prompts is not None:
         sources["prompts"] = "--prompts"
     elif prepared is not None:
-        prompts, sources["prompts"] = min(prepared.rows, limit or prepared.rows), "the run directory"
-    elif limit is not None:
-        prompts, sources["prompts"] = limit, "sampling.limit"
+        prompts, sources["prompts"] = prepared.rows, "the run directory"
     elif isinstance(config.prompts.source, PythonFunctionsSource):
         prompts, sources["prompts"] = config.prompts.source.limit, "prompts.source.limit"
+    elif limit is not None:
+        prompts, sources["prompts"] = limit, "sampling.limit; give --prompts where the data set has more"
     else:
         sources["prompts"] = "unknown: give --prompts"
+    sampled = prompts
+    if prompts is not None and limit is not None:
+        sampled, sources["sampled_prompts"] = min(prompts, limit), "sampling.limit"
     if prompt_tokens is not None:
         sources["prompt_tokens"] = "--prompt-tokens"
     else:
@@ -81,7 +114,7 @@ def workload_of(
         else:
             longest = _sampling(config, role).max_tokens
             responses[role], sources[key] = longest / 2, f"half of {longest:,}, the longest"
-    return Workload(prompts, prompt_tokens, responses, sources)
+    return Workload(prompts, sampled, config.evaluation.limit, prompt_tokens, responses, sources)
 
 
 def _sampling(config: Config, role: str) -> RoleSampling:
@@ -106,17 +139,14 @@ def _measured(run: RunDir, role: str) -> float | None:
 
 def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], device: Device) -> dict[str, float]:
     """Bytes of a run directory by kind, when the run is over, and one checkpoint more that is being written."""
-    prompts, rounds, training = work.prompts or 0, config.rounds.most, config.training
+    rounds, training = config.rounds.most, config.training
     row = _BYTES_OF_A_ROW + work.prompt_tokens * _BYTES_OF_A_TOKEN
     samples = 0.0
     for role, times in (("teacher", 1), ("student", rounds)):
-        samples += (
-            times
-            * prompts
-            * _sampling(config, role).n
-            * (_BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN)
+        samples += (times * (work.sampled or 0) * _sampling(config, role).n + work.heldout_answers(config, role)) * (
+            _BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN
         )
-    pairs = prompts * rounds * (_BYTES_OF_A_ROW + work.group_tokens(config) * _BYTES_OF_A_TOKEN)
+    pairs = (work.sampled or 0) * rounds * (_BYTES_OF_A_ROW + work.group_tokens(config) * _BYTES_OF_A_TOKEN)
     student, weight = sizes["student"], 4 if device == "cpu" else 2
     models = weight * student.parameters * (rounds + (training.warmup is not None) + (training.seqkd is not None))
     if training.teacher is not None:
@@ -126,5 +156,5 @@ def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], devi
         one = checkpoint_bytes(sizes["teacher" if name == TEACHER else "student"], training, device)
         checkpoints += (phase.keep_checkpoints + (phase.evaluate_every is not None)) * one
     return {
-        "prompts": prompts * row, "samples": samples, "pairs": pairs, "checkpoints": checkpoints + one, "models": float(models)
+        "prompts": (work.prompts or 0) * row, "samples": samples, "pairs": pairs, "checkpoints": checkpoints + one, "models": float(models)
     }  # fmt: skip

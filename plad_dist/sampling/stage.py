@@ -127,16 +127,6 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
     run_fleets(config, run.storage, [_fleet(config, run, first, assignments)], progress)
 
 
-def system_decodings(config: Config, system: str) -> dict[str, Decoding]:
-    """The decodings of a system, by name."""
-    decodings = config.decodings()
-    if system == "warmup":
-        base = Decoding(**{name: getattr(config.sampling.student, name) for name in Decoding.model_fields})
-        for temperature in config.evaluation.warmup_temperatures:
-            decodings[f"t{temperature:g}"] = base.model_copy(update={"temperature": temperature})
-    return decodings
-
-
 # --------------------------------------------------------------------------------------------------- who samples what
 
 
@@ -212,7 +202,7 @@ def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tupl
 
 def _system_outputs(config: Config, run: RunDir, system: str) -> list[tuple[Dataset, Decoding]]:
     """What the evaluation samples from one system: every decoding, and for the warm-up student lower temperatures too."""
-    return [(run.system_samples(system, name), decoding) for name, decoding in system_decodings(config, system).items()]
+    return [(run.system_samples(system, name), decoding) for name, decoding in config.system_decodings(system).items()]
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,15 @@ def test_the_quota_holds_the_run_at_its_largest() -> None:
     assert "suspend" not in job["spec"]
 
 
+def test_runs_that_share_queues_bring_none_of_the_clusters(tmp_path: Path) -> None:
+    objects = render_on_top("kueue", ["shared-queues"], tmp_path)
+    kinds = {item["kind"] for item in objects if item["apiVersion"].startswith("kueue.")}
+    assert kinds == {"LocalQueue"}
+    assert {item["kind"] for item in render("kueue")} - {item["kind"] for item in objects} == {
+        "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"
+    }  # fmt: skip
+
+
 # -- configs
 
 

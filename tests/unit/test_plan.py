@@ -18,7 +18,7 @@ from plad_dist.data.models import load_model_config
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
-from plad_dist.planning.fit import Hardware, check_fits, hardware_of
+from plad_dist.planning.fit import Hardware, check_fits, hardware_of, smallest
 from plad_dist.planning.memory import training_memory
 from plad_dist.planning.needs import gpu_needs
 from plad_dist.planning.plan import plan_run
@@ -152,19 +152,84 @@ def test_what_the_run_has_measured_and_what_is_given_goes_before_assumptions(tmp
         rates={"teacher": 1000.0, "student": 2000.0, "train": 500.0}, price=3.0,
     )  # fmt: skip
     sampled = given["time"]["stages"]["sample teacher"]
-    assert sampled["tokens"] == 50_000_000
-    assert sampled["hours"] == pytest.approx(50_000_000 / 1000 / 3600, rel=1e-3)  # one engine of one GPU
+    tokens = 50 * (1_000_000 + heldout_answers(config))
+    assert sampled["tokens"] == tokens
+    assert sampled["hours"] == pytest.approx(tokens / 1000 / 3600, rel=1e-3)  # one engine of one GPU
     assert given["cost"]["devices"] == pytest.approx(3.0 * given["time"]["device_hours"])
 
 
 def test_an_endpoint_costs_what_its_prices_say() -> None:
     config = load_config("examples/endpoint-to-7b.yaml")
     plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
-    once = 20_000 * (200 * 2.5 + 300 * 10.0) / 1e6
-    assert plan["cost"]["endpoint teacher"] == pytest.approx(once)
+    once = (200 * 2.5 + 300 * 10.0) / 1e6
+    heldout = heldout_answers(config)
+    assert plan["cost"]["endpoint teacher"] == pytest.approx((20_000 + heldout) * once, rel=1e-3)
+    assert plan["time"]["stages"]["sample teacher"]["tokens"] == (20_000 + heldout) * 300
     config = load_config("examples/endpoint-to-7b.yaml", ["sampling.teacher.n=4"])
     plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
-    assert plan["cost"]["endpoint teacher"] == pytest.approx(4 * once)
+    assert plan["cost"]["endpoint teacher"] == pytest.approx((4 * 20_000 + heldout_answers(config)) * once, rel=1e-3)
+    unlimited = [f"teacher.endpoint.{key}=null" for key in ("requests_per_minute", "tokens_per_minute")]
+    plan = plan_run(load_config("examples/endpoint-to-7b.yaml", unlimited), Hardware(H100, None, 8, None))
+    assert plan["time"]["stages"]["sample teacher"]["hours"] is None
+    assert "sample teacher: nothing says how fast the server is" in " ".join(plan["assumptions"])
+
+
+def heldout_answers(config: Config) -> int:
+    """Answers of a teacher to held-out prompts: in every decoding, and for the held-out pairs."""
+    return config.evaluation.limit * len(config.decodings()) + config.training.heldout_pairs * config.sampling.teacher.n
+
+
+def test_references_are_learnt_of_all_prompts_and_pairs_of_those_that_are_sampled(tmp_path: Path) -> None:
+    config = parse_config(tiny_config(tmp_path) | {"sampling": {"limit": 1000}}, "test")
+    given = {"prompts": 8000, "prompt_tokens": 100, "response_tokens": 50}
+    plan = plan_run(config, Hardware(H100, 1, 8, None), **given)
+    assert (plan["work"]["prompts"], plan["work"]["sampled_prompts"]) == (8000, 1000)
+    training, stages = config.training, plan["time"]["stages"]
+    assert training.warmup is not None
+    assert training.warmup.data == "references"
+    assert not training.warmup.max_steps
+    assert stages["train warmup"]["tokens"] == training.warmup.epochs * 8000 * (100 + 50)
+    group = 100 + 50 * (config.sampling.teacher.n + config.sampling.student.n)
+    assert stages["train round-0"]["tokens"] == training.round.epochs * 1000 * group
+    assert stages["train seqkd"]["tokens"] == stages["train round-0"]["tokens"]  # of equal compute
+
+
+@pytest.mark.parametrize("fewest", [1, 3])
+@pytest.mark.parametrize("enough", [1, 3, 9, 64, 1000, 4096])
+def test_a_remedy_names_the_fewest_workers_that_fit(fewest: int, enough: int) -> None:
+    assert smallest(lambda workers: workers >= enough, fewest) == max(fewest, enough)
+
+
+def test_no_number_of_workers_is_named_where_none_fits() -> None:
+    assert smallest(lambda workers: False) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        (
+            "sampling.teacher.engine.tensor_parallel_size=3",
+            "sampling.teacher.engine.tensor_parallel_size: 3: does not divide the 40 heads of meta-llama/Llama-2-13b-hf",
+        ),
+        ("student.max_length=100000", "student.max_length: 100,000: meta-llama/Llama-2-7b-hf has 4,096 positions"),
+    ],
+)
+def test_what_an_engine_would_refuse_is_said_before_it_starts(override: str, what: str) -> None:
+    config = load_config("examples/tldr-llama2-13b-to-7b.yaml", [override])
+    assert [problem.what for problem in check_fits(config, Hardware(H100, 1, 8, None))] == [what]
+
+
+def test_workers_that_share_a_node_are_told_of_the_whole() -> None:
+    config = load_config("examples/tldr-llama2-13b-to-7b.yaml", ["training.num_workers=4"])
+    problems = check_fits(config, Hardware(None, 1, 0, 64.0 * GIB))
+    assert any("(4 share a node of 64.0 GiB)" in problem.what for problem in problems)
+
+
+def test_a_config_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    architecture = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 100_000, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(architecture | {"vocab_size": 100, "intermediate_size": 64}))
+    with pytest.raises(UserError, match="num_hidden_layers: 100,000, expected at most 1,000"):
+        size_of(Model(path=str(tmp_path)))
 
 
 @pytest.fixture
@@ -322,5 +387,6 @@ def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
     as_json = plad("plan", "examples/ablation.yaml", "--json")
     assert as_json.returncode == 0
     assert set(json.loads(as_json.stdout)["variants"]) >= {"rank", "dpo"}
+    assert plad("plan", "examples/quickstart.yaml", "--price", "inf").returncode == 2
     unknown = plad("plan", "examples/quickstart.yaml", "--gpu", "h900")
-    assert (unknown.returncode, "--gpu h900: not known; expected one of" in unknown.stderr) == (2, True)
+    assert (unknown.returncode, "--gpu 'h900': not known; expected one of" in unknown.stderr) == (2, True)
