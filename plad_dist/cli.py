@@ -395,10 +395,12 @@ def plan(
     overrides: Overrides = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="Kind of GPU, such as h100-80g; cpu: this machine. Empty: what is here, where it fits."),
+        typer.Option(
+            help="Kind of GPU, such as h100-80g; cpu: machines as this. Empty: the GPUs here, else this machine where it fits, else h100-80g."
+        ),
     ] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Nodes. Empty: as many as are needed.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Empty: those here, else 8.")] = None,
     prompts: Annotated[
         int | None, typer.Option(min=1, help="Prompts of the data set; sampling.limit bounds those that are sampled.")
     ] = None,

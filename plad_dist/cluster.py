@@ -93,7 +93,7 @@ def silent(address: str) -> str | None:
         return None
     if (problem := unreachable(host, port)) is not None:
         return problem
-    if os.environ.get("RAY_USE_TLS") != "1" and not is_grpc(host, port):
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true") and not is_grpc(host, port):
         return "what listens there is no Ray"
     return None
 

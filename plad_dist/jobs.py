@@ -77,12 +77,15 @@ class JobServer:
         self._refuse_unfit(config)
         run_dir = RunDir.of(config).storage.url
         earlier = [job for job in self.jobs() if job.metadata.get("run_dir") == run_dir]
+        last = max(
+            (int(number) for job in earlier if (number := job.submission_id.rpartition("-")[2]).isdigit()), default=0
+        )
         for job in earlier:
             if job.status in _ACTIVE:
                 raise UserError(_busy(run_dir, job.submission_id))
         # Two that are submitted at once get the same name, which the server takes once.
         digest = hashlib.sha256(run_dir.encode()).hexdigest()[:6]
-        name = f"plad-{_plain(Path(run_dir).name)}-{digest}-{len(earlier) + 1}"
+        name = f"plad-{_plain(Path(run_dir).name)}-{digest}-{last + 1}"
         with tempfile.TemporaryDirectory(prefix="plad-submit-") as temporary:
             folder = Path(temporary)
             shutil.copy(file, folder / _CONFIG)
@@ -191,7 +194,11 @@ class JobServer:
                 raise UserError(f"{_no_answer(self.address)} ({first_line(error):.200})") from None
             if job is not None and "404" in str(error):
                 raise UserError(f"{self.address}: has no job {job}; `plad status` lists them") from None
-            raise RunFailed(f"{self.address}: {first_line(error):.300}") from None
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            told = (
+                lines[-1] if "Traceback" in lines[0] else lines[0]
+            )  # the server sends its own, and the reason at its end
+            raise RunFailed(f"{self.address}: {told:.300}") from None
 
     def _gone(self) -> str:
         return (
@@ -253,12 +260,13 @@ def _refuse_relative(config: Config) -> None:
 
 def _reachable(address: str) -> str:
     """The address, if something listens there."""
-    parts = urlsplit(address)
     try:
+        parts = urlsplit(address)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        is_url = parts.scheme in ("http", "https")
     except ValueError:
-        host = None
-    if parts.scheme not in ("http", "https") or not host:
+        host, is_url = None, False
+    if not host or not is_url:
         raise UserError(f"--address {address}: expected the dashboard's URL, such as http://host:8265")
     if (problem := unreachable(host, port)) is not None:
         raise UserError(f"{_no_answer(address)} ({problem})")

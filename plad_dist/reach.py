@@ -21,7 +21,7 @@ def unreachable(host: str, port: int) -> str | None:
 
 
 def is_grpc(host: str, port: int) -> bool:
-    """Whether a server that listens begins a connection of HTTP/2 in clear, as gRPC's do, Ray's among them."""
+    """Whether a server that listens begins a connection of HTTP/2 in clear, as gRPC's do, Ray's among them; or says nothing yet."""
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_S) as connection:
             connection.settimeout(_CONNECT_S)
@@ -29,6 +29,8 @@ def is_grpc(host: str, port: int) -> bool:
             head = b""
             while len(head) < 4 and (more := connection.recv(4 - len(head))):
                 head += more
+    except TimeoutError:
+        return True
     except OSError:
         return False
     return len(head) == 4 and head[3] == _SETTINGS

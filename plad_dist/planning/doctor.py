@@ -33,7 +33,7 @@ from plad_dist.planning import checks, reach_checks
 from plad_dist.planning.checks import PROBE, Finding, Node, Place, fail, findings_of, installed_versions, ok, size, warn
 from plad_dist.planning.fit import Hardware, check_fits, hardware_here, sizes_of
 from plad_dist.planning.workload import disk_bytes, workload_of
-from plad_dist.rundir import RunDir
+from plad_dist.rundir import RUN_FILE, RunDir
 
 logger = logging.getLogger("plad")
 
@@ -79,7 +79,7 @@ def examine(config: Config | None, address: str | None = None) -> list[Finding]:
         else:
             found.append(Finding("cluster", HERE, "ok", _ALONE))
             if config is not None:
-                found += findings_of("plan", HERE, partial(_fit, config, hardware_here(), alone=True))
+                found += findings_of("plan", HERE, partial(_fit, config))
     return found + (config_findings(config) if config else [])
 
 
@@ -298,10 +298,19 @@ def clock(name: str, readings: Sequence[Reading]) -> Finding:
 # -------------------------------------------------------------------------------------------------------------- config
 
 
-def _fit(config: Config, hardware: Hardware, *, alone: bool = False) -> Iterator[Finding]:
-    """Whether what the config takes is there: memory of devices and nodes, and disk."""
-    problems = check_fits(config, hardware)
-    if problems and alone and hardware.gpu is None:  # made for a cluster, perhaps, from whose login node this is asked
+def _fit(config: Config, cluster: Hardware | None = None) -> Iterator[Finding]:
+    """Whether what the config takes is there: memory of devices and nodes, and disk.
+
+    Args:
+        cluster: None where there is none: this machine may be one that the run is only submitted from.
+    """
+    try:
+        hardware = cluster or hardware_here()
+        problems = check_fits(config, hardware)
+    except UserError as error:  # the run goes on too
+        yield warn(f"cannot be planned: {error}", "see `plad plan`, or measure")
+        return
+    if problems and cluster is None:
         yield warn(f"this machine cannot run it: {problems[0].what}", "name a cluster by --address, or see `plad plan`")
     else:
         for problem in problems:
@@ -309,9 +318,12 @@ def _fit(config: Config, hardware: Hardware, *, alone: bool = False) -> Iterator
     if not problems:
         yield ok(f"memory for every stage, on {hardware.name}")
     root, work = RunDir.of(config).storage.local_root, workload_of(config)
-    if root is None:
+    if root is None or (root / RUN_FILE).exists():  # begun: a part of it is there already
         return
-    takes = sum(disk_bytes(config, work, sizes_of(config, hardware.device), hardware.device).values())
+    kinds = disk_bytes(config, work, sizes_of(config, hardware.device), hardware.device)
+    if config.training.checkpoint_url is not None:
+        del kinds["checkpoints"]
+    takes = sum(kinds.values())
     there = next(folder for folder in (root.absolute(), *root.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     more = "" if work.prompts is not None else ", prompts and samples not counted"

@@ -28,14 +28,14 @@ def time_of(
     """Hours of the stages, None where the prompts or the device's speed are not known.
 
     A stage whose speed nothing tells (a server without limits) has hours of None and is in no sum; starts of engines and workers are in
-    none either.
+    none either. Servers answer while engines sample, so of these the longer counts.
     """
     if work.prompts is None or (hardware.gpu is None and not {"teacher", "student", "train"} <= rates.keys()):
         return None
-    devices = (hardware.nodes or nodes_for(gpu_needs(config)[0], hardware)) * hardware.gpus_per_node or 1
+    devices = (hardware.nodes or nodes_for(gpu_needs(config)[0], hardware)) * (hardware.gpus_per_node or 1)
     stages: dict[str, dict[str, float | None]] = {}
 
-    def add(name: str, tokens: float, rate: float | None, used: int) -> None:
+    def add(name: str, tokens: float, rate: float | None, used: int) -> float:
         hours = tokens / (rate * used) / 3600 if rate else None
         stages[name] = {
             "tokens": round(tokens),
@@ -43,15 +43,18 @@ def time_of(
             "hours": round(hours, 3) if hours is not None else None,
             "device_hours": round(hours * devices, 2) if hours is not None else None,
         }
+        return hours or 0.0
 
     teachers = config.all_teachers()
     shares = sum(teacher.share for teacher in teachers.values())
+    of_servers, of_engines, of_training = [0.0], 0.0, 0.0
     for name, teacher in teachers.items():
         if teacher.endpoint is not None:
             share = teacher.share / shares
             role = f"teachers.{name}" if config.teachers else "teacher"
             tokens = share * _written(config, work, "teacher")
-            add(f"sample {role}", tokens, rates.get("teacher") or _server_rate(teacher.endpoint, work), 1)
+            rate = rates.get("teacher") or _server_rate(teacher.endpoint, work)
+            of_servers.append(add(f"sample {role}", tokens, rate, 1))
     for need in engines_of(config):
         if need.judges:
             continue
@@ -62,11 +65,12 @@ def time_of(
             share = config.teachers[need.role.removeprefix("teachers.")].share / shares
         most = devices // need.devices if need.sampling.replicas == "auto" else need.sampling.replicas
         used = max(1, min(most, devices // need.devices)) * need.devices
-        add(f"sample {need.role}", share * _written(config, work, role), rate, used)
+        of_engines += add(f"sample {need.role}", share * _written(config, work, role), rate, used)
     for name in phases_of(config):
         rate = rates.get("train") or _training_rate(size_trained(name, sizes), hardware)
-        add(f"train {name}", work.trained_tokens(config, name), rate, min(config.training.workers[1], devices))
-    hours = sum(stage["hours"] or 0.0 for stage in stages.values())
+        used = min(config.training.workers[1], devices)
+        of_training += add(f"train {name}", work.trained_tokens(config, name), rate, used)
+    hours = max(of_engines, *of_servers) + of_training
     return {"devices": devices, "stages": stages, "hours": round(hours, 2), "device_hours": round(hours * devices, 1)}
 
 

@@ -14,6 +14,7 @@ from plad_dist.config import Config, Optimizer, Training
 from plad_dist.devices import GIB, GPUS, Gpu, gpu_of
 from plad_dist.errors import UserError
 from plad_dist.phases import TEACHER, phases_of
+from plad_dist.planning.checks import cgroup_limits
 from plad_dist.planning.memory import Memory, engine_memory, memory_share, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import Device, ModelSize, size_of
@@ -51,32 +52,51 @@ class Hardware:
         return self.gpu.name if self.gpu else "cpu"
 
 
-def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int, config: Config) -> Hardware:
-    """The cluster that is asked about: a kind of GPU, `cpu` for this machine's memory, or None for what suits the config.
+def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int | None, config: Config) -> Hardware:
+    """The cluster that is asked about.
+
+    Args:
+        gpu: a kind of GPU, or `cpu` for machines as this one without any; None for the GPUs here, else this machine where the config fits
+            it, else for H100s.
+        nodes: None for as many as are needed.
+        gpus_per_node: None for as many as are here, or 8.
 
     Raises:
         UserError: no such kind.
     """
-    here = replace(hardware_here(), nodes=nodes or 1)
     if gpu == "cpu":
-        return replace(here, gpu=None, gpus_per_node=0)
+        return replace(_host(), nodes=nodes or 1)
     if gpu is not None:
         kind = GPUS.get(gpu.lower()) or gpu_of(gpu)
         if kind is None:
             raise UserError(f"--gpu {gpu!r}: not known; expected one of {', '.join(GPUS)}, or cpu")
-        return Hardware(kind, nodes, gpus_per_node, None)
+        return Hardware(kind, nodes, gpus_per_node or 8, None)
+    here = hardware_here()
+    here = replace(here, nodes=nodes or 1, gpus_per_node=gpus_per_node or here.gpus_per_node if here.gpu else 0)
     if here.gpu is not None or (nodes is None and not check_fits(config, here)):
         return here
-    return Hardware(GPUS["h100-80g"], nodes, gpus_per_node, None, source="assumed: name others by --gpu")
+    return Hardware(GPUS["h100-80g"], nodes, gpus_per_node or 8, None, source="assumed: name others by --gpu")
 
 
 def hardware_here() -> Hardware:
-    """This machine, with its GPUs where they are of a kind that is known."""
+    """This machine. Raises :class:`UserError` where its GPUs are of a kind that is not known."""
     import torch
 
-    here = Hardware(None, 1, 0, float(psutil.virtual_memory().total), source="this machine")
-    gpu = gpu_of(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
-    return here if gpu is None else replace(here, gpu=gpu, gpus_per_node=torch.cuda.device_count())
+    if not torch.cuda.is_available():
+        return _host()
+    name = torch.cuda.get_device_name(0)
+    gpu = gpu_of(name)
+    if gpu is None:
+        raise UserError(
+            f"{name}: this GPU is not a kind that is known; name one like it to `plad plan` by --gpu: {', '.join(GPUS)}"
+        )
+    return replace(_host(), gpu=gpu, gpus_per_node=torch.cuda.device_count())
+
+
+def _host() -> Hardware:
+    """This machine without its GPUs, as far as its container lets it go."""
+    memory = min(float(psutil.virtual_memory().total), cgroup_limits()[0])
+    return Hardware(None, 1, 0, memory, source="this machine")
 
 
 @dataclass(frozen=True)
@@ -107,10 +127,11 @@ def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None
         UserError: a model cannot be sized.
     """
     sizes = sizes_of(config, hardware.device)
+    longest = longest_group(config, sizes["student"].context)
     found: dict[str, Problem] = {}
     for name, phase in phases_of(config).items():
         if holds is None or f"train {name}" in holds:
-            problem = training_problem(config.training, phase.optimizer, size_trained(name, sizes), hardware)
+            problem = training_problem(config.training, phase.optimizer, size_trained(name, sizes), hardware, longest)
             if problem is not None:
                 found[problem.what] = problem
     for need in engines_of(config):
@@ -122,7 +143,7 @@ def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None
             what = (
                 f"the config needs {fewest} GPUs at least, the cluster has {hardware.nodes} x {hardware.gpus_per_node}"
             )
-            remedy = f"--nodes {nodes_for(fewest, hardware)}, or fewer training.num_workers and sampling.*.min_replicas"
+            remedy = f"{nodes_for(fewest, hardware)} nodes, or fewer training.num_workers and sampling.*.min_replicas"
             found[what] = Problem(what, (remedy,))
     return list(found.values())
 
@@ -171,27 +192,47 @@ def size_trained(name: str, sizes: dict[str, ModelSize]) -> ModelSize:
     return sizes["teacher" if name == TEACHER else "student"]
 
 
-def training_problem(training: Training, optimizer: Optimizer, size: ModelSize, hardware: Hardware) -> Problem | None:
-    """What is wrong with training a model on this hardware by its fewest workers."""
+def fits_workers(training: Training, optimizer: Optimizer, size: ModelSize, hardware: Hardware, workers: int) -> bool:
+    """Whether so many workers fit their devices and their nodes."""
+    takes = training_memory(size, training, optimizer, workers, hardware.device)
+    host = takes.host * workers_on_a_node(hardware, training, workers)
+    return takes.device <= share_of_worker(hardware, training, workers) and host <= (hardware.host_memory or math.inf)
+
+
+def longest_group(config: Config, context: int) -> int:
+    """Tokens that a micro-batch must hold: a prompt and the responses of its pairs, at their longest."""
+    if config.training.max_group_tokens is not None:
+        return config.training.max_group_tokens
+    teacher, student = config.sampling.teacher, config.sampling.student
+    kept = config.pairing.kept_pairs
+    responses = min(teacher.n, kept) * teacher.max_tokens + min(student.n, kept) * student.max_tokens
+    return (config.prompts.max_tokens or context) + responses
+
+
+def training_problem(
+    training: Training, optimizer: Optimizer, size: ModelSize, hardware: Hardware, longest: int
+) -> Problem | None:
+    """What is wrong with training a model on this hardware by its fewest workers.
+
+    Args:
+        longest: tokens that a micro-batch must hold.
+    """
     fewest, most = training.workers
 
     def fits(settings: Training, workers: int) -> bool:
-        takes = training_memory(size, settings, optimizer, workers, hardware.device)
-        host = takes.host * workers_on_a_node(hardware, settings, workers)
-        return takes.device <= share_of_worker(hardware, settings, workers) and host <= (
-            hardware.host_memory or math.inf
-        )
+        return fits_workers(settings, optimizer, size, hardware, workers)
 
     if fits(training, fewest):
         return None
     takes = training_memory(size, training, optimizer, fewest, hardware.device)
     share, together = share_of_worker(hardware, training, fewest), workers_on_a_node(hardware, training, fewest)
     recomputed = {"gradient_checkpointing": True}
-    smaller = [tokens for tokens in (8192, 4096, 2048) if tokens < training.micro_batch_tokens]
+    smaller = [tokens for tokens in (8192, 4096, 2048) if longest <= tokens < training.micro_batch_tokens]
+    offloaded = [recomputed | {"deepspeed": "zero3_offload"}] if optimizer.name != "adamw_8bit" else []
     changes: list[dict[str, Any]] = [
         recomputed,
         *(recomputed | {"micro_batch_tokens": tokens} for tokens in smaller),
-        recomputed | {"deepspeed": "zero3_offload"},
+        *offloaded,
     ]
     remedies = [_settings(training, one) for one in changes if fits(training.model_copy(update=one), fewest)][:2]
     enough = smallest(lambda workers: fits(training, workers), fewest)
@@ -221,7 +262,8 @@ def engine_problems(config: Config, need: EngineNeed, size: ModelSize, hardware:
     """What is wrong with one kind of engines on this hardware."""
     longest, tensor = need.model.max_length, int(need.sampling.engine.get("tensor_parallel_size", 1))
     key = f"{need.key}.engine.tensor_parallel_size"
-    if longest is not None and size.positions is not None and longest > size.positions:
+    stretched = "hf_overrides" in need.sampling.engine
+    if longest is not None and size.positions is not None and longest > size.positions and not stretched:
         yield Problem(
             f"{need.model_key}.max_length: {longest:,}: {size.name} has {size.positions:,} positions",
             (f"{need.model_key}.max_length={size.positions}",),
@@ -233,7 +275,7 @@ def engine_problems(config: Config, need: EngineNeed, size: ModelSize, hardware:
         )
         return
     if size.heads % tensor:
-        divisors = ", ".join(str(n) for n in range(1, hardware.gpus_per_node + 1) if size.heads % n == 0)
+        divisors = ", ".join(str(n) for n in range(1, max(hardware.gpus_per_node, tensor) + 1) if size.heads % n == 0)
         yield Problem(
             f"{key}: {tensor}: does not divide the {size.heads} heads of {size.name}", (f"{key} of {divisors}",)
         )
@@ -264,6 +306,8 @@ def memory_of_engine(
     own = engine.get("max_model_len")
     context = min(size.context, own) if isinstance(own, int) and own > 0 else size.context
     longest = min(context, (config.prompts.max_tokens or context) + need.sampling.max_tokens)
+    if own in (-1, "auto"):  # the engine takes what fits
+        longest = 1
     return engine_memory(size, engine, longest, hardware.device, engine_share(engine, hardware))
 
 

@@ -14,8 +14,9 @@ def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary
 
 
 def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, *, tied: bool) -> dict[str, Any]:
+    # Base models of most sizes have positions for four times what their chat models have; the larger number refuses nothing that goes.
     return {
-        **_llama(hidden, inner, layers, heads, kv, vocabulary, 32_768), "model_type": "qwen2", "tie_word_embeddings": tied
+        **_llama(hidden, inner, layers, heads, kv, vocabulary, 131_072), "model_type": "qwen2", "tie_word_embeddings": tied
     }  # fmt: skip
 
 
@@ -48,5 +49,6 @@ KNOWN_MODELS: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-2-13b-hf": _llama(5120, 13_824, 40, 40, 40, 32_000, 4096),
     "meta-llama/Llama-2-70b-hf": _llama(8192, 28_672, 80, 64, 8, 32_000, 4096),
     **{f"meta-llama/Llama-3.1-{size}{kind}": shape for size, shape in _LLAMA_3.items() for kind in ("", "-Instruct")},
-    **{f"Qwen/Qwen2.5-{size}{kind}": shape for size, shape in _QWEN.items() for kind in ("", "-Instruct")},
+    **{f"Qwen/Qwen2.5-{size}": shape for size, shape in _QWEN.items()},
+    **{f"Qwen/Qwen2.5-{size}-Instruct": shape | {"max_position_embeddings": 32_768} for size, shape in _QWEN.items()},
 }

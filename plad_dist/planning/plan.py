@@ -21,15 +21,14 @@ from plad_dist.planning.fit import (
     capacity,
     check_fits,
     engine_problems,
+    fits_workers,
     gib,
     memory_of_engine,
     nodes_for,
-    share_of_worker,
     size_trained,
     sizes_of,
     smallest,
     smallest_parallelism,
-    training_problem,
     workers_on_a_node,
 )
 from plad_dist.planning.memory import Memory, training_memory
@@ -103,14 +102,14 @@ def _phase_plan(config: Config, name: str, sizes: dict[str, ModelSize], hardware
     found = memory(fewest)
     return {
         "workers": [fewest, most],
-        "smallest_workers": smallest(lambda count: memory(count).device <= share_of_worker(hardware, training, count)),
+        "smallest_workers": smallest(lambda count: fits_workers(training, optimizer, size, hardware, count)),
         "device_gib": gib(found.device),
         "parts_gib": _gibs({**found.parts, **found.alternatives}),
         "largest_alternative_counts": list(found.alternatives),
         "host_gib_per_worker": gib(found.host),
         "host_gib_per_node": gib(found.host * workers_on_a_node(hardware, training, fewest)),
         "device_gib_at_most_workers": gib(memory(most).device),
-        "fits": training_problem(training, optimizer, size, hardware) is None,
+        "fits": fits_workers(training, optimizer, size, hardware, fewest),
     }
 
 
@@ -145,7 +144,9 @@ def _assumptions(config: Config, work: Workload, rates: dict[str, float], time: 
         if found["hours"] is None
     ]
     if stages:
-        lines.append("starts of engines and workers are not counted")
+        lines.append(
+            "in no hours: starts of engines and workers; likelihoods, judges and reward models that are asked for"
+        )
     if is_offloaded(load_deepspeed(config.training.deepspeed)):
         lines.append("what offloading moves between a GPU and its node is not counted: training takes longer")
     if "train" not in rates:

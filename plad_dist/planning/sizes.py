@@ -146,8 +146,7 @@ def _measure(config: Any, name: str, longest: int | None, device: Device, *, rem
     inner = _first(text, "intermediate_size", "ffn_dim") or 4 * hidden
     if experts > 1:
         inner = (_first(text, "moe_intermediate_size") or inner) * met
-    positions = _positions(text)
-    context = min(value for value in (longest, positions, 1 << 20) if value)
+    context = min(value for value in (longest, _first(text, "max_position_embeddings"), 1 << 20) if value)
     attention = attention_of(text, None, "flex" if device == "gpu" else "sdpa")
     longest_row = min(attention.layout.longest_row or context, context)
     kinds = list(getattr(text, "layer_types", None) or ())
@@ -176,16 +175,19 @@ def _measure(config: Any, name: str, longest: int | None, device: Device, *, rem
         quantized=quantized,
         vocabulary=vocabulary_size(config),
         context=context,
-        positions=positions,
+        positions=_positions(text),
     )
 
 
 def _positions(text: Any) -> int | None:
-    """Positions of a model; those that stretch their rotary embeddings name the number before it, or after it: the larger is taken."""
-    found = _first(text, "max_position_embeddings")
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    factor = rope.get("factor") if isinstance(rope, dict) else None
-    return found if found is None or factor is None else int(found * max(1.0, factor))
+    """Positions of a model, as vLLM counts them: some kinds of stretched rotary embeddings name those before they are stretched."""
+    found, rope = _first(text, "max_position_embeddings"), getattr(text, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type")]
+    stretched = [kind for kind in kinds if kind["rope_type"] not in ("su", "longrope", "llama3") and kind.get("factor")]
+    if found is None or not stretched or "gemma3" in text.model_type:
+        return found
+    before = stretched[0].get("original_max_position_embeddings") if stretched[0]["rope_type"] == "yarn" else None
+    return int((before or found) * stretched[0]["factor"])
 
 
 def _stored_width(config: Any) -> float | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from plad_dist.config import Config, PythonFunctionsSource, RoleSampling
-from plad_dist.data.prompts import train_prompts
-from plad_dist.data.store import Manifest
+from plad_dist.data.prompts import heldout_prompts, train_prompts
+from plad_dist.data.storage import Storage
+from plad_dist.data.store import Dataset, Manifest
 from plad_dist.errors import RunFailed
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
 from plad_dist.planning.memory import checkpoint_bytes
@@ -40,13 +42,15 @@ class Workload:
         return (self.sampled or 0) * _sampling(config, role).n * self.response_tokens[role]
 
     def heldout_answers(self, config: Config, role: str) -> int:
-        """Answers of a role to held-out prompts: of every system that it is, in every decoding, its candidates and held-out pairs."""
+        """Answers of a role to held-out prompts: of every system that it is in every decoding, for candidates, and for held-out pairs."""
         training = config.training
         trained = [SEQKD] * (training.seqkd is not None) + [PLAD] * config.rounds.most
         systems = [WARMUP, *trained] if role == "student" else [TEACHER]
         answers = sum(len(config.system_decodings(system)) for system in systems)
-        pairs = training.heldout_pairs * _sampling(config, role).n
-        return self.heldout * (answers + (config.candidates if role == "student" else 0)) + pairs
+        if role == "student":
+            answers += config.candidates
+        pairs = config.rounds.most if role == "student" else 1  # as they are sampled for pairs, one each
+        return self.heldout * (answers + pairs)
 
     def trained_tokens(self, config: Config, name: str) -> float:
         """Tokens that a phase computes. Where references are learnt, their length is taken for the teacher's."""
@@ -60,7 +64,9 @@ class Workload:
             case "warmup":
                 warmup = config.training.warmup
                 assert warmup is not None
-                rows, tokens = (self.sampled if warmup.data == "teacher" else self.prompts), answer
+                rows, tokens = self.prompts, answer
+                if warmup.data == "teacher":  # every response with its prompt
+                    rows = (self.sampled or 0) * config.sampling.teacher.n
             case _:
                 rows, tokens = self.sampled, self.group_tokens(config)
         groups = phase.epochs * (rows or 0)
@@ -69,9 +75,10 @@ class Workload:
         return groups * tokens
 
     def group_tokens(self, config: Config) -> float:
-        """Tokens of a prompt and all its responses, the prompt once."""
-        responses = config.sampling.teacher.n * self.response_tokens["teacher"]
-        return self.prompt_tokens + responses + config.sampling.student.n * self.response_tokens["student"]
+        """Tokens of a prompt and the responses in its pairs, each once."""
+        kept, sampling = config.pairing.kept_pairs, config.sampling
+        chosen = min(kept, sampling.teacher.n) * self.response_tokens["teacher"]
+        return self.prompt_tokens + chosen + min(kept, sampling.student.n) * self.response_tokens["student"]
 
 
 def workload_of(
@@ -114,16 +121,23 @@ def workload_of(
         else:
             longest = _sampling(config, role).max_tokens
             responses[role], sources[key] = longest / 2, f"half of {longest:,}, the longest"
-    return Workload(prompts, sampled, config.evaluation.limit, prompt_tokens, responses, sources)
+    return Workload(prompts, sampled, _heldout(config, run), prompt_tokens, responses, sources)
 
 
 def _sampling(config: Config, role: str) -> RoleSampling:
     return config.sampling.student if role == "student" else config.sampling.teacher
 
 
-def _manifest(run: RunDir) -> Manifest | None:
+def _heldout(config: Config, run: RunDir) -> int:
+    """Held-out prompts that are answered: those that there are, as far as that is known, up to the limit."""
+    prepared, source = _manifest(run, heldout_prompts), config.prompts.source
+    bound = source.heldout_limit if isinstance(source, PythonFunctionsSource) else config.evaluation.limit
+    return min(config.evaluation.limit, prepared.rows if prepared is not None else bound)
+
+
+def _manifest(run: RunDir, prompts: Callable[[Storage], Dataset] = train_prompts) -> Manifest | None:
     try:
-        return train_prompts(run.storage).manifest()
+        return prompts(run.storage).manifest()
     except RunFailed:  # damaged; the run itself says so
         return None
 
@@ -146,7 +160,9 @@ def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], devi
         samples += (times * (work.sampled or 0) * _sampling(config, role).n + work.heldout_answers(config, role)) * (
             _BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN
         )
-    pairs = (work.sampled or 0) * rounds * (_BYTES_OF_A_ROW + work.group_tokens(config) * _BYTES_OF_A_TOKEN)
+    kept = min(config.pairing.kept_pairs, config.sampling.teacher.n * config.sampling.student.n)
+    pair = work.prompt_tokens + sum(work.response_tokens.values())
+    pairs = (work.sampled or 0) * rounds * kept * (_BYTES_OF_A_ROW + pair * _BYTES_OF_A_TOKEN)
     student, weight = sizes["student"], 4 if device == "cpu" else 2
     models = weight * student.parameters * (rounds + (training.warmup is not None) + (training.seqkd is not None))
     if training.teacher is not None:

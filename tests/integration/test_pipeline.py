@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from plad_dist.config_file import load_config
+from plad_dist.planning.workload import workload_of
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.job import sample_seed
 from tests.conftest import plad, tiny_config, write_config, write_prompts
@@ -139,6 +140,15 @@ def test_every_sample_is_there_exactly_once(finished: Finished, role: str) -> No
     assert set(samples["finish_reason"].to_pylist()) <= {"stop", "length"}
     assert samples["error"].null_count == len(prompts)
     assert all(value < 0 for value in samples["logprob"].to_pylist())
+
+
+@pytest.mark.parametrize(("role", "systems"), [("teacher", ["teacher"]), ("student", ["warmup", "seqkd", "plad"])])
+def test_the_plan_counts_the_answers_that_were_sampled(finished: Finished, role: str, systems: list[str]) -> None:
+    config = load_config(str(finished.config), [f"run.dir={finished.root}"])
+    run = RunDir.of(config)
+    answers = [run.system_samples(system, name) for system in systems for name in config.system_decodings(system)]
+    datasets = [run.heldout_samples(role), *answers, *([run.candidates()] if role == "student" else [])]
+    assert workload_of(config).heldout_answers(config, role) == sum(found.require("sample").rows for found in datasets)
 
 
 def test_training_went_on_from_the_checkpoint(finished: Finished) -> None:

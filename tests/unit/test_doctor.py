@@ -8,9 +8,11 @@ import json
 import pickle
 import shutil
 import socket
+import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ import pytest
 from aiohttp import web
 
 from plad_dist.config import Endpoint
-from plad_dist.config_file import parse_config
+from plad_dist.config_file import load_config, parse_config
 from plad_dist.data.storage import Storage
+from plad_dist.devices import GPUS
 from plad_dist.planning import checks, doctor, reach_checks
 from plad_dist.planning.checks import GIB, MIB, Finding, Node, Place
+from plad_dist.planning.fit import Hardware
 from plad_dist.training.scratch import train_tokenizer
 from tests.conftest import in_this_process, write_config
 from tests.fake_endpoint import error, good, serving
@@ -153,6 +157,56 @@ def test_a_cluster_that_is_not_there_is_a_failure_and_the_rest_is_checked(
     assert (failed["check"], failed["node"]) == ("cluster", f"127.0.0.1:{closed_port}")
     assert "refused" in failed["found"]
     assert "--address" in failed["remedy"]
+
+
+def test_without_a_cluster_it_says_that_this_machine_alone_was_looked_at(
+    command: Callable[..., tuple[int, str]],
+) -> None:
+    code, printed = command("--json")
+    (finding,) = [finding for finding in json.loads(printed) if finding["check"] == "cluster"]
+    assert (code, finding["state"], "this machine alone" in finding["found"]) == (0, "ok", True)
+
+
+def test_a_dashboards_url_gets_the_address_of_ray_for_a_remedy(command: Callable[..., tuple[int, str]]) -> None:
+    code, printed = command("--json", "--address", "http://head:8265")
+    (finding,) = failing(printed)
+    assert (code, "head:6379" in finding["remedy"]) == (1, True)
+
+
+def test_a_port_that_is_no_ray_is_a_failure_at_once(command: Callable[..., tuple[int, str]]) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        code, printed = command("--json", "--address", f"127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    (finding,) = failing(printed)
+    assert (code, finding["found"]) == (1, "no Ray cluster answers there: what listens there is no Ray")
+
+
+def test_what_does_not_fit_the_cluster_fails_with_the_remedies_of_the_plan() -> None:
+    config = load_config("examples/tldr-llama2-13b-to-7b.yaml", ["training.num_workers=1"])
+    findings = list(doctor._fit(config, Hardware(GPUS["h100-80g"], 1, 8, None)))
+    failed = [finding for finding in findings if finding.state == "fail"]
+    assert {"training.num_workers=4 or more" in finding.remedy for finding in failed} == {True, False}
+    assert len(failed) == 2
+    alone = list(doctor._fit(config))
+    assert "this machine cannot run it" in only(alone[:1], "warn").found
+
+
+def test_a_run_that_needs_more_disk_than_is_free_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load_config("examples/tldr-llama2-13b-to-7b.yaml", [f"run.dir={tmp_path}"])
+    hardware = Hardware(GPUS["h100-80g"], 1, 8, None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 << 40, 0, 2 << 40))
+    assert states(doctor._fit(config, hardware)) == ["ok", "ok"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 << 40, 0, 100 * GIB))
+    assert "100 GiB are free" in only(doctor._fit(config, hardware), "warn").found
+
+
+def test_models_by_a_path_are_not_said_to_come_from_the_hub() -> None:
+    config = load_config("examples/tldr-llama2-13b-to-7b.yaml", ["teacher.path=/runs/models/teacher", "run.dir=/tmp/x"])
+    assert doctor._wanted(config).hub_models == ("meta-llama/Llama-2-7b-hf",)
 
 
 def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(
@@ -373,7 +427,7 @@ def test_storage_that_overwrites_fails(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_run_directory_on_a_nodes_own_disk_fails_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_SEEN_WITHIN_S", 0.1)
+    monkeypatch.setattr(reach_checks, "_SEEN_WITHIN_S", 0.1)
     there = place(tmp_path / "there")
     with doctor.probes([place(tmp_path / "here")]) as held:
         shared = checks.findings_of("storage", "a", lambda: reach_checks.storage(Node("a", "member", held)))

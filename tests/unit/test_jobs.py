@@ -1,10 +1,16 @@
-"""Logs of jobs are shown once, whatever the connection does."""
+"""What can be said of jobs without a cluster: logs are shown once, bad configs and addresses are refused at once."""
 
 from __future__ import annotations
 
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
-from plad_dist.jobs import _Log, job_table
+import pytest
+
+from plad_dist.errors import UserError
+from plad_dist.jobs import JobServer, _Log, job_table, load_submitted
 
 
 def test_a_log_that_is_sent_again_from_its_beginning_is_shown_once() -> None:
@@ -20,3 +26,21 @@ def test_a_log_that_is_sent_again_from_its_beginning_is_shown_once() -> None:
 def test_jobs_that_others_submitted_are_shown_too() -> None:
     jobs = [SimpleNamespace(submission_id="raysubmit_1", status="RUNNING", metadata=None, start_time=None)]
     assert job_table(jobs, "http://there:8265").row_count == 1
+
+
+@pytest.mark.parametrize("override", ["run.sed=3", "run.dir=relative/folder"])
+def test_a_bad_config_is_refused_before_a_cluster_is_asked(override: str) -> None:
+    with pytest.raises(UserError, match=override.partition("=")[0]):
+        load_submitted("examples/quickstart.yaml", [override])
+    assert load_submitted("examples/quickstart.yaml", ["run.dir=/mnt/run"]).run.dir == "/mnt/run"
+
+
+def test_a_server_that_is_no_ray_is_a_wrong_address(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with pytest.raises(UserError, match="no Ray dashboard answers there"):
+            JobServer(f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()

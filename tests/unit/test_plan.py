@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from plad_dist.planning.memory import training_memory
 from plad_dist.planning.needs import gpu_needs
 from plad_dist.planning.plan import plan_run
 from plad_dist.planning.sizes import ModelSize, size_of
+from plad_dist.planning.workload import workload_of
 from plad_dist.study import load_runs
 from tests.conftest import plad, tiny_config
 
@@ -152,7 +154,7 @@ def test_what_the_run_has_measured_and_what_is_given_goes_before_assumptions(tmp
         rates={"teacher": 1000.0, "student": 2000.0, "train": 500.0}, price=3.0,
     )  # fmt: skip
     sampled = given["time"]["stages"]["sample teacher"]
-    tokens = 50 * (1_000_000 + heldout_answers(config))
+    tokens = 50 * (1_000_000 + 40 * 3)  # held-out prompts: greedy, sampled, and once for pairs
     assert sampled["tokens"] == tokens
     assert sampled["hours"] == pytest.approx(tokens / 1000 / 3600, rel=1e-3)  # one engine of one GPU
     assert given["cost"]["devices"] == pytest.approx(3.0 * given["time"]["device_hours"])
@@ -162,21 +164,16 @@ def test_an_endpoint_costs_what_its_prices_say() -> None:
     config = load_config("examples/endpoint-to-7b.yaml")
     plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
     once = (200 * 2.5 + 300 * 10.0) / 1e6
-    heldout = heldout_answers(config)
+    heldout = 300 * 3  # greedy, sampled, and once for pairs, however many are sampled for training
     assert plan["cost"]["endpoint teacher"] == pytest.approx((20_000 + heldout) * once, rel=1e-3)
     assert plan["time"]["stages"]["sample teacher"]["tokens"] == (20_000 + heldout) * 300
     config = load_config("examples/endpoint-to-7b.yaml", ["sampling.teacher.n=4"])
     plan = plan_run(config, Hardware(H100, None, 8, None), prompt_tokens=200, response_tokens=300)
-    assert plan["cost"]["endpoint teacher"] == pytest.approx((4 * 20_000 + heldout_answers(config)) * once, rel=1e-3)
+    assert plan["cost"]["endpoint teacher"] == pytest.approx((4 * 20_000 + heldout) * once, rel=1e-3)
     unlimited = [f"teacher.endpoint.{key}=null" for key in ("requests_per_minute", "tokens_per_minute")]
     plan = plan_run(load_config("examples/endpoint-to-7b.yaml", unlimited), Hardware(H100, None, 8, None))
     assert plan["time"]["stages"]["sample teacher"]["hours"] is None
     assert "sample teacher: nothing says how fast the server is" in " ".join(plan["assumptions"])
-
-
-def heldout_answers(config: Config) -> int:
-    """Answers of a teacher to held-out prompts: in every decoding, and for the held-out pairs."""
-    return config.evaluation.limit * len(config.decodings()) + config.training.heldout_pairs * config.sampling.teacher.n
 
 
 def test_references_are_learnt_of_all_prompts_and_pairs_of_those_that_are_sampled(tmp_path: Path) -> None:
@@ -192,6 +189,73 @@ def test_references_are_learnt_of_all_prompts_and_pairs_of_those_that_are_sample
     group = 100 + 50 * (config.sampling.teacher.n + config.sampling.student.n)
     assert stages["train round-0"]["tokens"] == training.round.epochs * 1000 * group
     assert stages["train seqkd"]["tokens"] == stages["train round-0"]["tokens"]  # of equal compute
+
+
+@pytest.mark.parametrize(
+    ("pairing", "responses"), [({"combine": "one"}, 2), ({"combine": "all", "max_pairs_per_prompt": 3}, 6), ({}, 8)]
+)
+def test_only_the_responses_that_pairs_keep_are_trained_on(
+    tmp_path: Path, pairing: dict[str, Any], responses: int
+) -> None:
+    raw = tiny_config(tmp_path) | {"sampling": {"teacher": {"n": 8}, "student": {"n": 8}}, "pairing": pairing}
+    config = parse_config(raw, "test")
+    work = workload_of(config, prompts=1000, prompt_tokens=100, response_tokens=50)
+    assert work.group_tokens(config) == 100 + 50 * responses
+
+
+def test_a_warm_up_by_the_teacher_learns_all_of_its_responses(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path) | {"sampling": {"limit": 500, "teacher": {"n": 4}}}
+    raw["training"]["warmup"] = {"data": "teacher", "epochs": 2.0}
+    work = workload_of(parse_config(raw, "test"), prompts=1000, prompt_tokens=100, response_tokens=50)
+    assert work.trained_tokens(parse_config(raw, "test"), "warmup") == 2 * 500 * 4 * 150
+
+
+def test_servers_answer_while_engines_sample() -> None:
+    config = load_config("examples/endpoint-to-7b.yaml", ["teacher.endpoint.requests_per_minute=1"])
+    time = plan_run(config, Hardware(H100, None, 8, None))["time"]
+    stages = {name: stage["hours"] for name, stage in time["stages"].items()}
+    assert stages["sample teacher"] > stages["sample student"] > 0
+    training = sum(hours for name, hours in stages.items() if name.startswith("train"))
+    assert time["hours"] == pytest.approx(stages["sample teacher"] + training, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 1024}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}, 32_768),
+        ({"rope_type": "linear", "factor": 2.0}, 16_384),
+        (None, 8192),
+    ],
+)  # fmt: skip
+def test_positions_are_counted_as_vllm_does_and_the_cache_holds_the_models_own(
+    tmp_path: Path, rope: dict[str, Any] | None, positions: int
+) -> None:
+    shape = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100,
+             "intermediate_size": 64, "max_position_embeddings": 8192, "rope_theta": 10_000.0}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape | ({"rope_scaling": rope} if rope else {})))
+    size = size_of(Model(path=str(tmp_path)))
+    assert (size.positions, size.context) == (positions, 8192)
+
+
+@pytest.mark.parametrize(("longest", "offered"), [(1500, {8192, 4096, 2048}), (3000, {8192, 4096}), (9000, set())])
+def test_micro_batches_that_hold_no_group_are_no_remedy(longest: int, offered: set[int]) -> None:
+    changes = {
+        "num_workers": 8,
+        "gradient_checkpointing": False,
+        "micro_batch_tokens": 16_384,
+        "max_group_tokens": longest,
+    }
+    config = seventy_to_seven(**changes)
+    named = {
+        int(found[1])
+        for problem in check_fits(config, Hardware(H100, None, 8, None))
+        for remedy in problem.remedies
+        if (found := re.search(r"micro_batch_tokens=(\d+)", remedy))
+    }
+    assert named <= offered
+    assert bool(named) == bool(offered)
 
 
 @pytest.mark.parametrize("fewest", [1, 3])
