@@ -34,6 +34,7 @@ logger = logging.getLogger("plad")
 Stage = Literal["sample", "pair", "train", "evaluate", "distill"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 _STOP_S, _RECONNECTS = 60.0, 5
+_AGENT_S = 120.0
 _CONFIG = "run.yaml"
 _ACTIVE = ("PENDING", "RUNNING")
 
@@ -90,19 +91,32 @@ class JobServer:
             folder = Path(temporary)
             shutil.copy(file, folder / _CONFIG)
             shutil.copytree(resource("ray_jobs"), folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
+            entrypoint = shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG, *overrides])
+            metadata = {"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()}
             try:
-                with self._asking():
-                    self._client.submit_job(
-                        entrypoint=shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG, *overrides]),
-                        submission_id=name,
-                        runtime_env={"working_dir": str(folder), "env_vars": {"PLAD_VERSION": __version__}},
-                        metadata={"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()},
-                    )
+                self._send(entrypoint, name, folder, metadata)
             except RunFailed as error:
                 if "already exists" in str(error):
                     raise UserError(_busy(run_dir, name)) from None
                 raise
         return name
+
+    def _send(self, entrypoint: str, name: str, folder: Path, metadata: dict[str, str]) -> None:
+        """Give a job to the server, which can take none until the agents of a new head are up."""
+        environment = {"working_dir": str(folder), "env_vars": {"PLAD_VERSION": __version__}}
+        end = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                with self._asking():
+                    self._client.submit_job(
+                        entrypoint=entrypoint, submission_id=name, runtime_env=environment, metadata=metadata
+                    )
+                return
+            except RunFailed as error:
+                if "No available agent" not in str(error) or time.monotonic() > end:
+                    raise
+                logger.info("%s has no agent yet that takes jobs; asking again", self.address)
+                time.sleep(2.0)
 
     def follow(self, job: str, show: Callable[[str], None]) -> str:
         """Show what a job says until it has ended; returns the state that it ended in.

@@ -30,7 +30,7 @@ def cluster() -> Iterator[Head]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
-    raw = sampling_config(folder, prompts=10_000, block_size=32)
+    raw = sampling_config(folder, prompts=20_000, block_size=32)
     raw["prompts"]["heldout_fraction"] = 0.01
     return write_config(folder, raw)
 
