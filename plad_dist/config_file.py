@@ -19,7 +19,12 @@ from plad_dist.errors import UserError
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a run's YAML. Raises :class:`UserError` for anything wrong with it."""
-    return parse_config(override(read_yaml(Path(path)), {}, overrides), str(path))
+    raw = read_yaml(Path(path))
+    if {"config", "fingerprint"} <= raw.keys() and isinstance(
+        raw["config"], dict
+    ):  # what a run directory keeps of its config
+        raw = raw["config"]
+    return parse_config(override(raw, {}, overrides), str(path))
 
 
 def override(raw: dict[str, Any], keys: Mapping[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:

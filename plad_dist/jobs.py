@@ -23,7 +23,6 @@ from rich.table import Table
 from plad_dist import __version__
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
-from plad_dist.data.models import first_line
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.reach import unreachable
 from plad_dist.resources import resource
@@ -205,7 +204,10 @@ class JobServer:
             raise UserError(_no_answer(self.address)) if begins else RunFailed(self._gone()) from None
         except RuntimeError as error:
             if begins:
-                raise UserError(f"{_no_answer(self.address)} ({first_line(error):.200})") from None
+                raise UserError(
+                    f"{self.address}: what answers there is no Ray dashboard; --address or RAY_API_SERVER_ADDRESS names it, such as "
+                    "http://host:8265"
+                ) from None
             if job is not None and "404" in str(error):
                 raise UserError(f"{self.address}: has no job {job}; `plad status` lists them") from None
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -50,8 +50,8 @@ def status_table(path: str) -> Table:
         for name, judge in config.evaluation.judges.items():
             for dataset in judge_answers(each, name) if isinstance(judge, LlmJudge) else ():
                 table.add_row(*_dataset_row(dataset))
-        for key in (each.metrics, each.report):
-            table.add_row(key, "complete" if run.storage.read(key) is not None else "-", "")
+        table.add_row(each.metrics, *_figures_row(run.storage, each.metrics))
+        table.add_row(each.report, "complete" if run.storage.read(each.report) is not None else "-", "")
     return table
 
 
@@ -99,6 +99,13 @@ def _progress(parts: int, known: Sequence[Part], blocks: int | None = None) -> s
         f"cost {counts['cost_micros'] / 1e6:,.2f}" if counts["cost_micros"] else "",
     ]
     return ", ".join(filter(None, told))
+
+
+def _figures_row(storage: Storage, key: str) -> tuple[str, str]:
+    try:
+        return ("complete" if storage.read_json(key) is not None else "-"), ""
+    except RunFailed as error:
+        return "damaged", str(error)
 
 
 def _phase_row(phase: str, run: RunDir, checkpoints: Storage) -> tuple[str, str, str]:

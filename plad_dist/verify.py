@@ -95,7 +95,7 @@ def verify(url: str) -> tuple[list[Checked], list[str]]:
     for item in checked:
         item.state = "damaged" if item.problems else item.state
     checked += _check_checkpoints(run.checkpoints(config))
-    return checked, problems + _check_models(run)
+    return checked, problems + _check_models(run) + _check_figures(run)
 
 
 def _datasets(storage: Storage) -> Iterator[tuple[str, pa.Schema]]:
@@ -357,6 +357,20 @@ def _check_models(run: RunDir) -> list[str]:
     return problems
 
 
+def _check_figures(run: RunDir) -> list[str]:
+    """Every round's figures can be read."""
+    problems = []
+    for name in sorted(run.storage.sizes("eval")):
+        key = f"eval/{name}metrics.json"
+        try:
+            run.storage.read_json(key)
+        except RunFailed:
+            problems.append(
+                f"{key}: not valid JSON. Delete it and run `plad evaluate` again: it is made anew from what was sampled"
+            )
+    return problems
+
+
 def _check_checkpoints(storage: Storage) -> list[Checked]:
     """Every committed checkpoint has its files, by their checksums. One line a phase; its parts are checkpoints, its rows steps."""
     found = []
@@ -375,6 +389,7 @@ def _check_checkpoints(storage: Storage) -> list[Checked]:
             elif checkpoint is not None:
                 checked.parts, checked.rows = checked.parts + 1, max(checked.rows, step)
         if checked.parts or checked.problems:
+            checked.state = "damaged" if checked.problems else "complete"
             found.append(checked)
     return found
 
@@ -393,7 +408,7 @@ def command_for(path: str) -> str:
 
 def verify_table(url: str, checked: list[Checked]) -> Table:
     """One line for each dataset."""
-    table = Table("dataset", "state", "readable parts", "rows", title=url)
+    table = Table("dataset", "state", "readable parts", "rows or steps", title=url)
     for item in checked:
         table.add_row(item.path, item.state, f"{item.parts:,}", f"{item.rows:,}")
     return table

@@ -87,7 +87,9 @@ def check_local_model(model: str) -> None:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not path.exists():
         if looks_like_path:
-            raise UserError(f"{model}: no such model folder")
+            raise UserError(
+                f"{model}: no such model folder here. Off the cluster that has it, plan with its name on the hub"
+            )
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{model}: not a model folder: it has no config.json")

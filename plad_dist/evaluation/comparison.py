@@ -33,7 +33,9 @@ class _Run:
     config: Config
     run: RunDir
     metrics: Mapping[str, Any]
-    prompts: list[str]  # ids, in the order of the answers
+    prompts: list[
+        str
+    ]  # their texts, in the order of the answers: ids tell where a prompt stood in its source, which a seed may shuffle
     references: list[str | None]
 
 
@@ -64,7 +66,7 @@ def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
         raise UserError(f"these runs have other main decodings ({told}): evaluate them alike (evaluation.decodings)")
     decoding = decodings.pop()
     shared = set.intersection(*(set(run.prompts) for run in runs))
-    common = [prompt for prompt in runs[0].prompts if prompt in shared]
+    common = [prompt for prompt in dict.fromkeys(runs[0].prompts) if prompt in shared]
     if not common:
         raise UserError(f"{', '.join(paths)}: have no held-out prompt in common: they were made of other prompts")
     systems = _systems(runs, decoding, common)
@@ -94,8 +96,9 @@ def _opened(path: str, name: str) -> _Run:
     metrics = run.storage.read_json(run.metrics)
     if metrics is None:
         raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
-    prompts = evaluated_prompts(config, run)
-    return _Run(name, config, run, metrics, *(prompts[column].to_pylist() for column in ("prompt_id", "reference")))
+    prompts = evaluated_prompts(config, run).select(["messages", "reference"]).to_pylist()
+    references = [prompt["reference"] for prompt in prompts]
+    return _Run(name, config, run, metrics, [json.dumps(prompt, sort_keys=True) for prompt in prompts], references)
 
 
 def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list[_System]:

@@ -25,9 +25,12 @@ def verdict(metrics: Mapping[str, Any]) -> list[str]:
             "No prompt has a reference: ROUGE, exact match and win rates by them are empty.",
             _lengths(rows, metrics["main_decoding"]),
         ]
+    gap = _capacity_gap(metrics) if metrics["prompts_with_reference"] else None
+    is_warning = gap is not None and gap.startswith("Warning")
+    said += [gap if is_warning else None]  # what it puts in question comes after it
     said += [_against_warmup(rows, metrics), _against_seqkd(metrics), _at_equal_length(metrics)]
     if metrics["prompts_with_reference"]:
-        said += [_sharpening(rows, metrics), _capacity_gap(metrics)]
+        said += [_sharpening(rows, metrics), None if is_warning else gap]
     said += [_round(metrics), _ranking(metrics["ranking"]), _calibration(metrics["calibration"])]
     said += [*_judges(metrics), _endings(metrics["systems"])]
     return [sentence for sentence in said if sentence]
@@ -75,6 +78,8 @@ def _against_warmup(rows: Mapping[Key, Mapping[str, Any]], metrics: Mapping[str,
         signs.append(_sign(wins, 0.5))
         clauses.append(f"{decoding} {_share(wins)}, {words[signs[-1]]}{_rouge(differences.get(decoding))}")
     head = heads.get(signs[0], "Calibration made no clear difference")
+    if {1, -1} <= set(signs):
+        head = "Calibration made the student better under one decoding and worse under another"
     return (
         f"{head} ({known[0][0]}): PLaD wins against the warm-up student{_by(metrics)}, ties half: {'; '.join(clauses)}."
     )

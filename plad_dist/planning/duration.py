@@ -66,9 +66,9 @@ def time_of(
         most = devices // need.devices if need.sampling.replicas == "auto" else need.sampling.replicas
         used = max(1, min(most, devices // need.devices)) * need.devices
         of_engines += add(f"sample {need.role}", share * _written(config, work, role), rate, used)
-    for name in phases_of(config):
+    for name, phase in phases_of(config).items():
         rate = rates.get("train") or _training_rate(size_trained(name, sizes), hardware)
-        used = min(config.training.workers[1], devices)
+        used = min(config.training.workers[1], devices, phase.batch_groups)  # more have nothing to do in a step
         of_training += add(f"train {name}", work.trained_tokens(config, name), rate, used)
     hours = max(of_engines, *of_servers) + of_training
     return {"devices": devices, "stages": stages, "hours": round(hours, 2), "device_hours": round(hours * devices, 1)}

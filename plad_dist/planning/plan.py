@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -18,11 +19,13 @@ from plad_dist.planning.duration import (
 )
 from plad_dist.planning.fit import (
     Hardware,
+    Problem,
     capacity,
     check_fits,
     engine_problems,
     fits_workers,
     gib,
+    longest_group,
     memory_of_engine,
     nodes_for,
     size_trained,
@@ -62,7 +65,10 @@ def plan_run(
     work = workload_of(config, prompts, prompt_tokens, response_tokens)
     problems = check_fits(config, hardware)
     fewest, most = gpu_needs(config)
-    time = time_of(config, hardware, sizes, work, rates or {})
+    # What does not fit takes no time that means anything.
+    time = time_of(config, hardware, sizes, work, rates or {}) if not problems else None
+    cost = cost_of(config, time, work, price)
+    problems += _overspent(config, cost or {})
     return {
         "fits": not problems,
         "problems": [asdict(problem) for problem in problems],
@@ -86,8 +92,8 @@ def plan_run(
             "response_tokens": work.response_tokens,
         },
         "time": time,
-        "cost": cost_of(config, time, work, price),
-        "assumptions": _assumptions(config, work, rates or {}, time),
+        "cost": cost,
+        "assumptions": _assumptions(config, sizes["student"], work, rates or {}, time),
     }
 
 
@@ -133,7 +139,25 @@ def _engine_plan(
     }
 
 
-def _assumptions(config: Config, work: Workload, rates: dict[str, float], time: dict[str, Any] | None) -> list[str]:
+def _overspent(config: Config, cost: dict[str, float]) -> list[Problem]:
+    """Endpoints that would stop before they have answered all."""
+    found = []
+    for name, teacher in config.all_teachers().items():
+        limit, spent = teacher.endpoint.max_spend if teacher.endpoint else None, cost.get(f"endpoint {name}", 0.0)
+        if limit is not None and spent > limit:
+            key = f"teachers.{name}" if config.teachers else "teacher"
+            what = f"{key}.endpoint.max_spend: {limit:,.2f}: its answers cost about {spent:,.2f}, so that the stage would stop"
+            found.append(
+                Problem(
+                    what, (f"{key}.endpoint.max_spend={math.ceil(spent)}", "a smaller sampling.limit"), always=False
+                )
+            )
+    return found
+
+
+def _assumptions(
+    config: Config, size: ModelSize, work: Workload, rates: dict[str, float], time: dict[str, Any] | None
+) -> list[str]:
     lines = [f"{name.replace('_', ' ')}: {source}" for name, source in work.sources.items()]
     if any(isinstance(judge, LlmJudge) and judge.model.endpoint for judge in config.evaluation.judges.values()):
         lines.append("money for judges behind endpoints is not counted")
@@ -146,6 +170,14 @@ def _assumptions(config: Config, work: Workload, rates: dict[str, float], time: 
     if stages:
         lines.append(
             "in no hours: starts of engines and workers; likelihoods, judges and reward models that are asked for"
+        )
+    if any(teacher.endpoint for teacher in config.all_teachers().values()) and stages:
+        lines.append("servers answer while engines sample: of these the longer counts in all")
+    longest, held = longest_group(config, size.context), config.training.micro_batch_tokens
+    if longest > held:
+        lines.append(
+            f"a prompt with the responses of its pairs has up to {longest:,} tokens, training.micro_batch_tokens holds {held:,}: what is "
+            "longer is refused, or cut by training.max_group_tokens and training.over_long"
         )
     if is_offloaded(load_deepspeed(config.training.deepspeed)):
         lines.append("what offloading moves between a GPU and its node is not counted: training takes longer")

@@ -65,6 +65,12 @@ def plan_lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"GPUs: {gpus['fewest']} at least; no stage uses more than {gpus['most']} (engines that are `auto` take what there is)"
     disk = plan["disk_gib"]
     yield f"Disk: {sum(disk.values()):,.1f} GiB: {_parts(disk)}"
+    if plan["time"] is None and plan["fits"]:
+        yield "No hours and no cost of devices: " + (
+            "give --prompts"
+            if plan["work"]["prompts"] is None
+            else "give --teacher-rate, --student-rate and --train-rate"
+        )
     if plan["cost"]:
         yield f"Cost: {sum(plan['cost'].values()):,.2f}: " + ", ".join(
             f"{name} {value:,.2f}" for name, value in plan["cost"].items()

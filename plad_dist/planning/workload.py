@@ -91,7 +91,7 @@ def workload_of(
     """
     sources: dict[str, str] = {}
     run = RunDir.of(config)
-    prepared, limit = _manifest(run), config.sampling.limit
+    prepared, limit, given = _manifest(run), config.sampling.limit, prompts
     if prompts is not None:
         sources["prompts"] = "--prompts"
     elif prepared is not None:
@@ -121,18 +121,24 @@ def workload_of(
         else:
             longest = _sampling(config, role).max_tokens
             responses[role], sources[key] = longest / 2, f"half of {longest:,}, the longest"
-    return Workload(prompts, sampled, _heldout(config, run), prompt_tokens, responses, sources)
+    return Workload(prompts, sampled, _heldout(config, run, given), prompt_tokens, responses, sources)
 
 
 def _sampling(config: Config, role: str) -> RoleSampling:
     return config.sampling.student if role == "student" else config.sampling.teacher
 
 
-def _heldout(config: Config, run: RunDir) -> int:
+def _heldout(config: Config, run: RunDir, prompts: int | None) -> int:
     """Held-out prompts that are answered: those that there are, as far as that is known, up to the limit."""
     prepared, source = _manifest(run, heldout_prompts), config.prompts.source
-    bound = source.heldout_limit if isinstance(source, PythonFunctionsSource) else config.evaluation.limit
-    return min(config.evaluation.limit, prepared.rows if prepared is not None else bound)
+    bound = config.evaluation.limit
+    if prepared is not None:
+        bound = prepared.rows
+    elif isinstance(source, PythonFunctionsSource):
+        bound = source.heldout_limit
+    elif config.prompts.heldout is None and prompts is not None:
+        bound = round(prompts * config.prompts.heldout_fraction)
+    return min(config.evaluation.limit, bound)
 
 
 def _manifest(run: RunDir, prompts: Callable[[Storage], Dataset] = train_prompts) -> Manifest | None:

@@ -254,7 +254,14 @@ def test_verdict_warns_where_there_is_no_capacity_gap() -> None:
     gap = compare_shares({("teacher", "sampled"): 0.9, ("warmup", "sampled"): 0.4, ("plad", "sampled"): 0.5})
     none = compare_shares({("teacher", "sampled"): 0.4, ("warmup", "sampled"): 0.4, ("plad", "sampled"): 0.5})
     assert sentence(gap, "capacity gap").startswith("There is a capacity gap")
-    assert sentence(none, "capacity gap").startswith("Warning: no capacity gap")
+    assert verdict(none)[0].startswith("Warning: no capacity gap")
+
+
+def test_verdict_does_not_praise_what_is_worse_under_another_decoding() -> None:
+    shares = {("plad", "sampled"): 0.6, ("warmup", "sampled"): 0.3, ("plad", "greedy"): 0.3, ("warmup", "greedy"): 0.6}
+    assert sentence(compare_shares(shares), "warm-up student").startswith(
+        "Calibration made the student better under one decoding and worse under another"
+    )
 
 
 @pytest.mark.parametrize(("after", "word"), [(0.78, "rose"), (0.5, "fell"), (0.69, "did not clearly change")])

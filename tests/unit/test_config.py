@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plad_dist.config import Config, is_operational, operational_keys, schema_fields
 from plad_dist.config_file import load_config, parse_config
 from plad_dist.errors import UserError
+from plad_dist.rundir import run_document
 from plad_dist.study import load_study
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
@@ -210,3 +211,9 @@ def test_numbers_come_through_unchanged(lr: float, batch: int, seed: int) -> Non
         batch,
         seed,
     )
+
+
+def test_what_a_run_directory_keeps_of_its_config_is_a_config(tmp_path: Path) -> None:
+    config = load_config("examples/quickstart.yaml", [f"run.dir={tmp_path}"])
+    (tmp_path / "run.yaml").write_bytes(run_document(config))
+    assert load_config(tmp_path / "run.yaml") == config

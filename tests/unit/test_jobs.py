@@ -39,7 +39,7 @@ def test_a_server_that_is_no_ray_is_a_wrong_address(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        with pytest.raises(UserError, match="no Ray dashboard answers there"):
+        with pytest.raises(UserError, match="is no Ray dashboard"):
             JobServer(f"http://127.0.0.1:{server.server_port}")
     finally:
         server.shutdown()

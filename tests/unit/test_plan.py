@@ -210,6 +210,40 @@ def test_a_warm_up_by_the_teacher_learns_all_of_its_responses(tmp_path: Path) ->
     assert work.trained_tokens(parse_config(raw, "test"), "warmup") == 2 * 500 * 4 * 150
 
 
+def test_an_endpoint_that_would_cost_more_than_its_cap_is_told_of() -> None:
+    plan = plan_run(
+        load_config("examples/endpoint-to-7b.yaml", ["teacher.endpoint.max_spend=50"]), Hardware(H100, None, 8, None)
+    )
+    (problem,) = plan["problems"]
+    assert problem["what"].startswith("teacher.endpoint.max_spend: 50.00: its answers cost about")
+    assert not plan["fits"]
+
+
+def test_no_more_is_held_out_than_the_data_set_has() -> None:
+    config = load_config("examples/endpoint-to-7b.yaml")
+    assert config.prompts.heldout is None
+    assert workload_of(config, prompts=1000).heldout == round(1000 * config.prompts.heldout_fraction)
+    assert workload_of(config, prompts=1_000_000).heldout == config.evaluation.limit
+
+
+def test_what_does_not_fit_has_no_hours_and_no_cost() -> None:
+    plan = plan_run(load_config("examples/qwen-72b-to-7b.yaml"), Hardware(GPUS["l4-24g"], None, 8, None), price=2.5)
+    assert (plan["fits"], plan["time"], plan["cost"]) == (False, None, None)
+
+
+def test_workers_beyond_the_groups_of_a_batch_make_nothing_faster() -> None:
+    hours = [
+        plan_run(
+            load_config("examples/tldr-llama2-13b-to-7b.yaml", [f"training.num_workers={count}"]),
+            Hardware(H100, None, 8, None),
+        )
+        for count in (64, 128)
+    ]
+    groups = load_config("examples/tldr-llama2-13b-to-7b.yaml").training.round.batch_groups
+    assert groups <= 64
+    assert len({plan["time"]["stages"]["train round-0"]["hours"] for plan in hours}) == 1
+
+
 def test_servers_answer_while_engines_sample() -> None:
     config = load_config("examples/endpoint-to-7b.yaml", ["teacher.endpoint.requests_per_minute=1"])
     time = plan_run(config, Hardware(H100, None, 8, None))["time"]
@@ -426,7 +460,7 @@ def test_workers_on_one_node_share_its_memory(tmp_path: Path) -> None:
     ("reported", "name"),
     [
         ("NVIDIA H100 80GB HBM3", "h100-80g"), ("NVIDIA H200", "h200-141g"), ("NVIDIA A100-SXM4-80GB", "a100-80g"),
-        ("NVIDIA A100-PCIE-40GB", "a100-40g"), ("NVIDIA L40S", "l40s-48g"), ("NVIDIA L4", "l4-24g"), ("NVIDIA A10G", "a10-24g"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40g"), ("NVIDIA L40S", "l40s-48g"), ("NVIDIA L4", "l4-24g"), ("NVIDIA A10G", "a10g-24g"),
         ("A100-80G", "a100-80g"), ("A100", "a100-80g"), ("A100-40G", "a100-40g"), ("H20", "h20-96g"), ("NVIDIA L40", "l40-48g"),
     ],
 )  # fmt: skip

@@ -160,6 +160,10 @@ def alter_what_only_a_journal_knows(run: RunDir) -> None:
     alter(run)
 
 
+def cut_figures(run: RunDir) -> None:
+    run.storage.replace(run.metrics, b'{"systems": [')
+
+
 def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
     """Another part and a manifest that agrees with it."""
     dataset = run.samples("teacher")
@@ -189,6 +193,7 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
         (too_many_blocks, "6 parts, where 5 blocks of prompts were to be sampled"),
         (too_few_blocks, "2 parts, where 5 blocks of prompts were to be sampled"),
         (alter_what_only_a_journal_knows, "part-00001.arrow: damaged: its checksum"),
+        (cut_figures, "eval/round-0/metrics.json: not valid JSON. Delete it and run `plad evaluate` again"),
         (other_columns, "its columns are not those of samples/teacher/round-0: prompt_id"),
     ],
 )
@@ -442,7 +447,7 @@ def test_status_does_not_call_a_dataset_complete_where_a_part_is_missing_or_cut(
     ("text", "message"),
     [
         ("config: [", "run.yaml: damaged (line 1"),
-        ("- 3\n", "run.yaml: damaged (expected `config` and `fingerprint`)"),
+        ("- 3\n", "run.yaml: damaged (expected `config` and `fingerprint`"),
         ("config: {run: {}}\nfingerprint: f\n", "run.yaml"),
     ],
 )
