@@ -112,8 +112,13 @@ class JobServer:
                     )
                 return
             except RunFailed as error:
-                if "No available agent" not in str(error) or time.monotonic() > end:
+                if "No available agent" not in str(error):
                     raise
+                if time.monotonic() > end:
+                    raise RunFailed(
+                        f"{error} Its agent did not come up within {_AGENT_S:.0f} s: dashboard_agent.log in Ray's logs on the head says why. Two "
+                        "Rays on one machine need a --dashboard-agent-listen-port each"
+                    ) from None
                 logger.info("%s has no agent yet that takes jobs; asking again", self.address)
                 time.sleep(2.0)
 

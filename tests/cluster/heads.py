@@ -50,7 +50,7 @@ class Head:
 @contextmanager
 def head(cpus: int = 4) -> Iterator[Head]:
     """Start a head, and end it with everything that it started."""
-    ports = [_free_port() for _ in range(4)]
+    ports = [_free_port() for _ in range(5)]
     # Sockets have short names, so it is not in pytest's own folder.
     with tempfile.TemporaryDirectory(prefix="plad-head-", ignore_cleanup_errors=True) as folder:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -63,7 +63,8 @@ def head(cpus: int = 4) -> Iterator[Head]:
         }
         command = [
             "ray", "start", "--head", "--block", f"--port={ports[0]}", f"--dashboard-port={ports[1]}",
-            f"--metrics-export-port={ports[2]}", f"--ray-client-server-port={ports[3]}", f"--num-cpus={cpus}",
+            f"--metrics-export-port={ports[2]}", f"--ray-client-server-port={ports[3]}",
+            f"--dashboard-agent-listen-port={ports[4]}", f"--num-cpus={cpus}",
             "--dashboard-host=127.0.0.1", "--disable-usage-stats", f"--temp-dir={folder}/ray",
         ]  # fmt: skip
         command[0] = str(Path(sys.executable).with_name("ray"))
