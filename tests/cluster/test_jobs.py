@@ -58,7 +58,9 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: He
         "stopped too late to prove anything"
     )
 
-    followed = cluster.plad("submit", str(config), "--stage", "sample", "--address", cluster.url, "--follow")
+    followed = cluster.plad(
+        "submit", str(config), "--stage", "sample", "--address", cluster.url, "--follow", timeout=900
+    )
     assert followed.returncode == 0, followed.stdout[-3000:] + followed.stderr
     assert "sample: done" in followed.stdout
     for role in ("teacher", "student"):
