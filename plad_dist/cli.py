@@ -427,7 +427,7 @@ def plan(
         "price": price,
         "prompt-tokens": prompt_tokens,
         "response-tokens": response_tokens,
-        **given,
+        **{f"{name}-rate": rate for name, rate in given.items()},
     }.items():
         if value is not None and not math.isfinite(value):
             raise UserError(f"--{option} {value}: expected a finite number")

@@ -20,9 +20,8 @@ from plad_dist.errors import UserError
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a run's YAML. Raises :class:`UserError` for anything wrong with it."""
     raw = read_yaml(Path(path))
-    if {"config", "fingerprint"} <= raw.keys() and isinstance(
-        raw["config"], dict
-    ):  # what a run directory keeps of its config
+    # A run directory keeps its config beside its fingerprint.
+    if {"config", "fingerprint"} <= raw.keys() and isinstance(raw["config"], dict):
         raw = raw["config"]
     return parse_config(override(raw, {}, overrides), str(path))
 

@@ -118,18 +118,20 @@ class Config(Section):
         """The decodings that every system is evaluated with, by name."""
         if self.evaluation.decodings:
             return dict(self.evaluation.decodings)
-        student = self.sampling.student
-        sampled = Decoding(**{name: getattr(student, name) for name in Decoding.model_fields})
+        sampled = self._as_the_student_is_sampled()
         return {"greedy": sampled.model_copy(update={"temperature": 0.0}), "sampled": sampled}
 
     def system_decodings(self, system: str) -> dict[str, Decoding]:
         """The decodings that one system is evaluated with: the warm-up student also at lower temperatures."""
         decodings = self.decodings()
         if system == "warmup":
-            base = Decoding(**{name: getattr(self.sampling.student, name) for name in Decoding.model_fields})
+            base = self._as_the_student_is_sampled()
             for temperature in self.evaluation.warmup_temperatures:
                 decodings[f"t{temperature:g}"] = base.model_copy(update={"temperature": temperature})
         return decodings
+
+    def _as_the_student_is_sampled(self) -> Decoding:
+        return Decoding(**{name: getattr(self.sampling.student, name) for name in Decoding.model_fields})
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides what the run produces; run.dir and operational keys are left out."""
