@@ -95,8 +95,10 @@ def release(engine: Any) -> None:
 def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int, *, half: bool) -> dict[str, Any]:
     """A DeepSpeed config completed with what the run's config decides."""
     zero = dict(deepspeed["zero_optimization"])
+    clip_norm = optimizer.clip_norm
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
+        clip_norm = 0.0  # DeepSpeed would clip the orthogonalised updates, whose norm is the root of their ranks
     if "zero_hpz_partition_size" in zero:
         zero["zero_hpz_partition_size"] = math.gcd(int(zero["zero_hpz_partition_size"]), workers)
     return deepspeed | {
@@ -104,7 +106,7 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int,
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_norm,
+        "gradient_clipping": clip_norm,
         "bf16": {"enabled": half},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,

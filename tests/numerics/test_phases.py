@@ -71,6 +71,20 @@ def test_other_losses_go_down(tmp_path: Path, loss: dict[str, Any]) -> None:
     assert heldout[-1]["heldout"]["loss"] < heldout[0]["heldout"]["loss"]
 
 
+def test_a_muon_step_moves_every_matrix_by_its_rate(tmp_path: Path) -> None:
+    """Its updates are orthogonal but for the tolerance of five Newton-Schulz steps: no clipping makes them smaller."""
+    rate = 1e-2
+    optimizer = {"name": "muon", "lr": rate, "schedule": "constant", "warmup_share": 0.0, "clip_norm": 1e-3}
+    run = trained(tmp_path, workers=2, max_steps=1, optimizer=optimizer)
+    start, after = load_file(tmp_path / "student/model.safetensors"), load_file(run.model(PHASE) / "model.safetensors")
+    matrices = [name for name in start if "proj" in name]
+    assert matrices
+    for name in matrices:
+        rows, columns = start[name].shape
+        largest = float(torch.linalg.matrix_norm(after[name] - start[name], 2)) / math.sqrt(max(1, rows / columns))
+        assert 0.6 * rate < largest < 1.3 * rate, name
+
+
 def test_adapters_are_merged_into_the_model_and_kept_by_themselves(tmp_path: Path) -> None:
     """Two workers, left after three steps and resumed."""
     raw = config_with_pairs(tmp_path, max_steps=6, optimizer={"lr": 2e-2})
