@@ -298,8 +298,10 @@ def study(
     from pathlib import Path
 
     from plad_dist.evaluation.comparison import compare_runs
+    from plad_dist.evaluation.over_seeds import seeds_table, study_over_seeds
     from plad_dist.study import begin, load_study
 
+    seeds: list[dict[str, str]] = []
     for runs in load_study(file, overrides or []):
         done: list[Config] = []
         for _, config in runs:
@@ -308,6 +310,13 @@ def study(
             done.append(config)
         folders = [config.run.dir for config in done]
         _compared(compare_runs(folders), str(Path(folders[0]).parent / "compare.html"))
+        seeds.append({name: config.run.dir for name, config in runs})
+    if len(seeds) > 1:
+        rows = study_over_seeds(seeds)
+        figures = Path(next(iter(seeds[0].values()))).parent.parent / "study.json"
+        figures.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        _print(seeds_table(rows))
+        typer.echo(f"\nAll figures: {figures}")
 
 
 @app.command()

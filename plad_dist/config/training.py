@@ -88,7 +88,9 @@ class Optimizer(Section):
     warmup_share: float = Field(0.05, ge=0.0, le=1.0, description="Share of the steps with rising learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     clip_norm: float = Field(
-        1.0, gt=0.0, description="Largest gradient norm. Muon does not clip: the size of its updates is that of no gradient."
+        1.0,
+        gt=0.0,
+        description="Largest gradient norm. Muon does not clip: the size of its updates is that of no gradient.",
     )
 
 

@@ -123,15 +123,17 @@ def eight_bit_adamw(optimizer: Optimizer) -> Callable[[list[torch.nn.Parameter]]
 
 
 def _optimizer_keys(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:
-    """What DeepSpeed is told of an optimizer. An offloaded AdamW is DeepSpeed's own for CPUs; that of 8 bits is given to it."""
+    """What DeepSpeed is told of an optimizer. An offloaded AdamW is DeepSpeed's own for CPUs, else it is PyTorch's, which need not be
+    compiled; that of 8 bits is given to it.
+    """
     if optimizer.name == "adamw_8bit":
         return {"zero_allow_untested_optimizer": True}
     adam = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
+    own = {} if offloaded else {"torch_adam": True}
     if optimizer.name == "muon":
         rates = {"muon_lr": optimizer.lr, "adam_lr": optimizer.adam_lr or optimizer.lr}
-        return {"optimizer": {"type": "Muon", "params": adam | rates}}
-    own = {"lr": optimizer.lr} | ({} if offloaded else {"torch_adam": True})
-    return {"optimizer": {"type": "AdamW", "params": adam | own}}
+        return {"optimizer": {"type": "Muon", "params": adam | rates | own}}
+    return {"optimizer": {"type": "AdamW", "params": adam | {"lr": optimizer.lr} | own}}
 
 
 def add_adapters(model: Any, lora: Lora, seed: int) -> None:
