@@ -295,10 +295,9 @@ def study(
     overrides: Overrides = None,
 ) -> None:
     """Run all variants of a config and compare them. What variants have in common is made once; resumes where it was left."""
-    from pathlib import Path
-
     from plad_dist.evaluation.comparison import compare_runs
     from plad_dist.evaluation.over_seeds import seeds_table, study_over_seeds
+    from plad_dist.rundir import RunDir
     from plad_dist.study import begin, load_study
 
     seeds: list[dict[str, str]] = []
@@ -308,12 +307,11 @@ def study(
             begin(config, done)
             _pipeline(config)
             done.append(config)
-        folders = [config.run.dir for config in done]
-        _compared(compare_runs(folders), str(Path(folders[0]).parent / "compare.html"))
+        folder = RunDir.of(done[0]).root.parent
+        _compared(compare_runs([config.run.dir for config in done]), str(folder / "compare.html"))
         seeds.append({name: config.run.dir for name, config in runs})
     if len(seeds) > 1:
-        rows = study_over_seeds(seeds)
-        figures = Path(next(iter(seeds[0].values()))).parent.parent / "study.json"
+        rows, figures = study_over_seeds(seeds), folder.parent / "study.json"
         figures.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         _print(seeds_table(rows))
         typer.echo(f"\nAll figures: {figures}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import first_line, model_marker, weights_problems
 from plad_dist.errors import RunFailed, UserError
@@ -24,7 +22,7 @@ def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = Fa
         UserError: the run has no such model, or it is damaged; the hub refuses the name or the token.
         RunFailed: the hub does not answer.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     config = parse_config(load_run(run_dir)["config"], f"{run_dir}/{RUN_FILE}")
@@ -45,9 +43,11 @@ def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = Fa
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status in (401, 403, 404):
-            token = "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "no token: set HF_TOKEN"
+            token = "with the token that is set" if get_token() else "there is no token: set HF_TOKEN"
             raise UserError(f"{repo}: the hub refuses it with status {status} ({token})") from None
         raise RunFailed(f"{repo}: the hub answers with {first_line(error)}; run again") from None
+    except ValueError as error:
+        raise UserError(f"{repo}: {' '.join(str(error).split())}") from None
     except Exception as error:  # noqa: BLE001 - whatever the hub's transport raises
         raise RunFailed(f"{repo}: the hub cannot be reached: {first_line(error)}; run again when it can") from None
     return f"{hub.endpoint}/{repo}"

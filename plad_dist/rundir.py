@@ -38,17 +38,6 @@ _STAGES = (
     ("checkpoints/seqkd", "events/seqkd"),
     ("eval/round-0/metrics.json",),
 )
-# All that each of these stages makes and the next ones need, as patterns.
-FILES = (
-    ("prompts/**/*", "eval/prompts/**/*"),
-    tuple(f"{kind}/{name}/**/*" for name in ("teacher-init", "student-init", "teacher", "warmup") for kind in ("models", "events")),
-    (
-        "samples/*/round-0/**/*", "eval/round-0/pair-samples/**/*", "eval/round-0/samples/teacher/**/*",
-        "eval/round-0/samples/warmup/**/*", "eval/round-0/candidates/**/*",
-    ),
-    ("pairs/round-0/**/*", "eval/round-0/pairs/**/*"),
-    ("models/round-0/**/*", "events/round-0/**/*"),
-)  # fmt: skip
 # The first stage that reads a config section; all stages after it depend on the section too.
 _FIRST_READER = {
     "run": 0,
@@ -314,4 +303,10 @@ def log_to_run(run: RunDir) -> None:
         folder.mkdir(exist_ok=True)
         handler = logging.FileHandler(folder / "plad.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger("plad").addHandler(handler)
+        logger = logging.getLogger("plad")
+        for other in [
+            each for each in logger.handlers if isinstance(each, logging.FileHandler)
+        ]:  # of a study's last run
+            logger.removeHandler(other)
+            other.close()
+        logger.addHandler(handler)

@@ -102,6 +102,15 @@ class Evaluation(Section):
         return value
 
     @model_validator(mode="after")
+    def _temperatures_are_not_decodings(self) -> Evaluation:
+        for temperature in self.warmup_temperatures:
+            if (name := f"t{temperature:g}") in self.decodings:
+                raise ValueError(
+                    f"decodings: name {name!r}: stands for the warm-up student at that temperature (warmup_temperatures), use another one"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _judges_are_named(self) -> Evaluation:
         for name in self.judges:
             if name in (*REFERENCE_JUDGES, "candidates") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):

@@ -287,6 +287,12 @@ class Dataset:
         _parts.cache_clear()
         return moved
 
+    def set_aside_unless(self, fingerprint: str) -> None:
+        """Reopen a complete dataset that was made of something else: it is to be made anew as a whole."""
+        manifest = self.manifest()
+        if manifest is not None and manifest.fingerprint != fingerprint:
+            self.reopen(None, [part.name for part in manifest.parts])
+
     def manifest(self) -> Manifest | None:
         """The manifest, None while the dataset is not complete. Raises :class:`DamagedManifest`."""
         data = self.storage.read(f"{self.path}/{MANIFEST}")

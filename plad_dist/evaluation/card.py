@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from plad_dist.config import Config
+from plad_dist.config import Config, Loss
 from plad_dist.evaluation.report import with_interval
 
 
@@ -25,9 +27,27 @@ def render_card(config: Config, metrics: Mapping[str, Any], versions: Mapping[st
         config_yaml=config_yaml,
         teachers={name: _origin(model) for name, model in config.all_teachers().items()},
         student=_origin(config.student),
-        base=config.student.path,
+        base=_hub_name(config.student.path),
+        loss=_loss(config.training.round.loss),
         share=with_interval,
     )
+
+
+def _hub_name(path: str | None) -> str | None:
+    """A name that a hub's card may give as what the model is made of: a folder of this cluster is none."""
+    return (
+        path if path is not None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
+    )
+
+
+def _loss(loss: Loss) -> str:
+    """The loss with those of its numbers that it uses."""
+    used: list[str] = [loss.name]
+    if loss.name in ("rank", "margin", "listwise", "simpo"):
+        used.append(f"margin {loss.margin:g}")
+    if loss.name in ("dpo", "ipo", "simpo", "cpo", "orpo"):
+        used.append(f"beta {loss.strength:g}")
+    return ", ".join([*used, *(["per token"] if loss.per_token else []), f"anchor {loss.anchor:g}"])
 
 
 def _origin(model: Any) -> str:

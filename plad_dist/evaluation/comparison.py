@@ -60,11 +60,11 @@ def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
         UserError: a run is not evaluated, they have no prompt in common, or decode differently.
     """
     runs = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-    decodings = {run.metrics["main_decoding"] for run in runs}
-    if len(decodings) > 1:
-        told = ", ".join(f"{run.name}: {run.metrics['main_decoding']}" for run in runs)
+    decoding = runs[0].metrics["main_decoding"]
+    used = [(run.metrics["main_decoding"], run.config.decodings().get(run.metrics["main_decoding"])) for run in runs]
+    if any(each != used[0] for each in used):
+        told = "; ".join(f"{run.name}: {name}, {settings}" for run, (name, settings) in zip(runs, used, strict=True))
         raise UserError(f"these runs have other main decodings ({told}): evaluate them alike (evaluation.decodings)")
-    decoding = decodings.pop()
     shared = set.intersection(*(set(run.prompts) for run in runs))
     common = [prompt for prompt in dict.fromkeys(runs[0].prompts) if prompt in shared]
     if not common:
@@ -87,7 +87,8 @@ def _names(paths: Sequence[str]) -> list[str]:
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError(f"{paths[0]}: is given twice")
+    twice = next(path for path, part in zip(paths, parts, strict=True) if parts.count(part) > 1)
+    raise UserError(f"{twice}: is given twice")
 
 
 def _opened(path: str, name: str) -> _Run:
@@ -175,7 +176,10 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
 
 
 def write_comparison(comparison: Mapping[str, Any], html: Path) -> None:
-    """The page, and the figures as JSON beside it."""
-    html.parent.mkdir(parents=True, exist_ok=True)
-    html.with_suffix(".json").write_text(json.dumps(comparison, indent=1), encoding="utf-8")
-    html.write_text(comparison_page(comparison), encoding="utf-8")
+    """The page, and the figures as JSON beside it. Raises :class:`UserError` where they cannot be written."""
+    try:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.with_suffix(".json").write_text(json.dumps(comparison, indent=1), encoding="utf-8")
+        html.write_text(comparison_page(comparison), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{html}: cannot be written ({error.strerror})") from None

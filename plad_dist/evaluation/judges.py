@@ -148,8 +148,8 @@ def ask_judge(
 ) -> dict[tuple[str, str], Preferences]:
     """Let a judge read the responses of pairs of systems to the first prompts, in both orders.
 
-    Questions are asked in chunks, each a dataset named by its text and by who is asked how: what was answered is not asked
-    again when the limit is raised, and another judge or question begins anew.
+    Questions are asked in chunks, each a dataset named by its text and by who is asked how: whole chunks that were answered are not
+    asked again when the limit is raised, and another judge or question begins anew.
     """
     from plad_dist.sampling.stage import ask, judge_identity
 

@@ -151,7 +151,7 @@ def compare(
         for name in REFERENCE_JUDGES
     } | dict(judgements or {})
     plan = _Comparison(scores, judges, judge, main, resamples, seed)
-    cooler = [d for s, d in scores if s == "warmup" and 0 < temperatures[d] < temperatures[main] and d != main]
+    cooler = [d for s, d in scores if s == "warmup" and temperatures[d] < temperatures[main]]
     shown = dict.fromkeys((judge, *(judgements or {})))
     metrics: dict[str, Any] = {
         "prompts": len(references),

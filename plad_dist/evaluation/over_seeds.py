@@ -1,11 +1,17 @@
-"""Runs that differ in their seed, taken together: figures whose intervals cover the seed too.
+"""Runs that differ in their seed, taken together: figures whose 95% intervals cover the seed too.
 
-The intervals resample the seeds, then the held-out prompts of each (pairs: two binomial shares). Few seeds make them wide, as they should be.
+An interval's half width is the root of two squared ones: of the seeds, by Student's t over the runs' means (two or three seeds make it
+wide), and of the held-out prompts, which the runs share: 1.96 standard errors, clustered by prompt (Cameron and Miller 2015). The spread
+between seeds holds some of the prompts' noise already, so it is rather too wide than too narrow. Of one run it is the prompts' alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,11 +28,33 @@ from plad_dist.evaluation.statistics import Interval, Scores, rank_correlations,
 from plad_dist.phases import SEQKD, WARMUP
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run
 
-RESAMPLES = 4000
+_NORMAL = 1.959964  # 97.5% of the standard normal
+_STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+)  # of Student's t with 1, 2, ... degrees
 
-Draw = Callable[
-    [np.random.Generator | None], float
-]  # a figure of one run, of resampled prompts where there is a generator
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one run.
+
+    Attributes:
+        errors: by prompt, what it adds to the mean's deviation from what all prompts would give.
+        variance: of the mean, by what no other run shares.
+    """
+
+    mean: float
+    errors: dict[str, float] = field(default_factory=dict)
+    variance: float = 0.0
 
 
 class Finished:
@@ -47,6 +75,7 @@ class Finished:
             raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
         prompts = evaluated_prompts(config, run)
         self.references = prompts["reference"].to_pylist()
+        self.prompts = [json.dumps(messages, sort_keys=True) for messages in prompts["messages"].to_pylist()]
         decodings = {"": metrics["main_decoding"]} | (
             {"greedy_": "greedy"} if metrics["main_decoding"] != "greedy" else {}
         )
@@ -57,15 +86,20 @@ class Finished:
             for prefix, decoding in decodings.items()
             if decoding in config.system_decodings(system)
         }
-        if control is not None:
-            if control.references != self.references:
-                raise UserError(f"{path}: its held-out prompts are not those of the run that it is compared with")
-            theirs = {
-                key: scores
-                for key, scores in control.scores.items()
-                if key[0] == SEQKD and (PLAD, key[1]) in self.scores
-            }
-            self.scores = theirs | self.scores
+        borrowed = {
+            key: scores
+            for key, scores in ({} if control is None else control.scores).items()
+            if key[0] == SEQKD and key not in self.scores and (PLAD, key[1]) in self.scores
+        }
+        if (
+            control is not None
+            and borrowed
+            and (control.prompts, control.references) != (self.prompts, self.references)
+        ):
+            raise UserError(
+                f"{path}: its held-out prompts are not those of the run whose sequence-level KD stands beside it"
+            )
+        self.scores |= borrowed
         self.ranking = metrics.get("ranking")
         self.correlation_gain: Scores | None = None
         if (candidates := candidates_of(config, run, self.references)) is not None:
@@ -74,7 +108,7 @@ class Finished:
             )
             self.correlation_gain = after - before
 
-    def draws(self) -> dict[str, Draw]:
+    def figures(self) -> dict[str, Figure]:
         """Figures by name, those that the run has: of the main decoding, and of greedy outputs with the prefix `greedy_`."""
         values_P: dict[str, Scores] = {}
         for (system, prefix), scores in self.scores.items():
@@ -86,17 +120,49 @@ class Finished:
                 values_P[f"{prefix}rouge_l_gain_over_{system}"] = plad.rouge_l - scores.rouge_l
         if self.correlation_gain is not None:
             values_P["calibration_gain"] = self.correlation_gain
-        known = {
-            name: values[~np.isnan(values)] for name, values in values_P.items()
-        }  # NaN: a prompt without reference
-        found = {name: _of_prompts(values) for name, values in known.items() if values.size}
-        return found | ({} if self.ranking is None else {"pair_accuracy_gain": _of_pairs(self.ranking)})
+        found = {name: self._over_prompts(values) for name, values in values_P.items() if not np.isnan(values).all()}
+        return found | ({} if self.ranking is None else {"pair_accuracy_gain": _over_pairs(self.ranking)})
+
+    def _over_prompts(self, values_P: Scores) -> Figure:
+        """NaN: a prompt that has no value, such as one without reference."""
+        mean, count = float(np.nanmean(values_P)), np.count_nonzero(~np.isnan(values_P))
+        errors: dict[str, float] = defaultdict(float)
+        for prompt, value in zip(self.prompts, values_P, strict=True):
+            errors[prompt] += 0.0 if np.isnan(value) else float(value - mean) / count
+        return Figure(mean, errors)
+
+
+def _over_pairs(ranking: Any) -> Figure:
+    """Of two shares of the same pairs, whose errors are taken to be independent, as if they were of different ones."""
+    after, before = (ranking[name]["pair_accuracy"] for name in ("after", "before"))
+    return Figure(after - before, variance=sum(share * (1 - share) for share in (after, before)) / ranking["pairs"])
 
 
 def over_seeds(runs: Sequence[Finished]) -> dict[str, Interval]:
-    """The figures that all runs have: means over seeds, with 95% intervals over seeds and prompts."""
-    draws = [run.draws() for run in runs]
-    return {name: _interval([each[name] for each in draws]) for name in draws[0] if all(name in each for each in draws)}
+    """The figures that all runs have: means over the seeds."""
+    figures = [run.figures() for run in runs]
+    common = [name for name in figures[0] if all(name in each for each in figures)]
+    return {name: _interval([each[name] for each in figures]) for name in common}
+
+
+def _interval(figures: Sequence[Figure]) -> Interval:
+    count, means = len(figures), np.array([figure.mean for figure in figures])
+    errors: dict[str, float] = defaultdict(float)
+    for figure in figures:
+        for prompt, error in figure.errors.items():
+            errors[prompt] += error / count
+    variance = sum(error**2 for error in errors.values()) + sum(figure.variance for figure in figures) / count**2
+    of_seeds = _student(count - 1) * float(means.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+    half, mean = math.hypot(of_seeds, _NORMAL * math.sqrt(variance)), float(means.mean())
+    return Interval(mean, mean - half, mean + half)
+
+
+def _student(degrees: int) -> float:
+    """97.5% of Student's t; beyond the table by Fisher and Cornish's expansion, right to three places."""
+    if degrees <= len(_STUDENT):
+        return _STUDENT[degrees - 1]
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def study_over_seeds(seeds: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
@@ -120,43 +186,18 @@ def study_over_seeds(seeds: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]
 
 
 def seeds_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The variants for the terminal; percentages, 95% intervals over seeds and prompts in brackets."""
+    """The variants for the terminal: percentages, but for correlations; 95% intervals over seeds and prompts in brackets."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     table.title = f"PLaD over {rows[0]['seeds']} seeds; 95% intervals over seeds and prompts"
     columns = {
         "rouge_l_plad": "ROUGE-L", "win_rate_vs_warmup": "win vs warm-up", "win_rate_vs_seqkd": "win vs seqkd",
         "greedy_win_rate_vs_seqkd": "greedy:\nwin vs seqkd", "pair_accuracy_gain": "pairs ranked\nright, gain",
-        "calibration_gain": "rank corr.,\ngain",
     }  # fmt: skip
     table.add_column("variant")
-    for header in columns.values():
+    for header in [*columns.values(), "rank\ncorrelation, gain"]:
         table.add_column(Text(header), justify="right")
     for row in rows:
-        table.add_row(Text(row["variant"]), *(Text(with_interval(row.get(key))) for key in columns))
+        gain = row.get("calibration_gain")
+        correlation = "–" if gain is None else f"{gain['value']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]"
+        table.add_row(Text(row["variant"]), *(Text(with_interval(row.get(key))) for key in columns), Text(correlation))
     return table
-
-
-def _of_prompts(values_P: Scores) -> Draw:
-    def draw(rng: np.random.Generator | None) -> float:
-        return float(values_P.mean() if rng is None else values_P[rng.integers(0, values_P.size, values_P.size)].mean())
-
-    return draw
-
-
-def _of_pairs(ranking: Any) -> Draw:
-    shares, pairs = [ranking[name]["pair_accuracy"] for name in ("after", "before")], ranking["pairs"]
-
-    def draw(rng: np.random.Generator | None) -> float:
-        after, before = shares if rng is None else [rng.binomial(pairs, share) / pairs for share in shares]
-        return float(after - before)
-
-    return draw
-
-
-def _interval(draws: list[Draw]) -> Interval:
-    rng = np.random.default_rng(0)
-    resampled = [
-        np.mean([draws[index](rng) for index in rng.integers(0, len(draws), len(draws))]) for _ in range(RESAMPLES)
-    ]
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    return Interval(float(np.mean([draw(None) for draw in draws])), float(low), float(high))

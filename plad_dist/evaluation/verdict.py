@@ -106,15 +106,14 @@ def _against_seqkd(metrics: Mapping[str, Any]) -> str | None:
     for (decoding, x), sign in zip(known, signs, strict=True):
         told = f"ROUGE-L {_points(x)}, wins {_share(metrics['plad_vs_seqkd'][decoding])}" if by_rouge else _share(x)
         clauses.append(f"{decoding} {words[sign]} ({told})")
-    match (1 in signs, -1 in signs):
-        case (True, False):
-            head = "PLaD gives more than plain distillation here"
-        case (False, True):
-            head = "PLaD gives less than plain distillation here"
-        case (True, True):
-            head = "Whether PLaD gives more than plain distillation depends on the decoding"
-        case _:
-            head = "No advantage of PLaD over plain distillation is shown"
+    heads = {
+        1: "PLaD gives more than plain distillation here",
+        -1: "PLaD gives less than plain distillation here",
+        0: "No advantage of PLaD over plain distillation is shown",
+    }
+    head = f"{heads[signs[0]]} ({known[0][0]})"
+    if {1, -1} <= set(signs):
+        head = "Whether PLaD gives more than plain distillation depends on the decoding"
     compute = "equal compute" if metrics["previous"] == "warmup" else "the compute of one round"
     return f"{head}; against sequence-level KD of {compute}{_by(metrics)}: {'; '.join(clauses)}."
 
@@ -193,11 +192,11 @@ def _sharpening(rows: Mapping[Key, Mapping[str, Any]], metrics: Mapping[str, Any
     if gain is None or not found:
         return None
     if _sign(gain) <= 0:
-        return f"Lower temperatures have no gain to explain: PLaD ({main}) does not beat the warm-up student ({main})."
+        return f"Lower temperatures have no gain to explain: PLaD ({main}) is not shown to beat the warm-up student ({main}) by ROUGE-L."
     best = max(found, key=lambda decoding: rows["warmup", decoding]["rouge_l"]["value"])
     left = found[best]
     cooler = f"warm-up student at temperature {rows['warmup', best]['temperature']:g}"
-    apart = f"PLaD ({main}) minus the untouched {cooler}: {_points(left)}"
+    apart = f"ROUGE-L of PLaD ({main}) minus the untouched {cooler}: {_points(left)}"
     if _sign(left) < 0:
         return f"A lower temperature alone does better than PLaD: its gain is no more than sharpening ({apart})."
     if _sign(left) == 0:
@@ -218,8 +217,8 @@ def _capacity_gap(metrics: Mapping[str, Any]) -> str | None:
     if any(sign > 0 for sign in signs):
         return f"The capacity gap depends on the decoding (teacher minus warm-up student: {clauses})."
     return (
-        f"Warning: no capacity gap: by the references the teacher is not better than the warm-up student ({clauses}), "
-        "so preferring its responses has no ground here."
+        f"Warning: no capacity gap is shown: by the references the teacher is not clearly better than the warm-up student ({clauses}), "
+        "so preferring its responses may have no ground here."
     )
 
 

@@ -240,6 +240,8 @@ def _assignments(config: Config, run: RunDir, speakers: list[_Speaker], wanted: 
     if wanted.responses is not None:
         decides += [wanted.responses.require("sample").contents, wanted.own_tokens]
     made_of = fingerprint(decides)
+    if wanted.responses is not None:  # those that were scored may have been repaired since, and say something else now
+        wanted.output.set_aside_unless(made_of)
     blocks_of = teacher_blocks(manifest) if role == "teacher" else {speakers[0].name: range(len(rows))}
     assigned: dict[str, list[Assignment]] = {}
     for speaker, decoding in zip(speakers, decodings, strict=True):

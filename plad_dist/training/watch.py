@@ -86,7 +86,7 @@ class _Watch:
         self._told = False  # that there is no room
 
     def follow(self) -> None:
-        """Look whenever there is something new. Training does not depend on it: what goes wrong is said, and tried again later."""
+        """Look whenever there is something new. Training does not depend on it: what goes wrong is said, and the next checkpoint is looked at."""
         wait, begun = _TURN_S, False
         while not self.ended.wait(wait):
             try:
@@ -131,12 +131,16 @@ class _Watch:
             return
         found = found or Watched(job.fingerprint, start=figures(0, questions.before, questions))
         self._write(job, replace(found, looking=step))
-        answers = self._look(job, newest, questions) if _store(job).is_committed(step) else None
-        found = read_watched(run.storage, job.name, job.fingerprint)
-        if found is None or found.looking != step:  # another command watches now
-            return
-        if answers is None:
-            self._write(job, replace(found, looking=None))
+        answers = None
+        try:
+            answers = self._look(job, newest, questions) if _store(job).is_committed(step) else None
+        finally:
+            found = read_watched(run.storage, job.name, job.fingerprint)
+            if found is not None and found.looking != step:  # another command watches now
+                found = None
+            if found is not None and answers is None:  # the checkpoint may go
+                self._write(job, replace(found, looking=None))
+        if found is None or answers is None:
             return
         look = figures(step, answers, questions)
         found = self._write(job, replace(found, looks=[*found.looks, look], looking=None))

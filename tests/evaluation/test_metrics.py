@@ -245,6 +245,24 @@ def test_verdict_says_how_much_of_the_gain_is_sharpening(cooler: float, expected
     assert expected in sentence(metrics, "temperature")
 
 
+def test_verdict_holds_the_gain_against_greedy_outputs_too() -> None:
+    """The coolest decoding is the one that takes most of a gain in sampled quality."""
+    shares = {("plad", "sampled"): 0.8, ("warmup", "sampled"): 0.3, ("warmup", "t0.5"): 0.5}
+    ahead = compare_shares(shares)
+    behind = compare_shares({**shares, ("warmup", "greedy"): 0.95, ("plad", "greedy"): 0.95})
+    assert "stays ahead" in sentence(ahead, "lower temperatures")
+    assert "no more than sharpening" in sentence(behind, "temperature alone")
+    assert "at temperature 0:" in sentence(behind, "temperature alone")
+
+
+def test_verdict_on_the_control_is_that_of_the_main_decoding() -> None:
+    shares = {("plad", "greedy"): 0.8, ("seqkd", "greedy"): 0.4, ("warmup", "greedy"): 0.3}
+    tied = {(s, "sampled"): 0.5 for s in ("plad", "seqkd", "warmup")}
+    said = sentence(compare_shares({**shares, **tied}), "sequence-level KD")
+    assert said.startswith("No advantage of PLaD over plain distillation is shown (sampled)")
+    assert "greedy ahead" in said
+
+
 def test_verdict_has_no_sharpening_to_explain_without_a_gain() -> None:
     metrics = compare_shares({("plad", "sampled"): 0.3, ("warmup", "sampled"): 0.3, ("warmup", "t0.5"): 0.5})
     assert "no gain to explain" in sentence(metrics, "temperatures")

@@ -6,11 +6,14 @@ import base64
 import dataclasses
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from plad_dist.config import Loss
+from plad_dist.evaluation.card import _hub_name, _loss
 from plad_dist.evaluation.metrics import Output, compare
 from plad_dist.evaluation.report import ReportData, metrics_table, render_report
 from plad_dist.training.watched import Look, Watched
@@ -209,3 +212,21 @@ def test_the_terminal_table_cuts_no_number_off() -> None:
 def test_the_terminal_table_shows_missing_quality_as_a_dash() -> None:
     shown = printed(make_metrics(("warmup", "plad"), None, None))
     assert re.search(r"plad +sampled +– +– +– +3\.0", shown)
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        ({"name": "rank"}, "rank, margin 1, anchor 1"),
+        ({"name": "dpo"}, "dpo, beta 0.1, anchor 0"),
+        ({"name": "simpo", "margin": 0.5}, "simpo, margin 0.5, beta 2, per token, anchor 0"),
+    ],
+)
+def test_a_card_tells_the_numbers_that_the_loss_uses(loss: dict[str, Any], told: str) -> None:
+    assert _loss(Loss(**loss)) == told
+
+
+def test_a_card_names_no_folder_as_the_base_model(tmp_path: Path) -> None:
+    """A hub refuses cards whose base model is none of its own."""
+    assert _hub_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert [_hub_name(name) for name in (None, str(tmp_path), "/mnt/models/student", "../student")] == [None] * 4

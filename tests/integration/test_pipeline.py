@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from plad_dist.config_file import load_config
+from plad_dist.evaluation.over_seeds import study_over_seeds
 from plad_dist.planning.workload import workload_of
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.job import sample_seed
@@ -219,6 +220,23 @@ def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     for verdict in metrics["verdict"]:
         assert verdict.split()[0] in finished.output
     assert str(finished.root / "eval/round-0/report.html") in finished.output
+
+
+def test_figures_over_seeds_of_one_run_are_those_of_its_report(finished: Finished) -> None:
+    """A second variant that has no control of its own borrows the first one's."""
+    metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
+    root = str(finished.root)
+    own, other = study_over_seeds([{"own": root, "other": root}])
+    assert own | {"variant": "other"} == other
+    rows = {(row["system"], row["decoding"]): row for row in metrics["systems"]}
+    for prefix, decoding in (("", "sampled"), ("greedy_", "greedy")):
+        expected = rows["plad", decoding]
+        assert own[f"{prefix}rouge_l_plad"]["value"] == pytest.approx(expected["rouge_l"]["value"])
+        assert own[f"{prefix}win_rate_vs_warmup"]["value"] == pytest.approx(expected["win_rate_vs_warmup"]["value"])
+        assert own[f"{prefix}win_rate_vs_seqkd"]["value"] == pytest.approx(metrics["plad_vs_seqkd"][decoding]["value"])
+    ranking = metrics["ranking"]
+    gain = ranking["after"]["pair_accuracy"] - ranking["before"]["pair_accuracy"]
+    assert own["pair_accuracy_gain"]["value"] == pytest.approx(gain)
 
 
 def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished: Finished) -> None:

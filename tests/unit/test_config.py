@@ -79,6 +79,10 @@ def test_a_config_survives_being_written_and_read() -> None:
             "evaluation.warmup_temperatures.0: expected a value greater than 0",
         ),
         (
+            {"evaluation": {"decodings": {"t0.5": {"temperature": 0.5, "max_tokens": 8}}}},
+            "name 't0.5': stands for the warm-up student at that temperature",
+        ),
+        (
             {"training": {"warmup": {}}},
             "prompts.source.reference_column: missing; training.warmup.data is `references`; set it, or use `data: teacher`",
         ),

@@ -112,6 +112,19 @@ def test_a_stage_that_goes_on_refuses_parts_of_another_origin_before_it_begins(t
         data.go_on("other")
 
 
+def test_what_was_made_of_something_else_is_set_aside_whole(tmp_path: Path) -> None:
+    data = dataset(tmp_path)
+    data.set_aside_unless("f")
+    commit(data, 0, rows(1, 2))
+    data.finish(1, fingerprint="f", facts={})
+    data.set_aside_unless("f")
+    assert data.read()["x"].to_pylist() == [1, 2]
+    data.set_aside_unless("other")
+    assert data.manifest() is None
+    assert data.go_on("other") == {}
+    assert len(list((tmp_path / "numbers" / "damaged").iterdir())) == 1, "it is kept"
+
+
 def test_what_is_read_is_checked_against_the_manifest(tmp_path: Path) -> None:
     data = dataset(tmp_path)
     commit(data, 0, rows(1, 2))

@@ -23,6 +23,9 @@ MADE = (
 )  # fmt: skip
 
 
+DECODINGS = {"greedy": {"temperature": 0.0, "max_tokens": 8}, "sampled": {"temperature": 1.0, "max_tokens": 8}}
+
+
 @pytest.fixture
 def first(tmp_path: Path) -> dict[str, Any]:
     """A run of which something of every stage is there."""
@@ -53,6 +56,13 @@ def variant(first: dict[str, Any], folder: Path, **sections: Any) -> Any:
         ({"pairing__combine": "one"}, {*MADE} - {MADE[5], MADE[7], MADE[8], MADE[9]}),
         ({"sampling__window": 3, "sampling__limit": 100}, {*MADE[:3]}),
         ({"training__over_long": "drop"}, set()),
+        # What the teacher made does not hang on the warm-up student's training, nor on how that is sampled.
+        ({"training__warmup": {"epochs": 7, "batch_groups": 8}}, {MADE[0], MADE[3]}),
+        ({"sampling__student": {"temperature": 0.7, "max_tokens": 8}, "evaluation__decodings": DECODINGS}, {*MADE[:4]}),
+        ({"sampling__student": {"temperature": 0.7, "max_tokens": 8}}, {*MADE[:3]}),
+        # Operational, and yet the student is another.
+        ({"training__watch": {}}, {*MADE} - {MADE[5], MADE[7], MADE[9]}),
+        ({"training__deepspeed": "zero2"}, set()),
     ],
 )
 def test_what_is_made_before_the_first_difference_is_taken_over(
@@ -120,6 +130,7 @@ def test_variants_do_not_leak_into_one_another(tmp_path: Path) -> None:
         ),
         ({"variants": {"a": {}}}, ["run.seed=3"], "is set for each run by the study"),
         ({"variants": {"a": {}}, "base": "none.yaml"}, [], "none.yaml: no such config file"),
+        ({"variants": {"a": {}}, "seeds": [1, 2, 1]}, [], "a seed is given twice"),
     ],
 )
 def test_what_is_wrong_with_a_study_is_named(
