@@ -197,13 +197,21 @@ def _sharpening(rows: Mapping[Key, Mapping[str, Any]], metrics: Mapping[str, Any
     left = found[best]
     cooler = f"warm-up student at temperature {rows['warmup', best]['temperature']:g}"
     apart = f"ROUGE-L of PLaD ({main}) minus the untouched {cooler}: {_points(left)}"
-    if _sign(left) < 0:
-        return f"A lower temperature alone does better than PLaD: its gain is no more than sharpening ({apart})."
-    if _sign(left) == 0:
-        return f"A lower temperature alone does as well as PLaD: its gain may all be sharpening ({apart})."
+    if _sign(left) <= 0:
+        well, gain_is = ("better than", "is no more than") if _sign(left) < 0 else ("as well as", "may all be")
+        said = f"A lower temperature alone does {well} PLaD ({main}): its gain there {gain_is} sharpening ({apart})"
+        return f"{said}{_gain_without_sampling(rows, metrics)}."
     share = max(0.0, 1.0 - left["value"] / gain["value"])
     amount = "most" if share >= 0.5 else "less than half"
     return f"PLaD stays ahead of lower temperatures; {amount} of its gain ({100 * share:.0f}%) is sharpening ({apart})."
+
+
+def _gain_without_sampling(rows: Mapping[Key, Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+    """What no temperature explains: the gain of the likeliest outputs over the likeliest ones of the warm-up student."""
+    for decoding, gain in metrics["rouge_l_difference"]["plad_minus_warmup"].items():
+        if gain is not None and rows["plad", decoding]["temperature"] == 0 and _sign(gain) > 0:
+            return f"; {decoding}, where no temperature plays a part, PLaD gains {_points(gain)}"
+    return ""
 
 
 def _capacity_gap(metrics: Mapping[str, Any]) -> str | None:

@@ -253,6 +253,9 @@ def test_verdict_holds_the_gain_against_greedy_outputs_too() -> None:
     assert "stays ahead" in sentence(ahead, "lower temperatures")
     assert "no more than sharpening" in sentence(behind, "temperature alone")
     assert "at temperature 0:" in sentence(behind, "temperature alone")
+    assert "no temperature plays a part" not in sentence(behind, "temperature alone")
+    better = compare_shares({**shares, ("warmup", "greedy"): 0.6, ("plad", "greedy"): 0.95, ("plad", "sampled"): 0.55})
+    assert "greedy, where no temperature plays a part, PLaD gains" in sentence(better, "temperature alone")
 
 
 def test_verdict_on_the_control_is_that_of_the_main_decoding() -> None:
