@@ -9,8 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from plad_dist.config import Config, Loss
-from plad_dist.evaluation.report import with_interval
+from plad_dist.config import Config
+from plad_dist.evaluation.report import loss_in_words, with_interval
 
 
 def render_card(config: Config, metrics: Mapping[str, Any], versions: Mapping[str, str], config_yaml: str) -> str:
@@ -28,7 +28,7 @@ def render_card(config: Config, metrics: Mapping[str, Any], versions: Mapping[st
         teachers={name: _origin(model) for name, model in config.all_teachers().items()},
         student=_origin(config.student),
         base=_hub_name(config.student.path),
-        loss=_loss(config.training.round.loss),
+        loss=loss_in_words(config.training.round.loss),
         share=with_interval,
     )
 
@@ -38,16 +38,6 @@ def _hub_name(path: str | None) -> str | None:
     return (
         path if path is not None and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
     )
-
-
-def _loss(loss: Loss) -> str:
-    """The loss with those of its numbers that it uses."""
-    used: list[str] = [loss.name]
-    if loss.name in ("rank", "margin", "listwise", "simpo"):
-        used.append(f"margin {loss.margin:g}")
-    if loss.name in ("dpo", "ipo", "simpo", "cpo", "orpo"):
-        used.append(f"beta {loss.strength:g}")
-    return ", ".join([*used, *(["per token"] if loss.per_token else []), f"anchor {loss.anchor:g}"])
 
 
 def _origin(model: Any) -> str:

@@ -26,6 +26,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from plad_dist.config import Loss
 from plad_dist.evaluation.verdict import NO_EOS_WARNING
 from plad_dist.rundir import round_of
 from plad_dist.training.watched import Watched
@@ -212,12 +213,22 @@ def _facts(report: ReportData) -> dict[str, str]:
         facts["Prompts from"] = ", ".join(map(str, paths)) if paths else str(source.get("type", "")).replace("_", " ")
     loss = ((config.get("training") or {}).get("round") or {}).get("loss") or {}
     if loss:
-        facts["Objective"] = ", ".join(str(v) if k == "name" else f"{k} {v}" for k, v in loss.items())
+        facts["Objective"] = loss_in_words(Loss(**loss))
     if "pairs" in report.pairing:
         facts["Preference pairs"] = f"{report.pairing['pairs']:,}"
     prompts, with_reference = report.metrics["prompts"], report.metrics["prompts_with_reference"]
     known = "all with a reference" if with_reference == prompts else f"{with_reference:,} with a reference"
     return {**facts, "Held-out prompts": f"{prompts:,}, {known}", **report.facts}
+
+
+def loss_in_words(loss: Loss) -> str:
+    """The loss with those of its numbers that it uses."""
+    used: list[str] = [loss.name]
+    if loss.name in ("rank", "margin", "listwise", "simpo"):
+        used.append(f"margin {loss.margin:g}")
+    if loss.name in ("dpo", "ipo", "simpo", "cpo", "orpo"):
+        used.append(f"beta {loss.strength:g}")
+    return ", ".join([*used, *(["per token"] if loss.per_token else []), f"anchor {loss.anchor:g}"])
 
 
 def _model(section: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from plad_dist.config import Loss
-from plad_dist.evaluation.card import _hub_name, _loss
+from plad_dist.evaluation.card import _hub_name
 from plad_dist.evaluation.metrics import Output, compare
-from plad_dist.evaluation.report import ReportData, metrics_table, render_report
+from plad_dist.evaluation.report import ReportData, loss_in_words, metrics_table, render_report
 from plad_dist.training.watched import Look, Watched
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
@@ -131,7 +131,7 @@ def test_every_plot_is_an_svg_with_its_content_in_words(page: str) -> None:
 def test_all_parts_are_there(page: str) -> None:
     text = " ".join("".join(_Page(page).words).split())
     for expected in (
-        "llama from scratch: 3 layers, 128 wide", "Qwen/Qwen3-0.6B@main", "rank, margin 1.0", "prompts.jsonl",
+        "llama from scratch: 3 layers, 128 wide", "Qwen/Qwen3-0.6B@main", "rank, margin 1, anchor 1", "prompts.jsonl",
         "0.86 million", "Calibration improved the student", "7,421 pairs", "51.2%", "teacher truncated", "340",
         "512 held-out pairs", "-13.00", "1 h 02 min", "55.2 s", "0.29.0", "2 more examples", "median 9,000 tokens/s",
         "100.0 (high)", "empty",
@@ -223,7 +223,7 @@ def test_the_terminal_table_shows_missing_quality_as_a_dash() -> None:
     ],
 )
 def test_a_card_tells_the_numbers_that_the_loss_uses(loss: dict[str, Any], told: str) -> None:
-    assert _loss(Loss(**loss)) == told
+    assert loss_in_words(Loss(**loss)) == told
 
 
 def test_a_card_names_no_folder_as_the_base_model(tmp_path: Path) -> None:
