@@ -13,10 +13,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.config import Config
+from plad_dist.config import Config, fingerprint
 from plad_dist.config_file import parse_config
 from plad_dist.errors import UserError
-from plad_dist.evaluation.metrics import score_system
+from plad_dist.evaluation.metrics import Output, score_system
 from plad_dist.evaluation.report import comparison_page, with_interval
 from plad_dist.evaluation.stage import evaluated_prompts, last_round, outputs_of, systems_of
 from plad_dist.evaluation.statistics import Scores, bootstrap_mean, win_rate
@@ -108,12 +108,12 @@ def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list
     order = {"teacher": 0, "warmup": 1, "seqkd": 2}
     named = [(order.get(system, 3), run, system) for run in runs for system in systems_of(run.config, run.run)]
     for _, run, system in sorted(named, key=lambda item: item[0]):
-        contents = run.run.system_samples(system, decoding).require("evaluate").contents
+        place = {prompt: index for index, prompt in enumerate(run.prompts)}
+        answers, rows = outputs_of(run.run, system, decoding), [place[prompt] for prompt in common]
+        contents = _contents(run.prompts, answers)
         if contents in seen:
             continue
         seen.add(contents)
-        place = {prompt: index for index, prompt in enumerate(run.prompts)}
-        answers, rows = outputs_of(run.run, system, decoding), [place[prompt] for prompt in common]
         scores = score_system([run.references[row] for row in rows], [answers[row] for row in rows])
         of_a_run = f"{run.name}: {system}"
         label = run.name if system == PLAD else system if system in order or len(runs) == 1 else of_a_run
@@ -124,7 +124,7 @@ def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list
 
 
 def _row(each: _System, systems: Sequence[_System], first: _System, decoding: str) -> dict[str, Any]:
-    own = each.of.run.system_samples("warmup", decoding).require("evaluate").contents
+    own = _contents(each.of.prompts, outputs_of(each.of.run, "warmup", decoding))
     warmup = next((other for other in systems if other.contents == own), None)
     calibration = (each.of.metrics.get("calibration") or {}).get("systems", {}).get(each.system) or {}
     loss = each.of.config.training.round.loss
@@ -139,6 +139,11 @@ def _row(each: _System, systems: Sequence[_System], first: _System, decoding: st
         "no_eos_share": _mean(1.0 - each.finished),
         "rank_correlation": calibration.get("rank_correlation"),
     }
+
+
+def _contents(prompts: Sequence[str], answers: Sequence[Output]) -> str:
+    """The same where a system said the same, however often it was sampled for it."""
+    return fingerprint([prompts, [(answer.text, answer.num_tokens, answer.finished) for answer in answers]])
 
 
 def _mean(values_P: Scores) -> dict[str, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import pytest
 import torch
 
 from plad_dist.config_file import load_config
+from plad_dist.errors import UserError
+from plad_dist.evaluation.comparison import compare_runs
 from plad_dist.evaluation.over_seeds import study_over_seeds
 from plad_dist.planning.workload import workload_of
 from plad_dist.rundir import RunDir
@@ -237,6 +240,18 @@ def test_figures_over_seeds_of_one_run_are_those_of_its_report(finished: Finishe
     ranking = metrics["ranking"]
     gain = ranking["after"]["pair_accuracy"] - ranking["before"]["pair_accuracy"]
     assert own["pair_accuracy_gain"]["value"] == pytest.approx(gain)
+
+
+def test_systems_that_say_the_same_are_compared_once(finished: Finished, tmp_path: Path) -> None:
+    shutil.copytree(finished.root, tmp_path / "again")
+    alone, both = (
+        compare_runs(paths) for paths in ([str(finished.root)], [str(finished.root), str(tmp_path / "again")])
+    )
+    assert [row["system"] for row in both["systems"]] == ["teacher", "warmup", "seqkd", "plad"]
+    for one, other in zip(alone["systems"], both["systems"], strict=True):
+        assert one | {"label": ""} == other | {"label": ""}
+    with pytest.raises(UserError, match="again: is given twice"):
+        compare_runs([str(finished.root), *[str(tmp_path / "again")] * 2])
 
 
 def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished: Finished) -> None:
