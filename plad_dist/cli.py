@@ -279,13 +279,15 @@ def _problems(checked: list[Checked], others: list[str]) -> list[str]:
 def compare(
     run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")],
     output: Annotated[
-        str | None, typer.Option(help="Also write a page, FILE.html, and its figures, FILE.json.")
+        str | None, typer.Option(metavar="PAGE.html", help="Also write a page, and its figures as JSON beside it.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Compare the students of several runs on the held-out prompts that all have answered."""
-    from plad_dist.evaluation.comparison import compare_runs
+    from plad_dist.evaluation.comparison import check_output, compare_runs
 
+    if output is not None:
+        check_output(output)
     _compared(compare_runs(run_dirs), output, as_json)
 
 
@@ -338,13 +340,13 @@ def _compared(comparison: dict[str, object], output: str | None, as_json: bool =
     from plad_dist.evaluation.comparison import comparison_table, write_comparison
 
     if output is not None:
-        write_comparison(comparison, Path(output).with_suffix(".html"))
+        write_comparison(comparison, Path(output))
     if as_json:
         typer.echo(json.dumps(comparison))
         return
     _print(comparison_table(comparison))
     if output is not None:
-        typer.echo(f"\nReport: {Path(output).with_suffix('.html')}")
+        typer.echo(f"\nReport: {output}")
 
 
 def _lines(items: list[str], most: int = 50) -> str:

@@ -20,7 +20,7 @@ from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.planning.preflight import check_inputs
 from plad_dist.progress import Progress
-from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run
+from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run, read_timings
 
 logger = logging.getLogger("plad")
 
@@ -174,7 +174,7 @@ def _work(step: Step, run: RunDir, connect: Callable[[], object]) -> None:
         connect()
     said = step.work()
     seconds = time.monotonic() - started
-    timings = run.storage.read_json(TIMINGS) or {}
+    timings = read_timings(run)
     timings[step.name] = round(timings.get(step.name, 0.0) + seconds, 1)
     run.storage.replace(TIMINGS, json.dumps(timings, indent=1).encode())
     logger.info("%s: done in %.1f s%s", step.name, seconds, f"; {said}" if said else "")

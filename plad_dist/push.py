@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import first_line, model_marker, weights_problems
+from plad_dist.data.models import first_line, model_marker, model_problems
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.stage import last_round
 from plad_dist.phases import round_phase
@@ -32,7 +32,7 @@ def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = Fa
     if model_marker(folder) is None:
         there = sorted(path.name for path in folder.parent.glob("*/") if model_marker(path) is not None)
         raise UserError(f"{folder}: no finished model; the run has {', '.join(there) or 'none'} (--phase)")
-    if problems := weights_problems(folder):
+    if problems := model_problems(folder):
         raise UserError(f"{problems[0]}; `plad verify {run_dir}` says more")
     hub = HfApi()
     try:

@@ -27,6 +27,7 @@ RUN_FILE = "run.yaml"
 TIMINGS = "logs/timings.json"
 PLAD = "plad"  # the student of the round, among the systems that are compared
 _SHOWN_KEYS = 10
+_FIGURES = {"systems", "main_decoding", "judges", "verdict", "settings"}
 
 # What each stage leaves first, in the order of the stages.
 _STAGES = (
@@ -130,6 +131,16 @@ class RunDir:
 
     def _round_of(self, role: str) -> int:
         return self.round if role == "student" else 0
+
+    def figures(self) -> dict[str, Any] | None:
+        """The figures of the round, None where it is not evaluated. Raises :class:`RunFailed` where they are damaged."""
+        found = self.storage.read_json(self.metrics)
+        if found is not None and not (isinstance(found, dict) and found.keys() >= _FIGURES):
+            raise RunFailed(
+                f"{self.storage.url}/{self.metrics}: damaged: these are no figures of an evaluation. Delete it and run `plad evaluate` "
+                "again: it is made anew from what was sampled"
+            )
+        return found
 
     @property
     def metrics(self) -> str:
@@ -294,6 +305,16 @@ def first_reader(key: str) -> int:
     parts = key.split(".")
     sections = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
     return next((_FIRST_READER[section] for section in sections if section in _FIRST_READER), 0)
+
+
+def read_timings(run: RunDir) -> dict[str, float]:
+    """Seconds by stage. They decide nothing: a damaged file counts as none."""
+    try:
+        found = run.storage.read_json(TIMINGS)
+    except RunFailed:
+        return {}
+    found = found if isinstance(found, dict) else {}
+    return {name: seconds for name, seconds in found.items() if isinstance(seconds, int | float)}
 
 
 def log_to_run(run: RunDir) -> None:

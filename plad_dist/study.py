@@ -12,11 +12,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from plad_dist.config import Config, flatten, is_operational
+from plad_dist.config import Config, Decoding, flatten, is_operational
 from plad_dist.config.section import Section
 from plad_dist.config_file import explain, load_config, override, parse_config, read_yaml
 from plad_dist.errors import UserError
-from plad_dist.rundir import RUN_FILE, RunDir, first_reader, run_document
+from plad_dist.evaluation.metrics import main_decoding
+from plad_dist.rundir import PLAD, RUN_FILE, RunDir, first_reader, run_document
 
 logger = logging.getLogger("plad")
 
@@ -56,10 +57,18 @@ def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]
         UserError: for anything wrong with the study or one of its configs.
     """
     file = Path(path)
+    raw, known = read_yaml(file, "base, dir, variants"), ", ".join(Study.model_fields)
+    if "variants" not in raw and {"prompts", "student"} & raw.keys():
+        raise UserError(f"{path}: is the config of a run (`plad run`); a study has {known}")
+    if unknown := raw.keys() - Study.model_fields.keys():
+        raise UserError(f"{path}: {', '.join(map(str, sorted(unknown, key=str)))}: unknown key; a study has {known}")
     try:
-        study = Study.model_validate(read_yaml(file, "base, dir, variants"))
+        study = Study.model_validate(raw)
     except ValidationError as error:
         raise UserError(explain(error, path)) from None
+    for name, changes in study.variants.items():
+        if own := {"run", "run.dir", *(["run.seed"] if study.seeds else [])} & changes.keys():
+            raise UserError(f"{path}: variant {name}: {min(own)}: is set for each run by the study's `dir` and `seeds`")
     base = read_yaml(file.parent / study.base)
     for argument in overrides:
         if argument.partition("=")[0] in ("run.dir", "run.seed"):
@@ -75,7 +84,21 @@ def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]
             )
             runs.append((name, parse_config(override(base, keys, overrides), f"{path}: variant {name}")))
         found.append(runs)
+        for name, config in runs:
+            if _main_decoding(config) != _main_decoding(runs[0][1]):
+                raise UserError(
+                    f"{path}: variant {name}: its main decoding is not that of {runs[0][0]}, so that they could not be compared; give "
+                    "all the same `evaluation.decodings`"
+                )
     return found
+
+
+def _main_decoding(config: Config) -> tuple[str, Decoding]:
+    decodings = config.decodings()
+    name = main_decoding(
+        [(PLAD, name) for name in decodings], {name: each.temperature for name, each in decodings.items()}
+    )
+    return name, decodings[name]
 
 
 def load_runs(path: str, overrides: list[str]) -> list[tuple[str, Config]]:

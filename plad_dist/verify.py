@@ -15,7 +15,7 @@ from rich.table import Table
 
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import model_marker, weights_problems
+from plad_dist.data.models import model_marker, model_problems
 from plad_dist.data.schemas import PAIRS, PROMPTS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import (
@@ -33,7 +33,7 @@ from plad_dist.data.store import (
     part_facts,
 )
 from plad_dist.errors import RunFailed
-from plad_dist.rundir import RUN_FILE, RunDir, load_run
+from plad_dist.rundir import RUN_FILE, RunDir, load_run, round_of
 from plad_dist.sampling.stage import rows_by_block
 from plad_dist.training.checkpoint_store import CheckpointStore, DamagedCheckpoint, step_name
 
@@ -342,7 +342,7 @@ def _readable_manifest(dataset: Dataset) -> Manifest | None:
 
 
 def _check_models(run: RunDir) -> list[str]:
-    """Every finished model has whole weights, by their headers."""
+    """Every finished model has its config, its tokenizer and whole weights, by their headers."""
     problems = []
     for name in run.storage.sizes("models"):
         if name.startswith(".") or not name.endswith("/"):
@@ -352,23 +352,41 @@ def _check_models(run: RunDir) -> list[str]:
         if root is not None and model_marker(root / folder) is not None:
             problems += [
                 f"{folder}: {problem}. Delete {folder} and run again: it is made anew, a trained one from its last checkpoint"
-                for problem in weights_problems(root / folder)
+                for problem in model_problems(root / folder)
             ]
     return problems
 
 
 def _check_figures(run: RunDir) -> list[str]:
-    """Every round's figures can be read."""
+    """Every round's figures can be read, and what they were made of is there."""
     problems = []
     for name in sorted(run.storage.sizes("eval")):
-        key = f"eval/{name}metrics.json"
+        number = round_of(name.rstrip("/"))
+        if number is None:
+            continue
+        at = run.at_round(number)
         try:
-            run.storage.read_json(key)
+            figures = at.figures()
         except RunFailed:
             problems.append(
-                f"{key}: not valid JSON. Delete it and run `plad evaluate` again: it is made anew from what was sampled"
+                f"{at.metrics}: not valid JSON, or no figures. Delete it and run `plad evaluate` again: it is made anew from what was sampled"
             )
+            continue
+        rows = figures["systems"] if figures is not None else []
+        gone = [path for row in rows if (path := _is_gone(at, row["system"], row["decoding"])) is not None]
+        gone += [f"models/{name[:-1]}"] if rows and model_marker(at.model(name[:-1])) is None else []
+        problems += [
+            f"{path}: missing, though {at.metrics} was made of it. Put it back from a copy; or delete {at.metrics} and run again: "
+            "both are made anew"
+            for path in gone
+        ]
     return problems
+
+
+def _is_gone(run: RunDir, system: str, decoding: str) -> str | None:
+    """The path of a system's answers where nothing of them is there."""
+    dataset = run.system_samples(system, decoding)
+    return None if run.storage.sizes(dataset.path) else dataset.path
 
 
 def _check_checkpoints(storage: Storage) -> list[Checked]:

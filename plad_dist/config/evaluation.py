@@ -119,7 +119,7 @@ class Evaluation(Section):
                 )
         known = [*REFERENCE_JUDGES, *self.judges]
         if self.judge not in known:
-            raise ValueError(f"judge: {self.judge!r}: expected one of {', '.join(known)}")
+            raise ValueError(f"judge: {self.judge!r}: expected one of {', '.join(known)}, or one that `judges` defines")
         if self.candidates == 1:
             raise ValueError("candidates: 1: candidates are ranked among themselves: set at least 2, or 0 for none")
         return self

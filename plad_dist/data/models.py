@@ -87,9 +87,7 @@ def check_local_model(model: str) -> None:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not path.exists():
         if looks_like_path:
-            raise UserError(
-                f"{model}: no such model folder here. Off the cluster that has it, plan with its name on the hub"
-            )
+            raise UserError(f"{model}: no such model folder on this machine; a name on a hub is OWNER/NAME")
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{model}: not a model folder: it has no config.json")
@@ -119,6 +117,21 @@ def weights_problems(folder: Path) -> list[str]:
         if not others:
             return ["has no *.safetensors weights"]
         return [f"has neither {names[0]} nor {index.name}, only {', '.join(sorted(others)[:3])}"]
+    return problems
+
+
+def model_problems(folder: Path) -> list[str]:
+    """What is wrong with a finished model: its weights, by their headers, its config and its tokenizer."""
+    problems = weights_problems(folder)
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            sound = isinstance(json.loads((folder / name).read_bytes()), dict)
+        except FileNotFoundError:
+            problems.append(f"{name}: missing")
+            continue
+        except (OSError, ValueError):
+            sound = False
+        problems += [] if sound else [f"{name}: damaged"]
     return problems
 
 

@@ -70,7 +70,7 @@ class Renderer:
                     self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._answers, tokenize=False)
                 )
             return self._jinja.render(messages=messages)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(f"template of {self.model}: cannot render {messages!r:.80}: {error}") from None
 
     @property

@@ -82,7 +82,7 @@ def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
 
 def _names(paths: Sequence[str]) -> list[str]:
     """The last part of each path that tells them apart."""
-    parts = [path.rstrip("/").split("/") for path in paths]
+    parts = [RunDir.at(path).storage.url.rstrip("/").split("/") for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -94,7 +94,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 def _opened(path: str, name: str) -> _Run:
     config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
     run = last_round(config, RunDir.at(path))
-    metrics = run.storage.read_json(run.metrics)
+    metrics = run.figures()
     if metrics is None:
         raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
     prompts = evaluated_prompts(config, run).select(["messages", "reference"]).to_pylist()
@@ -160,8 +160,17 @@ def _wins(a: _System, b: _System | None) -> dict[str, float] | None:
 
 def comparison_table(comparison: Mapping[str, Any]) -> Table:
     """The systems for the terminal; percentages, 95% intervals in brackets."""
-    title = f"{comparison['prompts']} held-out prompts in common, decoding {comparison['decoding']}"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    most = max(comparison["prompts_of_each"].values())
+    of = "" if most == comparison["prompts"] else f" of {most}"
+    title = f"{comparison['prompts']}{of} held-out prompts in common, decoding {comparison['decoding']}"
+    caption = (
+        "Wins by ROUGE-L, ties half; warm-up: each run's own. Intervals over prompts: another seed may differ by more.\n"
+        "A system that several runs share is one row, under its name in the first."
+    )
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title, title_justify="left", caption=caption,
+        caption_justify="left",
+    )  # fmt: skip
     headers = ["system", "loss", "ROUGE-L [95%]", "win vs\nwarm-up [95%]", f"win vs\n{comparison['against']} [95%]", "tokens", "no EOS",
                "rank\ncorrelation"]  # fmt: skip
     for place, header in enumerate(headers):
@@ -178,6 +187,31 @@ def comparison_table(comparison: Mapping[str, Any]) -> Table:
             style="bold" if row["system"] == PLAD else "",
         )
     return table
+
+
+def check_output(page: str) -> None:
+    """Raise :class:`UserError` where a comparison must not be written: no page, in a run directory, over files of another kind."""
+    html = Path(page)
+    if html.suffix != ".html" or html.is_dir():
+        raise UserError(
+            f"--output {page!r}: expected the name of a page, such as compare.html; its figures go to compare.json"
+        )
+    if inside := next((folder for folder in html.absolute().parents if (folder / RUN_FILE).is_file()), None):
+        raise UserError(
+            f"--output {page}: lies in the run directory {inside}, whose files it must not mix with; write it beside it"
+        )
+    figures = html.with_suffix(".json")
+    if (figures.exists() or html.exists()) and not _is_comparison(figures):
+        raise UserError(
+            f"--output {page}: {figures if figures.exists() else html} is there and is no comparison; use another name"
+        )
+
+
+def _is_comparison(figures: Path) -> bool:
+    try:
+        return {"against", "prompts_of_each", "systems"} <= dict(json.loads(figures.read_bytes())).keys()
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def write_comparison(comparison: Mapping[str, Any], html: Path) -> None:

@@ -70,7 +70,7 @@ class Finished:
     def __init__(self, path: str, control: Finished | None = None) -> None:
         config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
         run = last_round(config, RunDir.at(path))
-        metrics = run.storage.read_json(run.metrics)
+        metrics = run.figures()
         if metrics is None:
             raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
         prompts = evaluated_prompts(config, run)

@@ -52,7 +52,7 @@ class ReportData:
     `metrics`: from :func:`~plad_dist.evaluation.metrics.compare`. `curves`: log records of each phase in the order
     trained; those of a round also hold `pair_accuracy`, `active_share`, `chosen_logp`, `rejected_logp`. `lengths`:
     tokens of every output. `examples`: `prompt`, `reference` (or None) and `outputs` by label. `pairing`: `pairs`,
-    `drops` by reason, `teacher_win_share` (or None). `timings`: seconds by stage. `cost`: by who was
+    `drops` by reason, `teacher_win_share` and `teacher_loss_share` (or None). `timings`: seconds by stage. `cost`: by who was
     sampled, `samples`, `prompt_tokens`, `tokens`, and `money` at endpoints (or None). `watched`: what watching has found of
     each phase, and the step of its model. `facts`: more lines for "what was distilled".
     """
@@ -250,19 +250,23 @@ def _tiles(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
     plad, warmup = rows.get("plad"), rows.get("warmup")
     if plad and plad["win_rate_vs_warmup"]:
         x = plad["win_rate_vs_warmup"]
-        tiles.append({"label": "PLaD wins against warm-up", "value": f"{_percent(x)}%", "note": _brackets(x)})
+        tiles.append(
+            {"label": f"Wins against warm-up, {main}", "value": f"{_percent(x)}%", "note": f"{_brackets(x)}, ties half"}
+        )
     if plad and warmup and plad["rouge_l"] and warmup["rouge_l"]:
         value = f"{_percent(warmup['rouge_l'])} → {_percent(plad['rouge_l'])}"
-        tiles.append({"label": "ROUGE-L, warm-up → PLaD", "value": value, "note": f"decoding: {main}"})
+        greedy = metrics["rouge_l_difference"]["plad_minus_warmup"].get("greedy") if main != "greedy" else None
+        note = f"greedy {100 * greedy['value']:+.1f} {_brackets(greedy)}" if greedy else "warm-up → PLaD"
+        tiles.append({"label": f"ROUGE-L, {main}", "value": value, "note": note})
     if x := metrics["plad_vs_seqkd"].get(main):
-        tiles.append({"label": "PLaD wins against seq-KD", "value": f"{_percent(x)}%", "note": _brackets(x)})
-    if plad:
         tiles.append(
-            {
-                "label": "PLaD outputs cut off",
-                "value": f"{_percent(plad['no_eos_share'])}%",
-                "note": "no end-of-sequence",
-            }
+            {"label": f"Wins against seq-KD, {main}", "value": f"{_percent(x)}%", "note": f"{_brackets(x)}, ties half"}
+        )
+    if of_plad := [row for row in metrics["systems"] if row["system"] == "plad"]:
+        worst = max(of_plad, key=lambda row: float(row["no_eos_share"]["value"]))
+        share = f"{_percent(worst['no_eos_share'])}%"
+        tiles.append(
+            {"label": f"PLaD outputs cut off, {worst['decoding']}", "value": share, "note": "no end-of-sequence"}
         )
     return tiles
 

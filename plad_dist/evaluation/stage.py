@@ -19,7 +19,7 @@ from plad_dist.evaluation.judges import judge_all, judge_answers, template_text
 from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, compare, main_decoding, score_system
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
-from plad_dist.rundir import PLAD, RUN_FILE, TIMINGS, RunDir, require_model
+from plad_dist.rundir import PLAD, RUN_FILE, RunDir, read_timings, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems
 from plad_dist.training.metrics import read_metrics
 from plad_dist.training.watched import read_watched
@@ -50,7 +50,7 @@ def systems_of(config: Config, run: RunDir) -> list[str]:
 
 def is_evaluated(config: Config, run: RunDir) -> bool:
     """Whether the figures of all systems are there."""
-    metrics, systems = run.storage.read_json(run.metrics), systems_of(config, run)
+    metrics, systems = run.figures(), systems_of(config, run)
     if metrics is None or metrics.get("settings") != _settings(config):
         return False
     return all(dataset.manifest() is not None for system in systems for dataset in _answers(config, run, system))
@@ -69,7 +69,7 @@ def _settings(config: Config) -> str:
 
 def goes_on(config: Config, run: RunDir) -> bool:
     """Whether another round follows a round: it is evaluated, and did not end the rounds by `rounds.stop`."""
-    metrics = run.storage.read_json(run.metrics)
+    metrics = run.figures()
     if metrics is None:
         return False
     gain = metrics.get("gain_of_round")
@@ -186,9 +186,13 @@ def report(config: Config, run: RunDir) -> str:
     """Write ``report.html`` and the model's card from what is committed, and return where the report lies."""
     from plad_dist.evaluation.report import ReportData, render_report
 
-    metrics = run.storage.read_json(run.metrics)
+    metrics = run.figures()
     if metrics is None:
         raise UserError(f"{run.storage.url}/{run.metrics}: not there yet; run `plad evaluate` first")
+    if metrics["settings"] != _settings(config):
+        raise UserError(
+            f"{run.storage.url}/{run.metrics}: made with other keys of `evaluation` than these; run `plad evaluate` first"
+        )
     lengths = {
         (system, name): run.system_samples(system, name).read(["num_tokens"])["num_tokens"].to_pylist()
         for system in systems_of(config, run)
@@ -211,8 +215,9 @@ def report(config: Config, run: RunDir) -> str:
                 "pairs": found.get("pairs", 0),
                 "drops": found.get("drops", {}),
                 "teacher_win_share": found.get("teacher_better_share"),
+                "teacher_loss_share": found.get("teacher_worse_share"),
             },
-            timings=run.storage.read_json(TIMINGS) or {},
+            timings=read_timings(run),
             cost=_cost(config, run),
             watched={
                 phase: (watched, _model_step(run, phase))
@@ -221,8 +226,9 @@ def report(config: Config, run: RunDir) -> str:
             },
         )
     )
-    card = render_card(config, metrics, installed, config_yaml)
-    run.storage.replace(f"models/{round_phase(run.round)}/{CARD}", card.encode())
+    if model_marker(run.model(round_phase(run.round))) is not None:  # a card of a model that is gone would stand alone
+        card = render_card(config, metrics, installed, config_yaml)
+        run.storage.replace(f"models/{round_phase(run.round)}/{CARD}", card.encode())
     run.storage.replace(run.report, page.encode())
     return str(run.root / run.report)
 

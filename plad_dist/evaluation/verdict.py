@@ -82,7 +82,19 @@ def _against_warmup(rows: Mapping[Key, Mapping[str, Any]], metrics: Mapping[str,
         head = "Calibration made the student better under one decoding and worse under another"
     return (
         f"{head} ({known[0][0]}): PLaD wins against the warm-up student{_by(metrics)}, ties half: {'; '.join(clauses)}."
+        f"{_better_worse_same(metrics)}"
     )
+
+
+def _better_worse_same(metrics: Mapping[str, Any]) -> str:
+    """What a win rate with ties at half hides."""
+    comparisons = metrics["judges"][metrics["judge"]]["comparisons"]
+    row = next((row for row in comparisons if (row["a"], row["b"]) == ("plad", "warmup")), None)
+    if row is None:
+        return ""
+    better = row["win_rate"]["value"] - row["ties"] / 2
+    shares = [f"{100 * share:.0f}" for share in (better, 1 - better - row["ties"], row["ties"])]
+    return " Of 100 prompts ({}) it is better on {}, worse on {}, level on {}.".format(row["decoding"], *shares)
 
 
 def _rouge(x: IntervalJson | None) -> str:

@@ -218,6 +218,8 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
                 record = json.loads(line)
             except ValueError:  # the last line of an attempt that was killed
                 continue
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                continue
             found = heldout if "heldout" in record else steps
             before = found.get(record["step"])
             if before is None or record.get("attempt", 0) >= before.get("attempt", 0):

@@ -204,6 +204,16 @@ def test_verdict_says_that_plad_helped() -> None:
     assert "sampled ahead" in sentence(metrics, "sequence-level KD")
 
 
+def test_verdict_says_how_often_nothing_changed() -> None:
+    """A win rate that counts ties half hides them."""
+    metrics = compare_shares({("plad", "sampled"): 0.6, ("warmup", "sampled"): 0.5})
+    ties = metrics["judges"]["rouge_l"]["comparisons"][0]["ties"]
+    better = metrics["judges"]["rouge_l"]["comparisons"][0]["win_rate"]["value"] - ties / 2
+    told = f"it is better on {100 * better:.0f}, worse on {100 * (1 - better - ties):.0f}, level on {100 * ties:.0f}."
+    assert told in sentence(metrics, "Calibration")
+    assert 0 < ties < 1
+
+
 def test_verdict_says_that_plad_harmed() -> None:
     metrics = compare_shares({("plad", "sampled"): 0.3, ("seqkd", "sampled"): 0.6, ("warmup", "sampled"): 0.8})
     assert sentence(metrics, "Calibration").startswith("Calibration made the student worse")

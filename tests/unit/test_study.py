@@ -131,6 +131,14 @@ def test_variants_do_not_leak_into_one_another(tmp_path: Path) -> None:
         ({"variants": {"a": {}}}, ["run.seed=3"], "is set for each run by the study"),
         ({"variants": {"a": {}}, "base": "none.yaml"}, [], "none.yaml: no such config file"),
         ({"variants": {"a": {}}, "seeds": [1, 2, 1]}, [], "a seed is given twice"),
+        ({"variants": {"a": {}}, "foo": 1}, [], "foo: unknown key; a study has base, dir, set, seeds, variants"),
+        ({"variants": {"a": {"run.dir": "x"}}}, [], "variant a: run.dir: is set for each run"),
+        ({"variants": {"a": {"run.seed": 3}}, "seeds": [1, 2]}, [], "variant a: run.seed: is set for each run"),
+        (
+            {"variants": {"a": {}, "b": {"sampling.student.temperature": 0.5}}},
+            [],
+            "variant b: its main decoding is not that of a",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_study_is_named(
@@ -138,3 +146,9 @@ def test_what_is_wrong_with_a_study_is_named(
 ) -> None:
     with pytest.raises(UserError, match=said):
         load_study(study(tmp_path, **parts), overrides)
+
+
+def test_the_config_of_a_run_is_told_from_a_study(tmp_path: Path) -> None:
+    path = study(tmp_path, variants={"a": {}})
+    with pytest.raises(UserError, match=r"base.yaml: is the config of a run \(`plad run`\)"):
+        load_study(str(Path(path).parent / "base.yaml"), [])

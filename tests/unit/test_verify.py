@@ -164,6 +164,16 @@ def cut_figures(run: RunDir) -> None:
     run.storage.replace(run.metrics, b'{"systems": [')
 
 
+def no_figures(run: RunDir) -> None:
+    run.storage.replace(run.metrics, b"[]")
+
+
+def figures_of_what_is_gone(run: RunDir) -> None:
+    figures = {"main_decoding": "greedy", "judges": {}, "verdict": [], "settings": ""}
+    rows = [{"system": "plad", "decoding": "greedy"}]
+    run.storage.replace(run.metrics, json.dumps(figures | {"systems": rows}).encode())
+
+
 def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
     """Another part and a manifest that agrees with it."""
     dataset = run.samples("teacher")
@@ -193,7 +203,16 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
         (too_many_blocks, "6 parts, where 5 blocks of prompts were to be sampled"),
         (too_few_blocks, "2 parts, where 5 blocks of prompts were to be sampled"),
         (alter_what_only_a_journal_knows, "part-00001.arrow: damaged: its checksum"),
-        (cut_figures, "eval/round-0/metrics.json: not valid JSON. Delete it and run `plad evaluate` again"),
+        (
+            cut_figures,
+            "eval/round-0/metrics.json: not valid JSON, or no figures. Delete it and run `plad evaluate` again",
+        ),
+        (no_figures, "eval/round-0/metrics.json: not valid JSON, or no figures"),
+        (
+            figures_of_what_is_gone,
+            "eval/round-0/samples/plad/greedy: missing, though eval/round-0/metrics.json was made of it",
+        ),
+        (figures_of_what_is_gone, "models/round-0: missing, though eval/round-0/metrics.json was made of it"),
         (other_columns, "its columns are not those of samples/teacher/round-0: prompt_id"),
     ],
 )
@@ -394,6 +413,8 @@ def test_what_cannot_be_repaired_is_left_and_said(
         (lambda file: file.unlink(), "has no *.safetensors weights"),
         (lambda file: file.write_bytes(file.read_bytes()[:-4]), "model.safetensors: has "),
         (lambda file: file.write_bytes(b"\0" * 5), "model.safetensors: not a safetensors file"),
+        (lambda file: (file.parent / "config.json").write_text("{"), "config.json: damaged"),
+        (lambda file: (file.parent / "tokenizer_config.json").unlink(), "tokenizer_config.json: missing"),
     ],
 )
 def test_damaged_weights_of_a_model_are_found_without_reading_them(
@@ -403,6 +424,8 @@ def test_damaged_weights_of_a_model_are_found_without_reading_them(
     folder.mkdir(parents=True)
     save_file({"w": torch.zeros(3, 5)}, folder / "model.safetensors")
     (folder / "plad.json").write_text('{"fingerprint": "f", "facts": {}}')
+    for name in ("config.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
     assert problems(run) == []
     harm(folder / "model.safetensors")
     (found,) = problems(run)
