@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from plad_dist.config import Config, fingerprint
-from plad_dist.config_file import parse_config
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import Output, score_system
 from plad_dist.evaluation.report import comparison_page, with_interval
-from plad_dist.evaluation.stage import evaluated_prompts, last_round, outputs_of, systems_of
+from plad_dist.evaluation.stage import evaluated_prompts, evaluated_run, outputs_of, systems_of
 from plad_dist.evaluation.statistics import Scores, bootstrap_mean, win_rate
-from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run
+from plad_dist.rundir import PLAD, RUN_FILE, RunDir
 
 _RESAMPLES, _SEED = 2000, 17
 
@@ -92,11 +91,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 
 def _opened(path: str, name: str) -> _Run:
-    config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
-    run = last_round(config, RunDir.at(path))
-    metrics = run.figures()
-    if metrics is None:
-        raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
+    config, run, metrics = evaluated_run(path)
     prompts = evaluated_prompts(config, run).select(["messages", "reference"]).to_pylist()
     references = [prompt["reference"] for prompt in prompts]
     return _Run(name, config, run, metrics, [json.dumps(prompt, sort_keys=True) for prompt in prompts], references)

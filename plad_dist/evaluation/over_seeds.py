@@ -19,28 +19,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.config_file import parse_config
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import score_system
 from plad_dist.evaluation.report import with_interval
-from plad_dist.evaluation.stage import candidates_of, evaluated_prompts, last_round, outputs_of, systems_of
+from plad_dist.evaluation.stage import candidates_of, evaluated_prompts, evaluated_run, outputs_of, systems_of
 from plad_dist.evaluation.statistics import Interval, Scores, rank_correlations, wins
 from plad_dist.phases import SEQKD, WARMUP
-from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run
+from plad_dist.rundir import PLAD
 
 _NORMAL = 1.959964  # 97.5% of the standard normal
-_STUDENT = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-)  # of Student's t with 1, 2, ... degrees
+# 97.5% of Student's t with 1, 2, ... degrees
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -68,11 +57,7 @@ class Finished:
     """
 
     def __init__(self, path: str, control: Finished | None = None) -> None:
-        config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
-        run = last_round(config, RunDir.at(path))
-        metrics = run.figures()
-        if metrics is None:
-            raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
+        config, run, metrics = evaluated_run(path)
         prompts = evaluated_prompts(config, run)
         self.references = prompts["reference"].to_pylist()
         self.prompts = [json.dumps(messages, sort_keys=True) for messages in prompts["messages"].to_pylist()]

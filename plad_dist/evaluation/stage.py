@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Config, LlmJudge, RewardJudge, fingerprint
+from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.store import Dataset
@@ -19,7 +20,7 @@ from plad_dist.evaluation.judges import judge_all, judge_answers, template_text
 from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, compare, main_decoding, score_system
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
-from plad_dist.rundir import PLAD, RUN_FILE, RunDir, read_timings, require_model
+from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run, read_timings, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems
 from plad_dist.training.metrics import read_metrics
 from plad_dist.training.watched import read_watched
@@ -46,6 +47,16 @@ def systems_of(config: Config, run: RunDir) -> list[str]:
     """Every system that a round compares: those of the rounds before it too."""
     control = [SEQKD] if config.training.seqkd else []
     return [TEACHER, WARMUP, *control, *map(round_phase, range(run.round)), PLAD]
+
+
+def evaluated_run(path: str) -> tuple[Config, RunDir, dict[str, Any]]:
+    """A run directory as its last evaluated round sees it, with its figures. Raises :class:`UserError` where there is none."""
+    config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
+    run = last_round(config, RunDir.at(path))
+    metrics = run.figures()
+    if metrics is None:
+        raise UserError(f"{path}: not evaluated yet; run `plad evaluate` on its config first")
+    return config, run, metrics
 
 
 def is_evaluated(config: Config, run: RunDir) -> bool:

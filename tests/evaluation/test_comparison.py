@@ -18,6 +18,8 @@ def test_a_comparison_may_be_written_anew(tmp_path: Path) -> None:
     (tmp_path / "compare.json").write_text(COMPARISON)
     (tmp_path / "compare.html").write_text("<html>")
     check_output(str(tmp_path / "compare.html"))
+    kept = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert kept == {"compare.json": COMPARISON, "compare.html": "<html>"}, "to ask is not to write"
 
 
 @pytest.mark.parametrize(
