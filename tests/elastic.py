@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 from plad_dist.training.metrics import read_metrics
 from plad_dist.verify import verify
-from tests.nodes import Cluster, available, wait
+from tests.nodes import Cluster, Node, available, wait
 from tests.numerics.workers import config_with_pairs, make_run, train
 
 PHASE = "round-0"
@@ -121,6 +123,23 @@ class Training:
             return met
 
         wait(found, seconds, f"{what}; {self.log_file}")
+
+
+def kill_worker(node: Node) -> None:
+    _tell_worker(node, signal.SIGKILL)
+
+
+def freeze_worker(node: Node) -> None:
+    _tell_worker(node, signal.SIGSTOP)
+
+
+def thaw_worker(node: Node) -> None:
+    _tell_worker(node, signal.SIGCONT)
+
+
+def _tell_worker(node: Node, number: int) -> None:
+    """Send a signal to the process of the training worker on a node."""
+    os.kill(node.processes("ray::RayTrainWorker")[0], number)
 
 
 def undisturbed_student(folder: Path, steps: int, every: int) -> dict[str, torch.Tensor]:

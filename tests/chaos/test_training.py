@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.elastic import MARKS, Training, begun_at, expect_the_same, undisturbed_student
+from tests.elastic import MARKS, Training, begun_at, expect_the_same, freeze_worker, kill_worker, undisturbed_student
 from tests.nodes import Cluster, Node
 
 pytestmark = MARKS
@@ -31,19 +31,6 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     found = Cluster(tmp_path)
     yield found
     found.end()
-
-
-def worker_of(node: Node) -> int:
-    """The process of the training worker on a node."""
-    return node.processes("ray::RayTrainWorker")[0]
-
-
-def kill_worker(node: Node) -> None:
-    os.kill(worker_of(node), signal.SIGKILL)
-
-
-def freeze_worker(node: Node) -> None:
-    os.kill(worker_of(node), signal.SIGSTOP)
 
 
 BLOWS: dict[str, Callable[[Node], None]] = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.elastic import MARKS, Training, expect_the_same, undisturbed_student
+from tests.elastic import MARKS, Training, expect_the_same, freeze_worker, thaw_worker, undisturbed_student
 from tests.nodes import Cluster
 
 pytestmark = MARKS
-STEPS, EVERY = 160, 10
+STEPS, EVERY = 240, 10
 
 
 def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) -> None:
@@ -22,7 +22,9 @@ def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) ->
         training.wait_for_steps(EVERY + 5)
         nodes[1].kill()
         training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
+        freeze_worker(nodes[0])  # a node takes as long to start as it likes: there are steps left for it
         cluster.add()
+        thaw_worker(nodes[0])
         training.finish()
     finally:
         cluster.end()
