@@ -281,6 +281,9 @@ def compare(
     output: Annotated[
         str | None, typer.Option(metavar="PAGE.html", help="Also write a page, and its figures as JSON beside it.")
     ] = None,
+    decoding: Annotated[
+        str | None, typer.Option(help="A decoding of the runs, such as greedy. Empty: the main one, which is sampled.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Compare the students of several runs on the held-out prompts that all have answered."""
@@ -288,7 +291,7 @@ def compare(
 
     if output is not None:
         check_output(output)
-    _compared(compare_runs(run_dirs), output, as_json)
+    _compared(compare_runs(run_dirs, decoding), output, as_json)
 
 
 @app.command()

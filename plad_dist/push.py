@@ -19,7 +19,8 @@ def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = Fa
         phase: whose model; None for the student of the last round.
 
     Raises:
-        UserError: the run has no such model, or it is damaged; the hub refuses the name or the token.
+        UserError: the run has no such model, or it is damaged; the name or the hub's address is none; the hub refuses the
+            name or the token.
         RunFailed: the hub does not answer.
     """
     from huggingface_hub import HfApi, get_token
@@ -35,6 +36,10 @@ def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = Fa
     if problems := model_problems(folder):
         raise UserError(f"{problems[0]}; `plad verify {run_dir}` says more")
     hub = HfApi()
+    if not hub.endpoint.startswith(("https://", "http://")):
+        raise UserError(f"HF_ENDPOINT: {hub.endpoint}: expected an address such as https://huggingface.co")
+    if repo.count("/") != 1:
+        raise UserError(f"{repo}: expected OWNER/NAME")
     try:
         hub.create_repo(repo, private=not public, exist_ok=True)
         hub.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Model {name} of {run.root.name}")

@@ -65,9 +65,12 @@ def _write(config: Config, datasets: dict[str, Dataset]) -> None:
     # read twice instead: what is wrong with them is said before anything is written, and may be mended in the config.
     if not any(writer.resumed for writer in writers.values()) and _is_soon_read(config):
         check_prompts(config, all_rows=True)
-    selection, last = Selection(config), time.monotonic()
+    selection, last = Selection(config), 0.0
     for name, prompt in selection:
         writers[name].add(prompt)
+        last = (
+            last or time.monotonic()
+        )  # a harvest tells how it goes itself, and gives its first prompt when it is done
         if time.monotonic() - last > _SAY_EVERY_S:
             last = time.monotonic()
             logger.info("prepare: %s prompts taken", f"{sum(counts['rows'] for counts in selection.counts.values()):,}")

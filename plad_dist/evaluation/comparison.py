@@ -49,34 +49,44 @@ class _System:
     finished: Scores
 
 
-def compare_runs(paths: Sequence[str]) -> dict[str, Any]:
-    """Every system of the runs under their main decoding, on the prompts that all have answered.
+def compare_runs(paths: Sequence[str], decoding: str | None = None) -> dict[str, Any]:
+    """Every system of the runs under one decoding, the main one where none is named, on the prompts that all have answered.
 
     Systems that are the same in several runs (a teacher that they share) appear once. Win rates are against the first run's
     PLaD student and against each run's own warm-up student.
 
     Raises:
-        UserError: a run is not evaluated, they have no prompt in common, or decode differently.
+        UserError: a run is not evaluated or has no such decoding, they have no prompt in common, or decode differently.
     """
     runs = [_opened(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-    decoding = runs[0].metrics["main_decoding"]
-    used = [(run.metrics["main_decoding"], run.config.decodings().get(run.metrics["main_decoding"])) for run in runs]
-    if any(each != used[0] for each in used):
-        told = "; ".join(f"{run.name}: {name}, {settings}" for run, (name, settings) in zip(runs, used, strict=True))
-        raise UserError(f"these runs have other main decodings ({told}): evaluate them alike (evaluation.decodings)")
+    name = _decoding_of(runs, decoding)
     shared = set.intersection(*(set(run.prompts) for run in runs))
     common = [prompt for prompt in dict.fromkeys(runs[0].prompts) if prompt in shared]
     if not common:
         raise UserError(f"{', '.join(paths)}: have no held-out prompt in common: they were made of other prompts")
-    systems = _systems(runs, decoding, common)
+    systems = _systems(runs, name, common)
     first = next(each for each in systems if each.system == PLAD)
     return {
-        "decoding": decoding,
+        "decoding": name,
         "prompts": len(common),
         "prompts_of_each": {run.name: len(run.prompts) for run in runs},
         "against": first.label,
-        "systems": [_row(each, systems, first, decoding) for each in systems],
+        "systems": [_row(each, systems, first, name) for each in systems],
     }
+
+
+def _decoding_of(runs: Sequence[_Run], wanted: str | None) -> str:
+    """The name of a decoding that all runs have, and mean the same by."""
+    used = []
+    for run in runs:
+        name, decodings = wanted or str(run.metrics["main_decoding"]), run.config.decodings()
+        if name not in decodings:
+            raise UserError(f"--decoding {name}: {run.name} has {', '.join(decodings)}")
+        used.append((name, decodings[name]))
+    if any(each != used[0] for each in used):
+        told = "; ".join(f"{run.name}: {name}, {settings}" for run, (name, settings) in zip(runs, used, strict=True))
+        raise UserError(f"these runs decode differently ({told}): evaluate them alike (evaluation.decodings)")
+    return used[0][0]
 
 
 def _names(paths: Sequence[str]) -> list[str]:

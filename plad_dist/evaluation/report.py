@@ -235,7 +235,8 @@ def _model(section: Mapping[str, Any]) -> str:
     if section.get("path"):
         return f"{section['path']}{'@' + str(section['revision']) if section.get('revision') else ''}"
     architecture = (section.get("scratch") or {}).get("architecture") or {}
-    shape = [f"{architecture[key]} {word}" for key, word in _SHAPE.items() if key in architecture]
+    counts = [(architecture[key], word) for key, word in _SHAPE.items() if key in architecture]
+    shape = [f"{count} {word.removesuffix('s') if count == 1 else word}" for count, word in counts]
     return f"{architecture.get('model_type', 'model')} from scratch{': ' + ', '.join(shape) if shape else ''}"
 
 

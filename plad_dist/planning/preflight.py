@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from plad_dist.config import Config, LlmJudge, Model, RewardJudge, TeacherJudge
+from plad_dist.config import Config, LlmJudge, Model, RewardJudge, ScratchModel, TeacherJudge
 from plad_dist.data.models import check_local_model, check_weights, load_model_config
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer, compile_template
 from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir, check_same_run
-from plad_dist.sampling.engine import check_engine_args
+from plad_dist.sampling.engine import check_cpu_heads, check_engine_args
+from plad_dist.sampling.placement import engines_use_gpus
 
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
@@ -85,6 +86,17 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
         yield from _model_checks(key, model)
 
 
+def _check_scratch(scratch: ScratchModel) -> None:
+    from plad_dist.training.scratch import check_architecture
+
+    config = check_architecture(scratch)
+    if not engines_use_gpus():
+        try:
+            check_cpu_heads(config)
+        except UserError as error:
+            raise UserError(f"scratch.architecture: {error}") from None
+
+
 def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[tuple[str, Callable[[], object]]]:
     from plad_dist.evaluation.judges import load_template
     from plad_dist.pairing.reward import open_reward_model
@@ -111,9 +123,7 @@ def _model_checks(key: str, model: Model) -> Iterator[tuple[str, Callable[[], ob
     if model.template is not None:
         yield "", partial(compile_template, model.template, key)
     if model.scratch is not None:
-        from plad_dist.training.scratch import check_architecture
-
-        yield f"{key}.", partial(check_architecture, model.scratch)
+        yield f"{key}.", partial(_check_scratch, model.scratch)
     elif model.path is not None:
         for check in (load_model_config, Renderer):
             yield f"{key}.path: ", partial(check, model.path, model)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plad_dist.config import Decoding, Model
-from plad_dist.data.models import first_line
+from plad_dist.data.models import first_line, head_size, load_model_config
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import UserError
 from plad_dist.sampling.placement import spanning
@@ -23,6 +23,7 @@ from plad_dist.sampling.work import EngineStartError
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 16_384
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # that vLLM's attention on CPUs is compiled for
 
 
 class RefusedPromptError(ValueError):
@@ -121,6 +122,16 @@ def check_engine_args(engine: dict[str, Any], key: str) -> None:
             raise UserError(f"{key}.{name}: set replicas instead: each is an engine of its own, which may come and go")
 
 
+def check_cpu_heads(config: Any) -> None:
+    """Raise :class:`UserError` for a model, by its transformers config, that vLLM starts on CPUs and dies of when it is asked."""
+    size = head_size(config)
+    if size not in CPU_HEAD_SIZES and not hasattr(config.get_text_config(), "kv_lora_rank"):
+        raise UserError(
+            f"attention heads of {size}: vLLM has none of that size on CPUs, only {', '.join(map(str, CPU_HEAD_SIZES))}. Set "
+            "another number of heads or another width (head_dim), or use GPUs"
+        )
+
+
 @cache
 def _engine_arg_names() -> frozenset[str]:
     """Fields of vLLM's AsyncEngineArgs, read from its source: importing vLLM takes many seconds."""
@@ -152,6 +163,9 @@ class Engine:
         self._renderer = Renderer(path, settings)
         from vllm.platforms import current_platform
 
+        is_cpu = current_platform.is_cpu()
+        if is_cpu:
+            check_cpu_heads(load_model_config(path, settings))
         self.path: str | None = path
         self._args: dict[str, Any] = {
             "revision": settings.revision,
@@ -159,7 +173,7 @@ class Engine:
             "max_model_len": settings.max_length,
             "seed": seed,
             "disable_log_stats": True,
-            **(CPU_DEFAULTS if current_platform.is_cpu() else {}),
+            **(CPU_DEFAULTS if is_cpu else {}),
             **spanning(engine),
         }
         self._llm = self._started(path)

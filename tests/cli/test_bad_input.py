@@ -83,6 +83,10 @@ def bad_architecture(folder: Path, raw: dict[str, Any]) -> None:
     raw["student"]["scratch"]["architecture"] = {"model_type": "lama"}
 
 
+def heads_unknown_on_cpus(folder: Path, raw: dict[str, Any]) -> None:
+    raw["student"]["scratch"]["architecture"] = raw["student"]["scratch"]["architecture"] | {"num_attention_heads": 2}
+
+
 def unknown_engine_argument(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"max_num_seq": 3}
 
@@ -193,6 +197,7 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (broken_template, ["not a valid Jinja template"]),
         (no_weights, ["has no *.safetensors weights"]),
         (bad_architecture, ["student.scratch.architecture.model_type", "no 'lama'; did you mean `llama`?"]),
+        (heads_unknown_on_cpus, ["student.scratch.architecture: attention heads of 16", "only 32, 64", "head_dim"]),
         (unknown_engine_argument, ["sampling.student.engine.max_num_seq", "did you mean `max_num_seqs`?"]),
         (engine_argument_of_ours, ["sampling.student.engine.model", "set by the run itself"]),
         (tracker_not_installed, ["training.trackers: wandb", "not installed"]),

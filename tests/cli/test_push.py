@@ -124,7 +124,8 @@ def test_a_token_that_the_hub_refuses_is_named_but_not_shown(run: RunDir, hub: s
     ("arguments", "code", "told"),
     [
         (["owner/student", "--phase", "seqkd"], 2, "the run has round-0"),
-        (["not a name!"], 2, "not a name!"),
+        (["owner/not a name!"], 2, "owner/not a name!"),
+        (["student"], 2, "student: expected OWNER/NAME"),
     ],
 )
 def test_bad_arguments_are_named(run: RunDir, hub: str, arguments: list[str], code: int, told: str) -> None:
@@ -136,6 +137,11 @@ def test_a_hub_that_does_not_answer_is_said_to_be_away(run: RunDir) -> None:
     done = push("http://127.0.0.1:9", str(run.root), "owner/student")
     assert done.returncode == 1, done.stderr
     assert "cannot be reached" in done.stderr
+
+
+def test_an_address_that_is_none_is_named(run: RunDir) -> None:
+    done = push("hub.example", str(run.root), "owner/student")
+    assert (done.returncode, "HF_ENDPOINT: hub.example: expected" in done.stderr) == (2, True), done.stderr
 
 
 def test_a_damaged_model_is_not_uploaded(run: RunDir, hub: str, tmp_path: Path) -> None:

@@ -254,6 +254,17 @@ def test_systems_that_say_the_same_are_compared_once(finished: Finished, tmp_pat
         compare_runs([str(finished.root), *[str(tmp_path / "again")] * 2])
 
 
+def test_runs_are_compared_under_the_decoding_that_is_asked_for(finished: Finished) -> None:
+    compared = compare_runs([str(finished.root)], "greedy")
+    figures = json.loads((finished.root / "eval" / "round-0" / "metrics.json").read_bytes())
+    own = {row["system"]: row["rouge_l"] for row in figures["systems"] if row["decoding"] == "greedy"}
+    assert compared["decoding"] == "greedy"
+    for row in compared["systems"]:
+        assert row["rouge_l"]["value"] == pytest.approx(own[row["system"]]["value"])
+    with pytest.raises(UserError, match="--decoding beam: run has greedy, sampled"):
+        compare_runs([str(finished.root)], "beam")
+
+
 def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished: Finished) -> None:
     """Greedy answers that vLLM gave after a change of weights are those of the model in plain transformers."""
     from transformers import AutoModelForCausalLM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.rundir import RunDir
 from plad_dist.sampling import stage
+from plad_dist.sampling.engine import CPU_HEAD_SIZES
 from plad_dist.sampling.fleet import Assignment
 from plad_dist.sampling.placement import Placement, place, replicas_that_fit, spanning, window_for
 from tests.tiny import TEMPLATE, make_random_model
@@ -163,3 +165,12 @@ def test_auto_replicas_are_as_many_as_the_gpus_hold() -> None:
     assert replicas_that_fit(Placement(1, gpus=4), {"GPU": 18}) == 4
     assert replicas_that_fit(Placement(1, bundles=16), {"GPU": 18}) == 1
     assert replicas_that_fit(Placement(1), {"CPU": 64}) == 1
+
+
+def test_heads_that_are_refused_on_cpus_are_those_that_vllm_has_none_for() -> None:
+    """Read from its source: importing vLLM takes many seconds."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "v1" / "attention" / "backends" / "cpu_attn.py").read_text()
+    assert f"return {list(CPU_HEAD_SIZES)}\n" in source
