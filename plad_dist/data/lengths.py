@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import jinja2
+
 from plad_dist.config import Config, Model
 from plad_dist.data.models import context_length, resolve_model
 from plad_dist.data.sources import Prompt
-from plad_dist.data.templates import Renderer
+from plad_dist.data.templates import Renderer, compile_template, render
 from plad_dist.errors import UserError
 
 
@@ -25,9 +27,6 @@ class _Limit:
     renderer: Renderer
     tokens: int
 
-    def holds_for(self, prompt: Prompt) -> bool:
-        return self.teacher is None or self.teacher == (prompt.teacher or "teacher")
-
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
         """Tokens of prompts as the model sees them. Raises :class:`UserError` naming the row that it cannot render."""
         try:
@@ -38,8 +37,16 @@ class _Limit:
             return [self.lengths([prompt])[0] for prompt in prompts]
 
 
+def _answers(teacher: str | None, prompt: Prompt) -> bool:
+    """Whether a teacher, or the student, is asked a prompt."""
+    return teacher is None or teacher == (prompt.teacher or "teacher")
+
+
 class Lengths:
-    """Measures prompts with every pretrained model that answers them. Servers and models yet to be made have no tokenizer."""
+    """Measures prompts with every pretrained model that answers them.
+
+    Models yet to be made have no tokenizer: prompts are rendered for them, no more. Servers have neither.
+    """
 
     def __init__(self, config: Config) -> None:
         models: list[tuple[str, str | None, Model]] = [("student", None, config.student)]
@@ -50,12 +57,25 @@ class Lengths:
             for name, teacher, model in models
             if model.path is not None
         ]
+        self._unmade = [
+            (name, teacher, compile_template(model.template or "", name))
+            for name, teacher, model in models
+            if model.scratch is not None
+        ]
 
     def over_long(self, prompts: Sequence[Prompt]) -> dict[int, str]:
-        """Index of every prompt that is too long, with how long it is for which model."""
+        """Index of every prompt that is too long, with how long it is for which model.
+
+        Raises:
+            UserError: naming the row that a model's template cannot render.
+        """
+        for prompt in prompts:
+            for name, teacher, template in self._unmade:
+                if _answers(teacher, prompt):
+                    _check_rendering(template, prompt, name)
         found: dict[int, str] = {}
         for limit in self._limits:
-            indices = [index for index, prompt in enumerate(prompts) if limit.holds_for(prompt)]
+            indices = [index for index, prompt in enumerate(prompts) if _answers(limit.teacher, prompt)]
             lengths = limit.lengths([prompts[index] for index in indices])
             for index, tokens in zip(indices, lengths, strict=True):
                 if tokens > limit.tokens:
@@ -84,6 +104,13 @@ class Lengths:
                 f"{self.over_long([cut(0)]).get(0, 'no room for a character')}. Shorten it, or set prompts.over_long to drop."
             )
         return cut(fits)
+
+
+def _check_rendering(template: jinja2.Template, prompt: Prompt, name: str) -> None:
+    try:
+        render(template, prompt.messages, name)
+    except UserError as error:
+        raise UserError(f"{prompt.where}: {error}") from None
 
 
 def _limit(name: str, teacher: str | None, model: Model, max_tokens: int | None) -> _Limit:

@@ -95,19 +95,21 @@ def _sources(config: Config) -> list[tuple[str, Any]]:
     return [(key, source) for key, source in named if source is not None]
 
 
-def check_prompts(config: Config, *, all_rows: bool) -> None:
-    """Raise the errors of :func:`prepare` without writing anything.
+def check_prompts(config: Config, *, all_rows: bool) -> str | None:
+    """Raise the errors of :func:`prepare` without writing anything. Returns what it would tell of the rows, where it has read all.
 
     Args:
         all_rows: read all rows; otherwise the first of each source. Python functions are not harvested for it.
     """
     Router(config)
     if all_rows and not isinstance(config.prompts.source, PythonFunctionsSource):
-        _exhaust(Selection(config))
-        return
+        selection = Selection(config)
+        _exhaust(selection)
+        return selection.summary()
     for key, source in _sources(config):
         if not isinstance(source, PythonFunctionsSource):
             _exhaust(islice(read_prompts(source, key), None if all_rows else 1))
+    return None
 
 
 def _exhaust(rows: Iterable[Any]) -> None:

@@ -30,7 +30,7 @@ class Selection:
     Memory grows by 8 bytes a prompt, the hashes that duplicates are found by.
 
     Attributes:
-        counts: of each set so far: `rows` that are kept, `duplicates`, `over_long`, `truncated`, and `dropped.` by reason.
+        counts: of each set so far: `rows` that are kept, `references` among them, `duplicates`, `over_long`, `truncated`, and `dropped.` by reason.
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,6 +48,7 @@ class Selection:
                 kept = [(name, replace(prompt, teacher=self._route(prompt))) for name, prompt in kept]
             for name, prompt in self._without_over_long(kept):
                 self.counts[name]["rows"] += 1
+                self.counts[name]["references"] += prompt.reference is not None
                 yield name, prompt
         for name, key in ((TRAIN, "prompts.source"), (HELDOUT, "prompts.heldout")):
             if not self.counts[name]["rows"]:
@@ -120,7 +121,7 @@ class Selection:
         return kept
 
     def summary(self) -> str | None:
-        """What is not as the sources have it, in words; None where everything is."""
+        """What is not as the sources have it, and whether anything will tell how good outputs are, in words; None where all is well."""
         total = self.counts[TRAIN] + self.counts[HELDOUT]
         prompts, done = self._config.prompts, {"keep": "kept", "drop": "dropped", "truncate": "truncated"}
         said = [
@@ -128,7 +129,12 @@ class Selection:
             (total["over_long"], f"over-long {done.get(prompts.over_long)}"),
             (total["dropped.heldout"], "left out of training because prompts.heldout has them"),
         ]
-        return ", ".join(f"{count:,} {what}" for count, what in said if count) or None
+        told = [f"{count:,} {what}" for count, what in said if count]
+        if not self.counts[HELDOUT]["references"] and not self._config.evaluation.judges:
+            told.append(
+                "no held-out prompt has a reference and evaluation.judges is empty, so that nothing will tell how good outputs are"
+            )
+        return ", ".join(told) or None
 
 
 class Router:

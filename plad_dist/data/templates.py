@@ -11,6 +11,7 @@ import jinja2.sandbox
 
 from plad_dist.config import Model, fingerprint
 from plad_dist.data.models import check_local_model, first_line
+from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.errors import UserError
 
 Messages = list[dict[str, str]]
@@ -64,14 +65,14 @@ class Renderer:
         return encoded
 
     def _render(self, messages: Messages) -> str:
+        if self._template is not None:
+            return render(self._jinja, messages, self.model)
         try:
-            if self._template is None:
-                return str(
-                    self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._answers, tokenize=False)
-                )
-            return self._jinja.render(messages=messages)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise UserError(f"template of {self.model}: cannot render {messages!r:.80}: {error}") from None
+            return str(
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._answers, tokenize=False)
+            )
+        except JINJA_ERRORS as error:
+            raise _cannot_render(messages, self.model, error) from None
 
     @property
     def identity(self) -> str:
@@ -104,6 +105,18 @@ def compile_template(template: str, model: str) -> jinja2.Template:
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise UserError(f"template of {model}: not a valid Jinja template: {error}") from None
+
+
+def render(template: jinja2.Template, messages: Messages, model: str) -> str:
+    """The text of a prompt. Raises :class:`UserError` where the model's template cannot render it."""
+    try:
+        return template.render(messages=messages)
+    except JINJA_ERRORS as error:
+        raise _cannot_render(messages, model, error) from None
+
+
+def _cannot_render(messages: Messages, model: str, error: Exception) -> UserError:
+    return UserError(f"template of {model}: cannot render {messages!r:.80}: {error}")
 
 
 def load_tokenizer(model: str, settings: Model) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +16,8 @@ from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine import check_cpu_heads, check_engine_args
 from plad_dist.sampling.placement import engines_use_gpus
+
+logger = logging.getLogger("plad")
 
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
@@ -38,7 +41,9 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
     if problems:
         raise UserError(*problems)
     if all_rows and train_prompts(run.storage).manifest() is None:
-        check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
+        said = check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
+        if said:
+            logger.info("prompts: %s", said)
 
 
 def check_engines(config: Config) -> None:

@@ -271,6 +271,22 @@ def test_small_files_are_checked_before_anything_is_written(tmp_path: Path, monk
 # ------------------------------------------------------------------------------------------------------------ duplicates
 
 
+def test_a_run_that_nothing_can_judge_says_so_before_it_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = raw_config(tmp_path, map(str, range(200)))
+    del raw["prompts"]["source"]["reference_column"], raw["training"]["teacher"]
+    raw["teacher"] = {"endpoint": {"url": "http://localhost:1/v1", "model": "big"}}
+    raw["training"]["warmup"]["data"] = "teacher"
+    caplog.set_level(logging.INFO, "plad")
+    told = "no held-out prompt has a reference and evaluation.judges is empty, so that nothing will tell how good outputs are"
+    assert check_prompts(config_of(raw), all_rows=True) == told
+    prepared(config_of(raw))
+    assert [record.message for record in caplog.records] == [f"prompts: {told}"]
+    raw["evaluation"]["judges"] = {"reader": {"type": "reward_model", "path": "nowhere"}}
+    assert check_prompts(config_of(raw), all_rows=True) is None
+
+
 def test_duplicates_are_counted_and_kept_dropped_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = [str(row) for row in range(1200)]
     texts += texts[:12]
@@ -415,6 +431,13 @@ def test_a_row_that_a_chat_template_refuses_is_named(tmp_path: Path, model: Path
     raw = long_config(tmp_path, model, over_long="drop")
     raw["student"]["template"] = "{{ messages[0].content if '33 ' != messages[0].content else messages[1].content }}"
     with pytest.raises(UserError, match=r"prompts\.jsonl:34: student \(.*\): template of .*cannot render"):
+        prepared(config_of(raw))
+
+
+def test_a_row_that_the_template_of_a_new_model_refuses_is_named(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, map(str, range(50)))
+    raw["student"]["template"] = "{{ messages[0].content if messages[0].content != '33' else messages[1].content }}"
+    with pytest.raises(UserError, match=r"prompts\.jsonl:34: template of student: cannot render .*'33'"):
         prepared(config_of(raw))
 
 
