@@ -68,12 +68,15 @@ class DatasetSource(Columns):
 
 
 class PythonFunctionsSource(Section):
-    """Names of functions from their one-line descriptions, harvested from the installed Python packages.
+    """Names of functions and their one-line descriptions, harvested from the installed Python packages; one is asked for by the other.
 
     Source code is parsed, never imported or run.
     """
 
     type: Literal["python_functions"]
+    answer: Literal["name", "description"] = Field(
+        "name", description="What is asked for: a few words, or a sentence of a dozen, which are longer answers."
+    )
     limit: int = Field(60_000, ge=100, description="At most so many training rows.")
     heldout_limit: int = Field(600, ge=10, description="At most so many held-out rows.")
     heldout_packages: list[str] = Field(

@@ -193,9 +193,12 @@ def _rows(config: Config) -> Iterator[Row]:
         train, heldout = harvest(prompts.source, seed)
         for name, functions in ((TRAIN, train), (HELDOUT, heldout if prompts.heldout is None else [])):
             for index, item in enumerate(functions):
-                messages = [{"role": "user", "content": item.description}]
+                asked, answer = item.description, item.name
+                if prompts.source.answer == "description":
+                    asked, answer = answer, asked
+                messages = [{"role": "user", "content": asked}]
                 where, meta = f"python_functions: row {index}", {"package": item.package}
-                yield name, make_prompt("python_functions", index, where, messages, item.name, meta)
+                yield name, make_prompt("python_functions", index, where, messages, answer, meta)
         return
     share = prompts.heldout_fraction if prompts.heldout is None else 0.0
     for prompt in read_prompts(prompts.source):

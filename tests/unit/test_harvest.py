@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from plad_dist.config import PythonFunctionsSource
+from plad_dist.config_file import parse_config
 from plad_dist.data import harvest as module
 from plad_dist.data.harvest import NamedFunction, NearDuplicates, describe, function_name, harvest
+from plad_dist.data.selection import Selection
 from plad_dist.errors import UserError
+from tests.conftest import tiny_config
 
 VERBS = ["read", "write", "count", "remove", "merge", "sort", "check", "encode", "split", "rename"]
 NOUNS = ["messages", "folders", "tokens", "graphs", "headers", "users", "signals", "images", "events", "tables"]
@@ -318,3 +321,18 @@ def test_an_unwritable_cache_is_done_without(root: Path, tmp_path: Path) -> None
     train, heldout = harvest(source(), 1, tmp_path / "file" / "cache")
     assert len(train) == 45
     assert len(heldout) == 30
+
+
+def test_names_and_descriptions_may_be_asked_for_by_each_other(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rows = {}
+    for answer in ("name", "description"):
+        raw = tiny_config(tmp_path)
+        raw["prompts"] = {"source": source(answer=answer, heldout_limit=30).model_dump()}
+        rows[answer] = [
+            (prompt.messages[0]["content"], prompt.reference) for _, prompt in Selection(parse_config(raw, "test"))
+        ]
+    assert len(rows["name"]) == 75
+    assert rows["description"] == [(answer, asked) for asked, answer in rows["name"]]

@@ -18,7 +18,7 @@ from plad_dist.rundir import RunDir
 from tests.tiny import make_random_model
 
 EXAMPLES = sorted(Path("examples").glob("*.yaml"))
-STUDIES = {"ablation.yaml", "study.yaml"}
+STUDIES = {"ablation.yaml", "study.yaml", "study-long.yaml"}
 
 TLDR = [
     {
