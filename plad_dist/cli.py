@@ -119,7 +119,7 @@ def train(
 
 @app.command()
 def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Let every system answer the held-out prompts and compare them."""
+    """Let every system answer the held-out prompts, compare them and write the report."""
     _stage("evaluate", config, overrides)
 
 
@@ -302,14 +302,15 @@ def study(
     """Run all variants of a config and compare them. What variants have in common is made once; resumes where it was left."""
     from plad_dist.evaluation.comparison import compare_runs
     from plad_dist.evaluation.over_seeds import seeds_table, study_over_seeds
+    from plad_dist.reuse import take_over
     from plad_dist.rundir import RunDir
-    from plad_dist.study import begin, load_study
+    from plad_dist.study import load_study
 
     seeds: list[dict[str, str]] = []
     for runs in load_study(file, overrides or []):
         done: list[Config] = []
         for _, config in runs:
-            begin(config, done)
+            take_over(config, done)
             _pipeline(config)
             done.append(config)
         folder = RunDir.of(done[0]).root.parent

@@ -268,6 +268,7 @@ def _refuse_relative(config: Config) -> None:
     """Raise :class:`UserError` for places that would lie in the job's own folder, which goes away with the job."""
     places = {
         "run.dir": config.run.dir,
+        "run.reuse": config.run.reuse,
         "training.checkpoint_url": config.training.checkpoint_url,
         "training.staging_dir": config.training.staging_dir,
     }

@@ -20,6 +20,7 @@ from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.planning.preflight import check_inputs
 from plad_dist.progress import Progress
+from plad_dist.reuse import reused_run, take_over
 from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run, read_timings
 
 logger = logging.getLogger("plad")
@@ -95,7 +96,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
         )
         yield Step(
             name("report"),
-            "report",
+            "evaluate",
             lambda: run.storage.read(run.report) is not None,
             lambda: finished_metrics(run),
             lambda: report(config, run),
@@ -134,6 +135,8 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     """
     run = RunDir.of(config)
     check_inputs(config, run, command=command)
+    if other := reused_run(config):
+        take_over(config, [other])
     progress = Progress()
 
     def steps() -> Iterator[Step]:

@@ -1,6 +1,6 @@
 """The run directory: where every stage finds its inputs and puts its outputs, and what guards them.
 
-``run.yaml`` holds the resolved config and its fingerprint. A config that differs in a key that decides what the run
+``run.yaml`` holds the resolved config, its fingerprint and the version of plad-dist that worked on it last. A config that differs in a key that decides what the run
 produces is refused once a stage that depends on the key has begun.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from plad_dist import __version__
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.config_file import yaml_reason
 from plad_dist.data.models import resolve_model
@@ -212,7 +213,7 @@ def open_run(config: Config) -> RunDir:
 
 def run_document(config: Config) -> bytes:
     """The content of ``run.yaml``."""
-    document = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint()}
+    document = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint(), "version": __version__}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 
 
@@ -228,10 +229,13 @@ def check_same_run(config: Config, run: RunDir) -> None:
         lines = [f"{key}: {_shown(old, key)} there, {_shown(new, key)} now" for key in conflicts[:_SHOWN_KEYS]]
         if len(conflicts) > _SHOWN_KEYS:
             lines.append(f"and {len(conflicts) - _SHOWN_KEYS} more")
+        advice = "Use another run.dir (run.reuse takes over what both would make alike), or give these keys their old values."
+        if data["version"] not in (None, __version__):
+            advice = f"plad-dist {data['version']} has worked on it, this is {__version__}: finish it with that one, or use another run.dir."
         raise UserError(
             f"run.dir: {run.storage.url}: was begun with another config. Keys that differ:\n  "
             + "\n  ".join(lines)
-            + "\nUse another run.dir, or give these keys their old values."
+            + f"\n{advice}"
         )
 
 
@@ -267,7 +271,11 @@ def _run_file(run: RunDir) -> dict[str, Any] | None:
         return None
     try:
         document = yaml.safe_load(data)
-        return {"config": dict(document["config"]), "fingerprint": str(document["fingerprint"])}
+        return {
+            "config": dict(document["config"]),
+            "fingerprint": str(document["fingerprint"]),
+            "version": document.get("version"),
+        }
     except yaml.YAMLError as error:
         why = yaml_reason(error)
     except (KeyError, TypeError, ValueError):

@@ -63,6 +63,11 @@ class DatasetSource(Columns):
     type: Literal["dataset"]
     name: str = Field(min_length=1, description="Hub name, folder of data files, or folder made by `save_to_disk`.")
     subset: str | None = Field(None, description="Configuration of the data set, where it has several.")
+    data_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder of it to read, such as that of a configuration in the hub's own copies as Parquet (revision `refs/convert/parquet`).",
+    )
     split: str = Field("train", min_length=1, description="Split to read.")
     revision: str | None = Field(None, description="Revision of the hub repository.")
 

@@ -27,6 +27,12 @@ class Run(Section):
 
     dir: str = Field(description="Run directory: a path, or file://, s3://, gs://, az:// URI.", min_length=1)
     seed: int = Field(17, ge=0, lt=2**31, description="Every random choice of the run follows from it.")
+    reuse: str | None = Field(
+        None,
+        min_length=1,
+        description="Another run directory, whose prompts, models, samples and pairs a new run takes over as far as it would make them alike.",
+        json_schema_extra=OPERATIONAL,
+    )
 
 
 class Cluster(Section):

@@ -190,7 +190,7 @@ def _dataset_name(source: DatasetSource) -> str:
     """What a data set is called in prompt ids and `meta`: the same wherever a folder is."""
     folder = Path(source.name).expanduser()
     name = folder.absolute().name if folder.is_dir() else source.name
-    return ":".join(part for part in (name, source.subset, source.split) if part)
+    return ":".join(part for part in (name, source.subset or source.data_dir, source.split) if part)
 
 
 def _dataset_records(source: DatasetSource, key: str, columns: list[str] | None) -> Iterator[Record]:
@@ -204,7 +204,13 @@ def _dataset_records(source: DatasetSource, key: str, columns: list[str] | None)
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - `datasets` raises whatever its many readers and the hub raise
-        raise UserError(f"{key}: {source.name}: cannot be read as a data set: {first_line(error)}") from None
+        why = first_line(error)
+        if "scripts are no longer supported" in why:  # nothing of what it loads is run
+            why += (
+                f". Set {key}.revision to refs/convert/parquet, where the hub keeps a copy, and {key}.data_dir to the configuration's name"
+                " instead of subset"
+            )
+        raise UserError(f"{key}: {source.name}: cannot be read as a data set: {why}") from None
     if row < 0:
         raise UserError(f"{key}: {source.name}: no prompts in split {source.split!r}; expected one row a prompt")
 
@@ -216,7 +222,14 @@ def _load(source: DatasetSource, key: str) -> Any:
     folder = Path(source.name).expanduser()
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         name = str(folder) if folder.is_dir() else source.name
-        return load_dataset(name, source.subset, split=source.split, revision=source.revision, streaming=True)
+        return load_dataset(
+            name,
+            source.subset,
+            data_dir=source.data_dir,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
+        )
     saved = load_from_disk(str(folder))
     if not isinstance(saved, DatasetDict):
         return saved

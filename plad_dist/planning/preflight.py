@@ -13,6 +13,7 @@ from plad_dist.data.models import check_local_model, check_weights, load_model_c
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer, compile_template
 from plad_dist.errors import UserError
+from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine import check_cpu_heads, check_engine_args
 from plad_dist.sampling.placement import engines_use_gpus
@@ -71,6 +72,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     from plad_dist.training.trackers import check_trackers
 
     yield "", partial(_check_place, run)
+    yield "", partial(reused_run, config)
     yield "", partial(check_optimizers, config.training.deepspeed, config.training)
     yield "", partial(check_trackers, config.training.trackers)
     for key, arguments in _engine_arguments(config):

@@ -264,9 +264,21 @@ def test_a_data_set_gives_the_same_prompts_however_it_is_kept(tmp_path: Path) ->
         assert prompts[1].meta == {"source": f"{name}:train", "row": 1}
 
 
+def test_one_configuration_is_read_of_a_copy_as_parquet(tmp_path: Path) -> None:
+    """As the hub keeps them: a folder a configuration, in it a folder a split."""
+    for place, rows in {"pairs/train": ROWS, "pairs/test": ROWS[:1], "scores/train": [{"score": 1}]}.items():
+        (tmp_path / "hub" / place).mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / place / "0000.parquet")
+    data = DatasetSource(type="dataset", name=str(tmp_path / "hub"), data_dir="pairs", reference_column="answer")
+    prompts = list(read_prompts(data))
+    assert contents(iter(prompts)) == [(row["prompt"], row["answer"]) for row in ROWS]
+    assert prompts[0].meta == {"source": "hub:pairs:train", "row": 0}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("scripted", {}, r"prompts\.source: .*scripted\.py\. Set prompts\.source\.revision to refs/convert/parquet"),
         ("several", {"split": "dev"}, r"prompts\.source\.split: .*has no split 'dev'; it has test, train\. Set one"),
         ("files", {"split": "dev"}, r"prompts\.source: .*dev.*train"),
         ("none/at/all", {}, r"prompts\.source: none/at/all: cannot be read as a data set"),
@@ -277,8 +289,9 @@ def test_a_data_set_gives_the_same_prompts_however_it_is_kept(tmp_path: Path) ->
 def test_a_bad_data_set_is_named(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "several")
-    for folder in ("files", "broken"):
+    for folder in ("files", "broken", "scripted"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("raise SystemExit('run')")
     rows.to_json(tmp_path / "files" / "train.jsonl")
     write(tmp_path / "broken", '{"prompt": "a"}\n{"prompt": \n', "train.jsonl")
     path = tmp_path / name

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from plad_dist import rundir
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.errors import UserError
+from plad_dist.pipeline import run_pipeline
+from plad_dist.reuse import take_over
 from plad_dist.rundir import RunDir, check_same_run, open_run
-from plad_dist.study import begin, load_study
+from plad_dist.study import load_study
 from tests.conftest import tiny_config, write_prompts
 
 MADE = (
@@ -69,17 +73,17 @@ def test_what_is_made_before_the_first_difference_is_taken_over(
     tmp_path: Path, first: dict[str, Any], change: dict[str, Any], taken: set[str]
 ) -> None:
     source, config = parse_config(first, "first"), variant(first, tmp_path, **change)
-    begin(config, [source])
+    take_over(config, [source])
     run = RunDir.of(config)
     assert {name for name in MADE if (run.root / name).is_file()} == taken
     check_same_run(config, run)
     assert train_prompts(run.storage).require("prepare").rows > 0
-    begin(config, [source])  # it is begun: nothing happens
+    take_over(config, [source])  # it is begun: nothing happens
 
 
 def test_logs_are_copied_for_they_grow(tmp_path: Path, first: dict[str, Any]) -> None:
     config = variant(first, tmp_path, training__round={"loss": {"name": "dpo"}})
-    begin(config, [parse_config(first, "first")])
+    take_over(config, [parse_config(first, "first")])
     for name, linked in (("events/warmup/metrics.jsonl", False), ("models/warmup/model.safetensors", True)):
         assert (RunDir.of(config).root / name).samefile(tmp_path / "first" / name) == linked
 
@@ -89,9 +93,21 @@ def test_a_begin_that_was_cut_is_made_anew(tmp_path: Path, first: dict[str, Any]
     half = tmp_path / ".second-begun" / "pairs"
     half.mkdir(parents=True)
     (half / "half").touch()
-    begin(config, [parse_config(first, "first")])
+    take_over(config, [parse_config(first, "first")])
     assert not (RunDir.of(config).root / "pairs" / "half").exists()
     assert (RunDir.of(config).root / MADE[8]).is_file()
+
+
+def test_what_a_phase_has_said_that_is_trained_anew_is_left(tmp_path: Path, first: dict[str, Any]) -> None:
+    said = tmp_path / "first" / "events" / "round-0" / "stopped.json"
+    said.parent.mkdir(parents=True)
+    said.write_text("the loss has exploded")
+    (tmp_path / "first" / MADE[9]).unlink()
+    (tmp_path / "first" / MADE[9]).parent.rmdir()
+    config = variant(first, tmp_path)
+    take_over(config, [parse_config(first, "first")])
+    assert (RunDir.of(config).root / MADE[8]).is_file()
+    assert not (RunDir.of(config).root / "events" / "round-0").exists()
 
 
 def study(folder: Path, **parts: Any) -> str:
@@ -152,3 +168,39 @@ def test_the_config_of_a_run_is_told_from_a_study(tmp_path: Path) -> None:
     path = study(tmp_path, variants={"a": {}})
     with pytest.raises(UserError, match=r"base.yaml: is the config of a run \(`plad run`\)"):
         load_study(str(Path(path).parent / "base.yaml"), [])
+
+
+def test_a_run_takes_over_what_the_one_that_it_names_has_made_alike(tmp_path: Path, first: dict[str, Any]) -> None:
+    """`plad pair` on a new run whose samples are there already would otherwise be refused for want of them."""
+    config = variant(first, tmp_path, run__reuse=str(tmp_path / "first"), training__round={"loss": {"name": "dpo"}})
+    (tmp_path / "second").mkdir()  # a mount, say
+    run_pipeline(config, "prepare")
+    run = RunDir.of(config)
+    assert (run.root / MADE[8]).samefile(tmp_path / "first" / MADE[8])
+    assert not (run.root / MADE[9]).exists()
+    shutil.rmtree(tmp_path / "first")
+    run_pipeline(config, "prepare")  # it is begun, and needs the other no more
+    assert (run.root / MADE[8]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("reuse", "message"),
+    [
+        ("nowhere", "run.reuse: .*nowhere: no such run directory"),
+        ("s3://bucket/run", "run.reuse: s3://bucket/run: is an object store"),
+    ],
+)
+def test_a_run_that_cannot_be_taken_over_from_is_named(
+    tmp_path: Path, first: dict[str, Any], reuse: str, message: str
+) -> None:
+    place = reuse if "://" in reuse else str(tmp_path / reuse)
+    with pytest.raises(UserError, match=message):
+        run_pipeline(variant(first, tmp_path, run__reuse=place), "prepare")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_run_of_another_version_says_so(first: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rundir, "__version__", "9.9.9")
+    changed = parse_config({**first, "run": {**first["run"], "seed": 6}}, "first")
+    with pytest.raises(UserError, match=r"run\.seed: 5 there, 6 now\nplad-dist .* has worked on it, this is 9\.9\.9"):
+        check_same_run(changed, RunDir.of(changed))
