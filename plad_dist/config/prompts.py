@@ -24,7 +24,10 @@ class Columns(Section):
         description="Column with a whole dialogue as one text, in which `\\n\\nHuman:` and `\\n\\nAssistant:` begin a turn, as in "
         "Anthropic's HH data; the prompt is all but its last turn of the assistant, which is the reference.",
     )
-    reference_column: str | None = Field(None, description="Column with a reference response, if there is one.")
+    reference_column: str | None = Field(
+        None,
+        description="Column with a reference response, if there is one. The `messages_column` itself: its last turn, the assistant's.",
+    )
     reference_template: str | None = Field(
         None, description="Jinja template over the row's columns that makes the reference; an empty text is none."
     )

@@ -175,7 +175,7 @@ def load_model_config(model: str, settings: Model) -> Any:
 
 def context_length(model: str, settings: Model) -> int:
     """Tokens that a model may see: the config's limit, or the model's own."""
-    own = getattr(load_model_config(model, settings), "max_position_embeddings", None)
+    own = getattr(load_model_config(model, settings).get_text_config(), "max_position_embeddings", None)
     return int(min(value for value in (settings.max_length, own, 1 << 20) if value))
 
 

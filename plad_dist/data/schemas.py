@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pyarrow as pa
 
 PROMPTS = pa.schema(
@@ -57,3 +60,8 @@ REFERENCES = pa.schema(
         pa.field("rejected_reference_logp", pa.float64(), nullable=False),
     ]
 )
+
+
+def is_answer(sample: Mapping[str, Any]) -> bool:
+    """Whether a row of samples is an answer to learn from: it came to its end, and says something."""
+    return sample["finish_reason"] == "stop" and bool(sample["text"].strip())

@@ -122,7 +122,7 @@ class _Reader:
     def _messages(self, record: dict[str, Any], where: str) -> list[dict[str, str]]:
         source = self._source
         if source.messages_column is not None:
-            return self._chat(self._column(record, source.messages_column, "messages_column", where), where)
+            return self._unanswered(self._column(record, source.messages_column, "messages_column", where), where)
         if self._template is None:
             name = source.prompt_column
             text = self._column(record, name, "prompt_column", where)
@@ -153,6 +153,18 @@ class _Reader:
             raise UserError(f"{expected}, and a human's before the last answer; got {text!r:.60}")
         return messages, reference or None
 
+    def _unanswered(self, messages: Any, where: str) -> list[dict[str, str]]:
+        """The turns of a conversation but for an answer at its end, which is the reference."""
+        turns, name = self._chat(messages, where), self._source.messages_column
+        if turns[-1]["role"] != "assistant":
+            return turns
+        if self._source.reference_column != name or len(turns) == 1:
+            raise UserError(
+                f"{where}: {name!r}: ends with the assistant's turn, which would be in the prompt. Leave it out, or set "
+                f"{self._key}.reference_column to {name} as well: the last turn is the reference then"
+            )
+        return turns[:-1]
+
     def _chat(self, messages: Any, where: str) -> list[dict[str, str]]:
         expected = f"{where}: {self._source.messages_column!r}: expected a non-empty list of {{role, content}}"
         if not isinstance(messages, list) or not messages:
@@ -172,9 +184,12 @@ class _Reader:
         if name is None:
             return None
         reference = self._column(record, name, "reference_column", where)
+        if name == self._source.messages_column:
+            last = self._chat(reference, where)[-1]
+            reference = last["content"] if last["role"] == "assistant" else None
         if reference is not None and not isinstance(reference, str):
             raise UserError(f"{where}: {name!r}: expected a string or null, got {reference!r:.60}")
-        return reference
+        return reference if reference and reference.strip() else None  # CSV has no other way to have none
 
     def _column(self, record: dict[str, Any], name: str, option: str, where: str) -> Any:
         if name not in record:

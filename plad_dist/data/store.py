@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import time
 import uuid
@@ -28,6 +29,8 @@ import xxhash
 
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
+
+logger = logging.getLogger("plad")
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
@@ -398,9 +401,12 @@ class Journal:
             rows = [[part.name, part.rows, part.bytes, part.xxh3_128, part.counts] for part in self._parts]
             key = f"{self._dataset.path}/{JOURNAL}/{self._prefix}-{self._written:06d}.json"
             page = {"fingerprint": self._fingerprint, "parts": rows}
-            self._dataset.storage.replace(key, json.dumps(page).encode())
             self._written += 1
-            self._parts = []
+            try:
+                self._dataset.storage.replace(key, json.dumps(page).encode())
+                self._parts = []
+            except RunFailed as error:  # it only saves work: nothing that is committed depends on it
+                logger.warning("what is committed could not be noted yet: %s", error)
         self._last = time.monotonic()
 
 

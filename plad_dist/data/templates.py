@@ -53,8 +53,8 @@ class Renderer:
         return [next(with_special if add else without) for add in bare]
 
     def response_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of finished responses, the end-of-sequence token included."""
-        return [[*ids, self.eos_id] for ids in self._encode(texts, False)]
+        """Token ids of finished responses, the token that ends them included."""
+        return [[*ids, self.end_id] for ids in self._encode(texts, False)]
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         if not texts:
@@ -77,11 +77,24 @@ class Renderer:
     @property
     def identity(self) -> str:
         """Fingerprint of how texts become tokens."""
-        return fingerprint([self.tokenizer.get_vocab(), self.eos_id])
+        return fingerprint([self.tokenizer.get_vocab(), self.end_id])
 
-    @property
-    def eos_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends a response: the one of :attr:`end_ids` that the chat template puts there, else end-of-sequence.
+
+        Chat models are often trained to end a turn by another token than their tokenizer's end-of-sequence.
+        """
+        eos = int(self.tokenizer.eos_token_id)
+        if self._template is not None:
+            return eos
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except JINJA_ERRORS:
+            return eos
+        after = self._encode([text.rpartition("answer")[2]], False)[0]
+        return next((token for token in after if token in self.end_ids), eos)
 
     @cached_property
     def end_ids(self) -> set[int]:
@@ -92,7 +105,10 @@ class Renderer:
             named = GenerationConfig.from_pretrained(self.model, revision=self._revision).eos_token_id
         except OSError:
             named = None
-        return {self.eos_id, *(named if isinstance(named, list) else [named] if named is not None else [])}
+        return {
+            int(self.tokenizer.eos_token_id),
+            *(named if isinstance(named, list) else [named] if named is not None else []),
+        }
 
 
 def compile_template(template: str, model: str) -> jinja2.Template:

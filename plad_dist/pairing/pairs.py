@@ -137,7 +137,7 @@ class PairBuilder:
             problem = self._problem(role, finish, empty)
             finished = finish == "stop"
             if finished and not (own and own[-1] in self.renderer.end_ids):
-                own, logprob = [*own, self.renderer.eos_id], None
+                own, logprob = [*own, self.renderer.end_id], None
             found.setdefault(prompt_id, []).append(
                 _Response(role, text, own, finished, problem, logprob if role == "student" else None)
             )

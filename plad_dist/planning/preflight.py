@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from plad_dist.config import Config, LlmJudge, Model, RewardJudge, ScratchModel, TeacherJudge
-from plad_dist.data.models import check_local_model, check_weights, load_model_config
+from plad_dist.data.models import check_local_model, check_weights, context_length, load_model_config
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer, compile_template
 from plad_dist.errors import UserError
@@ -91,6 +91,8 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     yield "", partial(check_prompts, config, all_rows=False)
     for key, model in models.items():
         yield from _model_checks(key, model)
+    if config.student.path is not None:
+        yield "", partial(_check_trained, config.student, "student")
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
@@ -102,6 +104,18 @@ def _check_scratch(scratch: ScratchModel) -> None:
             check_cpu_heads(config)
         except UserError as error:
             raise UserError(f"scratch.architecture: {error}") from None
+
+
+def _check_trained(model: Model, key: str) -> None:
+    """What would be found only when everything is sampled. What is wrong with the model as such is told by others."""
+    from plad_dist.training.attention import check_rope
+
+    path = str(model.path)
+    try:
+        settings = load_model_config(path, model)
+    except UserError:
+        return
+    check_rope(settings, context_length(path, model), key)
 
 
 def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.data.schemas import SAMPLES
+from plad_dist.data.schemas import SAMPLES, is_answer
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed, UserError
@@ -179,7 +179,7 @@ class Sampler:
             "tokens": sum(row["num_tokens"] for row in rows),
             "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
             "errors": sum(row["error"] is not None for row in rows),
-            "finished": sum(row["finish_reason"] == "stop" for row in rows),
+            "finished": sum(is_answer(row) for row in rows),
         }
         if self._backend.paid:
             counts["cost_micros"] = round((lost + sum(row["cost"] for row in rows)) * MICRO)

@@ -179,6 +179,7 @@ class Engine:
         self._llm = self._started(path)
         self.max_model_len = int(self._llm.model_config.max_model_len)
         self._aborted = False
+        self._change: asyncio.Task[None] | None = None
 
     def _started(self, path: str) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -286,8 +287,16 @@ class Engine:
         vLLM can exchange weights in a running engine, in a fraction of the time. On CPUs it then answers like neither model (it
         keeps copies of some matrices in another layout), without a word; so it is not asked to.
         """
+        if self._change is not None and not self._change.done():
+            await asyncio.shield(
+                self._change
+            )  # whoever asked for it was cancelled, which an engine that starts cannot be
         if path == self.path:
             return
+        self._change = asyncio.create_task(self._start_anew(path))
+        await asyncio.shield(self._change)
+
+    async def _start_anew(self, path: str) -> None:
         self.path = None  # neither the old weights nor the new ones, until all is done
         self._llm.shutdown()
         self._llm = await asyncio.to_thread(self._started, path)  # heartbeats go on
@@ -358,7 +367,9 @@ def _last_error_printed(stream: int) -> str | None:
     path = Path(f"/proc/{os.getpid()}/fd/{stream}").resolve()
     if not path.is_file():
         return None
-    text = path.read_bytes()[-200_000:].decode(errors="replace")
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 200_000))
+        text = file.read().decode(errors="replace")
     found: list[str] = re.findall(r"\b(?:\w+Error|\w*Exception): (.+)", text)
     causes = [line for line in found if not re.search(r"\(above\)|root cause above|EngineCore encountered", line)]
     return causes[-1].strip() if causes else None

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jinja2
-
 from plad_dist.config import Decoding, Model
 from plad_dist.data.store import Dataset
-from plad_dist.data.templates import Messages, compile_template
+from plad_dist.data.templates import Messages, compile_template, render
 from plad_dist.errors import UserError
 from plad_dist.sampling.endpoint import ClientClosedError, EndpointClient, EndpointDownError, SpendingCapReached
 from plad_dist.sampling.engine import Completion, RefusedPromptError, Response
@@ -53,9 +51,9 @@ class EndpointBackend:
         if self._template is None:
             return [dict(message) for message in messages]
         try:
-            return self._template.render(messages=messages)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
-            return UserError(f"template of {self.path}: cannot render {messages!r:.80}: {error}")
+            return render(self._template, messages, str(self.path))
+        except UserError as error:
+            return error
 
     async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
         """Draw one response.

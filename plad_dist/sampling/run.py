@@ -33,6 +33,7 @@ logger = logging.getLogger("plad")
 
 _TICK_S = 1.0
 _BEAT_EVERY_S = 5.0
+_STARTS = 3  # of a fleet's first engine
 _ENGINES_IN_DOUBT = 8  # a fleet stops after max_attempts failures in a row for each of so many actors
 _ID_LINE = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 _STOP_S = 30.0
@@ -296,7 +297,9 @@ class _Driver:
 
     def _failed(self, fleet: RunningFleet, actor: str, about: Any, cause: Exception) -> None:
         match about:
-            case "start" if isinstance(cause, EngineStartError) and not fleet.started_once and fleet.failed_starts >= 2:
+            case "start" if (
+                isinstance(cause, EngineStartError) and not fleet.started_once and fleet.failed_starts + 1 >= _STARTS
+            ):
                 raise RunFailed(f"{actor}: {first_line(cause)} It was tried {fleet.failed_starts + 1} times") from None
             case "start" if fleet.started_once or isinstance(cause, EngineStartError):
                 self._lost(fleet, actor, f"did not start: {first_line(cause)}")
@@ -321,7 +324,10 @@ class _Driver:
 
     def _started(self, fleet: RunningFleet, actor: str, problem: str | None) -> None:
         if problem is not None:
-            if not fleet.started_once:
+            # What is wrong with one node is told before the engines of others are up, what is wrong with the config by all.
+            others = fleet.starting.keys() - {actor}
+            told = fleet.failed_starts + 1
+            if not fleet.started_once and (not others or told >= max(_STARTS, min(fleet.most, _ENGINES_IN_DOUBT))):
                 raise UserError(problem)
             self._lost(fleet, actor, problem)
             return

@@ -49,18 +49,20 @@ class Spool:
         self._buffer, self._objects = threading.Lock(), threading.Lock()
 
     def load(self, block: int) -> tuple[dict[tuple[str, int], Row], float]:
-        """What was answered of a block, by prompt_id and sample_index, and the money that was spent on it without an answer.
+        """What was answered of a block, by prompt_id and sample_index, and the money that was spent on it without an answer, or for
+        a second one.
 
         These rows are not to be added again.
         """
+        with self._objects:  # or a flush could carry rows from where they were not looked for yet to where they were
+            tables = _tables(self._dataset.storage, self._folder(block), self._fingerprint, self._schema)
+            with self._buffer:
+                unwritten = list(self._rows.get(block, ()))
         found: dict[tuple[str, int], Row] = {}
         lost = 0.0
-        for table in _tables(self._dataset.storage, self._folder(block), self._fingerprint, self._schema):
-            for row in table.to_pylist():
-                if row["sample_index"] < 0:
-                    lost += row["cost"]
-                else:
-                    found.setdefault((row["prompt_id"], row["sample_index"]), row)
+        for row in (*(row for table in tables for row in table.to_pylist()), *unwritten):
+            if row["sample_index"] < 0 or found.setdefault((row["prompt_id"], row["sample_index"]), row) != row:
+                lost += row["cost"]
         return found, lost
 
     def add(self, block: int, row: Row) -> None:

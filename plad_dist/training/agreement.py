@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -41,6 +42,19 @@ def of_first_rank(look: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     return value
+
+
+def of_every_rank(look: Callable[[], object]) -> None:
+    """Let every rank look at what may be wrong on its node alone; all raise what one of them found, with the node."""
+    problem = None
+    try:
+        look()
+    except UserError as error:
+        problem = f"node {socket.gethostname()}: {error}"
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    if first := next(filter(None, found), None):
+        raise UserError(first)
 
 
 @contextmanager

@@ -94,11 +94,14 @@ def _gpt_neo(config: Any, longest: int | None) -> Attention:
 
 def check_rope(config: Any, context: int, key: str) -> None:
     """Raise :class:`UserError` where a sequence's positions would depend on what else is in the batch."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type") or rope.get("type")
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    original = original or config.max_position_embeddings
-    if kind in ("dynamic", "longrope") and context > original:
+    if kind not in ("dynamic", "longrope"):
+        return
+    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    original = original or text.max_position_embeddings
+    if context > original:
         raise UserError(
             f"{key}: its rotary embedding ({kind}) changes with the longest sequence of a batch, so that a sequence's "
             f"likelihood would depend on its neighbours. Set {key}.max_length to at most {original}."

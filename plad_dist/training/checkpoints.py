@@ -181,12 +181,13 @@ class Checkpoints:
         self.collapsed = watched is not None and watched.collapse is not None
         newest: list[TrainState] = []
         for step in self._store.steps():
-            if len(newest) < self._keep and (found := self._store.at(step)) is not None:
-                newest.append(found.state)
+            with contextlib.suppress(DamagedCheckpoint):  # nothing to keep, and nothing to stop for
+                if len(newest) < self._keep and (found := self._store.at(step)) is not None:
+                    newest.append(found.state)
         kept = {step for state in newest for step in (state.step, state.best_step)}
         kept |= watched.needed if watched is not None else set()
         for step in self._store.steps():
-            if step not in kept and step < newest[0].step:
+            if newest and step not in kept and step < newest[0].step:
                 self._store.storage.delete(self._store.key(step))  # first: what is left by a crash is not committed
                 self._store.storage.delete_folder(f"{self._store.folder}/{step_name(step)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from plad_dist.data.models import commit_model
+from plad_dist.data.models import commit_model, model_fingerprint
 from plad_dist.data.templates import load_tokenizer
+from plad_dist.errors import RunFailed
 from plad_dist.training.attempts import Attempt
 from plad_dist.training.checkpoint_store import TrainState
 from plad_dist.training.job import PhaseJob
+
+_WRITTEN_WITHIN_S, _POLL_S = 7200.0, 0.2
 
 
 def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt) -> None:
@@ -42,6 +46,12 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
             commit_model(temporary, final, job.fingerprint, asdict(state))
         else:
             shutil.rmtree(temporary)
+    else:  # not by a collective: those give up sooner than a large model is written
+        until = time.monotonic() + _WRITTEN_WITHIN_S
+        while model_fingerprint(job.folder("models")) != job.fingerprint and attempt.superseded() is None:
+            if time.monotonic() > until:
+                raise RunFailed(f"{job.folder('models')} did not come: the first worker does not answer")
+            time.sleep(_POLL_S)
     dist.barrier()
 
 
@@ -50,7 +60,8 @@ def _tokenizer(job: PhaseJob) -> Any:
     tokenizer = load_tokenizer(job.start, job.settings)
     if job.settings.template is not None:
         bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        has_bos = bos is not None and job.settings.template.startswith(tokenizer.bos_token)
+        adds_bos = bos is not None and not has_bos and tokenizer("a")["input_ids"][:1] == [bos]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + job.settings.template
     return tokenizer
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from plad_dist.config import Model
 from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.prompts import train_prompts
-from plad_dist.data.schemas import PAIRS, REFERENCES, SAMPLES
+from plad_dist.data.schemas import PAIRS, REFERENCES, SAMPLES, is_answer
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part, part_name
 from plad_dist.data.templates import Renderer
@@ -216,13 +216,13 @@ class _Referenced:
 
 
 class _Answered:
-    """Finished samples, each with the messages that it answers."""
+    """Answers among the samples, each with the messages that it answers."""
 
     def __init__(self, prompts: pa.Table, samples: pa.Table) -> None:
         self._messages = dict(zip(prompts["prompt_id"].to_pylist(), range(prompts.num_rows), strict=True))
         self._prompts, self._samples = prompts, samples.select(["prompt_id", "text"])
-        reasons = samples["finish_reason"].to_pylist()
-        self._places = [place for place, reason in enumerate(reasons) if reason == "stop"]
+        rows = samples.select(["text", "finish_reason"]).to_pylist()
+        self._places = [place for place, row in enumerate(rows) if is_answer(row)]
 
     def rows(self, number: int) -> list[Row]:
         sample = self._samples.slice(self._places[number], 1).to_pylist()[0]

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from plad_dist.config import Optimizer
+from plad_dist.data.models import load_model_config
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.training.agreement import StoppedError, agreed, of_first_rank
+from plad_dist.training.agreement import StoppedError, agreed, of_every_rank, of_first_rank
 from plad_dist.training.attempts import claim
 from plad_dist.training.batching import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoint_store import CheckpointStore, DamagedCheckpoint, TrainState
@@ -51,6 +52,7 @@ def train_loop(job: PhaseJob) -> None:
     worker = None
     try:
         with agreed():
+            of_every_rank(lambda: load_model_config(job.start, job.settings))
             worker = Worker(job, device)
         worker.run()
     except StoppedError as stop:
@@ -155,9 +157,14 @@ class Worker:
 
     def _log(self) -> MetricsLog:
         job = self.job
-        run = job.storage.url.rstrip("/").rpartition("/")[2]
         self._metrics = MetricsLog(
-            job.folder("events"), self.state.step, job.steps, job.monitor, job.trackers, run, self.attempt.number
+            job.folder("events"),
+            self.state.step,
+            job.steps,
+            job.monitor,
+            job.trackers,
+            job.storage.url,
+            self.attempt.number,
         )
         return self._metrics
 
@@ -344,8 +351,8 @@ class Worker:
         if sizes and max(sizes) > budget:
             name = groups[int(np.argmax(sizes))].name
             raise UserError(
-                f"{name}: its group has {max(sizes):,} tokens, more than training.micro_batch_tokens={budget:,} holds. Raise "
-                "it, or set training.max_group_tokens and training.over_long."
+                f"{name}: its group has {max(sizes):,} tokens, more than training.micro_batch_tokens={budget:,} holds. Raise it and "
+                "run again: the phase goes on from its last checkpoint. In a new run training.max_group_tokens bounds groups"
             )
         return [[groups[index] for index in share] for share in share_out(sizes, budget, self.world)[self.rank]]
 

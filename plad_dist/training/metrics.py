@@ -16,7 +16,7 @@ from torch import Tensor
 from plad_dist.config import Loss
 from plad_dist.training.batching import MicroBatch
 from plad_dist.training.checkpoint_store import TrainState
-from plad_dist.training.trackers import Tracker, open_trackers
+from plad_dist.training.trackers import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 _NAMES = (
@@ -132,7 +132,7 @@ class MetricsLog:
         step: steps done before; what an earlier attempt wrote past it is superseded.
         monitor: Ray actor with a ``post`` method, or None.
         trackers: packages that get the figures too.
-        run: what trackers call the run.
+        run: where the run lies, for trackers.
         attempt: that writes; what an earlier one writes later does not count.
     """
 
@@ -152,7 +152,12 @@ class MetricsLog:
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self._phase, self._steps, self._monitor, self._attempt = folder.name, steps, monitor, attempt
-        self._trackers: list[Tracker] = open_trackers(trackers, run, folder.name)
+        self._trackers: list[Tracker] = []
+        for name in trackers:
+            try:
+                self._trackers.append(open_tracker(name, run, folder.name))
+            except Exception as error:  # noqa: BLE001 - whatever its package raises, as below
+                self.say(f"no figures go to {name}: {error!r:.200}")
 
     def step(self, state: TrainState, figures: dict[str, float]) -> None:
         """Figures of the step that was just done."""

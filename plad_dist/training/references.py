@@ -18,7 +18,7 @@ import torch.distributed as dist
 from plad_dist.config import fingerprint
 from plad_dist.data.models import model_identity
 from plad_dist.data.schemas import REFERENCES
-from plad_dist.data.store import Dataset
+from plad_dist.data.store import Dataset, Part
 from plad_dist.training.batching import Group, collate, share_out
 from plad_dist.training.groups import NAN, DataSpec, fit, group_counts, open_groups
 from plad_dist.training.job import PhaseJob
@@ -52,15 +52,16 @@ def write_references(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.d
     counts = group_counts(plain, manifest.parts)
     ends = np.cumsum([0, *counts])
     engine.eval()
+    written: list[Part] = []
     for block in todo[0]:
         groups = source.take(np.arange(ends[block], ends[block + 1]))
         fitted = [fit(group, spec) for group in groups]
         values = _logps([group for group in fitted if group is not None], job, engine, device)
         if first:
             table = _table(groups, fitted, values)
-            references.commit(block, table, fingerprint=made_of, attempt=uuid.uuid4().hex)
+            written.append(references.commit(block, table, fingerprint=made_of, attempt=uuid.uuid4().hex)[0])
     if first:
-        references.finish(len(manifest.parts), fingerprint=made_of, facts={})
+        references.finish(len(manifest.parts), fingerprint=made_of, facts={}, known=written)
     dist.barrier()
     return spec
 

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from plad_dist.config import fingerprint
 from plad_dist.errors import UserError
 
 
@@ -23,7 +24,9 @@ class _WeightsAndBiases:
 
     def __init__(self, run: str, phase: str) -> None:
         wandb: Any = importlib.import_module("wandb")
-        self._run = wandb.init(name=f"{run}/{phase}", id=f"{run}-{phase}".replace("/", "-"), resume="allow")
+        name = run.rstrip("/").rpartition("/")[2]
+        identity = f"{name}-{phase}-{fingerprint(run)[:8]}"  # runs of one name lie in other folders
+        self._run = wandb.init(name=f"{name}/{phase}", id=identity, resume="allow")
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._run.log(figures, step=step)
@@ -37,7 +40,7 @@ class _MlFlow:
 
     def __init__(self, run: str, phase: str) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
-        self._mlflow.start_run(run_name=f"{run}/{phase}")
+        self._mlflow.start_run(run_name=f"{run.rstrip('/').rpartition('/')[2]}/{phase}")
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._mlflow.log_metrics(figures, step=step)
@@ -56,6 +59,6 @@ def check_trackers(names: Iterable[str]) -> None:
             raise UserError(f"training.trackers: {name}: the package is not installed; install it, or leave it out")
 
 
-def open_trackers(names: Iterable[str], run: str, phase: str) -> list[Tracker]:
-    """The trackers of a phase."""
-    return [_TRACKERS[name](run, phase) for name in names]
+def open_tracker(name: str, run: str, phase: str) -> Tracker:
+    """The tracker of a phase. `run`: where the run lies."""
+    return _TRACKERS[name](run, phase)

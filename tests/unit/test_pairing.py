@@ -69,7 +69,7 @@ def test_a_pair_holds_the_teachers_text_and_the_students_own_tokens(renderer: Re
     assert row["prompt_token_ids"] == renderer.prompt_ids([[{"role": "user", "content": "three"}]])[0]
     assert row["prompt_token_ids"][0] == renderer.tokenizer.bos_token_id
     assert row["chosen_token_ids"] == renderer.response_ids(["one two"])[0]
-    assert row["chosen_token_ids"][-1] == renderer.eos_id
+    assert row["chosen_token_ids"][-1] == renderer.end_id
     assert row["rejected_token_ids"] == [9, 8, 2]
     assert (row["chosen_score"], row["rejected_score"]) == (1.0, 0.0)
     assert pair_facts(counts)["teacher_better_share"] == 1.0
@@ -78,7 +78,7 @@ def test_a_pair_holds_the_teachers_text_and_the_students_own_tokens(renderer: Re
 def test_a_finished_response_ends_with_end_of_sequence_and_a_truncated_one_does_not(renderer: Renderer) -> None:
     teacher = [sample("p", "one two", "teacher")]
     rows, _ = build(renderer, teacher, [sample("p", "four", "student", [9, 8])])
-    assert rows[0]["rejected_token_ids"] == [9, 8, renderer.eos_id]
+    assert rows[0]["rejected_token_ids"] == [9, 8, renderer.end_id]
     rows, _ = build(renderer, teacher, [sample("p", "four", "student", [9, 8], finish="length")])
     assert rows[0]["rejected_token_ids"] == [9, 8]
 
@@ -255,10 +255,10 @@ def test_identical_responses_can_be_kept(renderer: Renderer) -> None:
 def test_empty_responses_that_are_kept_are_just_the_end_of_sequence(renderer: Renderer) -> None:
     filled, empty = sample("p", "one", "teacher"), sample("p", "", "teacher")
     rows, _ = build(renderer, [empty], [sample("p", "four", "student", [9, 2])], empty="keep")
-    assert rows[0]["chosen_token_ids"] == [renderer.eos_id]
-    for own in ([], [renderer.eos_id]):
+    assert rows[0]["chosen_token_ids"] == [renderer.end_id]
+    for own in ([], [renderer.end_id]):
         rows, _ = build(renderer, [filled], [sample("p", "", "student", own)], empty="keep")
-        assert rows[0]["rejected_token_ids"] == [renderer.eos_id]
+        assert rows[0]["rejected_token_ids"] == [renderer.end_id]
 
 
 def test_a_response_without_any_token_is_never_kept(renderer: Renderer) -> None:
@@ -271,7 +271,7 @@ def test_a_response_without_any_token_is_never_kept(renderer: Renderer) -> None:
 
 
 def test_a_student_that_only_ends_has_an_empty_response(renderer: Renderer) -> None:
-    _, counts = build(renderer, [sample("p", "one", "teacher")], [sample("p", "", "student", [renderer.eos_id])])
+    _, counts = build(renderer, [sample("p", "one", "teacher")], [sample("p", "", "student", [renderer.end_id])])
     assert pair_facts(counts)["drops"] == {"rejected_empty": 1}
 
 

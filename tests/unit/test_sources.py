@@ -248,6 +248,25 @@ def test_bad_columns_are_named_by_their_key(tmp_path: Path, options: dict[str, A
         list(read_prompts(source(write(tmp_path, '{"prompt": "a", "answer": "b"}'), **options)))
 
 
+def test_an_answered_conversation_gives_its_last_turn_as_the_reference(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "he"},
+    ]
+    rows = [{"m": [*turns, {"role": "assistant", "content": "ha"}]}, {"m": turns}]
+    path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
+    found = list(read_prompts(source(path, messages_column="m", reference_column="m")))
+    assert [(prompt.messages, prompt.reference) for prompt in found] == [(turns, "ha"), (turns, None)]
+    with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.*reference_column to m as well"):
+        list(read_prompts(source(path, messages_column="m")))
+
+
+def test_a_blank_reference_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path, "prompt,answer\na,\nb, \nc,d\n", "rows.csv")
+    assert [prompt.reference for prompt in read_prompts(source(path, reference_column="answer"))] == [None, None, "d"]
+
+
 # ------------------------------------------------------------------------------------------------------------ data sets
 
 

@@ -57,6 +57,23 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert [path.parent.name for path in objects(tmp_path)] == ["00007", "00008"]
 
 
+def test_what_is_not_written_yet_is_not_bought_again(tmp_path: Path) -> None:
+    """An attempt of the same process follows one that failed, before the next flush."""
+    spool = Spool(dataset(tmp_path), "f")
+    spool.add(7, row("a"))
+    spool.flush()
+    spool.add(7, row("b"))
+    assert spool.load(7) == ({("a", 0): row("a"), ("b", 0): row("b")}, 0.0)
+
+
+def test_what_was_bought_twice_is_money_spent(tmp_path: Path) -> None:
+    spool = Spool(dataset(tmp_path), "f")
+    for one in (row("a"), row("a", text="other", cost=0.5), row("a")):
+        spool.add(7, one)
+        spool.flush()
+    assert spool.load(7) == ({("a", 0): row("a")}, 0.5)
+
+
 def test_a_flush_without_new_rows_writes_nothing(tmp_path: Path) -> None:
     spool = Spool(dataset(tmp_path), "f")
     spool.flush()
