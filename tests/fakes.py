@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ class FakeBackend:
 
     Faults by words in the prompt: `poison` kills the engine, `crash` the whole actor, `refuse` is refused, `glitch` fails
     always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
-    `slow` takes long to. Each start, each prompt asked and each death leaves a line in `log`.
+    `slow` takes long to, `broken` lets the first one refuse at once and the others take a while. Each start, each prompt asked and each death leaves a line in `log`.
     """
 
     paid, retries = False, 0
@@ -36,6 +37,12 @@ class FakeBackend:
     async def check(self) -> str | None:
         if (self._folder / "slow").exists():
             await asyncio.sleep(60)
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / "broken").unlink()
+            (self._folder / "late").touch()
+            return "its node is broken"
+        if (self._folder / "late").exists():
+            await asyncio.sleep(1)
         return "the fake is down" if (self._folder / "down").exists() else None
 
     def render(self, prompts: Sequence[Any]) -> Sequence[Any]:

@@ -393,20 +393,25 @@ class Journal:
         """Remember a part that was committed."""
         self._parts.append(part)
         if len(self._parts) >= _JOURNAL_PARTS or time.monotonic() - self._last >= _JOURNAL_SECONDS:
+            self.keep()
+
+    def keep(self) -> None:
+        """Write what is not written yet, if that can be: nothing that is committed depends on it."""
+        try:
             self.flush()
+        except RunFailed as error:
+            logger.warning("what is committed could not be noted yet: %s", error)
+            self._last = time.monotonic()
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write what is not written yet. Raises :class:`RunFailed` where it cannot be written; it stays for the next time."""
         if self._parts:
             rows = [[part.name, part.rows, part.bytes, part.xxh3_128, part.counts] for part in self._parts]
             key = f"{self._dataset.path}/{JOURNAL}/{self._prefix}-{self._written:06d}.json"
             page = {"fingerprint": self._fingerprint, "parts": rows}
             self._written += 1
-            try:
-                self._dataset.storage.replace(key, json.dumps(page).encode())
-                self._parts = []
-            except RunFailed as error:  # it only saves work: nothing that is committed depends on it
-                logger.warning("what is committed could not be noted yet: %s", error)
+            self._dataset.storage.replace(key, json.dumps(page).encode())
+            self._parts = []
         self._last = time.monotonic()
 
 

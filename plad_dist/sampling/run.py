@@ -80,7 +80,7 @@ def run_fleets(
             driver.stop(running)
         finally:
             for output in outputs.values():
-                output.journal.flush()
+                output.journal.keep()
 
 
 class _Driver:
@@ -325,9 +325,8 @@ class _Driver:
     def _started(self, fleet: RunningFleet, actor: str, problem: str | None) -> None:
         if problem is not None:
             # What is wrong with one node is told before the engines of others are up, what is wrong with the config by all.
-            others = fleet.starting.keys() - {actor}
-            told = fleet.failed_starts + 1
-            if not fleet.started_once and (not others or told >= max(_STARTS, min(fleet.most, _ENGINES_IN_DOUBT))):
+            alone, told = len(fleet.actors) == 1, fleet.failed_starts + 1
+            if not fleet.started_once and (alone or told >= max(_STARTS, min(fleet.most, _ENGINES_IN_DOUBT))):
                 raise UserError(problem)
             self._lost(fleet, actor, problem)
             return

@@ -304,6 +304,22 @@ def test_actors_that_cannot_start_do_not_end_a_fleet_that_works(tmp_path: Path) 
     assert_exactly_once(world)
 
 
+def test_an_engine_that_refuses_first_does_not_end_a_fleet_whose_others_start(tmp_path: Path) -> None:
+    """A broken node is quicker to say so than the others are to load a model."""
+    world = World(tmp_path, numbered(40))
+    (tmp_path / "broken").touch()
+    world.run(replicas=3)
+    assert_exactly_once(world)
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_config_that_every_engine_refuses_ends_a_fleet_of_several(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(40))
+    (tmp_path / "down").touch()
+    with pytest.raises(UserError, match="the fake is down"):
+        world.run(replicas=3)
+
+
 def test_an_engine_that_never_gets_up_is_given_up_and_told(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(20), engine_start_timeout_s=2, max_attempts=1)
     (tmp_path / "slow").touch()

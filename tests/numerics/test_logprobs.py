@@ -252,6 +252,8 @@ def test_positions_that_depend_on_the_batch_are_refused() -> None:
     check_rope(config, 4096, "student")
     with pytest.raises(UserError, match=r"student\.max_length to at most 4096"):
         check_rope(config, 8192, "student")
+    for family in ("gemma3", "bloom"):  # whose positions are their text's, or told by nobody
+        check_rope(AutoConfig.for_model(family), 8192, "student")
 
 
 def test_a_padded_vocabulary_counts_as_the_model_has_it() -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from plad_dist.data.schemas import REFERENCES
 from plad_dist.data.store import Dataset
 from plad_dist.rundir import RunDir
-from plad_dist.training.metrics import read_metrics
+from plad_dist.training import trackers
+from plad_dist.training.checkpoint_store import TrainState
+from plad_dist.training.loop import train_loop
+from plad_dist.training.metrics import MetricsLog, read_metrics
 from plad_dist.verify import verify
-from tests.numerics.workers import config_with_pairs, losses, make_run, some_pairs, train, two_engines
+from tests.numerics.workers import config_with_pairs, job_of, losses, make_run, some_pairs, train, two_engines
 from tests.tiny import make_random_model
 
 pytestmark = pytest.mark.engine
@@ -109,6 +115,32 @@ def test_adapters_are_merged_into_the_model_and_kept_by_themselves(tmp_path: Pat
     ids = torch.tensor([[5, 6, 7, 8]])
     whole = AutoModelForCausalLM.from_pretrained(run.model(PHASE))
     torch.testing.assert_close(adapted(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def on_a_node_without_the_model(raw: dict[str, Any], phase: str, stop: int) -> None:
+    """The second rank's node has not mounted what the others have."""
+    job = job_of(raw, phase)
+    train_loop(job if dist.get_rank() == 0 else replace(job, start="/not/mounted"))
+
+
+def test_what_is_wrong_on_one_node_stops_all_at_once_and_names_the_node(tmp_path: Path) -> None:
+    raw = config_with_pairs(tmp_path, max_steps=2)
+    run = make_run(raw)
+    train(tmp_path, raw, PHASE, 2, work=on_a_node_without_the_model)
+    message, by_user = left_by_workers(run)
+    assert by_user
+    assert re.match(r"node \S+: /not/mounted: no such model folder", message)
+
+
+def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(run: str, phase: str) -> Any:
+        raise ConnectionError("its server does not answer")
+
+    monkeypatch.setitem(trackers._TRACKERS, "wandb", away)
+    log = MetricsLog(tmp_path / "round-0", 0, 3, None, trackers=("wandb",), run=str(tmp_path))
+    log.step(TrainState(1, 4, 9, 1, "f", stage=3, optimizer="", dtype=""), {"loss": 1.0})
+    log.close()
+    assert [row["loss"] for row in read_metrics(tmp_path / "round-0")[0]] == [1.0]
 
 
 def test_training_stops_when_nothing_gets_better_and_exports_the_best(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from plad_dist.data import store
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Journal, Part, part_name
@@ -139,6 +140,26 @@ def test_what_is_read_is_checked_against_the_manifest(tmp_path: Path) -> None:
     path.write_bytes(altered)
     with pytest.raises(RunFailed, match=r"part-00000\.arrow: damaged: its checksum"):
         data.read()
+
+
+def test_a_journal_that_cannot_be_written_stops_nothing_and_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, replace = dataset(tmp_path), Storage.replace
+    parts = [data.commit(block, rows(block), fingerprint="f", attempt="a")[0] for block in range(2)]
+
+    def full(self: Storage, key: str, value: bytes) -> None:
+        raise RunFailed("no space left")
+
+    monkeypatch.setattr(store, "_JOURNAL_SECONDS", 0)
+    monkeypatch.setattr(Storage, "replace", full)
+    journal = Journal(data, "f")
+    journal.add(parts[0])
+    assert "no space left" in caplog.text
+    assert data.committed("f") == dict.fromkeys(range(2))
+    monkeypatch.setattr(Storage, "replace", replace)
+    journal.add(parts[1])
+    assert data.committed("f") == dict(enumerate(parts))
 
 
 def test_the_journal_spares_reading_and_is_not_believed_of_what_changed(
