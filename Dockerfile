@@ -69,6 +69,7 @@ COPY ray_jobs ray_jobs
 
 FROM run AS cpu
 COPY --from=build-cpu /opt/venv /opt/venv
+COPY requirements/cpu.txt requirements/
 ARG REVISION=unknown
 LABEL org.opencontainers.image.revision="${REVISION}"
 USER 1000:1000
@@ -77,6 +78,7 @@ CMD ["plad", "--help"]
 FROM run AS gpu
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-gpu /opt/venv /opt/venv
+COPY requirements/gpu.txt requirements/
 ARG REVISION=unknown
 LABEL org.opencontainers.image.revision="${REVISION}"
 USER 1000:1000

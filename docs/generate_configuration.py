@@ -31,21 +31,25 @@ value. The other keys say how the work is carried out and may change between res
 def render() -> str:
     """The page."""
     fields: dict[str, list[FieldInfo]] = {}
+    defaults: dict[str, Any] = {}  # that a section's own default gives its keys
     for path, field in schema_fields():
         fields.setdefault(path, []).append(field)
-    return HEADER + "".join(_row(path, alternatives) for path, alternatives in fields.items())
+        if isinstance(field.default, BaseModel):
+            defaults |= {f"{path}.{name}": getattr(field.default, name) for name in field.default.model_fields_set}
+    return HEADER + "".join(_row(path, alternatives, defaults) for path, alternatives in fields.items())
 
 
-def _row(path: str, alternatives: list[FieldInfo]) -> str:
+def _row(path: str, alternatives: list[FieldInfo], defaults: dict[str, Any]) -> str:
     """The line of a key; a section without a word of its own has none. Alternatives of a union share a line."""
     field = alternatives[0]
     if isinstance(field.default, BaseModel) or (_is_section(field) and not field.description):
         return ""
     values = [value for item in alternatives for value in _values(item.annotation)]
     listed = f"One of {', '.join(values)}." if values else ""
-    meaning = " ".join(filter(None, [field.description, listed, _limits(field.metadata)]))
+    described = " Or: ".join(dict.fromkeys(item.description for item in alternatives if item.description))
+    meaning = " ".join(filter(None, [described, listed, _limits(field.metadata)]))
     mark = "" if is_operational(path) else " ●"
-    return f"| `{path}`{mark} | {_default(field.default)} | {meaning} |\n"
+    return f"| `{path}`{mark} | {_default(defaults.get(path, field.default))} | {meaning} |\n"
 
 
 def _is_section(field: FieldInfo) -> bool:

@@ -61,6 +61,7 @@ def test_it_is_installed_from_its_lock_as_the_makefile_installs(target: str) -> 
     assert f"COPY requirements/{target}.txt requirements/" in steps
     assert re.search(rf"uv pip sync .*requirements/{target}\.txt", steps)
     assert f"COPY --from=build-{target} /opt/venv /opt/venv" in ancestry(target)
+    assert f"COPY requirements/{target}.txt requirements/" in ancestry(target), "what `plad doctor` compares with"
     makefile = (ROOT / "Makefile").read_text()
     assert f"ARG UV_VERSION={re.search(r'UV_VERSION := (.*)', makefile)[1]}" in steps  # type: ignore[index]
     if target == "cpu":

@@ -36,6 +36,9 @@ def dashboard() -> dict[str, Any]:
     return found
 
 
+RUNBOOK = Path("docs/runbook.md").read_text()
+
+
 def alerts() -> list[dict[str, Any]]:
     rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())
     return [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
@@ -55,12 +58,13 @@ def test_every_metric_of_the_alerts_is_exported() -> None:
 def test_alerts_cover_what_can_go_wrong_and_say_what_to_do() -> None:
     found = {rule["alert"]: rule for rule in alerts()}
     assert set(found) >= {
-        "PladNoProgress", "PladErrorRows", "PladDiverged", "PladManyRecoveries", "PladEnginesDie", "PladDiskFills",
+        "PladRunFailed", "PladNoProgress", "PladErrorRows", "PladDiverged", "PladManyRecoveries", "PladEnginesDie", "PladDiskFills",
     }  # fmt: skip
     for rule in found.values():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         assert len(rule["annotations"]["description"]) > 60
+        assert rule["alert"] in RUNBOOK
 
 
 def test_panels_do_not_overlap_and_have_titles_and_descriptions() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.k8s.network import Peer, may_connect
 from tests.k8s.rendered import (
@@ -23,6 +24,7 @@ from tests.k8s.rendered import (
     pods_of,
     render,
 )
+from tests.k8s.schemas import problem_of
 
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"sk-[A-Za-z0-9]{8}|hf_[A-Za-z0-9]{8}|AKIA[A-Z0-9]{12}|-----BEGIN|eyJ[A-Za-z0-9_-]{10}")
@@ -75,6 +77,21 @@ def test_no_container_but_the_autoscaler_is_given_a_token_of_the_kubernetes_api(
         }
         holders = {item["name"] for item in pod.containers if tokens & {m["name"] for m in item["volumeMounts"]}}
         assert holders == ({"autoscaler"} if any(item["name"] == "autoscaler" for item in pod.containers) else set())
+
+
+def test_the_shell_on_the_volume_is_a_pod_like_those_of_the_runs() -> None:
+    shell = yaml.safe_load(Path("k8s/shell.yaml").read_text())
+    assert problem_of(shell) is None
+    objects = render("single-node-8gpu")
+    (claim,) = of_kind(objects, "PersistentVolumeClaim")
+    claims = [v["persistentVolumeClaim"]["claimName"] for v in shell["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    assert claims == [claim["metadata"]["name"]]
+    run = next(pods_of(objects))
+    assert shell["spec"]["securityContext"] == run.spec["securityContext"]
+    (container,) = shell["spec"]["containers"]
+    assert container["image"] == run.containers[0]["image"]
+    assert container["securityContext"] == run.containers[0]["securityContext"]
+    assert shell["spec"]["automountServiceAccountToken"] is False
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
