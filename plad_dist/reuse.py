@@ -101,7 +101,8 @@ def _is_of_a_finished_phase(file: Path, root: Path) -> bool:
 
 
 def reused_run(config: Config) -> Config | None:
-    """The config of the run that `run.reuse` names; None where it names none, or this one is begun and needs it no more.
+    """The config of the run that `run.reuse` names, with its place as it is named there; None where it names none, or this one is
+    begun and needs it no more.
 
     Raises:
         UserError: it is no run, or one of the two is on an object store.
@@ -112,9 +113,11 @@ def reused_run(config: Config) -> Config | None:
         if RunDir.at(url).storage.local_root is None:
             raise UserError(f"run.reuse: {url}: is an object store; files are linked, which takes a file system")
     try:
-        return parse_config(load_run(config.run.reuse)["config"], f"{config.run.reuse}/{RUN_FILE}")
+        found = parse_config(load_run(config.run.reuse)["config"], f"{config.run.reuse}/{RUN_FILE}")
     except UserError as error:
         raise UserError(f"run.reuse: {error}") from None
+    # It was begun in another working directory, perhaps, or has been moved since.
+    return found.model_copy(update={"run": found.run.model_copy(update={"dir": config.run.reuse})})
 
 
 def _made_alike(config: Config, other: Config) -> list[str]:

@@ -172,13 +172,14 @@ def test_the_config_of_a_run_is_told_from_a_study(tmp_path: Path) -> None:
 
 def test_a_run_takes_over_what_the_one_that_it_names_has_made_alike(tmp_path: Path, first: dict[str, Any]) -> None:
     """`plad pair` on a new run whose samples are there already would otherwise be refused for want of them."""
-    config = variant(first, tmp_path, run__reuse=str(tmp_path / "first"), training__round={"loss": {"name": "dpo"}})
+    config = variant(first, tmp_path, run__reuse=str(tmp_path / "moved"), training__round={"loss": {"name": "dpo"}})
+    (tmp_path / "first").rename(tmp_path / "moved")
     (tmp_path / "second").mkdir()  # a mount, say
     run_pipeline(config, "prepare")
     run = RunDir.of(config)
-    assert (run.root / MADE[8]).samefile(tmp_path / "first" / MADE[8])
+    assert (run.root / MADE[8]).samefile(tmp_path / "moved" / MADE[8])
     assert not (run.root / MADE[9]).exists()
-    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(tmp_path / "moved")
     run_pipeline(config, "prepare")  # it is begun, and needs the other no more
     assert (run.root / MADE[8]).is_file()
 
