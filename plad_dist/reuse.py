@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plad_dist.config import Config, flatten, is_operational
 from plad_dist.config_file import parse_config
+from plad_dist.data.storage import sync_tree
 from plad_dist.errors import UserError
 from plad_dist.rundir import RUN_FILE, RunDir, first_reader, load_run, run_document
 
@@ -61,38 +64,70 @@ _DECIDES: dict[str | int, tuple[str, ...]] = {
     3: ("pairs",),
     4: ("round",),
 }
+_OPERATIONAL_THAT_DECIDE = {"training.deepspeed", "training.watch"}
 _GROWS = {"events", "journal", "spool"}
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}  # another file system, or one without links
 
 
 def take_over(config: Config, earlier: list[Config]) -> None:
     """Take over what an earlier run has made and this one would make alike, where this one is not begun.
 
-    It comes from the run that has most in common: what no differing key decides, and nothing that it is made of. It is put together
-    beside the run directory, which appears as a whole or not at all. Files are linked: nothing rewrites one in place but what grows
-    (logs, journals, answers that were paid for), which is copied. Cards are left: they show another run's figures.
+    It comes from the run that has most in common: what no differing key decides, and nothing that it is made of. Prompts and models
+    are those that the earlier run read, whatever has become of their sources since. It is put together in a hidden folder; the run
+    directory appears as a whole, or, where it is there and empty, a run with its `run.yaml`, which comes last. Files are linked:
+    nothing rewrites one in place but what grows (logs, journals, answers that were paid for), which is copied. Cards are left: they
+    show another run's figures.
     """
     run = RunDir.of(config)
-    if not earlier or run.storage.local_root is None or (run.root / RUN_FILE).exists():
+    if not earlier or run.storage.local_root is None or _is_taken(run.root):
         return
     shared, source = max(((_made_alike(config, other), other) for other in earlier), key=lambda item: len(item[0]))
-    there, draft = RunDir.of(source).root, run.root.with_name(f".{run.root.name}-begun")
-    shutil.rmtree(draft, ignore_errors=True)
-    files = {
-        file.relative_to(there)
-        for part in shared
-        for pattern in _PARTS[part].files
-        for file in there.glob(pattern)
-        if file.is_file() and file.name != "README.md" and _is_of_a_finished_phase(file.relative_to(there), there)
-    }
-    for file in sorted(files):
-        _link(there / file, draft / file, copied=not _GROWS.isdisjoint(file.parts))
-    if files:
-        (draft / RUN_FILE).write_bytes(run_document(config))
-        draft.rename(run.root)
+    there, name = RunDir.of(source).root, f".begun-{uuid.uuid4().hex}"
+    draft = run.root / name if run.root.exists() else run.root.with_name(name)
+    # What grows first: a block that is committed in between is found among the parts then.
+    files = [
+        file
+        for growing in (True, False)
+        for file in sorted(_files(there, shared))
+        if (not _GROWS.isdisjoint(file.parts)) == growing and _link(there / file, draft / file, copied=growing)
+    ]
     taken = (
         f"{len(files)} files taken over: {', '.join(shared)}" if files else "nothing that is there would be made alike"
     )
+    if files:
+        (draft / RUN_FILE).write_bytes(run_document(config))
+        sync_tree(draft)
+        if draft.parent == run.root:
+            for part in sorted(draft.iterdir(), key=lambda part: part.name == RUN_FILE):
+                part.rename(run.root / part.name)
+            draft.rmdir()
+        else:
+            try:
+                draft.rename(run.root)
+            except OSError:
+                shutil.rmtree(draft)
+                if not _is_taken(run.root):
+                    raise
+                taken = "another command has begun it meanwhile"
     logger.info("%s: from %s: %s", run.root, there, taken)
+
+
+def _is_taken(root: Path) -> bool:
+    """Whether a run directory is begun, or holds something else."""
+    return root.exists() and (not root.is_dir() or any(not file.name.startswith(".") for file in root.iterdir()))
+
+
+def _files(root: Path, parts: list[str]) -> set[Path]:
+    """What parts have left in a run directory, relative to it."""
+    found = (file for part in parts for pattern in _PARTS[part].files for file in root.glob(pattern))
+    return {
+        file.relative_to(root)
+        for file in found
+        if file.is_file()
+        and file.name != "README.md"
+        and not file.name.startswith(".")  # is being written
+        and _is_of_a_finished_phase(file.relative_to(root), root)
+    }
 
 
 def _is_of_a_finished_phase(file: Path, root: Path) -> bool:
@@ -124,7 +159,14 @@ def _made_alike(config: Config, other: Config) -> list[str]:
     """The parts that two configs make alike."""
     here, there = map(_deciding_keys, (config, other))
     differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
-    decided = {part for key in differing for part in _decided_by(key)}
+    # How models are trained decides nothing of those that come as they are.
+    trained = {name: getattr(config.training, name) or getattr(other.training, name) for name in ("teacher", "warmup")}
+    decided = {
+        part
+        for key in differing
+        for part in _decided_by(key)
+        if not key.startswith("training.") or trained.get(part, True)
+    }
     alike: list[str] = []
     for name, part in _PARTS.items():  # in an order in which what a part is made of comes before it
         needs = part.needs
@@ -139,7 +181,11 @@ def _deciding_keys(config: Config) -> dict[str, Any]:
     """What decides how a run comes out, by key; the decodings as they are used, whichever section they come from."""
     raw = config.model_dump(mode="json")
     raw["evaluation"]["decodings"] = {name: each.model_dump(mode="json") for name, each in config.decodings().items()}
-    return {key: value for key, value in flatten(raw) if not is_operational(key) or _section(key) is not None}
+    return {
+        key: value
+        for key, value in flatten(raw)
+        if not is_operational(key) or _section(key) in _OPERATIONAL_THAT_DECIDE
+    }
 
 
 def _section(key: str) -> str | None:
@@ -153,12 +199,23 @@ def _decided_by(key: str) -> tuple[str, ...]:
     return _DECIDES.get(_section(key) or first_reader(key), ())
 
 
-def _link(file: Path, to: Path, *, copied: bool) -> None:
+def _link(file: Path, to: Path, *, copied: bool) -> bool:
+    """Whether it was still there: the run may be at work."""
     to.parent.mkdir(parents=True, exist_ok=True)
-    if copied:
-        shutil.copy2(file, to)
-        return
+    try:
+        if copied:
+            shutil.copy2(file, to)
+        else:
+            _link_or_copy(file, to)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _link_or_copy(file: Path, to: Path) -> None:
     try:
         os.link(file, to)
-    except OSError:  # another file system
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
         shutil.copy2(file, to)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from plad_dist import __version__
 from plad_dist.config import Config, Model, flatten, is_operational
@@ -222,7 +223,7 @@ def check_same_run(config: Config, run: RunDir) -> None:
     data = _existing(run)
     if data is None:
         return
-    old, new = dict(flatten(data["config"])), dict(flatten(config.model_dump(mode="json")))
+    old, new = dict(flatten(_with_defaults(data["config"]))), dict(flatten(config.model_dump(mode="json")))
     differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     conflicts = [key for key in differing if not is_operational(key) and _has_begun(key, run)]
     if conflicts:
@@ -237,6 +238,14 @@ def check_same_run(config: Config, run: RunDir) -> None:
             + "\n  ".join(lines)
             + f"\n{advice}"
         )
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config with the keys that are new since it was written; as it is where it cannot be read as one."""
+    try:
+        return Config.model_validate(raw).model_dump(mode="json")
+    except ValidationError:
+        return raw
 
 
 def _shown(values: dict[str, Any], key: str) -> str:

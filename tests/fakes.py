@@ -18,7 +18,7 @@ class FakeBackend:
 
     Faults by words in the prompt: `poison` kills the engine, `crash` the whole actor, `refuse` is refused, `glitch` fails
     always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
-    `slow` takes long to, `broken` lets the first one refuse at once and the others take a while. Each start, each prompt asked and each death leaves a line in `log`.
+    `slow` takes long to, `broken` lets the first of so many refuse when all have their resources, and the others take longer. Each start, each prompt asked and each death leaves a line in `log`.
     """
 
     paid, retries = False, 0
@@ -38,11 +38,15 @@ class FakeBackend:
         if (self._folder / "slow").exists():
             await asyncio.sleep(60)
         with contextlib.suppress(FileNotFoundError):
+            engines = int((self._folder / "broken").read_text())
             (self._folder / "broken").unlink()
             (self._folder / "late").touch()
+            while (self._folder / "log").read_text().count("start") < engines:
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(1)
             return "its node is broken"
         if (self._folder / "late").exists():
-            await asyncio.sleep(1)
+            await asyncio.sleep(4)
         return "the fake is down" if (self._folder / "down").exists() else None
 
     def render(self, prompts: Sequence[Any]) -> Sequence[Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import jinja2
-
 from plad_dist.config import Config, Model
 from plad_dist.data.models import context_length, resolve_model
 from plad_dist.data.sources import Prompt
@@ -60,19 +58,21 @@ class Lengths:
         self._unmade = [
             (name, teacher, compile_template(model.template or "", name))
             for name, teacher, model in models
-            if model.scratch is not None
-        ]
+            if model.scratch is not None and (teacher is None or model.template != config.student.template)
+        ]  # the student answers what teachers do
+
+    def check_rendering(self, prompts: Sequence[Prompt]) -> None:
+        """Raise :class:`UserError` naming a row that the template of a model yet to be made cannot render."""
+        for name, teacher, template in self._unmade:
+            for prompt in prompts:
+                if _answers(teacher, prompt):
+                    try:
+                        render(template, prompt.messages, name)
+                    except UserError as error:
+                        raise UserError(f"{prompt.where}: {error}") from None
 
     def over_long(self, prompts: Sequence[Prompt]) -> dict[int, str]:
-        """Index of every prompt that is too long, with how long it is for which model.
-
-        Raises:
-            UserError: naming the row that a model's template cannot render.
-        """
-        for prompt in prompts:
-            for name, teacher, template in self._unmade:
-                if _answers(teacher, prompt):
-                    _check_rendering(template, prompt, name)
+        """Index of every prompt that is too long, with how long it is for which model."""
         found: dict[int, str] = {}
         for limit in self._limits:
             indices = [index for index, prompt in enumerate(prompts) if _answers(limit.teacher, prompt)]
@@ -104,13 +104,6 @@ class Lengths:
                 f"{self.over_long([cut(0)]).get(0, 'no room for a character')}. Shorten it, or set prompts.over_long to drop."
             )
         return cut(fits)
-
-
-def _check_rendering(template: jinja2.Template, prompt: Prompt, name: str) -> None:
-    try:
-        render(template, prompt.messages, name)
-    except UserError as error:
-        raise UserError(f"{prompt.where}: {error}") from None
 
 
 def _limit(name: str, teacher: str | None, model: Model, max_tokens: int | None) -> _Limit:

@@ -184,10 +184,13 @@ def vocabulary_size(config: Any) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def head_size(config: Any) -> int:
-    """Width of an attention head of a model with a transformers config."""
+def head_size(config: Any) -> int | None:
+    """Width of an attention head of a model with a transformers config; None where it has none, or not one."""
     text = config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    try:
+        return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):  # layers without heads, or that differ
+        return None
 
 
 def first_line(error: Exception) -> str:

@@ -100,7 +100,9 @@ class Selection:
         return kept
 
     def _without_over_long(self, rows: list[Row]) -> list[Row]:
-        too_long = self._lengths.over_long([prompt for _, prompt in rows])
+        prompts = [prompt for _, prompt in rows]
+        self._lengths.check_rendering(prompts)
+        too_long = self._lengths.over_long(prompts)
         kept = []
         for index, (name, prompt) in enumerate(rows):
             if index in too_long:

@@ -155,14 +155,18 @@ class _Reader:
 
     def _unanswered(self, messages: Any, where: str) -> list[dict[str, str]]:
         """The turns of a conversation but for an answer at its end, which is the reference."""
-        turns, name = self._chat(messages, where), self._source.messages_column
+        turns, source = self._chat(messages, where), self._source
         if turns[-1]["role"] != "assistant":
             return turns
-        if self._source.reference_column != name or len(turns) == 1:
+        name = source.messages_column
+        if source.reference_column != name:
+            is_free = source.reference_column is None and source.reference_template is None
+            other = f", or set {self._key}.reference_column to {name} too: the last turn is the reference then"
             raise UserError(
-                f"{where}: {name!r}: ends with the assistant's turn, which would be in the prompt. Leave it out, or set "
-                f"{self._key}.reference_column to {name} as well: the last turn is the reference then"
+                f"{where}: {name!r}: ends with the assistant's turn, which would be in the prompt. Leave that out{other if is_free else ''}"
             )
+        if len(turns) == 1 or turns[-2]["role"] == "assistant":
+            raise UserError(f"{where}: {name!r}: expected a turn of somebody else before the assistant's last one")
         return turns[:-1]
 
     def _chat(self, messages: Any, where: str) -> list[dict[str, str]]:

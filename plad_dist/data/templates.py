@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jinja2.meta
@@ -15,6 +16,7 @@ from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.errors import UserError
 
 Messages = list[dict[str, str]]
+_ANSWER = "answer-b1946ac9"  # what no template has of itself
 
 
 class Renderer:
@@ -88,12 +90,12 @@ class Renderer:
         eos = int(self.tokenizer.eos_token_id)
         if self._template is not None:
             return eos
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         except JINJA_ERRORS:
             return eos
-        after = self._encode([text.rpartition("answer")[2]], False)[0]
+        after = self._encode([text.rpartition(_ANSWER)[2]], False)[0]
         return next((token for token in after if token in self.end_ids), eos)
 
     @cached_property
@@ -103,7 +105,9 @@ class Renderer:
 
         try:
             named = GenerationConfig.from_pretrained(self.model, revision=self._revision).eos_token_id
-        except OSError:
+        except OSError as error:
+            if (Path(self.model) / "generation_config.json").is_file():
+                raise UserError(f"{self.model}/generation_config.json: cannot be read: {first_line(error)}") from None
             named = None
         return {
             int(self.tokenizer.eos_token_id),

@@ -125,7 +125,7 @@ def check_engine_args(engine: dict[str, Any], key: str) -> None:
 def check_cpu_heads(config: Any) -> None:
     """Raise :class:`UserError` for a model, by its transformers config, that vLLM starts on CPUs and dies of when it is asked."""
     size = head_size(config)
-    if size not in CPU_HEAD_SIZES and not hasattr(config.get_text_config(), "kv_lora_rank"):
+    if size is not None and size not in CPU_HEAD_SIZES and not hasattr(config.get_text_config(), "kv_lora_rank"):
         raise UserError(
             f"attention heads of {size}: vLLM has none of that size on CPUs, only {', '.join(map(str, CPU_HEAD_SIZES))}. Set "
             "another number of heads or another width (head_dim), or use GPUs"

@@ -73,6 +73,7 @@ class RunningFleet:
         most: actors at this moment at most.
         starting: when each actor that is not ready yet got its resources.
         failed_starts: in a row, with nothing finished by any actor in between.
+        first_others: actors that had their resources when the first one refused to start; None while none has.
     """
 
     fleet: Fleet
@@ -87,6 +88,7 @@ class RunningFleet:
     groups: dict[str, Any] = field(default_factory=dict)  # placement groups by actor
     born: int = 0
     started_once: bool = False
+    first_others: set[str] | None = None
     enough_since: float = field(default_factory=time.monotonic)
     not_before: float = 0.0
 

@@ -324,9 +324,10 @@ class _Driver:
 
     def _started(self, fleet: RunningFleet, actor: str, problem: str | None) -> None:
         if problem is not None:
-            # What is wrong with one node is told before the engines of others are up, what is wrong with the config by all.
-            alone, told = len(fleet.actors) == 1, fleet.failed_starts + 1
-            if not fleet.started_once and (alone or told >= max(_STARTS, min(fleet.most, _ENGINES_IN_DOUBT))):
+            # What is wrong with one node is told while the engines of others load, what is wrong with the config by all.
+            if fleet.first_others is None:
+                fleet.first_others = set(fleet.starting) - {actor}
+            if not fleet.started_once and not (fleet.first_others - {actor}) & fleet.starting.keys():
                 raise UserError(problem)
             self._lost(fleet, actor, problem)
             return

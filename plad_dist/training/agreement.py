@@ -45,7 +45,12 @@ def of_first_rank(look: Callable[[], T]) -> T:
 
 
 def of_every_rank(look: Callable[[], object]) -> None:
-    """Let every rank look at what may be wrong on its node alone; all raise what one of them found, with the node."""
+    """Let every rank look at what may be wrong on its node alone; all raise what one of them found, with the node.
+
+    Raises:
+        UserError: all found something.
+        RunFailed: some did; on other nodes it may go well.
+    """
     problem = None
     try:
         look()
@@ -54,7 +59,7 @@ def of_every_rank(look: Callable[[], object]) -> None:
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, problem)
     if first := next(filter(None, found), None):
-        raise UserError(first)
+        raise UserError(first) if all(found) else RunFailed(first)
 
 
 @contextmanager

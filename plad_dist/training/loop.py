@@ -52,7 +52,6 @@ def train_loop(job: PhaseJob) -> None:
     worker = None
     try:
         with agreed():
-            of_every_rank(lambda: load_model_config(job.start, job.settings))
             worker = Worker(job, device)
         worker.run()
     except StoppedError as stop:
@@ -85,6 +84,7 @@ class Worker:
         # First of all: whatever fails from here on is counted, and whoever worked on the phase before may not write any more.
         self.attempt = of_first_rank(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
         self._refuse_to_stall(None)
+        of_every_rank(lambda: load_model_config(job.start, job.settings))
         self.engine = build_engine(job, device)
         self.layout = self.engine.module.attention.layout
         store = CheckpointStore(job.checkpoints, job.name, job.fingerprint)

@@ -75,7 +75,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)
     identity = [
         decides, steps, manifest.contents, manifest.facts.get("content"), model_identity(start, settings),
-        settings.template, kind, context, data.longest, data.over_long, data.end_ids, config.run.seed, training.dtype,
+        settings.template, kind, context, data.longest, data.over_long, data.end_ids, renderer.identity, config.run.seed, training.dtype,
         training.lora.model_dump(mode="json") if training.lora else None,
     ]  # fmt: skip
     identity_of_phase = fingerprint(identity)

@@ -307,7 +307,7 @@ def test_actors_that_cannot_start_do_not_end_a_fleet_that_works(tmp_path: Path) 
 def test_an_engine_that_refuses_first_does_not_end_a_fleet_whose_others_start(tmp_path: Path) -> None:
     """A broken node is quicker to say so than the others are to load a model."""
     world = World(tmp_path, numbered(40))
-    (tmp_path / "broken").touch()
+    (tmp_path / "broken").write_text("3")
     world.run(replicas=3)
     assert_exactly_once(world)
     assert not (tmp_path / "broken").exists()

@@ -23,7 +23,7 @@ from plad_dist.training.checkpoint_store import TrainState
 from plad_dist.training.loop import train_loop
 from plad_dist.training.metrics import MetricsLog, read_metrics
 from plad_dist.verify import verify
-from tests.numerics.workers import config_with_pairs, job_of, losses, make_run, some_pairs, train, two_engines
+from tests.numerics.workers import config_with_pairs, job_of, losses, make_run, some_pairs, start, train, two_engines
 from tests.tiny import make_random_model
 
 pytestmark = pytest.mark.engine
@@ -123,13 +123,16 @@ def on_a_node_without_the_model(raw: dict[str, Any], phase: str, stop: int) -> N
     train_loop(job if dist.get_rank() == 0 else replace(job, start="/not/mounted"))
 
 
-def test_what_is_wrong_on_one_node_stops_all_at_once_and_names_the_node(tmp_path: Path) -> None:
+def test_what_is_wrong_on_one_node_ends_the_attempt_on_all_at_once_and_names_the_node(tmp_path: Path) -> None:
+    """Which is started anew: on another node it may go well."""
     raw = config_with_pairs(tmp_path, max_steps=2)
-    run = make_run(raw)
-    train(tmp_path, raw, PHASE, 2, work=on_a_node_without_the_model)
-    message, by_user = left_by_workers(run)
-    assert by_user
-    assert re.match(r"node \S+: /not/mounted: no such model folder", message)
+    make_run(raw)
+    processes = start(tmp_path, raw, PHASE, 2, work=on_a_node_without_the_model)
+    for rank, process in enumerate(processes):
+        process.join(timeout=60)
+        assert process.exitcode == 1
+        said = (tmp_path / f"worker-{rank}.log").read_text()
+        assert re.search(r"RunFailed: node \S+: /not/mounted: no such model folder", said)
 
 
 def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,8 +258,15 @@ def test_an_answered_conversation_gives_its_last_turn_as_the_reference(tmp_path:
     path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
     found = list(read_prompts(source(path, messages_column="m", reference_column="m")))
     assert [(prompt.messages, prompt.reference) for prompt in found] == [(turns, "ha"), (turns, None)]
-    with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.*reference_column to m as well"):
-        list(read_prompts(source(path, messages_column="m")))
+    with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.*reference_column to m too"):
+        list(read_prompts(source(path, messages_column="m", reference_column=None)))
+    with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.* Leave that out$"):
+        list(read_prompts(source(path, messages_column="m", reference_column=None, reference_template="x")))
+    answer = {"role": "assistant", "content": "a"}
+    for said in ([answer], [*turns[:2], answer]):
+        path = write(tmp_path, json.dumps({"m": said}))
+        with pytest.raises(UserError, match="expected a turn of somebody else before"):
+            list(read_prompts(source(path, messages_column="m", reference_column="m")))
 
 
 def test_a_blank_reference_is_none(tmp_path: Path) -> None:

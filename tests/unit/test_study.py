@@ -90,12 +90,108 @@ def test_logs_are_copied_for_they_grow(tmp_path: Path, first: dict[str, Any]) ->
 
 def test_a_begin_that_was_cut_is_made_anew(tmp_path: Path, first: dict[str, Any]) -> None:
     config = variant(first, tmp_path, training__round={"loss": {"name": "dpo"}})
-    half = tmp_path / ".second-begun" / "pairs"
+    half = tmp_path / ".begun-0" / "pairs"
     half.mkdir(parents=True)
     (half / "half").touch()
     take_over(config, [parse_config(first, "first")])
     assert not (RunDir.of(config).root / "pairs" / "half").exists()
     assert (RunDir.of(config).root / MADE[8]).is_file()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling__teacher": {"cpus": 2.0}},
+        {"sampling__student": {"replicas": 2}},
+        {"training__warmup": {"keep_checkpoints": 1}},
+        {"training__num_workers": 1},
+    ],
+)
+def test_how_the_work_is_carried_out_costs_nothing_of_what_is_there(
+    tmp_path: Path, first: dict[str, Any], change: dict[str, Any]
+) -> None:
+    ((key, value),) = change.items()
+    section, _, name = key.partition("__")
+    merged = {**first[section][name], **value} if isinstance(value, dict) else value
+    config = variant(first, tmp_path, **{key: merged})
+    take_over(config, [parse_config(first, "first")])
+    taken = {name for name in MADE if (RunDir.of(config).root / name).is_file()}
+    assert taken == {*MADE} - {MADE[5], MADE[7]}
+
+
+def test_how_training_goes_decides_nothing_of_models_that_come_as_they_are(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    raw = {**first, "teacher": {"endpoint": {"url": "http://localhost:1/v1", "model": "big"}}}
+    raw["training"] = {key: value for key, value in first["training"].items() if key != "teacher"}
+    config = variant(raw, tmp_path, training__deepspeed="zero2")
+    take_over(config, [parse_config(raw, "first")])
+    run = RunDir.of(config)
+    assert (run.root / MADE[3]).is_file(), "what the teacher said is not bought again"
+    assert not (run.root / MADE[1]).exists()
+
+
+def test_a_run_at_work_may_be_taken_over_from(
+    tmp_path: Path, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spooled answer goes when its block is committed; what is being written has a hidden name."""
+    samples = tmp_path / "first" / "samples" / "teacher" / "round-0"
+    (samples / "spool" / "00001").mkdir(parents=True)
+    (samples / "spool" / "00001" / "a.arrow").write_text("paid")
+    (samples / ".part-00001.arrow.12").write_text("half")
+    copy = shutil.copy2
+
+    def committed_meanwhile(file: Path, to: Path) -> None:
+        if "spool" in Path(file).parts:
+            Path(file).rename(samples / "part-00001.arrow")
+        copy(file, to)
+
+    monkeypatch.setattr(shutil, "copy2", committed_meanwhile)
+    config = variant(first, tmp_path, training__round={"loss": {"name": "dpo"}})
+    take_over(config, [parse_config(first, "first")])
+    there = RunDir.of(config).root / "samples" / "teacher" / "round-0"
+    assert (there / "part-00001.arrow").read_text() == "paid"
+    assert {file.name for file in there.iterdir()} == {"part-00000.arrow", "part-00001.arrow", "spool"}
+
+
+def test_of_two_commands_that_begin_a_run_one_does(
+    tmp_path: Path, first: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rename = variant(first, tmp_path, training__round={"loss": {"name": "dpo"}}), Path.rename
+
+    def late(self: Path, to: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        take_over(config, [parse_config(first, "first")])
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    take_over(config, [parse_config(first, "first")])
+    run = RunDir.of(config)
+    check_same_run(config, run)
+    assert len(train_prompts(run.storage).read()) == train_prompts(run.storage).require("prepare").rows
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".begun")] == []
+
+
+def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path: Path, first: dict[str, Any]) -> None:
+    config = variant(first, tmp_path)
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "thesis.txt").touch()
+    take_over(config, [parse_config(first, "first")])
+    assert [file.name for file in (tmp_path / "second").iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_is_there_and_empty_is_begun_in_place(tmp_path: Path, first: dict[str, Any]) -> None:
+    """As a mount is, or a link to another disk: nothing can take its place."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / ".snapshot").mkdir()
+    (tmp_path / "second").symlink_to(tmp_path / "disk")
+    config = variant(first, tmp_path)
+    take_over(config, [parse_config(first, "first")])
+    assert (tmp_path / "second").is_symlink()
+    run = RunDir.of(config)
+    check_same_run(config, run)
+    assert train_prompts(run.storage).require("prepare").rows > 0
+    assert [file.name for file in run.root.iterdir() if file.name.startswith(".")] == [".snapshot"]
 
 
 def test_what_a_phase_has_said_that_is_trained_anew_is_left(tmp_path: Path, first: dict[str, Any]) -> None:
