@@ -26,7 +26,7 @@ from plad_dist.planning.plan import plan_run
 from plad_dist.planning.sizes import ModelSize, size_of
 from plad_dist.planning.workload import workload_of
 from plad_dist.study import load_runs
-from tests.conftest import plad, tiny_config
+from tests.conftest import in_this_process, tiny_config
 
 EXAMPLES = sorted(Path("examples").glob("*.yaml"))
 H100 = GPUS["h100-80g"]
@@ -477,14 +477,19 @@ def test_a_gpu_that_is_not_known_is_not_taken_for_another(reported: str) -> None
     assert gpu_of(reported) is None
 
 
-def test_the_command_says_what_does_not_fit_and_exits_with_1() -> None:
-    shown = plad("plan", "examples/qwen-72b-to-7b.yaml", "--gpu", "l4-24g", "training.num_workers=8")
-    assert shown.returncode == 1
-    assert "Does not fit: training of Qwen/Qwen2.5-7B-Instruct (7.6B)" in shown.stdout
-    assert "Traceback" not in shown.stderr
-    as_json = plad("plan", "examples/ablation.yaml", "--json")
-    assert as_json.returncode == 0
-    assert set(json.loads(as_json.stdout)["variants"]) >= {"rank", "dpo"}
-    assert plad("plan", "examples/quickstart.yaml", "--price", "inf").returncode == 2
-    unknown = plad("plan", "examples/quickstart.yaml", "--gpu", "h900")
-    assert (unknown.returncode, "--gpu 'h900': not known; expected one of" in unknown.stderr) == (2, True)
+def test_the_command_says_what_does_not_fit_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(*arguments: str) -> tuple[int, str, str]:
+        return in_this_process(monkeypatch, capsys, "plan", *arguments)
+
+    code, said, told = plan("examples/qwen-72b-to-7b.yaml", "--gpu", "l4-24g", "training.num_workers=8")
+    assert code == 1
+    assert "Does not fit: training of Qwen/Qwen2.5-7B-Instruct (7.6B)" in said
+    assert "Traceback" not in told
+    code, said, _ = plan("examples/ablation.yaml", "--json")
+    assert code == 0
+    assert set(json.loads(said)["variants"]) >= {"rank", "dpo"}
+    assert plan("examples/quickstart.yaml", "--price", "inf")[0] == 2
+    code, _, told = plan("examples/quickstart.yaml", "--gpu", "h900")
+    assert (code, "--gpu 'h900': not known; expected one of" in told) == (2, True)
