@@ -108,17 +108,21 @@ def _opened(path: str, name: str) -> _Run:
 
 
 def _systems(runs: Sequence[_Run], decoding: str, common: Sequence[str]) -> list[_System]:
+    """Those that say the same are one, but for the students that are compared, which may say what another system does."""
     found: list[_System] = []
     seen: set[str] = set()
+    students: set[str] = set()
     order = {"teacher": 0, "warmup": 1, "seqkd": 2}
     named = [(order.get(system, 3), run, system) for run in runs for system in systems_of(run.config, run.run)]
     for _, run, system in sorted(named, key=lambda item: item[0]):
         place = {prompt: index for index, prompt in enumerate(run.prompts)}
         answers, rows = outputs_of(run.run, system, decoding), [place[prompt] for prompt in common]
         contents = _contents(run.prompts, answers)
-        if contents in seen:
+        if contents in (students if system == PLAD else seen):
             continue
         seen.add(contents)
+        if system == PLAD:
+            students.add(contents)
         scores = score_system([run.references[row] for row in rows], [answers[row] for row in rows])
         of_a_run = f"{run.name}: {system}"
         label = run.name if system == PLAD else system if system in order or len(runs) == 1 else of_a_run

@@ -1,4 +1,4 @@
-"""Where a comparison may be written."""
+"""What is compared, and where a comparison may be written."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from plad_dist.config_file import parse_config
 from plad_dist.errors import UserError
+from plad_dist.evaluation import comparison
 from plad_dist.evaluation.comparison import check_output
+from plad_dist.evaluation.metrics import Output
+from plad_dist.rundir import RunDir
+from tests.conftest import tiny_config
 
 COMPARISON = json.dumps({"against": "a", "prompts_of_each": {}, "systems": []})
 
@@ -42,3 +47,27 @@ def test_files_of_other_kinds_are_not_overwritten(
     (tmp_path / "page.html").write_text("mine")
     with pytest.raises(UserError, match=said):
         check_output(output)
+
+
+def test_a_student_that_says_what_another_system_does_is_compared_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As greedy decoding may have it, where training has changed little."""
+    raw = tiny_config(tmp_path)
+    config = parse_config(raw, "test")
+    said = {"teacher": ["a b", "c d"], "warmup": ["a", "d"], "seqkd": ["a", "c d"], "plad": ["a", "d"]}
+    metrics = {"main_decoding": "sampled"}
+    runs = {
+        name: comparison._Run(name, config, RunDir.at(str(tmp_path / name)), metrics, ["p", "q"], ["a b", "c d"])
+        for name in ("one", "two")
+    }
+    monkeypatch.setattr(comparison, "_opened", lambda path, name: runs[name])
+    monkeypatch.setattr(
+        comparison,
+        "outputs_of",
+        lambda run, system, decoding: [Output(text, 1, finished=True) for text in said[system]],
+    )
+    compared = comparison.compare_runs([str(tmp_path / "one"), str(tmp_path / "two")], "greedy")
+    assert [row["label"] for row in compared["systems"]] == ["teacher", "warmup", "seqkd", "one"]
+    assert compared["against"] == "one"
+    assert compared["systems"][-1]["win_rate_vs_warmup"]["value"] == 0.5
