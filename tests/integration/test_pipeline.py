@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,19 +69,20 @@ def kill_when(config: Path, condition: Any, command: str = "run") -> None:
     process.wait()
 
 
-def processes_of_the_run() -> list[str]:
-    """Ray's and vLLM's processes that are alive."""
+def processes(but: Collection[str] = ()) -> list[str]:
+    """Ray's and vLLM's processes that are alive, but for those that were before."""
     listing = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
     return [
         line
         for line in listing.splitlines()
         if re.search(r"ray::|VLLM::|raylet|gcs_server", line) and " Z" not in line and "ps -eo" not in line
+        if line.split()[0] not in but
     ]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("pipeline")
+    folder, before = tmp_path_factory.mktemp("pipeline"), {line.split()[0] for line in processes()}
     write_prompts(folder)
     raw, root = tiny_config(folder), folder / "run"
     raw["run"]["dir"] = "run"  # as users write it: relative to where they stand, not to where workers do
@@ -100,7 +102,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     done = plad("run", str(config), timeout=900, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     deadline = time.monotonic() + 30
-    while (left := processes_of_the_run()) and time.monotonic() < deadline:
+    while (left := processes(before)) and time.monotonic() < deadline:
         time.sleep(1)
     log = (root / "logs" / "plad.log").read_text()
     return Finished(root, config, committed, step, log, done.stdout + done.stderr, left)
