@@ -68,9 +68,8 @@ def _write(config: Config, datasets: dict[str, Dataset]) -> None:
     selection, last = Selection(config), 0.0
     for name, prompt in selection:
         writers[name].add(prompt)
-        last = (
-            last or time.monotonic()
-        )  # a harvest tells how it goes itself, and gives its first prompt when it is done
+        # From the first prompt on: a harvest tells how it goes itself, and gives its first one when it is done.
+        last = last or time.monotonic()
         if time.monotonic() - last > _SAY_EVERY_S:
             last = time.monotonic()
             logger.info("prepare: %s prompts taken", f"{sum(counts['rows'] for counts in selection.counts.values()):,}")

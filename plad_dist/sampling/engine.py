@@ -288,9 +288,8 @@ class Engine:
         keeps copies of some matrices in another layout), without a word; so it is not asked to.
         """
         if self._change is not None and not self._change.done():
-            await asyncio.shield(
-                self._change
-            )  # whoever asked for it was cancelled, which an engine that starts cannot be
+            # Whoever asked for it was cancelled, which an engine that starts cannot be.
+            await asyncio.shield(self._change)
         if path == self.path:
             return
         self._change = asyncio.create_task(self._start_anew(path))

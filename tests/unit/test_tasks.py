@@ -148,3 +148,4 @@ def test_every_example_is_valid_where_its_models_and_data_are_there(tmp_path: Pa
     raw["prompts"] |= {"duplicates": "keep", "heldout_fraction": 0.4}
     config = parse_config(raw, path.name)
     check_inputs(config, RunDir.of(config), all_rows=True)
+    assert not (tmp_path / "run").exists(), "to check is not to begin"
