@@ -28,6 +28,7 @@ from tests.numerics.crash import (
     STEPS,
     alter,
     begun,
+    commit_before_the_next_step,
     cut,
     first_step_of_last_attempt,
     killed_at,
@@ -72,6 +73,7 @@ def test_a_damaged_newest_checkpoint_is_left_out_and_the_one_before_is_used(
 
 def overtaken(raw: dict[str, Any], phase: str, stop: int) -> None:
     """A worker group that another command overtakes after its first checkpoint, as if it had been frozen until then."""
+    commit_before_the_next_step()
     real = Worker._save
 
     def save(self: Worker) -> None:

@@ -13,7 +13,7 @@ from plad_dist.data.models import model_marker
 from plad_dist.training.checkpoint_store import Checkpoint
 from plad_dist.training.snapshot import write_snapshot
 from plad_dist.training.watched import Look, Watched
-from tests.numerics.crash import EVERY, PHASE, begun, store, weights
+from tests.numerics.crash import EVERY, PHASE, begun, commit_before_the_next_step, store, weights
 from tests.numerics.workers import job_of, train
 
 pytestmark = pytest.mark.engine
@@ -70,6 +70,7 @@ def collapsed_later(raw: dict[str, Any], phase: str, stop: int) -> None:
     """A worker group whose second checkpoint is found to have collapsed while it trains."""
     from plad_dist.training.loop import Worker, train_loop
 
+    commit_before_the_next_step()
     job = job_of(raw, phase)
     real = Worker._save
 
