@@ -23,14 +23,12 @@ from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, R
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.remote import MICRO
 from plad_dist.sampling.spool import Spool
-from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, Hints
+from plad_dist.sampling.work import Beat, BlockKey, BlockResult, EngineDiedError, Hints, UnderWay
 
 logger = logging.getLogger("plad")
 
 _LAST_WORDS_S = 5.0
 _SPOOL_EVERY_S = 2.0
-
-BlockKey = tuple[str, int]
 
 
 class Sampler:
@@ -44,7 +42,7 @@ class Sampler:
     def __init__(self, storage: Storage, make_backend: Callable[[], Backend], row_tries: int = 3) -> None:
         self._storage, self._make_backend, self._row_tries = storage, make_backend, row_tries
         self._weights = asyncio.Condition()
-        self._blocks = self._finished = 0
+        self._blocks = self._finished = self._finished_at_beat = 0
         self._under_way: dict[BlockKey, set[int]] = {}
         self._death: EngineDiedError | None = None
         self._spools: dict[str, Spool] = {}
@@ -87,14 +85,24 @@ class Sampler:
     async def beat(self) -> Beat:
         """A sign of life."""
         in_flight = sum(map(len, self._under_way.values()))
-        changes = self._backend.path is None
-        return Beat(finished=self._finished, in_flight=in_flight, retries=self._backend.retries, changes=changes)
+        # A server that answers nobody says nothing of the rows.
+        stuck = self._finished == self._finished_at_beat and not self._backend.paid
+        self._finished_at_beat = self._finished
+        return Beat(
+            finished=self._finished,
+            in_flight=in_flight,
+            retries=self._backend.retries,
+            changes=self._backend.path is None,
+            stuck=self._rows_under_way() if stuck else {},
+        )
+
+    def _rows_under_way(self) -> UnderWay:
+        return {key: tuple(sorted(rows)) for key, rows in self._under_way.items() if rows}
 
     def _last_words(self, error: Exception) -> EngineDiedError:
         """Why the engine died and what was under way then. Nothing else may be sampled here: the actor ends."""
         if self._death is None:
-            rows = {key: tuple(sorted(rows)) for key, rows in self._under_way.items()}
-            self._death = EngineDiedError(root_cause(error), rows)
+            self._death = EngineDiedError(root_cause(error), self._rows_under_way())
             asyncio.get_running_loop().call_later(_LAST_WORDS_S, os._exit, 1)
         return self._death
 

@@ -4,9 +4,9 @@ Every block is leased to one actor at a time, up to `window` blocks per actor. A
 When nothing is pending, an idle actor takes over the oldest lease of another (the tail is stolen): both may finish, and
 storage lets only the first one commit. Leases have deadlines; actors are given up when they are silent or make no progress.
 
-A block that was under way when an engine died is done alone from then on, its suspicious rows in pieces, one after the other.
-Each further death splits the piece that it happened in, until a row has killed engines by itself: that row is poison and is
-not tried again.
+A block that was under way when an engine died, or hung, is done alone from then on, its suspicious rows in pieces, one after the
+other. Each further death splits the piece that it happened in, until a row has killed engines by itself: that row is poison and
+is not tried again.
 
 Times are seconds of any clock that does not go back; the caller passes them in.
 """
@@ -88,7 +88,7 @@ class _Trouble:
         if len(rows) == 1:
             self.deaths_alone[rows[0]] += 1
         if self.deaths_alone[rows[0]] >= _DEATHS_OF_A_ROW:
-            self.poison[rows[0]] = f"killed its engine {_DEATHS_OF_A_ROW} times by itself: {reason}"
+            self.poison[rows[0]] = f"killed or hung its engine {_DEATHS_OF_A_ROW} times by itself: {reason}"
             self.pieces = later
         else:
             self.pieces = _split(rows) + later
@@ -154,11 +154,19 @@ class BlockPool:
         for name, state in self._actors.items():
             if now - state.heard > self.limits.heartbeat_timeout_s:
                 found.append((name, f"no sign of life for {now - state.heard:.0f} s"))
-            elif state.leases and now - state.progressed > self.limits.stall_timeout_s:
-                found.append((name, f"alive, but nothing finished for {now - state.progressed:.0f} s"))
             elif state.expired > 1:
                 found.append((name, f"alive, but {state.expired} leases ran out and nothing was finished"))
         return found
+
+    def stalled(self, now: float) -> list[tuple[str, str]]:
+        """Actors that live and get nothing done, each with the reason. The caller ends them and calls :meth:`died` with what was
+        under way, :meth:`leave` where that is not known.
+        """
+        return [
+            (name, f"alive, but nothing finished for {now - state.progressed:.0f} s")
+            for name, state in self._actors.items()
+            if state.leases and now - state.progressed > self.limits.stall_timeout_s
+        ]
 
     def excuse(self, seconds: float) -> None:
         """The caller was away for so long: the actors could not be heard, which is not their fault."""
@@ -179,10 +187,10 @@ class BlockPool:
             self._give_back(lease.block, first=True)
 
     def died(self, actor: str, reason: str, under_way: dict[Hashable, tuple[int, ...]]) -> None:
-        """The actor's engine died of itself or of a row: its blocks are done alone from now on.
+        """The actor's engine died or hung, of itself or of a row: its blocks are done alone from now on.
 
         Args:
-            under_way: rows of each block that were not finished at the death.
+            under_way: rows of each block that were not finished then.
 
         Raises:
             RunFailed: a block fails again and again without its suspects becoming fewer.

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from plad_dist.progress import Progress
 from plad_dist.sampling.fleet import Fleet, RunningFleet, Task
 from plad_dist.sampling.output import Output
 from plad_dist.sampling.pool import BlockPool, Lease, Limits
-from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError
+from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError, UnderWay
 
 logger = logging.getLogger("plad")
 
@@ -151,6 +151,8 @@ class _Driver:
             fleet.size()
             for name, reason in fleet.pool.silent(now):
                 self._lost(fleet, name, reason)
+            for name, reason in fleet.pool.stalled(now):
+                self._lost(fleet, name, reason, under_way=fleet.ready[name].stuck or None)
             for name, since in list(fleet.starting.items()):
                 if now - since > self._sampling.engine_start_timeout_s:
                     limit = f"sampling.engine_start_timeout_s={self._sampling.engine_start_timeout_s:g}"
@@ -240,10 +242,8 @@ class _Driver:
         for call in [call for call, (_, name, _) in self._calls.items() if name == actor]:
             del self._calls[call]
 
-    def _lost(
-        self, fleet: RunningFleet, name: str, reason: str, under_way: Mapping[Any, tuple[int, ...]] | None = None
-    ) -> None:
-        """An actor is gone or given up: its leases go back and another takes its place. `under_way`: its engine died."""
+    def _lost(self, fleet: RunningFleet, name: str, reason: str, under_way: UnderWay | None = None) -> None:
+        """An actor is gone or given up: its leases go back and another takes its place. `under_way`: its engine died or hung."""
         logger.warning("%s died (%s); its blocks are leased again", name, reason)
         self._forget(name)
         _kill(fleet.actors.pop(name), fleet.groups.pop(name, None))
@@ -252,7 +252,10 @@ class _Driver:
         fleet.starting.pop(name, None)
         fleet.metrics.died()
         if under_way is not None:
-            fleet.pool.died(name, reason, dict(under_way))
+            rows: dict[Hashable, tuple[int, ...]] = {
+                task: under_way.get((task.output, task.block), ()) for task in fleet.leased(name)
+            }
+            fleet.pool.died(name, reason, rows)
         else:
             fleet.pool.leave(name)
         pause = min(_LONGEST_PAUSE_S, _REPLACE_AFTER_S * 2.0 ** min(fleet.failed_starts, 16))
@@ -308,13 +311,7 @@ class _Driver:
             case _Stopping():
                 about.end()
             case _ if isinstance(cause, EngineDiedError):
-                tasks = {(task.output, task.block): task for task in fleet.leased(actor)}
-                self._lost(
-                    fleet,
-                    actor,
-                    cause.reason,
-                    {tasks[key]: rows for key, rows in cause.under_way.items() if key in tasks},
-                )
+                self._lost(fleet, actor, cause.reason, cause.under_way)
             case _ if isinstance(cause, UserError | StopStageError):
                 raise cause from None
             case Lease():

@@ -9,16 +9,19 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed
 
+BlockKey = tuple[str, int]  # dataset path, block
+UnderWay = dict[BlockKey, tuple[int, ...]]  # rows of blocks
+
 
 class EngineDiedError(RuntimeError):
     """The engine is dead and the actor ends.
 
     Attributes:
         reason: the engine's own.
-        under_way: rows that were not finished, by (dataset path, block).
+        under_way: rows that were not finished.
     """
 
-    def __init__(self, reason: str, under_way: dict[tuple[str, int], tuple[int, ...]]) -> None:
+    def __init__(self, reason: str, under_way: UnderWay) -> None:
         super().__init__(reason, under_way)
         self.reason, self.under_way = reason, under_way
 
@@ -90,12 +93,14 @@ class Beat:
         in_flight: units under way.
         retries: requests that it tried again in its life.
         changes: its engine is being started anew with other weights.
+        stuck: rows under way, where none has been finished since the beat before.
     """
 
     finished: int
     in_flight: int
     retries: int = 0
     changes: bool = False
+    stuck: UnderWay = field(default_factory=dict)
 
 
 class BlockWorker(Protocol):

@@ -1,4 +1,4 @@
-"""Whether pairs can be trained on, before the first step: one pass over their columns, a block at a time."""
+"""Whether pairs and texts can be trained on, before the first step: one pass over their columns, a block at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import UserError
-from plad_dist.training.groups import DataSpec, PairedRows, fit, make_pairs
+from plad_dist.training.groups import DataSpec, PairedRows, fit, make_pairs, open_groups
 
 _READERS = 4
+_BLOCKS_AT_ONCE = 64
+_TEXTS_OF_A_BLOCK = 16  # that are tokenized, those with the most bytes
 _passed: set[str] = set()  # phases on the same pairs need one look
 _SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
@@ -67,6 +69,34 @@ def check_pairs(
     finally:
         threads.shutdown(cancel_futures=True)
     _passed.add(looked_for)
+
+
+def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, micro_batch_tokens: int) -> None:
+    """Look for a prompt with a response, among the longest texts of each block, that no micro-batch holds.
+
+    No token of a text is shorter than a byte, and a template is taken to add no more than half of what a micro-batch holds, so
+    that only texts with as many bytes as the other half are tokenized. What is missed is refused when it comes.
+
+    Raises:
+        UserError: there is one. It is named.
+    """
+    if min(spec.context, spec.longest or spec.context) <= micro_batch_tokens:
+        return
+    groups = open_groups(spec, storage, model, settings)
+    blocks = range(len(spec.dataset(storage).require("run").parts))
+    with ThreadPoolExecutor(_READERS) as threads:
+        for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
+            for rows in threads.map(
+                lambda block: groups.longest(block, micro_batch_tokens // 2, _TEXTS_OF_A_BLOCK),
+                blocks[start : start + _BLOCKS_AT_ONCE],
+            ):
+                for group in groups.made(rows):
+                    if group.tokens > micro_batch_tokens:
+                        raise UserError(
+                            f"{group.name}: with its response it has {group.tokens:,} tokens, more than "
+                            f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens: "
+                            "training.over_long says what becomes of longer ones."
+                        )
 
 
 def _check(

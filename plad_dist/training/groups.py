@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from plad_dist.config import Model
 from plad_dist.data.models import load_model_config, vocabulary_size
@@ -139,14 +140,29 @@ class GroupSource:
 
         Raises :class:`UserError` naming a group that is refused.
         """
+        return self.made([self._rows(int(index)) for index in indices])
+
+    def made(self, rows: list[list[Row]]) -> list[Group]:
+        """Groups of rows, as :meth:`take` gives them."""
         kept = []
-        for group in self._make([self._rows(int(index)) for index in indices]):
+        for group in self._make(rows):
             fitted = fit(group, self._spec)
             self.changed["dropped"] += fitted is None
             self.changed["cut"] += fitted is not None and fitted is not group
             if fitted is not None:
                 kept.append(fitted)
         return kept
+
+    def longest(self, block: int, at_least: int, most: int) -> list[list[Row]]:
+        """Rows of the groups of a block with so many bytes of text, the longest ones, for :meth:`made`. From any thread.
+
+        Only where groups are texts.
+        """
+        opened = self._open_block(block, True)
+        assert isinstance(opened, _Referenced | _Answered)
+        sizes = opened.sizes()
+        places = np.flatnonzero(sizes >= at_least)
+        return [opened.rows(int(place)) for place in places[np.argsort(sizes[places])[::-1][:most]]]
 
     def _rows(self, index: int) -> list[Row]:
         block = int(np.searchsorted(self._ends, index, side="right"))
@@ -214,6 +230,10 @@ class _Referenced:
         rows: list[Row] = self._prompts.slice(int(self._places[number]), 1).to_pylist()
         return rows
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of text of each group."""
+        return (_bytes_of(self._prompts["messages"]) + _bytes(self._prompts["reference"]))[self._places]
+
 
 class _Answered:
     """Answers among the samples, each with the messages that it answers."""
@@ -222,12 +242,29 @@ class _Answered:
         self._messages = dict(zip(prompts["prompt_id"].to_pylist(), range(prompts.num_rows), strict=True))
         self._prompts, self._samples = prompts, samples.select(["prompt_id", "text"])
         rows = samples.select(["text", "finish_reason"]).to_pylist()
-        self._places = [place for place, row in enumerate(rows) if is_answer(row)]
+        self._places = np.array([place for place, row in enumerate(rows) if is_answer(row)], np.int64)
 
     def rows(self, number: int) -> list[Row]:
-        sample = self._samples.slice(self._places[number], 1).to_pylist()[0]
+        sample = self._samples.slice(int(self._places[number]), 1).to_pylist()[0]
         messages = self._prompts["messages"][self._messages[sample["prompt_id"]]].as_py()
         return [{"prompt_id": sample["prompt_id"], "messages": messages, "reference": sample["text"]}]
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of text of each group."""
+        prompts = [self._messages[prompt_id] for prompt_id in self._samples["prompt_id"].to_pylist()]
+        return (_bytes_of(self._prompts["messages"])[prompts] + _bytes(self._samples["text"]))[self._places]
+
+
+def _bytes_of(messages: pa.ChunkedArray) -> np.ndarray:
+    """Bytes of text in all messages of each row."""
+    column = messages.combine_chunks()
+    sizes = _bytes(column.flatten().field("content"))
+    return np.bincount(pc.list_parent_indices(column).to_numpy(), sizes, len(column)).astype(np.int64)
+
+
+def _bytes(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    sizes: np.ndarray = pc.fill_null(pc.binary_length(texts), 0).to_numpy()
+    return sizes
 
 
 class PairedRows:

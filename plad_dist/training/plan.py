@@ -15,7 +15,7 @@ from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of
 from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.attention import attention_of, check_rope
 from plad_dist.training.batching import steps_per_epoch
-from plad_dist.training.check import check_pairs
+from plad_dist.training.check import check_pairs, check_texts
 from plad_dist.training.checkpoint_store import OWNER, CheckpointStore
 from plad_dist.training.deepspeed_config import load_deepspeed
 from plad_dist.training.groups import DataSpec, group_counts
@@ -67,9 +67,12 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
             "them made anew, or restore the student."
         )
     kept = run.checkpoints(config)
-    if heldout and not CheckpointStore(kept, name, None).steps():  # what is trained on was checked before
-        for spec in (data, heldout):
-            check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
+    if not CheckpointStore(kept, name, None).steps():  # what is trained on was checked before
+        if heldout:
+            for spec in (data, heldout):
+                check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
+        else:
+            check_texts(data, run.storage, start, settings, training.micro_batch_tokens)
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
     groups = sum(group_counts(data, manifest.parts))
     steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)

@@ -184,8 +184,18 @@ def test_a_poison_row_becomes_an_error_row_and_all_others_are_sampled(tmp_path: 
     errors = [row for row in world.samples() if row["error"]]
     assert len(errors) == 1
     assert errors[0]["finish_reason"] == "error"
-    assert "killed its engine 2 times by itself: the fake engine died" in errors[0]["error"]
+    assert "killed or hung its engine 2 times by itself: the fake engine died" in errors[0]["error"]
     assert len(world.started()) <= 6
+
+
+def test_a_row_that_hangs_its_engine_becomes_an_error_row_too(tmp_path: Path) -> None:
+    prompts = numbered(60)
+    prompts[37] = "stall"
+    world = World(tmp_path, prompts, max_error_share=0.05, heartbeat_timeout_s=4, stall_timeout_s=3)
+    world.run()
+    assert_exactly_once(world)
+    (error,) = [row["error"] for row in world.samples() if row["error"]]
+    assert "killed or hung its engine 2 times by itself: alive, but nothing finished for" in error
 
 
 def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: Path) -> None:

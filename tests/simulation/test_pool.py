@@ -56,6 +56,7 @@ class Actor:
     alive: bool = True  # its process
     hung: bool = False  # silent, but its attempts may still commit
     stalled: bool = False  # answers heartbeats, finishes nothing
+    stuck: dict[object, tuple[int, ...]] = field(default_factory=dict)  # rows that it has hung on
     finished: int = 0
     attempts: dict[int, Lease] = field(default_factory=dict)
 
@@ -113,8 +114,13 @@ class Night:
                 self.pool.beat(name, actor.finished, self.now)
         for name, _ in self.pool.silent(self.now):
             self.pool.leave(name)
-            self.mine.discard(name)
-            self.at(self.random.uniform(0, 60), "reap", name)
+            self.give_up(name)
+        for name, reason in self.pool.stalled(self.now):
+            if self.actors[name].stuck:
+                self.pool.died(name, reason, self.actors[name].stuck)
+            else:
+                self.pool.leave(name)
+            self.give_up(name)
         for lease in self.pool.overdue(self.now):
             self.actors[lease.actor].attempts.pop(lease.number, None)
         wanted = min(self.most, self.pool.unfinished)
@@ -126,6 +132,10 @@ class Night:
             self.at(self.random.expovariate(1 / 5), "ready", driver, name)
         self.lease_all()
         self.at(1.0, "tick", driver)
+
+    def give_up(self, name: str) -> None:
+        self.mine.discard(name)
+        self.at(self.random.uniform(0, 60), "reap", name)
 
     def ready(self, driver: int, name: str) -> None:
         if driver == self.drivers and name in self.mine:
@@ -159,6 +169,9 @@ class Night:
             if actor.stalled:
                 return
         deadly = self.deadly_rows(actor, lease)
+        if deadly and chance() < 0.3:
+            actor.stalled, actor.stuck = True, deadly
+            return
         if deadly:
             actor.alive = False
             self.at(self.random.expovariate(1 / 3), "died", driver, name, deadly)

@@ -14,14 +14,16 @@ import pytest
 
 from plad_dist.config import Loss, Model
 from plad_dist.config_file import parse_config
-from plad_dist.data.schemas import REFERENCES
+from plad_dist.data.prompts import prepare, train_prompts
+from plad_dist.data.schemas import REFERENCES, SAMPLES
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.rundir import RunDir
+from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.batching import Group
-from plad_dist.training.check import check_pairs
+from plad_dist.training.check import check_pairs, check_texts
 from plad_dist.training.groups import DataSpec, _Tokenize, fit, open_groups
 from plad_dist.training.plan import plan_phase
+from tests.conftest import write_prompts
 from tests.numerics.workers import config_with_pairs, make_run, some_pairs
 from tests.tiny import TEMPLATE
 
@@ -260,3 +262,69 @@ def test_sound_pairs_pass_and_equal_responses_count_once(folder: Path, raw: dict
     check_pairs(spec, run.storage, model, settings, Loss(), tokens)
     with pytest.raises(UserError, match="more than"):
         check_pairs(replace(spec, shares=False), run.storage, model, settings, Loss(), tokens)
+
+
+@pytest.fixture(scope="module")
+def with_a_long_one(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> RunDir:
+    """Prompts in blocks of 16, one of which has a reference of 200 words; an answer of the teacher's to another is as long."""
+    where = tmp_path_factory.mktemp("long")
+    raw = config_with_pairs(where)
+    lines = write_prompts(where, 60).read_text().splitlines()
+    lines[41] = json.dumps({"prompt": "the long one", "answer": "so " * 200})
+    (where / "prompts.jsonl").write_text("\n".join(lines))
+    raw["prompts"]["block_size"] = 16
+    config = parse_config(raw, "test")
+    run = open_run(config)
+    prepare(config, run.storage)
+    prompts, answers = train_prompts(run.storage), run.samples("teacher")
+    for block, part in enumerate(prompts.require("prepare").parts):
+        ids = prompts.read_block(block)["prompt_id"].to_pylist()
+        rows = [
+            {
+                "prompt_id": prompt_id, "sample_index": 0, "role": "teacher", "round": 0, "model": "m", "logprob": None,
+                "text": "no " * (200 if (block, row) == (1, 3) else 2), "token_ids": [], "num_tokens": 1,
+                "finish_reason": "stop", "error": None,
+            }
+            for row, prompt_id in enumerate(ids)
+        ]  # fmt: skip
+        table = pa.Table.from_pylist(rows, schema=SAMPLES)
+        answers.commit(block, table, fingerprint="f", attempt="a", counts={"finished": part.rows})
+    answers.finish(block + 1, fingerprint="f", facts={})
+    return run
+
+
+@pytest.mark.parametrize("kind", ["references", "teacher"])
+def test_a_text_that_no_micro_batch_holds_is_named_before_the_first_step(
+    folder: Path, with_a_long_one: RunDir, kind: str
+) -> None:
+    run, model = with_a_long_one, str(folder / "student")
+    path = "" if kind == "references" else run.samples("teacher").path
+    spec, settings = DataSpec(kind, path, context=5000, over_long="truncate"), Model(path=model, template=TEMPLATE)  # type: ignore[arg-type]
+    groups = open_groups(spec, run.storage, model, settings)
+    longest = max(groups.take(range(len(groups))), key=lambda group: group.tokens)
+    with pytest.raises(
+        UserError, match=rf"{longest.name}: with its response it has {longest.tokens} tokens, more than"
+    ):
+        check_texts(spec, run.storage, model, settings, longest.tokens - 1)
+    check_texts(spec, run.storage, model, settings, longest.tokens)
+    check_texts(replace(spec, longest=64), run.storage, model, settings, 64)
+
+
+def test_the_bytes_of_a_text_are_no_fewer_than_its_tokens(folder: Path, with_a_long_one: RunDir) -> None:
+    """So that what is too long is always looked at. Beside them are tokens of the template and a space before each text."""
+    groups = groups_of(with_a_long_one, folder, "references")
+    nothing = {"prompt_id": "", "messages": [{"role": "user", "content": ""}], "reference": ""}
+    around = groups.made([[nothing]])[0].tokens + 2
+    for block in range(4):
+        rows = groups.longest(block, 0, 1000)
+        sizes = [len(row["reference"]) + sum(len(m["content"]) for m in row["messages"]) for (row,) in rows]
+        assert sizes == sorted(sizes, reverse=True)
+        assert len(sizes) == groups_in(with_a_long_one, block)
+        at_least = sizes[len(sizes) // 2]
+        assert len(groups.longest(block, at_least, 1000)) == sum(size >= at_least for size in sizes)
+        for group, size in zip(groups.made(rows), sizes, strict=True):
+            assert group.tokens <= size + around
+
+
+def groups_in(run: RunDir, block: int) -> int:
+    return train_prompts(run.storage).require("prepare").parts[block].counts["references"]

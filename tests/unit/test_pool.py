@@ -60,9 +60,9 @@ def test_an_actor_that_is_heard_but_finishes_nothing_is_given_up() -> None:
     take(pool, "a")
     pool.beat("a", 1, 20.0)
     pool.beat("a", 1, 69.0)
-    assert pool.silent(69.0) == []
+    assert pool.stalled(69.0) == []
     pool.beat("a", 1, 71.0)
-    assert pool.silent(71.0) == [("a", "alive, but nothing finished for 51 s")]
+    assert pool.stalled(71.0) == [("a", "alive, but nothing finished for 51 s")]
 
 
 def test_a_lease_that_ran_out_is_given_anew() -> None:
