@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -24,9 +25,7 @@ class _WeightsAndBiases:
 
     def __init__(self, run: str, phase: str) -> None:
         wandb: Any = importlib.import_module("wandb")
-        name = run.rstrip("/").rpartition("/")[2]
-        identity = f"{name}-{phase}-{fingerprint(run)[:8]}"  # runs of one name lie in other folders
-        self._run = wandb.init(name=f"{name}/{phase}", id=identity, resume="allow")
+        self._run = wandb.init(name=_name(run, phase), id=_identity(run, phase), resume="allow")
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._run.log(figures, step=step)
@@ -36,11 +35,18 @@ class _WeightsAndBiases:
 
 
 class _MlFlow:
-    """One run of MLflow for each phase; the server comes from its own environment variables."""
+    """One run of MLflow for each phase; server and experiment come from its own environment variables."""
 
     def __init__(self, run: str, phase: str) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
-        self._mlflow.start_run(run_name=f"{run.rstrip('/').rpartition('/')[2]}/{phase}")
+        identity = _identity(run, phase)
+        earlier = self._mlflow.search_runs(
+            filter_string=f"tags.`{_TAG}` = '{identity}'", max_results=1, output_format="list"
+        )
+        if earlier:
+            self._mlflow.start_run(run_id=earlier[0].info.run_id)
+        else:
+            self._mlflow.start_run(run_name=_name(run, phase), tags={_TAG: identity})
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._mlflow.log_metrics(figures, step=step)
@@ -49,6 +55,16 @@ class _MlFlow:
         self._mlflow.end_run()
 
 
+def _name(run: str, phase: str) -> str:
+    return f"{run.rstrip('/').rpartition('/')[2]}/{phase}"
+
+
+def _identity(run: str, phase: str) -> str:
+    """By which a phase that goes on finds what it has written before: runs of one name lie in other folders."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', _name(run, phase))}-{fingerprint(run)[:8]}"
+
+
+_TAG = "plad.phase"
 _TRACKERS: dict[str, Callable[[str, str], Tracker]] = {"wandb": _WeightsAndBiases, "mlflow": _MlFlow}
 
 
