@@ -16,6 +16,9 @@ DEV_LOCK := requirements/dev.txt
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 
+# Engines and workers are processes that import a great deal: what Python has compiled once is kept, whatever the shell says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup quickstart test chaos families cluster soak bench lint lock clean
 .DEFAULT_GOAL := help
 

@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from tests.s3 import bucket, server  # noqa: F401 - fixtures
 
-settings.register_profile("plad", deadline=None)
+settings.register_profile("plad", deadline=None, derandomize=True)
 settings.load_profile("plad")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

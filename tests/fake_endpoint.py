@@ -93,7 +93,7 @@ async def serving(
 async def asking(
     server: Server, fake: FakeTime | None = None, spent: float = 0.0, **settings: Any
 ) -> AsyncIterator[EndpointClient]:
-    endpoint = Endpoint(**({"url": server.url, "model": "m", "timeout_s": 5.0} | settings))
+    endpoint = Endpoint(**({"url": server.url, "model": "m", "timeout_s": 60.0} | settings))
     waiting: dict[str, Any] = {"clock": fake.clock, "sleep": fake.sleep} if fake else {}
     client = EndpointClient(endpoint, spent=spent, jitter=lambda: 0.9, **waiting)
     try:
@@ -145,8 +145,13 @@ async def ask(client: EndpointClient, *prompts: str) -> list[Any]:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
+async def until(met: Callable[[], bool]) -> None:
+    while not met():
+        await asyncio.sleep(0.005)
+
+
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 20))
+    asyncio.run(asyncio.wait_for(test, 120))
 
 
 def assert_rate(at: list[float], amounts: list[float], per_minute: float) -> None:

@@ -16,9 +16,10 @@ from plad_dist.sampling.engine import Completion, RefusedPromptError
 class FakeBackend:
     """Answers a prompt with its own text, after a while.
 
-    Faults by words in the prompt: `poison` kills the engine, `stall` hangs it, `crash` kills the whole actor, `refuse` is refused, `glitch` fails
-    always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
-    `slow` takes long to, `broken` lets the first of so many refuse when all have their resources, and the others take longer. Each start, each prompt asked and each death leaves a line in `log`.
+    Faults by words in the prompt: `poison` kills the engine, `stall` hangs it, `crash` kills the whole actor, `refuse` is refused,
+    `glitch` fails always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
+    `slow` takes long to, `broken` lets the first of so many refuse when all have their resources, and the others take longer. Each
+    start, each engine that is up and each prompt asked leaves a line in `log`.
     """
 
     paid, retries = False, 0
@@ -47,7 +48,10 @@ class FakeBackend:
             return "its node is broken"
         if (self._folder / "late").exists():
             await asyncio.sleep(4)
-        return "the fake is down" if (self._folder / "down").exists() else None
+        if (self._folder / "down").exists():
+            return "the fake is down"
+        self._log("up")
+        return None
 
     def render(self, prompts: Sequence[Any]) -> Sequence[Any]:
         return [messages[-1]["content"] for messages in prompts]

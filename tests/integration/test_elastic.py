@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.elastic import MARKS, Training, expect_the_same, freeze_worker, thaw_worker, undisturbed_student
+from tests.elastic import MARKS, PHASE, Training, expect_the_same, freeze_worker, thaw_worker, undisturbed_student
 from tests.nodes import Cluster
 
 pytestmark = MARKS
-STEPS, EVERY = 240, 10
+STEPS, EVERY = 120, 10
 
 
 def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) -> None:
@@ -18,12 +18,13 @@ def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) ->
     cluster = Cluster(tmp_path)
     try:
         nodes = [cluster.add(), cluster.add()]
-        training = Training(cluster, tmp_path / "run", STEPS, EVERY)
-        training.wait_for_steps(EVERY + 5)
+        training = Training(cluster, tmp_path / "run", STEPS, EVERY, worker_timeout_s=600)
+        training.wait((training.run.root / "checkpoints" / PHASE / "latest.json").exists, "a checkpoint")
         nodes[1].kill()
         training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
-        freeze_worker(nodes[0])  # a node takes as long to start as it likes: there are steps left for it
+        freeze_worker(nodes[0])  # a node takes as long to come and to be seen as it likes: there are steps left for it
         cluster.add()
+        training.wait(lambda: "has room for 2 workers now" in training.log(), "the new node to be seen")
         thaw_worker(nodes[0])
         training.finish()
     finally:

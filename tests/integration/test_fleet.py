@@ -96,12 +96,16 @@ class World:
         """Do something, in a thread, as soon as a condition holds."""
 
         def watch() -> None:
-            deadline = time.monotonic() + 60
-            while not condition() and time.monotonic() < deadline:
+            deadline = time.monotonic() + 250
+            while not (met := condition()) and time.monotonic() < deadline:
                 time.sleep(0.02)
-            action()
+            if met:
+                action()
 
         threading.Thread(target=watch, daemon=True).start()
+
+    def up(self) -> int:
+        return self.log().count("up")
 
 
 def prepare_without_models(config: Config, storage: Storage) -> None:
@@ -133,7 +137,9 @@ def test_one_actor_asks_each_prompt_once(tmp_path: Path) -> None:
 
 def test_several_actors_do_the_blocks_and_leave_a_manifest_and_no_journal(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(100))
-    world.run(replicas=3, seconds=0.1)
+    (tmp_path / "hang").touch()
+    world.when(lambda: world.up() == 3, (tmp_path / "hang").unlink)
+    world.run(replicas=3)
     assert_exactly_once(world)
     assert len(set(world.started())) == 3
     assert world.dataset.require("sample").count("tokens") == 200
@@ -167,7 +173,7 @@ def test_a_frozen_actor_is_given_up_after_its_heartbeats_stop(tmp_path: Path) ->
 
 
 def test_an_engine_that_hangs_without_dying_is_given_up(tmp_path: Path) -> None:
-    world = World(tmp_path, numbered(60), stall_timeout_s=4)
+    world = World(tmp_path, numbered(60), stall_timeout_s=10)
     world.when(lambda: parts_there(world) > 1, (tmp_path / "hang").touch)
     world.when(lambda: len(world.started()) > 1, lambda: (tmp_path / "hang").unlink())
     world.run(seconds=0.3)
@@ -200,7 +206,9 @@ def test_a_row_that_hangs_its_engine_becomes_an_error_row_too(tmp_path: Path) ->
 
 def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: Path) -> None:
     world = World(tmp_path, [*numbered(20), "crash", *numbered(10)])
-    with pytest.raises(RunFailed, match=r"part-00002\.arrow failed 3 times, at last with: .*connection error code 2"):
+    with pytest.raises(
+        RunFailed, match=r"part-00002\.arrow failed 3 times, at last with: .*(error code 2|cannot be reached)"
+    ):
         world.run()
     assert parts_there(world) > 0
 
@@ -240,8 +248,9 @@ def test_an_engine_that_does_not_start_is_told_in_its_own_words(tmp_path: Path) 
 def test_fewer_actors_than_the_least_stop_the_stage_with_what_was_asked_for(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(100))
     object.__setattr__(world.config.cluster, "start_timeout_s", 12)
-    with pytest.raises(RunFailed, match=r"1 sampling actors for 12 s, wanted at least 2 of 2, each with 4 CPUs"):
-        world.run(seconds=2.0, cpus=4, replicas=2, min_replicas=2)
+    (tmp_path / "hang").touch()
+    with pytest.raises(RunFailed, match=r"[01] sampling actors for 12 s, wanted at least 2 of 2, each with 4 CPUs"):
+        world.run(cpus=4, replicas=2, min_replicas=2)
 
 
 def wait_for_ever() -> None:
@@ -250,10 +259,19 @@ def wait_for_ever() -> None:
 
 def test_actors_that_come_late_take_part(tmp_path: Path) -> None:
     """More actors are asked for than fit; as soon as room is made, one more starts."""
-    world = World(tmp_path, numbered(240))
+    world = World(tmp_path, numbered(100))
     blocker = ray.remote(num_cpus=3)(wait_for_ever).remote()
-    world.when(lambda: parts_there(world) > 2, lambda: ray.cancel(blocker, force=True))
-    world.run(seconds=1.0, cpus=3, replicas=2)
+
+    def make_room() -> None:
+        (tmp_path / "hang").touch()  # until the second one is there
+        ray.cancel(blocker, force=True)
+
+    world.when(lambda: parts_there(world) > 2, make_room)
+    world.when(lambda: world.up() == 2, (tmp_path / "hang").unlink)
+    try:
+        world.run(seconds=0.5, cpus=3, replicas=2)
+    finally:
+        ray.cancel(blocker, force=True)
     assert_exactly_once(world)
     assert len(set(world.started())) == 2
 
@@ -308,8 +326,8 @@ def test_a_block_whose_answer_was_lost_is_not_sampled_again(tmp_path: Path) -> N
 def test_actors_that_cannot_start_do_not_end_a_fleet_that_works(tmp_path: Path) -> None:
     """One node is broken: its engines refuse to start; the others go on."""
     world = World(tmp_path, numbered(160))
-    world.when(lambda: parts_there(world) > 1, (tmp_path / "down").touch)
-    world.when(lambda: parts_there(world) > 2, lambda: os.kill(world.started()[0], signal.SIGKILL))
+    world.when(lambda: world.up() == 2 and parts_there(world) > 1, (tmp_path / "down").touch)
+    world.when((tmp_path / "down").exists, lambda: os.kill(world.started()[0], signal.SIGKILL))
     world.run(seconds=0.5, replicas=2)
     assert_exactly_once(world)
 

@@ -60,13 +60,15 @@ def kill_when(config: Path, condition: Any, command: str = "run") -> None:
         start_new_session=True,
         cwd=config.parent,
     )
-    deadline = time.monotonic() + 700
-    while not condition():
-        assert process.poll() is None, (config.parent / "killed.log").read_text()[-3000:]
-        assert time.monotonic() < deadline, "what was waited for did not come"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        deadline = time.monotonic() + 700
+        while not condition():
+            assert process.poll() is None, (config.parent / "killed.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "what was waited for did not come"
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def processes(but: Collection[str] = ()) -> list[str]:
@@ -85,6 +87,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, before = tmp_path_factory.mktemp("pipeline"), {line.split()[0] for line in processes()}
     write_prompts(folder)
     raw, root = tiny_config(folder), folder / "run"
+    raw["sampling"]["student"]["engine"]["max_num_seqs"] = (
+        16  # or all its blocks end at once, too quick to be killed between
+    )
     raw["run"]["dir"] = "run"  # as users write it: relative to where they stand, not to where workers do
     config = write_config(folder, raw)
 
@@ -101,7 +106,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
     done = plad("run", str(config), timeout=900, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (left := processes(before)) and time.monotonic() < deadline:
         time.sleep(1)
     log = (root / "logs" / "plad.log").read_text()

@@ -232,8 +232,13 @@ def test_another_precision_is_refused(tmp_path: Path) -> None:
 
 def test_checkpoints_are_written_by_time_too(tmp_path: Path) -> None:
     raw, run = begun(tmp_path, checkpoint_every=1000, checkpoint_seconds=0.01, keep_checkpoints=3)
-    train(tmp_path, raw, PHASE, 2)
+    train(tmp_path, raw, PHASE, 2, work=without_delay)
     assert len(list((run.root / "checkpoints" / PHASE).glob("step-*/state.json"))) == 3
+
+
+def without_delay(raw: dict[str, Any], phase: str, stop: int) -> None:
+    commit_before_the_next_step()
+    train_phase(raw, phase, stop)
 
 
 def stall(raw: dict[str, Any], phase: str, stop: int) -> None:

@@ -104,7 +104,7 @@ class Night:
         if driver != self.drivers or self.pool.finished:
             return
         if self.random.random() < self.faults.driver_death and self.drivers < 4:
-            for name in self.mine:  # they end with it, sooner or later
+            for name in sorted(self.mine):  # they end with it, sooner or later
                 self.at(self.random.uniform(0, 60), "reap", name)
             self.start_driver()
             return

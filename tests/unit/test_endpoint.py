@@ -39,6 +39,7 @@ from tests.fake_endpoint import (
     messages,
     run,
     serving,
+    until,
 )
 
 KEY = "sk-proj-AbCdEf0123456789XyZ"
@@ -151,7 +152,7 @@ _PASSING = {
 def test_what_passes_is_tried_again(kind: str) -> None:
     async def test() -> None:
         behave = lambda prompt, nth: _PASSING[kind] if nth == 1 else good()  # noqa: E731
-        async with serving(behave) as server, asking(server, FakeTime(), timeout_s=0.3) as client:
+        async with serving(behave) as server, asking(server, FakeTime(), timeout_s=2.0) as client:
             answer = await client.complete(messages("hi"), DECODING, 1)
             assert (answer.text, client.requests, client.retries) == ("fine", 2, 1)
 
@@ -163,10 +164,12 @@ def test_what_passes_is_tried_again(kind: str) -> None:
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_server_that_asks_for_a_pause_gets_it_from_all_requests(form: str, status: int) -> None:
     async def test() -> None:
-        date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-        asks = error(status, Retry_After="30" if form == "seconds" else date)
+        def behave(prompt: str, nth: int) -> Any:
+            date = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+            pause = "30" if form == "seconds" else date
+            return error(status, Retry_After=pause) if (prompt, nth) == ("a", 1) else good()
+
         fake = FakeTime()
-        behave = lambda prompt, nth: asks if (prompt, nth) == ("a", 1) else good()  # noqa: E731
         async with serving(behave, fake.clock) as server, asking(server, fake, concurrency=1) as client:
             assert [answer.text for answer in await ask(client, "a", "b", "c")] == ["fine"] * 3
             assert server.at[0] == 0
@@ -506,7 +509,7 @@ def test_the_cap_is_never_exceeded_and_answers_under_way_are_kept(spent: float) 
 def test_an_answer_that_was_lost_counts_at_its_worst() -> None:
     async def test() -> None:
         behave = lambda prompt, nth: after(60, good()) if nth == 1 else good()  # noqa: E731
-        async with serving(behave) as server, asking(server, FakeTime(), timeout_s=0.2, **_PRICES) as client:
+        async with serving(behave) as server, asking(server, FakeTime(), timeout_s=2.0, **_PRICES) as client:
             answer = await client.complete(messages("hi"), DECODING, 1)
             regular, worst = (
                 (10 * 10 + 5 * 100) / 1e6,
@@ -534,8 +537,7 @@ def test_a_request_that_is_cancelled_counts_at_its_worst_and_holds_nothing_back(
         async with serving(behave) as server, asking(server, max_spend=0.008, **_PRICES) as client:
             slow = asyncio.create_task(client.complete(messages("slow"), DECODING, 1))
             waiting = asyncio.create_task(client.complete(messages("next"), DECODING, 1))
-            await asyncio.sleep(0.1)
-            assert server.asked == {"slow": 1}
+            await until(lambda: server.asked == {"slow": 1})
             slow.cancel()
             stopped = (await asyncio.gather(waiting, return_exceptions=True))[0]
             assert isinstance(stopped, SpendingCapReached)  # the server may bill for the one that was cancelled
@@ -582,8 +584,8 @@ def test_closing_waits_for_answers_under_way_and_asks_nothing_more() -> None:
         async with serving(lambda prompt, nth: after(0.3, good(prompt))) as server:
             async with asking(server, concurrency=2) as client:
                 asked = asyncio.create_task(ask(client, "a", "b", "c", "d"))
-                await asyncio.sleep(0.1)
-                await client.close(5.0)
+                await until(lambda: server.asked == {"a": 1, "b": 1})
+                await client.close(60.0)
                 outcomes = await asked
             assert [answer.text for answer in outcomes[:2]] == ["a", "b"]
             assert all(isinstance(outcome, ClientClosedError) for outcome in outcomes[2:])
@@ -596,7 +598,7 @@ def test_closing_does_not_wait_for_ever() -> None:
     async def test() -> None:
         async with serving(lambda prompt, nth: after(60, good())) as server, asking(server) as client:
             asked = asyncio.create_task(ask(client, "slow"))
-            await asyncio.sleep(0.1)
+            await until(lambda: server.asked == {"slow": 1})
             await client.close(0.2)
             assert isinstance((await asked)[0], ClientClosedError)
             assert server.asked == {"slow": 1}
