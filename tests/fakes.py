@@ -22,7 +22,7 @@ class FakeBackend:
     start, each engine that is up and each prompt asked leaves a line in `log`.
     """
 
-    paid, retries = False, 0
+    paid, retries, tokens = False, 0, 0
     fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self, folder: str, seconds: float = 0.01) -> None:

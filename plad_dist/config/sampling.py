@@ -91,7 +91,7 @@ class Sampling(Section):
     stall_timeout_s: float = Field(
         1800.0,
         gt=0,
-        description="Seconds without one finished response after which a living actor is given up as hung.",
+        description="Seconds without a token (of a server: without a response) after which a living actor is given up as hung.",
         json_schema_extra=OPERATIONAL,
     )
     engine_start_timeout_s: float = Field(

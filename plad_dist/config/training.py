@@ -216,7 +216,7 @@ class Training(Section):
     max_group_tokens: int | None = Field(
         None,
         ge=16,
-        description="Most tokens of a group, its prompt and all its responses. Empty: any; one that micro_batch_tokens does not hold is refused before the first step.",
+        description="Most tokens of a group, its prompt and all its responses. Empty: any; one that micro_batch_tokens does not hold is refused, pairs before the first step, references as a rule.",
     )
     over_long: Literal["fail", "drop", "truncate"] | None = Field(
         None,

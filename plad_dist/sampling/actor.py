@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,7 +43,8 @@ class Sampler:
     def __init__(self, storage: Storage, make_backend: Callable[[], Backend], row_tries: int = 3) -> None:
         self._storage, self._make_backend, self._row_tries = storage, make_backend, row_tries
         self._weights = asyncio.Condition()
-        self._blocks = self._finished = self._finished_at_beat = 0
+        self._blocks = self._finished = 0
+        self._last_beat: Beat | None = None
         self._under_way: dict[BlockKey, set[int]] = {}
         self._death: EngineDiedError | None = None
         self._spools: dict[str, Spool] = {}
@@ -83,18 +85,17 @@ class Sampler:
                 self._under_way.pop(key, None)
 
     async def beat(self) -> Beat:
-        """A sign of life."""
-        in_flight = sum(map(len, self._under_way.values()))
-        # A server that answers nobody says nothing of the rows.
-        stuck = self._finished == self._finished_at_beat and not self._backend.paid
-        self._finished_at_beat = self._finished
-        return Beat(
+        """A sign of life, compared with the one before."""
+        beat = Beat(
             finished=self._finished,
-            in_flight=in_flight,
+            in_flight=sum(map(len, self._under_way.values())),
+            tokens=self._backend.tokens,
             retries=self._backend.retries,
             changes=self._backend.path is None,
-            stuck=self._rows_under_way() if stuck else {},
         )
+        unchanged, self._last_beat = beat == self._last_beat, beat
+        # A server that answers nobody says nothing of the rows.
+        return replace(beat, stuck=self._rows_under_way()) if unchanged and not self._backend.paid else beat
 
     def _rows_under_way(self) -> UnderWay:
         return {key: tuple(sorted(rows)) for key, rows in self._under_way.items() if rows}

@@ -63,6 +63,7 @@ class Backend(Protocol):
         path: where the weights are that it answers with.
         paid: answers cost money, so that none may be lost.
         dead: it will not answer any more.
+        tokens: written of the responses under way, 0 where that is not known.
         retries: requests that were tried again.
         fatal: errors of :meth:`complete` that end the stage.
     """
@@ -74,6 +75,9 @@ class Backend(Protocol):
 
     @property
     def dead(self) -> bool: ...
+
+    @property
+    def tokens(self) -> int: ...
 
     async def check(self) -> str | None:
         """What the user must mend before anything is asked, None where all is well."""
@@ -304,6 +308,14 @@ class Engine:
     @property
     def dead(self) -> bool:
         return self._aborted or bool(self._llm.errored)
+
+    @property
+    def tokens(self) -> int:
+        """By vLLM's own records: it tells nothing before a response is finished, and one that thinks for an hour is not hung."""
+        if self.path is None:
+            return 0
+        under_way = list(self._llm.output_processor.request_states.values())
+        return sum(state.detokenizer.num_output_tokens() for state in under_way if state.detokenizer is not None)
 
     async def close(self) -> None:
         """Stop the engine's processes."""

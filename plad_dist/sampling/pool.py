@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from plad_dist.errors import RunFailed
 from plad_dist.sampling.work import Hints
 
-_DEATHS_OF_A_ROW = 2  # a row that kills an engine by itself so often is poison
+_DEATHS_OF_A_ROW = 2  # a row that kills or hangs an engine by itself so often is poison
 _DEATHS_OF_A_BLOCK = 50  # after so many, splitting is taken to lead nowhere
+_DEATHS_IN_A_HANG = 4  # as many it counts for: each costs stall_timeout_s
 _PIECES = 8
 _LOSSES_BEFORE_BLAME = 5  # a block whose actors vanish so often is treated as if it killed them
 
@@ -34,7 +35,7 @@ class Limits:
         window: most leases of one actor.
         max_attempts: failures of one block in a row after which :class:`RunFailed` is raised.
         heartbeat_timeout_s: silence after which an actor is given up.
-        stall_timeout_s: time without progress after which an actor with leases is given up.
+        stall_timeout_s: time without progress after which an actor with leases is given up as hung.
         lease_timeout_s: time after which a lease ends.
     """
 
@@ -60,9 +61,9 @@ class Lease:
 @dataclass
 class _Actor:
     heard: float
-    finished: int
+    done: Hashable
     progressed: float
-    expired: int = 0  # leases that ran out since it last finished something
+    expired: int = 0  # leases that ran out since it last got something done
     leases: dict[int, Lease] = field(default_factory=dict)
 
 
@@ -78,9 +79,9 @@ class _Trouble:
     deaths: int = 0
     deaths_alone: Counter[int] = field(default_factory=Counter)  # by row, while nothing else was under way
 
-    def narrow(self, rows: tuple[int, ...], reason: str) -> bool:
+    def narrow(self, rows: tuple[int, ...], reason: str, *, hung: bool) -> bool:
         """Learn from a death while only these rows were under way. False: nothing is learnt."""
-        self.deaths += 1
+        self.deaths += _DEATHS_IN_A_HANG if hung else 1
         if not rows or self.deaths > _DEATHS_OF_A_BLOCK:
             return False
         at = next((index for index, piece in enumerate(self.pieces) if set(rows) <= set(piece)), None)
@@ -137,16 +138,16 @@ class BlockPool:
 
     def join(self, actor: str, now: float) -> None:
         """An actor is ready for leases."""
-        self._actors[actor] = _Actor(heard=now, finished=0, progressed=now)
+        self._actors[actor] = _Actor(heard=now, done=None, progressed=now)
 
-    def beat(self, actor: str, finished: int, now: float) -> None:
-        """A sign of life. `finished` counts what the actor has finished; it grows when there is progress."""
+    def beat(self, actor: str, done: Hashable, now: float) -> None:
+        """A sign of life. `done`: whatever changes when the actor makes progress."""
         state = self._actors.get(actor)
         if state is None:
             return
         state.heard = now
-        if finished != state.finished:
-            state.finished, state.progressed, state.expired = finished, now, 0
+        if done != state.done:
+            state.done, state.progressed, state.expired = done, now, 0
 
     def silent(self, now: float) -> list[tuple[str, str]]:
         """Actors to be given up, each with the reason. The caller ends them and calls :meth:`leave`."""
@@ -155,7 +156,7 @@ class BlockPool:
             if now - state.heard > self.limits.heartbeat_timeout_s:
                 found.append((name, f"no sign of life for {now - state.heard:.0f} s"))
             elif state.expired > 1:
-                found.append((name, f"alive, but {state.expired} leases ran out and nothing was finished"))
+                found.append((name, f"alive, but {state.expired} leases ran out and nothing was done"))
         return found
 
     def stalled(self, now: float) -> list[tuple[str, str]]:
@@ -163,7 +164,7 @@ class BlockPool:
         under way, :meth:`leave` where that is not known.
         """
         return [
-            (name, f"alive, but nothing finished for {now - state.progressed:.0f} s")
+            (name, f"alive, but nothing done for {now - state.progressed:.0f} s")
             for name, state in self._actors.items()
             if state.leases and now - state.progressed > self.limits.stall_timeout_s
         ]
@@ -186,7 +187,7 @@ class BlockPool:
                 self._strike(lease.block, trouble, f"{_LOSSES_BEFORE_BLAME} actors that held it were lost")
             self._give_back(lease.block, first=True)
 
-    def died(self, actor: str, reason: str, under_way: dict[Hashable, tuple[int, ...]]) -> None:
+    def died(self, actor: str, reason: str, under_way: dict[Hashable, tuple[int, ...]], *, hung: bool = False) -> None:
         """The actor's engine died or hung, of itself or of a row: its blocks are done alone from now on.
 
         Args:
@@ -202,7 +203,7 @@ class BlockPool:
             rows = under_way.get(lease.block, ())
             if not lease.alone:
                 trouble.pieces = _split(rows)  # or it was another block's fault
-            elif trouble.narrow(rows, reason):
+            elif trouble.narrow(rows, reason, hung=hung):
                 trouble.strikes = self.failures_in_a_row = 0
             else:
                 self._strike(lease.block, trouble, reason)

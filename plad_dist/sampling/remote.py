@@ -26,7 +26,7 @@ class EndpointBackend:
         outputs: datasets that it fills, each with the blocks that are its own: what they have cost counts towards the cap.
     """
 
-    paid, dead = True, False
+    paid, dead, tokens = True, False, 0
     fatal: tuple[type[Exception], ...] = (StopStageError, UserError)
 
     def __init__(self, settings: Model, name: str, outputs: Sequence[tuple[Dataset, Collection[int]]]) -> None:

@@ -152,7 +152,7 @@ class _Driver:
             for name, reason in fleet.pool.silent(now):
                 self._lost(fleet, name, reason)
             for name, reason in fleet.pool.stalled(now):
-                self._lost(fleet, name, reason, under_way=fleet.ready[name].stuck or None)
+                self._lost(fleet, name, reason, under_way=fleet.ready[name].stuck or None, hung=True)
             for name, since in list(fleet.starting.items()):
                 if now - since > self._sampling.engine_start_timeout_s:
                     limit = f"sampling.engine_start_timeout_s={self._sampling.engine_start_timeout_s:g}"
@@ -242,9 +242,15 @@ class _Driver:
         for call in [call for call, (_, name, _) in self._calls.items() if name == actor]:
             del self._calls[call]
 
-    def _lost(self, fleet: RunningFleet, name: str, reason: str, under_way: UnderWay | None = None) -> None:
-        """An actor is gone or given up: its leases go back and another takes its place. `under_way`: its engine died or hung."""
-        logger.warning("%s died (%s); its blocks are leased again", name, reason)
+    def _lost(
+        self, fleet: RunningFleet, name: str, reason: str, under_way: UnderWay | None = None, *, hung: bool = False
+    ) -> None:
+        """An actor is gone or given up: its leases go back and another takes its place.
+
+        Args:
+            under_way: rows at the death of its engine, or when that was given up as hung; None where they are not to blame.
+        """
+        logger.warning("%s %s (%s); its blocks are leased again", name, "hangs" if hung else "died", reason)
         self._forget(name)
         _kill(fleet.actors.pop(name), fleet.groups.pop(name, None))
         if fleet.ready.pop(name, None) is None:
@@ -255,7 +261,7 @@ class _Driver:
             rows: dict[Hashable, tuple[int, ...]] = {
                 task: under_way.get((task.output, task.block), ()) for task in fleet.leased(name)
             }
-            fleet.pool.died(name, reason, rows)
+            fleet.pool.died(name, reason, rows, hung=hung)
         else:
             fleet.pool.leave(name)
         pause = min(_LONGEST_PAUSE_S, _REPLACE_AFTER_S * 2.0 ** min(fleet.failed_starts, 16))
@@ -344,7 +350,7 @@ class _Driver:
             if beat.changes and not fleet.ready[actor].changes:
                 self._progress.say(f"{actor}: starts its engine anew, with the weights of the next model")
             fleet.ready[actor] = beat
-            fleet.pool.beat(actor, beat.finished, time.monotonic())
+            fleet.pool.beat(actor, (beat.finished, beat.tokens), time.monotonic())
 
     def _lease(self, fleet: RunningFleet, actor: str, now: float) -> None:
         while (lease := fleet.pool.take(actor, now)) is not None:

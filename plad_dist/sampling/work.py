@@ -61,8 +61,8 @@ class Hints:
     """What earlier attempts at a block found out.
 
     Attributes:
-        pieces: rows of the block of which engines may have died: to be done after the others, a piece at a time.
-        poison: error by row, for rows that are known to kill the engine: they are not tried again.
+        pieces: rows of the block of which engines may have died or hung: to be done after the others, a piece at a time.
+        poison: error by row, for rows that are known to kill or hang the engine: they are not tried again.
     """
 
     pieces: tuple[tuple[int, ...], ...] = ()
@@ -89,15 +89,17 @@ class Beat:
     """A sign of life of an actor.
 
     Attributes:
-        finished: units that it finished in its life; it stalls when this no longer grows.
+        finished: units that it finished in its life.
         in_flight: units under way.
+        tokens: that its engine has written of what is under way. The actor is hung where neither this nor `finished` changes.
         retries: requests that it tried again in its life.
         changes: its engine is being started anew with other weights.
-        stuck: rows under way, where none has been finished since the beat before.
+        stuck: rows under way, where nothing has changed since the beat before.
     """
 
     finished: int
     in_flight: int
+    tokens: int = 0
     retries: int = 0
     changes: bool = False
     stuck: UnderWay = field(default_factory=dict)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,12 +22,14 @@ from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import UserError
-from plad_dist.training.groups import DataSpec, PairedRows, fit, make_pairs, open_groups
+from plad_dist.training.groups import DataSpec, PairedRows, fit, group_counts, make_pairs, open_groups
+
+logger = logging.getLogger("plad")
 
 _READERS = 4
 _BLOCKS_AT_ONCE = 64
-_TEXTS_OF_A_BLOCK = 16  # that are tokenized, those with the most bytes
-_passed: set[str] = set()  # phases on the same pairs need one look
+_TEXTS = 1000  # that are tokenized, those with the most bytes
+_passed: set[str] = set()  # phases on the same data need one look
 _SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
@@ -72,31 +79,42 @@ def check_pairs(
 
 
 def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, micro_batch_tokens: int) -> None:
-    """Look for a prompt with a response, among the longest texts of each block, that no micro-batch holds.
+    """Look for a prompt with a response, among the longest texts of a phase, that no micro-batch holds.
 
-    No token of a text is shorter than a byte, and a template is taken to add no more than half of what a micro-batch holds, so
-    that only texts with as many bytes as the other half are tokenized. What is missed is refused when it comes.
+    No token of a text is shorter than a byte, and a template is taken to add no more than half of what a micro-batch holds: only
+    texts with as many bytes as the other half are tokenized, and of these the longest. What is missed is refused when it comes.
 
     Raises:
         UserError: there is one. It is named.
     """
     if min(spec.context, spec.longest or spec.context) <= micro_batch_tokens:
         return
-    groups = open_groups(spec, storage, model, settings)
-    blocks = range(len(spec.dataset(storage).require("run").parts))
-    with ThreadPoolExecutor(_READERS) as threads:
+    dataset, groups = spec.dataset(storage), open_groups(spec, storage, model, settings)
+    manifest = dataset.require("run")
+    looked_for = fingerprint(
+        [spec.kind, dataset.path, manifest.contents, spec.context, spec.longest, micro_batch_tokens, model]
+    )
+    if looked_for in _passed:
+        return
+    logger.info("%s: looking for texts that no micro-batch holds", dataset.path)
+    blocks = [block for block, count in enumerate(group_counts(spec, manifest.parts)) if count]
+    look = partial(groups.longest, at_least=micro_batch_tokens // 2, most=_TEXTS)
+    longest: list[tuple[int, list[dict[str, Any]]]] = []
+    threads = ThreadPoolExecutor(_READERS)
+    try:
         for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            for rows in threads.map(
-                lambda block: groups.longest(block, micro_batch_tokens // 2, _TEXTS_OF_A_BLOCK),
-                blocks[start : start + _BLOCKS_AT_ONCE],
-            ):
-                for group in groups.made(rows):
-                    if group.tokens > micro_batch_tokens:
-                        raise UserError(
-                            f"{group.name}: with its response it has {group.tokens:,} tokens, more than "
-                            f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens: "
-                            "training.over_long says what becomes of longer ones."
-                        )
+            found = threads.map(look, blocks[start : start + _BLOCKS_AT_ONCE])
+            longest = heapq.nlargest(_TEXTS, chain(longest, *found), key=itemgetter(0))
+    finally:
+        threads.shutdown(cancel_futures=True)
+    for group in groups.made([rows for _, rows in longest]):
+        if group.tokens > micro_batch_tokens:
+            raise UserError(
+                f"{group.name}: with its response it has {group.tokens:,} tokens, more than "
+                f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens to no more "
+                "than that: training.over_long says what becomes of longer ones."
+            )
+    _passed.add(looked_for)
 
 
 def _check(

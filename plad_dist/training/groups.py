@@ -153,8 +153,8 @@ class GroupSource:
                 kept.append(fitted)
         return kept
 
-    def longest(self, block: int, at_least: int, most: int) -> list[list[Row]]:
-        """Rows of the groups of a block with so many bytes of text, the longest ones, for :meth:`made`. From any thread.
+    def longest(self, block: int, at_least: int, most: int) -> list[tuple[int, list[Row]]]:
+        """(bytes of text, rows for :meth:`made`) of the groups of a block with so many bytes, the longest ones. From any thread.
 
         Only where groups are texts.
         """
@@ -162,7 +162,8 @@ class GroupSource:
         assert isinstance(opened, _Referenced | _Answered)
         sizes = opened.sizes()
         places = np.flatnonzero(sizes >= at_least)
-        return [opened.rows(int(place)) for place in places[np.argsort(sizes[places])[::-1][:most]]]
+        kept = places[np.argsort(-sizes[places], kind="stable")[:most]]
+        return [(int(sizes[place]), opened.rows(int(place))) for place in kept]
 
     def _rows(self, index: int) -> list[Row]:
         block = int(np.searchsorted(self._ends, index, side="right"))

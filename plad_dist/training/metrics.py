@@ -155,7 +155,7 @@ class MetricsLog:
         self._trackers: list[Tracker] = []
         for name in trackers:
             try:
-                self._trackers.append(open_tracker(name, run, folder.name))
+                self._trackers.append(open_tracker(name, run, folder.name, goes_on=step > 0))
             except Exception as error:  # noqa: BLE001 - whatever its package raises, as below
                 self.say(f"no figures go to {name}: {error!r:.200}")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from plad_dist.config import Config, Model, Phase, fingerprint
-from plad_dist.data.models import context_length, load_model_config, model_identity, vocabulary_size
+from plad_dist.data.models import context_length, load_model_config, model_fingerprint, model_identity, vocabulary_size
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
@@ -32,7 +32,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     """Everything about a phase. A model from scratch is made if it is not there.
 
     Raises:
-        UserError: the phase's inputs are missing, or pairs cannot be trained on.
+        UserError: the phase's inputs are missing, or pairs or texts cannot be trained on.
         RunFailed: there is nothing to train on.
     """
     training, number = config.training, round_of(name)
@@ -67,15 +67,18 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
             "them made anew, or restore the student."
         )
     kept = run.checkpoints(config)
-    if not CheckpointStore(kept, name, None).steps():  # what is trained on was checked before
-        if heldout:
-            for spec in (data, heldout):
-                check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
-        else:
-            check_texts(data, run.storage, start, settings, training.micro_batch_tokens)
+    # What is or was trained on has been looked at before.
+    begins = not CheckpointStore(kept, name, None).steps() and model_fingerprint(run.model(name)) is None
+    if heldout and begins:
+        for spec in (data, heldout):
+            check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
     groups = sum(group_counts(data, manifest.parts))
     steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)
+    if (
+        not heldout and begins and steps >= steps_per_epoch(groups, phase.batch_groups)
+    ):  # else few of them are read at all
+        check_texts(data, run.storage, start, settings, training.micro_batch_tokens)
     identity = [
         decides, steps, manifest.contents, manifest.facts.get("content"), model_identity(start, settings),
         settings.template, kind, context, data.longest, data.over_long, data.end_ids, renderer.identity, config.run.seed, training.dtype,

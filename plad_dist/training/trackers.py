@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from plad_dist.config import fingerprint
 from plad_dist.errors import UserError
 
+_TAG = "plad.phase"
+_NOT_IN_IDS = re.compile(r"[/\\#?%:']")
+
 
 class Tracker(Protocol):
     """Takes figures."""
@@ -23,7 +26,7 @@ class Tracker(Protocol):
 class _WeightsAndBiases:
     """One run of W&B for each phase; project, entity and key come from its own environment variables."""
 
-    def __init__(self, run: str, phase: str) -> None:
+    def __init__(self, run: str, phase: str, *, goes_on: bool) -> None:
         wandb: Any = importlib.import_module("wandb")
         self._run = wandb.init(name=_name(run, phase), id=_identity(run, phase), resume="allow")
 
@@ -37,13 +40,11 @@ class _WeightsAndBiases:
 class _MlFlow:
     """One run of MLflow for each phase; server and experiment come from its own environment variables."""
 
-    def __init__(self, run: str, phase: str) -> None:
+    def __init__(self, run: str, phase: str, *, goes_on: bool) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
         identity = _identity(run, phase)
-        earlier = self._mlflow.search_runs(
-            filter_string=f"tags.`{_TAG}` = '{identity}'", max_results=1, output_format="list"
-        )
-        if earlier:
+        wanted = f"tags.`{_TAG}` = '{identity}'"
+        if goes_on and (earlier := self._mlflow.search_runs(filter_string=wanted, max_results=1, output_format="list")):
             self._mlflow.start_run(run_id=earlier[0].info.run_id)
         else:
             self._mlflow.start_run(run_name=_name(run, phase), tags={_TAG: identity})
@@ -61,11 +62,10 @@ def _name(run: str, phase: str) -> str:
 
 def _identity(run: str, phase: str) -> str:
     """By which a phase that goes on finds what it has written before: runs of one name lie in other folders."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '-', _name(run, phase))}-{fingerprint(run)[:8]}"
+    return f"{_NOT_IN_IDS.sub('-', _name(run, phase))}-{fingerprint(run)[:8]}"
 
 
-_TAG = "plad.phase"
-_TRACKERS: dict[str, Callable[[str, str], Tracker]] = {"wandb": _WeightsAndBiases, "mlflow": _MlFlow}
+_TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": _WeightsAndBiases, "mlflow": _MlFlow}
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -75,6 +75,6 @@ def check_trackers(names: Iterable[str]) -> None:
             raise UserError(f"training.trackers: {name}: the package is not installed; install it, or leave it out")
 
 
-def open_tracker(name: str, run: str, phase: str) -> Tracker:
-    """The tracker of a phase. `run`: where the run lies."""
-    return _TRACKERS[name](run, phase)
+def open_tracker(name: str, run: str, phase: str, *, goes_on: bool) -> Tracker:
+    """The tracker of a phase, of which steps were taken before where it `goes_on`. `run`: where the run lies."""
+    return _TRACKERS[name](run, phase, goes_on=goes_on)

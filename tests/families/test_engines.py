@@ -30,6 +30,30 @@ def as_transformers(folder: Path, prompt_ids: list[int], ids: list[int]) -> floa
     return float(sum(logps[len(prompt_ids) + place - 1, token] for place, token in enumerate(ids)))
 
 
+def test_an_engine_tells_of_every_token_while_a_response_is_written(tmp_path: Path) -> None:
+    """By which a long response is told from a hung engine."""
+    folder = str(make_random_model(tmp_path / "model", max_position_embeddings=4096))
+
+    async def ask() -> tuple[list[int], int]:
+        settings = Model(path=folder, template=TEMPLATE)
+        engine = Engine(folder, settings, {"kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 8}, 0)
+        [prompt] = engine.render([[{"role": "user", "content": PROMPT}]])
+        asked = asyncio.create_task(
+            engine.complete(prompt, Decoding(temperature=1.0, min_p=0.0, max_tokens=1000), 1, "long")
+        )
+        seen = []
+        while not asked.done():
+            await asyncio.sleep(0.02)
+            seen.append(engine.tokens)
+        await engine.close()
+        return seen[:-1], (await asked).num_tokens
+
+    seen, written = asyncio.run(ask())
+    assert seen == sorted(seen), "while it is under way"
+    assert 0 < max(seen) <= written
+    assert len(set(seen)) > 3
+
+
 def test_gpt_neo_is_sampled_scored_and_swapped_as_transformers_has_it(tmp_path: Path) -> None:
     """vLLM has no GPT-Neo: ours, with a window shorter than the row, against transformers."""
     folders = [make_random_model(tmp_path / str(seed), seed, **NEO) for seed in (1, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -96,7 +97,8 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
             time.sleep(0.5)
         yield CountingProxy(f"http://127.0.0.1:{port}")
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 

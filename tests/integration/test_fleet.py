@@ -201,7 +201,7 @@ def test_a_row_that_hangs_its_engine_becomes_an_error_row_too(tmp_path: Path) ->
     world.run()
     assert_exactly_once(world)
     (error,) = [row["error"] for row in world.samples() if row["error"]]
-    assert "killed or hung its engine 2 times by itself: alive, but nothing finished for" in error
+    assert "killed or hung its engine 2 times by itself: alive, but nothing done for" in error
 
 
 def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: Path) -> None:

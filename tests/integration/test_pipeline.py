@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -67,7 +65,7 @@ def kill_when(config: Path, condition: Any, command: str = "run") -> None:
             assert time.monotonic() < deadline, "what was waited for did not come"
             time.sleep(0.02)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 

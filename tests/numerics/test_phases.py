@@ -136,7 +136,7 @@ def test_what_is_wrong_on_one_node_ends_the_attempt_on_all_at_once_and_names_the
 
 
 def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(run: str, phase: str) -> Any:
+    def away(run: str, phase: str, *, goes_on: bool) -> Any:
         raise ConnectionError("its server does not answer")
 
     monkeypatch.setitem(trackers._TRACKERS, "wandb", away)

@@ -316,8 +316,9 @@ def test_the_bytes_of_a_text_are_no_fewer_than_its_tokens(folder: Path, with_a_l
     nothing = {"prompt_id": "", "messages": [{"role": "user", "content": ""}], "reference": ""}
     around = groups.made([[nothing]])[0].tokens + 2
     for block in range(4):
-        rows = groups.longest(block, 0, 1000)
-        sizes = [len(row["reference"]) + sum(len(m["content"]) for m in row["messages"]) for (row,) in rows]
+        found = groups.longest(block, 0, 1000)
+        rows, sizes = [rows for _, rows in found], [size for size, _ in found]
+        assert sizes == [len(row["reference"]) + sum(len(m["content"]) for m in row["messages"]) for (row,) in rows]
         assert sizes == sorted(sizes, reverse=True)
         assert len(sizes) == groups_in(with_a_long_one, block)
         at_least = sizes[len(sizes) // 2]

@@ -62,7 +62,7 @@ def test_an_actor_that_is_heard_but_finishes_nothing_is_given_up() -> None:
     pool.beat("a", 1, 69.0)
     assert pool.stalled(69.0) == []
     pool.beat("a", 1, 71.0)
-    assert pool.stalled(71.0) == [("a", "alive, but nothing finished for 51 s")]
+    assert pool.stalled(71.0) == [("a", "alive, but nothing done for 51 s")]
 
 
 def test_a_lease_that_ran_out_is_given_anew() -> None:
@@ -132,3 +132,23 @@ def test_a_poison_row_is_found_by_halving_and_is_not_tried_again() -> None:
                 assert "boom" in lease.hints.poison[300]
             pool.committed(lease.block)
     assert deaths <= 6
+
+
+def test_what_hangs_whatever_it_is_given_ends_the_run_after_a_dozen_hangs() -> None:
+    """Each costs the stall timeout, so that fewer are tried than deaths."""
+    pool, hangs = pool_of(1, actors="", max_attempts=3), 0
+
+    def night() -> None:
+        nonlocal hangs
+        while hangs < 100:
+            name = f"actor-{hangs}"
+            pool.join(name, 0.0)
+            lease = take(pool, name)
+            suspects = {row for piece in lease.hints.pieces for row in piece}
+            others = tuple(row for row in range(512) if row not in suspects and row not in lease.hints.poison)
+            hangs += 1
+            pool.died(name, "hangs", {lease.block: next(filter(None, (others, *lease.hints.pieces)))}, hung=True)
+
+    with pytest.raises(RunFailed, match="failed 3 times, at last with: hangs"):
+        night()
+    assert hangs <= 16
