@@ -16,19 +16,20 @@ from plad_dist.sampling.engine import Completion, RefusedPromptError
 class FakeBackend:
     """Answers a prompt with its own text, after a while.
 
-    Faults by words in the prompt: `poison` kills the engine, `stall` hangs it, `crash` kills the whole actor, `refuse` is refused,
+    Faults by words in the prompt: `poison` kills the engine, `stall` hangs it, `long` takes it eight seconds, `crash` kills the whole actor, `refuse` is refused,
     `glitch` fails always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
     `slow` takes long to, `broken` lets the first of so many refuse when all have their resources, and the others take longer. Each
     start, each engine that is up and each prompt asked leaves a line in `log`.
     """
 
-    paid, retries, tokens = False, 0, 0
+    paid, retries = False, 0
     fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self, folder: str, seconds: float = 0.01) -> None:
         self.path: str | None = "fake"
         self._folder, self._seconds = Path(folder), seconds
         self.dead, self._hung, self._failed_once = False, False, False
+        self.tokens = 0
         self._log(f"start {os.getpid()}")
 
     def _log(self, line: str) -> None:
@@ -59,6 +60,9 @@ class FakeBackend:
     async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
         self._log(f"ask {prompt}")
         await asyncio.sleep(self._seconds)
+        for _ in range(80 if "long" in prompt else 0):
+            await asyncio.sleep(0.1)
+            self.tokens += 1
         self._hung |= "stall" in prompt
         while self._hung or (self._folder / "hang").exists():
             await asyncio.sleep(0.1)

@@ -72,6 +72,7 @@ class RunningFleet:
     Attributes:
         most: actors at this moment at most.
         starting: when each actor that is not ready yet got its resources.
+        changing: since when each actor's engine has been starting anew with other weights.
         failed_starts: in a row, with nothing finished by any actor in between.
         first_others: actors that had their resources when the first one refused to start; None while none has.
     """
@@ -82,6 +83,7 @@ class RunningFleet:
     actors: dict[str, Any] = field(default_factory=dict)
     most: int = 1
     starting: dict[str, float] = field(default_factory=dict)
+    changing: dict[str, float] = field(default_factory=dict)
     failed_starts: int = 0
     ready: dict[str, Beat] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)  # actors whose heartbeat is awaited

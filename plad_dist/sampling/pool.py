@@ -61,7 +61,6 @@ class Lease:
 @dataclass
 class _Actor:
     heard: float
-    done: Hashable
     progressed: float
     expired: int = 0  # leases that ran out since it last got something done
     leases: dict[int, Lease] = field(default_factory=dict)
@@ -138,16 +137,16 @@ class BlockPool:
 
     def join(self, actor: str, now: float) -> None:
         """An actor is ready for leases."""
-        self._actors[actor] = _Actor(heard=now, done=None, progressed=now)
+        self._actors[actor] = _Actor(heard=now, progressed=now)
 
-    def beat(self, actor: str, done: Hashable, now: float) -> None:
-        """A sign of life. `done`: whatever changes when the actor makes progress."""
+    def beat(self, actor: str, progressed: bool, now: float) -> None:
+        """A sign of life, and whether the actor has got anything done since the one before."""
         state = self._actors.get(actor)
         if state is None:
             return
         state.heard = now
-        if done != state.done:
-            state.done, state.progressed, state.expired = done, now, 0
+        if progressed:
+            state.progressed, state.expired = now, 0
 
     def silent(self, now: float) -> list[tuple[str, str]]:
         """Actors to be given up, each with the reason. The caller ends them and calls :meth:`leave`."""
@@ -317,7 +316,8 @@ class BlockPool:
     def _strike(self, block: Hashable, trouble: _Trouble, reason: str) -> None:
         trouble.strikes += 1
         if trouble.strikes >= self.limits.max_attempts:
-            raise RunFailed(f"block {block} failed {trouble.strikes} times, at last with: {reason}")
+            alone = f"; rows that did so by themselves: {sorted(trouble.poison)}" if trouble.poison else ""
+            raise RunFailed(f"block {block} failed {trouble.strikes} times, at last with: {reason}{alone}")
 
 
 _NO_HINTS = Hints()

@@ -250,12 +250,14 @@ class _Driver:
         Args:
             under_way: rows at the death of its engine, or when that was given up as hung; None where they are not to blame.
         """
-        logger.warning("%s %s (%s); its blocks are leased again", name, "hangs" if hung else "died", reason)
+        what = "hangs" if hung and under_way is not None else "died"
+        logger.warning("%s %s (%s); its blocks are leased again", name, what, reason)
         self._forget(name)
         _kill(fleet.actors.pop(name), fleet.groups.pop(name, None))
         if fleet.ready.pop(name, None) is None:
             fleet.failed_starts += 1
         fleet.starting.pop(name, None)
+        fleet.changing.pop(name, None)
         fleet.metrics.died()
         if under_way is not None:
             rows: dict[Hashable, tuple[int, ...]] = {
@@ -349,8 +351,15 @@ class _Driver:
                 fleet.failed_starts = 0
             if beat.changes and not fleet.ready[actor].changes:
                 self._progress.say(f"{actor}: starts its engine anew, with the weights of the next model")
-            fleet.ready[actor] = beat
-            fleet.pool.beat(actor, (beat.finished, beat.tokens), time.monotonic())
+            now, before, fleet.ready[actor] = time.monotonic(), fleet.ready[actor], beat
+            if not beat.changes:
+                fleet.changing.pop(actor, None)
+            loads = (
+                beat.changes and now - fleet.changing.setdefault(actor, now) <= self._sampling.engine_start_timeout_s
+            )
+            # Only growth: tokens of what is cancelled go, though nothing was done.
+            grown = beat.finished > before.finished or beat.tokens > before.tokens
+            fleet.pool.beat(actor, grown or loads, now)
 
     def _lease(self, fleet: RunningFleet, actor: str, now: float) -> None:
         while (lease := fleet.pool.take(actor, now)) is not None:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -99,15 +98,15 @@ def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, m
     logger.info("%s: looking for texts that no micro-batch holds", dataset.path)
     blocks = [block for block, count in enumerate(group_counts(spec, manifest.parts)) if count]
     look = partial(groups.longest, at_least=micro_batch_tokens // 2, most=_TEXTS)
-    longest: list[tuple[int, list[dict[str, Any]]]] = []
+    longest: list[tuple[int, int]] = []
     threads = ThreadPoolExecutor(_READERS)
     try:
         for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
             found = threads.map(look, blocks[start : start + _BLOCKS_AT_ONCE])
-            longest = heapq.nlargest(_TEXTS, chain(longest, *found), key=itemgetter(0))
+            longest = heapq.nlargest(_TEXTS, chain(longest, *found))
     finally:
         threads.shutdown(cancel_futures=True)
-    for group in groups.made([rows for _, rows in longest]):
+    for group in groups.take(sorted(index for _, index in longest)):
         if group.tokens > micro_batch_tokens:
             raise UserError(
                 f"{group.name}: with its response it has {group.tokens:,} tokens, more than "

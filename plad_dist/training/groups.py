@@ -140,12 +140,8 @@ class GroupSource:
 
         Raises :class:`UserError` naming a group that is refused.
         """
-        return self.made([self._rows(int(index)) for index in indices])
-
-    def made(self, rows: list[list[Row]]) -> list[Group]:
-        """Groups of rows, as :meth:`take` gives them."""
         kept = []
-        for group in self._make(rows):
+        for group in self._make([self._rows(int(index)) for index in indices]):
             fitted = fit(group, self._spec)
             self.changed["dropped"] += fitted is None
             self.changed["cut"] += fitted is not None and fitted is not group
@@ -153,17 +149,17 @@ class GroupSource:
                 kept.append(fitted)
         return kept
 
-    def longest(self, block: int, at_least: int, most: int) -> list[tuple[int, list[Row]]]:
-        """(bytes of text, rows for :meth:`made`) of the groups of a block with so many bytes, the longest ones. From any thread.
+    def longest(self, block: int, at_least: int, most: int) -> list[tuple[int, int]]:
+        """(bytes of text, index) of the groups of a block with so many bytes, the longest ones. From any thread.
 
         Only where groups are texts.
         """
         opened = self._open_block(block, True)
         assert isinstance(opened, _Referenced | _Answered)
-        sizes = opened.sizes()
+        sizes, first = opened.sizes(), int(self._ends[block - 1]) if block else 0
         places = np.flatnonzero(sizes >= at_least)
         kept = places[np.argsort(-sizes[places], kind="stable")[:most]]
-        return [(int(sizes[place]), opened.rows(int(place))) for place in kept]
+        return [(int(sizes[place]), first + int(place)) for place in kept]
 
     def _rows(self, index: int) -> list[Row]:
         block = int(np.searchsorted(self._ends, index, side="right"))

@@ -67,24 +67,22 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
             "them made anew, or restore the student."
         )
     kept = run.checkpoints(config)
-    # What is or was trained on has been looked at before.
-    begins = not CheckpointStore(kept, name, None).steps() and model_fingerprint(run.model(name)) is None
-    if heldout and begins:
-        for spec in (data, heldout):
-            check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
     groups = sum(group_counts(data, manifest.parts))
     steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)
-    if (
-        not heldout and begins and steps >= steps_per_epoch(groups, phase.batch_groups)
-    ):  # else few of them are read at all
-        check_texts(data, run.storage, start, settings, training.micro_batch_tokens)
     identity = [
         decides, steps, manifest.contents, manifest.facts.get("content"), model_identity(start, settings),
         settings.template, kind, context, data.longest, data.over_long, data.end_ids, renderer.identity, config.run.seed, training.dtype,
         training.lora.model_dump(mode="json") if training.lora else None,
     ]  # fmt: skip
     identity_of_phase = fingerprint(identity)
+    # What is or was trained on has been looked at before.
+    if not CheckpointStore(kept, name, None).steps() and model_fingerprint(run.model(name)) != identity_of_phase:
+        if heldout:
+            for spec in (data, heldout):
+                check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
+        elif steps >= steps_per_epoch(groups, phase.batch_groups):  # else few of them are read at all
+            check_texts(data, run.storage, start, settings, training.micro_batch_tokens)
     _check_checkpoints(CheckpointStore(kept, name, identity_of_phase), run)
     return PhaseJob(
         name=name,

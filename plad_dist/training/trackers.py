@@ -28,7 +28,9 @@ class _WeightsAndBiases:
 
     def __init__(self, run: str, phase: str, *, goes_on: bool) -> None:
         wandb: Any = importlib.import_module("wandb")
-        self._run = wandb.init(name=_name(run, phase), id=_identity(run, phase), resume="allow")
+        # Without `resume`, a run of this id is overwritten.
+        resume = "allow" if goes_on else None
+        self._run = wandb.init(name=_name(run, phase), id=_identity(run, phase), resume=resume)
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._run.log(figures, step=step)

@@ -204,6 +204,15 @@ def test_a_row_that_hangs_its_engine_becomes_an_error_row_too(tmp_path: Path) ->
     assert "killed or hung its engine 2 times by itself: alive, but nothing done for" in error
 
 
+def test_a_response_that_takes_longer_than_the_stall_timeout_is_waited_for(tmp_path: Path) -> None:
+    """Its engine tells of its tokens."""
+    world = World(tmp_path, [*numbered(10), "long"], stall_timeout_s=4)
+    world.run()
+    assert_exactly_once(world)
+    assert len(world.started()) == 1
+    assert not any(row["error"] for row in world.samples())
+
+
 def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: Path) -> None:
     world = World(tmp_path, [*numbered(20), "crash", *numbered(10)])
     with pytest.raises(

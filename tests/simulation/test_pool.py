@@ -58,6 +58,7 @@ class Actor:
     stalled: bool = False  # answers heartbeats, finishes nothing
     stuck: dict[object, tuple[int, ...]] = field(default_factory=dict)  # rows that it has hung on
     finished: int = 0
+    heard_of: int = 0  # of what it has finished
     attempts: dict[int, Lease] = field(default_factory=dict)
 
 
@@ -112,7 +113,8 @@ class Night:
         for name in sorted(self.mine):
             actor = self.actors[name]
             if actor.alive and not actor.hung:
-                self.pool.beat(name, actor.finished, self.now)
+                self.pool.beat(name, actor.finished > actor.heard_of, self.now)
+                actor.heard_of = actor.finished
         for name, _ in self.pool.silent(self.now):
             self.pool.leave(name)
             self.give_up(name)

@@ -314,16 +314,17 @@ def test_the_bytes_of_a_text_are_no_fewer_than_its_tokens(folder: Path, with_a_l
     """So that what is too long is always looked at. Beside them are tokens of the template and a space before each text."""
     groups = groups_of(with_a_long_one, folder, "references")
     nothing = {"prompt_id": "", "messages": [{"role": "user", "content": ""}], "reference": ""}
-    around = groups.made([[nothing]])[0].tokens + 2
+    around = groups._make([[nothing]])[0].tokens + 2
     for block in range(4):
         found = groups.longest(block, 0, 1000)
-        rows, sizes = [rows for _, rows in found], [size for size, _ in found]
-        assert sizes == [len(row["reference"]) + sum(len(m["content"]) for m in row["messages"]) for (row,) in rows]
+        indices, sizes = [index for _, index in found], [size for size, _ in found]
+        rows = [row for index in indices for row in groups._rows(index)]
+        assert sizes == [len(row["reference"]) + sum(len(m["content"]) for m in row["messages"]) for row in rows]
         assert sizes == sorted(sizes, reverse=True)
         assert len(sizes) == groups_in(with_a_long_one, block)
         at_least = sizes[len(sizes) // 2]
         assert len(groups.longest(block, at_least, 1000)) == sum(size >= at_least for size in sizes)
-        for group, size in zip(groups.made(rows), sizes, strict=True):
+        for group, size in zip(groups.take(indices), sizes, strict=True):
             assert group.tokens <= size + around
 
 
