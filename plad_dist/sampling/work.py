@@ -91,7 +91,7 @@ class Beat:
     Attributes:
         finished: units that it finished in its life.
         in_flight: units under way.
-        tokens: that its engine has written of what is under way. The actor is hung where neither this nor `finished` changes.
+        tokens: that its engine has written of what is under way. The actor is hung where neither this nor `finished` grows.
         retries: requests that it tried again in its life.
         changes: its engine is being started anew with other weights.
         stuck: rows under way, where nothing has changed since the beat before.

@@ -26,7 +26,6 @@ from plad_dist.training.groups import DataSpec, PairedRows, fit, group_counts, m
 logger = logging.getLogger("plad")
 
 _READERS = 4
-_BLOCKS_AT_ONCE = 64
 _TEXTS = 1000  # that are tokenized, those with the most bytes
 _passed: set[str] = set()  # phases on the same data need one look
 _SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
@@ -98,12 +97,9 @@ def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, m
     logger.info("%s: looking for texts that no micro-batch holds", dataset.path)
     blocks = [block for block, count in enumerate(group_counts(spec, manifest.parts)) if count]
     look = partial(groups.longest, at_least=micro_batch_tokens // 2, most=_TEXTS)
-    longest: list[tuple[int, int]] = []
     threads = ThreadPoolExecutor(_READERS)
     try:
-        for start in range(0, len(blocks), _BLOCKS_AT_ONCE):
-            found = threads.map(look, blocks[start : start + _BLOCKS_AT_ONCE])
-            longest = heapq.nlargest(_TEXTS, chain(longest, *found))
+        longest = heapq.nlargest(_TEXTS, chain.from_iterable(threads.map(look, blocks)))
     finally:
         threads.shutdown(cancel_futures=True)
     for group in groups.take(sorted(index for _, index in longest)):

@@ -75,16 +75,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         settings.template, kind, context, data.longest, data.over_long, data.end_ids, renderer.identity, config.run.seed, training.dtype,
         training.lora.model_dump(mode="json") if training.lora else None,
     ]  # fmt: skip
-    identity_of_phase = fingerprint(identity)
-    # What is or was trained on has been looked at before.
-    if not CheckpointStore(kept, name, None).steps() and model_fingerprint(run.model(name)) != identity_of_phase:
-        if heldout:
-            for spec in (data, heldout):
-                check_pairs(spec, run.storage, start, settings, phase.loss, training.micro_batch_tokens)
-        elif steps >= steps_per_epoch(groups, phase.batch_groups):  # else few of them are read at all
-            check_texts(data, run.storage, start, settings, training.micro_batch_tokens)
-    _check_checkpoints(CheckpointStore(kept, name, identity_of_phase), run)
-    return PhaseJob(
+    job = PhaseJob(
         name=name,
         start=start,
         settings=settings,
@@ -107,8 +98,21 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         checkpoints=kept,
         staging=training.staging_dir,
         watch=training.watch,
-        fingerprint=identity_of_phase,
+        fingerprint=fingerprint(identity),
     )
+    if not CheckpointStore(kept, name, None).steps() and model_fingerprint(run.model(name)) != job.fingerprint:
+        _check_data(job, groups)  # what is or was trained on has been looked at before
+    _check_checkpoints(CheckpointStore(kept, name, job.fingerprint), run)
+    return job
+
+
+def _check_data(job: PhaseJob, groups: int) -> None:
+    """Raise :class:`UserError` for pairs or texts that cannot be trained on."""
+    if job.heldout is not None:
+        for spec in (job.data, job.heldout):
+            check_pairs(spec, job.storage, job.start, job.settings, job.phase.loss, job.micro_batch_tokens)
+    elif job.steps >= steps_per_epoch(groups, job.phase.batch_groups):  # else few of them are read at all
+        check_texts(job.data, job.storage, job.start, job.settings, job.micro_batch_tokens)
 
 
 def _check_checkpoints(store: CheckpointStore, run: RunDir) -> None:

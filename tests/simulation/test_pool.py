@@ -62,6 +62,17 @@ class Actor:
     attempts: dict[int, Lease] = field(default_factory=dict)
 
 
+def rows_of(lease: Lease) -> tuple[int, ...]:
+    """Those that are given to the engine."""
+    return tuple(row for row in range(ROWS) if row not in lease.hints.poison)
+
+
+def in_order(lease: Lease) -> list[tuple[int, ...]]:
+    """The pieces of an attempt that is alone, as they are done one after the other."""
+    suspects = {row for piece in lease.hints.pieces for row in piece}
+    return [tuple(row for row in rows_of(lease) if row not in suspects), *lease.hints.pieces]
+
+
 class Night:
     """One schedule: a pool, its actors and everything that goes wrong."""
 
@@ -199,23 +210,18 @@ class Night:
 
     def under_way(self, actor: Actor, lease: Lease) -> dict[object, tuple[int, ...]]:
         """Rows at some moment of an attempt."""
-        rows = [row for row in range(ROWS) if row not in lease.hints.poison]
         if not lease.alone:
-            return {other.block: tuple(rows) for other in actor.attempts.values()}
-        suspects = {row for piece in lease.hints.pieces for row in piece}
-        pieces = [[row for row in rows if row not in suspects], *lease.hints.pieces]
-        return {lease.block: tuple(self.random.choice([piece for piece in pieces if piece] or [()]))}
+            return {other.block: rows_of(lease) for other in actor.attempts.values()}
+        return {lease.block: self.random.choice([piece for piece in in_order(lease) if piece] or [()])}
 
     def deadly_rows(self, actor: Actor, lease: Lease) -> dict[object, tuple[int, ...]]:
         """What was under way when the engine died of a poison row; empty where it did not."""
-        rows = [row for row in range(ROWS) if row not in lease.hints.poison]
-        poison = {row for row in rows if (lease.block, row) in self.faults.poison}
+        poison = {row for row in rows_of(lease) if (lease.block, row) in self.faults.poison}
         if not poison:
             return {}
         if not lease.alone:
-            return {other.block: tuple(rows) for other in actor.attempts.values()} | {lease.block: tuple(rows)}
-        suspects = {row for piece in lease.hints.pieces for row in piece}
-        for piece in [[row for row in rows if row not in suspects], *lease.hints.pieces]:
+            return {other.block: rows_of(lease) for other in actor.attempts.values()}
+        for piece in in_order(lease):
             if poison & set(piece):
                 done = set() if len(poison & set(piece)) > 1 else {row for row in piece if self.random.random() < 0.2}
                 return {lease.block: tuple(row for row in piece if row in poison or row not in done)}
