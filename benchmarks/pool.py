@@ -17,7 +17,7 @@ import json
 import random
 import time
 
-from plad_dist.sampling.pool import BlockPool, Limits
+from plad_dist.fleet.pool import BlockPool, Limits
 
 ACTORS, BLOCKS, WINDOW = 1_000, 1_000_000, 4
 

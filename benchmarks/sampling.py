@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from plad_dist.fleet.protocol import BlockResult, Hints
     from plad_dist.sampling.job import SamplingJob
-    from plad_dist.sampling.work import BlockResult, Hints
 
 PROMPTS, BLOCK, MAX_TOKENS, ENDINGS = 256, 32, 128, 240
 ENGINE: dict[str, Any] = {
@@ -214,13 +214,14 @@ class Pool:
 
     def __init__(self, work: Work, runs: int) -> None:
         from plad_dist.config_file import parse_config
+        from plad_dist.fleet.driver import run_fleets
+        from plad_dist.fleet.fleet import Assignment, Fleet
+        from plad_dist.fleet.placement import Placement
         from plad_dist.progress import Progress
         from plad_dist.sampling.actor import Sampler
         from plad_dist.sampling.engine import Engine
-        from plad_dist.sampling.fleet import Assignment, Fleet
         from plad_dist.sampling.job import SamplingJob
-        from plad_dist.sampling.placement import Placement, window_for
-        from plad_dist.sampling.run import run_fleets
+        from plad_dist.sampling.placement import window_for
 
         class Gated(Sampler):
             """Begins a dataset when it is told to."""

@@ -36,7 +36,7 @@ def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collecti
         started = True
         import ray
 
-        from plad_dist.observe import run_metrics
+        from plad_dist.prometheus import run_metrics
 
         opened.callback(ray.shutdown)
         _connect(config)

@@ -10,12 +10,12 @@ from plad_dist.config import Config
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Journal
 from plad_dist.errors import UserError
+from plad_dist.fleet.protocol import Hints
 from plad_dist.pairing.build import pair_worker_args
 from plad_dist.pairing.pairs import facts_of
 from plad_dist.pairing.worker import PairJob, PairWorker
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
-from plad_dist.sampling.work import Hints
 
 
 def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:

@@ -63,9 +63,9 @@ def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, 
 
 def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:
     """Do what the jobs lack, and write their manifests."""
-    from plad_dist.sampling.fleet import Assignment, Fleet
-    from plad_dist.sampling.placement import Placement
-    from plad_dist.sampling.run import run_fleets
+    from plad_dist.fleet.driver import run_fleets
+    from plad_dist.fleet.fleet import Assignment, Fleet
+    from plad_dist.fleet.placement import Placement
 
     pairing = config.pairing
     fleet = Fleet(

@@ -16,9 +16,9 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.fleet.protocol import Beat, BlockJob, BlockResult, Hints
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.scores import import_from, load_scorer
-from plad_dist.sampling.work import Beat, BlockJob, BlockResult, Hints
 
 
 @dataclass(frozen=True)

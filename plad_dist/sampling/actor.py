@@ -20,11 +20,11 @@ from plad_dist.data.schemas import SAMPLES, is_answer
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.fleet.protocol import Beat, BlockKey, BlockResult, EngineDiedError, Hints, UnderWay
 from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, Response, root_cause
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.remote import MICRO
 from plad_dist.sampling.spool import Spool
-from plad_dist.sampling.work import Beat, BlockKey, BlockResult, EngineDiedError, Hints, UnderWay
 
 logger = logging.getLogger("plad")
 

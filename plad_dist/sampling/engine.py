@@ -18,8 +18,8 @@ from plad_dist.config import Decoding, Model
 from plad_dist.data.models import first_line, head_size, load_model_config
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import UserError
+from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.placement import spanning
-from plad_dist.sampling.work import EngineStartError
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 16_384

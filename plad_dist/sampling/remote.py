@@ -9,10 +9,10 @@ from plad_dist.config import Decoding, Model
 from plad_dist.data.store import Dataset
 from plad_dist.data.templates import Messages, compile_template, render
 from plad_dist.errors import UserError
+from plad_dist.fleet.protocol import StopStageError
 from plad_dist.sampling.endpoint import ClientClosedError, EndpointClient, EndpointDownError, SpendingCapReached
 from plad_dist.sampling.engine import Completion, RefusedPromptError, Response
 from plad_dist.sampling.spool import total_cost
-from plad_dist.sampling.work import StopStageError
 
 _DRAIN_S = 20.0
 MICRO = 1_000_000  # costs are counted in millionths, which add up exactly

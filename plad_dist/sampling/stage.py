@@ -16,15 +16,16 @@ from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling, Te
 from plad_dist.data.models import model_identity, resolve_model
 from plad_dist.data.prompts import heldout_prompts, teacher_blocks, train_prompts
 from plad_dist.data.store import Dataset, Manifest
+from plad_dist.fleet.driver import run_fleets
+from plad_dist.fleet.fleet import Assignment, Fleet
+from plad_dist.fleet.placement import Placement
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.engine import Engine
-from plad_dist.sampling.fleet import Assignment, Fleet
 from plad_dist.sampling.job import SamplingJob
-from plad_dist.sampling.placement import Placement, engine_environment, engines_use_gpus, place, window_for
+from plad_dist.sampling.placement import engine_environment, engines_use_gpus, place, window_for
 from plad_dist.sampling.remote import EndpointBackend
-from plad_dist.sampling.run import run_fleets
 
 _SEQUENCES = 256  # that vLLM answers at once where max_num_seqs is not given, or more on large GPUs
 # Keep the seeds of held-out samples apart from those of training samples, which have the number of their round.

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from plad_dist import observe
+from plad_dist import prometheus
+from plad_dist.fleet.metrics import FLEET
+from plad_dist.training.driver.metrics import TRAINING
 from tests.cluster.heads import TOKEN, Head, head
 from tests.conftest import write_config
 from tests.tiny import sampling_config
@@ -72,7 +74,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: He
     assert "SUCCEEDED" in jobs
     exported = set(re.findall(r"^ray_plad_(\w+?)(?:_total|_bucket|_sum|_count)?\{", scraped, re.MULTILINE))
     assert {"run_up", "disk_free_bytes", "rows", "tokens", "actors", "engine_starts", "block_seconds"} <= exported
-    assert exported <= {*observe.FLEET, *observe.TRAINING, *observe.RUN}
+    assert exported <= {*FLEET, *TRAINING, *prometheus.RUN}
     for path in [*root.rglob("*.log"), *root.rglob("*.json"), *root.rglob("*.yaml")]:
         assert TOKEN not in path.read_text(), path
 

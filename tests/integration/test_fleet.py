@@ -22,13 +22,13 @@ from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.fleet.driver import run_fleets
+from plad_dist.fleet.fleet import Assignment, Fleet
+from plad_dist.fleet.placement import Placement
+from plad_dist.fleet.protocol import Hints
 from plad_dist.progress import Progress
 from plad_dist.sampling.actor import Sampler
-from plad_dist.sampling.fleet import Assignment, Fleet
 from plad_dist.sampling.job import SamplingJob
-from plad_dist.sampling.placement import Placement
-from plad_dist.sampling.run import run_fleets
-from plad_dist.sampling.work import Hints
 from tests.conftest import tiny_config
 from tests.fakes import FakeBackend
 

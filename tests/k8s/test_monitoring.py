@@ -11,7 +11,9 @@ import pytest
 import yaml
 from ray.util.metrics import Counter, Histogram
 
-from plad_dist.observe import FLEET, RUN, TRAINING
+from plad_dist.fleet.metrics import FLEET
+from plad_dist.prometheus import RUN
+from plad_dist.training.driver.metrics import TRAINING
 from tests.k8s.rendered import OVERLAYS, cluster_of, of_kind, render_on_top
 
 FOLDER = Path("k8s/components/monitoring")

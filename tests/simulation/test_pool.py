@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from plad_dist.errors import RunFailed
-from plad_dist.sampling.pool import BlockPool, Lease, Limits
+from plad_dist.fleet.pool import BlockPool, Lease, Limits
 
 SCHEDULES = 6000
 ROWS = 20  # rows of a block

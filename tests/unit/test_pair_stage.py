@@ -17,13 +17,13 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.schemas import PROMPTS, SAMPLES
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.fleet.protocol import BlockResult, BlockWorker, Hints
 from plad_dist.pairing import build
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs, pair_worker_args
 from plad_dist.pairing.pairs import facts_of
 from plad_dist.pairing.worker import PairWorker
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
-from plad_dist.sampling.work import BlockResult, BlockWorker, Hints
 from plad_dist.training.scratch import train_tokenizer
 from tests.conftest import SHAPE, tiny_config
 from tests.in_process import build_in_process, run_pair_jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from plad_dist.errors import RunFailed
-from plad_dist.sampling.pool import BlockPool, Lease, Limits
+from plad_dist.fleet.pool import BlockPool, Lease, Limits
 
 
 def pool_of(blocks: int, actors: str = "ab", **limits: float) -> BlockPool:

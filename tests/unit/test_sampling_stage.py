@@ -15,11 +15,12 @@ from plad_dist.config_file import parse_config
 from plad_dist.data.models import MARKER, model_identity
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
+from plad_dist.fleet.fleet import Assignment
+from plad_dist.fleet.placement import Placement, replicas_that_fit
 from plad_dist.rundir import RunDir
 from plad_dist.sampling import stage
 from plad_dist.sampling.engine import CPU_HEAD_SIZES
-from plad_dist.sampling.fleet import Assignment
-from plad_dist.sampling.placement import Placement, place, replicas_that_fit, spanning, window_for
+from plad_dist.sampling.placement import place, spanning, window_for
 from tests.tiny import TEMPLATE, make_random_model
 
 

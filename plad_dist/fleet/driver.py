@@ -22,12 +22,12 @@ from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Part
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.observe import FleetMetrics
+from plad_dist.fleet.fleet import Fleet, RunningFleet, Task
+from plad_dist.fleet.metrics import FleetMetrics
+from plad_dist.fleet.output import Output
+from plad_dist.fleet.pool import BlockPool, Lease, Limits
+from plad_dist.fleet.protocol import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError, UnderWay
 from plad_dist.progress import Progress
-from plad_dist.sampling.fleet import Fleet, RunningFleet, Task
-from plad_dist.sampling.output import Output
-from plad_dist.sampling.pool import BlockPool, Lease, Limits
-from plad_dist.sampling.work import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError, UnderWay
 
 logger = logging.getLogger("plad")
 

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import ray
 
 from plad_dist.data.store import part_name
-from plad_dist.observe import FleetMetrics
-from plad_dist.sampling.placement import Placement, replicas_that_fit
-from plad_dist.sampling.pool import BlockPool
-from plad_dist.sampling.work import Beat, BlockJob
+from plad_dist.fleet.metrics import FleetMetrics
+from plad_dist.fleet.placement import Placement, replicas_that_fit
+from plad_dist.fleet.pool import BlockPool
+from plad_dist.fleet.protocol import Beat, BlockJob
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Fleet:
     """Actors of one kind and what they do.
 
     Attributes:
-        worker: class of the actors (:class:`~plad_dist.sampling.work.BlockWorker`); `arguments` go to its constructor.
+        worker: class of the actors (:class:`~plad_dist.fleet.protocol.BlockWorker`); `arguments` go to its constructor.
         replicas: most actors, `auto` for as many as the GPUs hold; `min_replicas`: fewest with which the stage goes on.
         window, lease_timeout_s, stall_timeout_s: in the place of the config's, where the workers need others.
         environment: variables of the actors' processes. No secrets: Ray shows and logs them.

@@ -9,7 +9,7 @@ from typing import Any
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Journal, Manifest, Part
 from plad_dist.errors import RunFailed
-from plad_dist.sampling.work import BlockJob, BlockResult
+from plad_dist.fleet.protocol import BlockJob, BlockResult
 
 _EXAMPLES = 3
 

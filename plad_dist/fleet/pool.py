@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from plad_dist.errors import RunFailed
-from plad_dist.sampling.work import Hints
+from plad_dist.fleet.protocol import Hints
 
 _DEATHS_OF_A_ROW = 2  # a row that kills or hangs an engine by itself so often is poison
 _DEATHS_OF_A_BLOCK = 50  # after so many, splitting is taken to lead nowhere

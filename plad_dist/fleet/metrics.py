@@ -1,0 +1,62 @@
+"""Prometheus metrics of a fleet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from plad_dist.fleet.protocol import Beat, BlockResult
+from plad_dist.prometheus import MetricSet
+
+FLEET = {
+    "rows": (Counter, "Rows committed."),
+    "tokens": (Counter, "Response tokens committed."),
+    "error_rows": (Counter, "Error rows committed."),
+    "retries": (Counter, "Blocks and requests that were tried again."),
+    "engine_starts": (Counter, "Actors asked for."),
+    "engine_deaths": (Counter, "Actors that died or were given up."),
+    "spent": (Counter, "Money paid to an endpoint, in the unit of its prices."),
+    "in_flight": (Gauge, "Requests under way."),
+    "queue_blocks": (Gauge, "Blocks that no actor holds."),
+    "actors": (Gauge, "Actors that are up."),
+    "block_seconds": (Histogram, "Seconds from lease to commit of a block."),
+}
+
+
+class FleetMetrics:
+    """What Prometheus sees of one fleet."""
+
+    def __init__(self, stage: str, fleet: str) -> None:
+        self._metrics = MetricSet(FLEET, {"stage": stage, "fleet": fleet})
+        self._requests_retried = 0
+
+    def committed(self, result: BlockResult) -> None:
+        """A block was committed."""
+        counts = result.part.counts
+        self._metrics.add("rows", result.part.rows)
+        self._metrics.add("tokens", counts.get("tokens", 0))
+        self._metrics.add("error_rows", counts.get("errors", 0))
+        self._metrics.add("spent", counts.get("cost_micros", 0) / 1e6)
+        self._metrics.observe("block_seconds", result.seconds)
+
+    def state(self, beats: Sequence[Beat], waiting: int) -> None:
+        """The fleet as its last heartbeats show it."""
+        self._metrics.set("in_flight", sum(beat.in_flight for beat in beats))
+        self._metrics.set("queue_blocks", waiting)
+        self._metrics.set("actors", len(beats))
+        retried = sum(beat.retries for beat in beats)
+        self._metrics.add("retries", retried - self._requests_retried)
+        self._requests_retried = retried
+
+    def retried(self) -> None:
+        """A block is tried again."""
+        self._metrics.add("retries")
+
+    def started(self) -> None:
+        """An actor was asked for."""
+        self._metrics.add("engine_starts")
+
+    def died(self) -> None:
+        """An actor died or was given up."""
+        self._metrics.add("engine_deaths")
