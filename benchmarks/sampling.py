@@ -220,8 +220,8 @@ class Pool:
         from plad_dist.progress import Progress
         from plad_dist.sampling.actor import Sampler
         from plad_dist.sampling.engine import Engine
+        from plad_dist.sampling.engine_placement import window_for
         from plad_dist.sampling.job import SamplingJob
-        from plad_dist.sampling.placement import window_for
 
         class Gated(Sampler):
             """Begins a dataset when it is told to."""

@@ -16,7 +16,7 @@ from plad_dist.planning.fit import Hardware, check_fits
 from plad_dist.progress import Progress
 from plad_dist.reach import is_grpc, unreachable
 from plad_dist.rundir import RunDir
-from plad_dist.sampling.placement import engines_use_gpus
+from plad_dist.sampling.engine_placement import engines_use_gpus
 
 logger = logging.getLogger("plad")
 

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from plad_dist.config import Decoding, Endpoint
-from plad_dist.sampling.endpoint import EndpointClient
+from plad_dist.sampling.endpoint.client import EndpointClient
 
 DECODING = Decoding(max_tokens=20)
 

@@ -80,7 +80,7 @@ def _reward_scores(
 
     from plad_dist.pairing.reward import as_model
     from plad_dist.pairing.scores import Answer
-    from plad_dist.sampling.placement import engines_use_gpus
+    from plad_dist.sampling.engine_placement import engines_use_gpus
 
     asked = [
         Answer(messages=prompt["messages"], reference=prompt["reference"], response=answer.text, role=system)

@@ -19,7 +19,7 @@ from plad_dist.data.models import first_line, head_size, load_model_config
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import EngineStartError
-from plad_dist.sampling.placement import spanning
+from plad_dist.sampling.engine_placement import spanning
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_BATCHED_TOKENS = 16_384

@@ -22,10 +22,10 @@ from plad_dist.fleet.placement import Placement
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir, require_model
 from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place, window_for
 from plad_dist.sampling.job import SamplingJob
-from plad_dist.sampling.placement import engine_environment, engines_use_gpus, place, window_for
-from plad_dist.sampling.remote import EndpointBackend
 
 _SEQUENCES = 256  # that vLLM answers at once where max_num_seqs is not given, or more on large GPUs
 # Keep the seeds of held-out samples apart from those of training samples, which have the number of their round.

@@ -31,8 +31,8 @@ from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RunDir, round_of
 from plad_dist.sampling.engine import Engine, RefusedPromptError
+from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
-from plad_dist.sampling.placement import engine_environment, engines_use_gpus, place
 from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore
 from plad_dist.training.elastic import free_resources
 from plad_dist.training.job import PhaseJob

@@ -17,15 +17,15 @@ from aiohttp import web
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.errors import UserError
-from plad_dist.sampling.endpoint import (
+from plad_dist.sampling.endpoint.client import (
     Answer,
     ClientClosedError,
     EndpointClient,
     EndpointDownError,
     SpendingCapReached,
 )
+from plad_dist.sampling.endpoint.reply import redacted
 from plad_dist.sampling.engine import RefusedPromptError
-from plad_dist.sampling.reply import redacted
 from tests.fake_endpoint import (
     DECODING,
     FakeTime,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.sampling.rates import Bucket, Budget, Pace, TokenEstimate, backoff_s, retry_after_s
+from plad_dist.sampling.endpoint.rates import Bucket, Budget, Pace, TokenEstimate, backoff_s, retry_after_s
 from tests.fake_endpoint import assert_rate
 
 

@@ -20,7 +20,7 @@ from plad_dist.fleet.placement import Placement, replicas_that_fit
 from plad_dist.rundir import RunDir
 from plad_dist.sampling import stage
 from plad_dist.sampling.engine import CPU_HEAD_SIZES
-from plad_dist.sampling.placement import place, spanning, window_for
+from plad_dist.sampling.engine_placement import place, spanning, window_for
 from tests.tiny import TEMPLATE, make_random_model
 
 

@@ -12,8 +12,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from plad_dist.config import Endpoint
-from plad_dist.sampling.rates import retry_after_s
-from plad_dist.sampling.reply import Failure, Reply, read_reply, redacted
+from plad_dist.sampling.endpoint.rates import retry_after_s
+from plad_dist.sampling.endpoint.reply import Failure, Reply, read_reply, redacted
 
 _CONNECT_S, _CHECK_S = 30.0, 30.0
 

@@ -8,4 +8,4 @@ def register() -> None:
     from vllm import ModelRegistry
 
     if "GPTNeoForCausalLM" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model("GPTNeoForCausalLM", "plad_dist.sampling.gpt_neo:GPTNeoForCausalLM")
+        ModelRegistry.register_model("GPTNeoForCausalLM", "plad_dist.sampling.vllm_models.gpt_neo:GPTNeoForCausalLM")

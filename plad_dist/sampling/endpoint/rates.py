@@ -1,6 +1,6 @@
 """When a request to a server may go and what it may cost, as plain objects that are told the time.
 
-Times are seconds of one monotonic clock, given as `now`. Nothing here waits: :mod:`plad_dist.sampling.endpoint` does.
+Times are seconds of one monotonic clock, given as `now`. Nothing here waits: :mod:`plad_dist.sampling.endpoint.client` does.
 """
 
 from __future__ import annotations
