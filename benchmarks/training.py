@@ -197,8 +197,8 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
     from plad_dist.data.schemas import PAIRS as SCHEMA
     from plad_dist.data.storage import Storage
     from plad_dist.data.store import Dataset
+    from plad_dist.training.batches.groups import DataSpec
     from plad_dist.training.deepspeed_config import load_deepspeed
-    from plad_dist.training.groups import DataSpec
     from plad_dist.training.job import PhaseJob
 
     storage = Storage(str(folder))
@@ -313,7 +313,7 @@ def logprob_error(model: Path, rows: list[Row]) -> float:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from plad_dist.training.attention import attention_of
-    from plad_dist.training.batching import collate, plain_pair
+    from plad_dist.training.batches.packing import collate, plain_pair
     from plad_dist.training.policy import Policy
 
     groups = [plain_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]

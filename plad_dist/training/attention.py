@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plad_dist.errors import UserError
-from plad_dist.training.batching import Layout, MicroBatch
+from plad_dist.training.batches.packing import Layout, MicroBatch
 from plad_dist.training.tree import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
 # Models whose layers take a ready mask and place tokens by their position ids alone: a tree mask is exact.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from plad_dist.config import Lora, Model, Phase, Watch
 from plad_dist.data.storage import Storage
-from plad_dist.training.groups import DataSpec
+from plad_dist.training.batches.groups import DataSpec
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plad_dist.config import Loss
-from plad_dist.training.batching import MicroBatch
+from plad_dist.training.batches.packing import MicroBatch
 from plad_dist.training.checkpoint_store import TrainState
 from plad_dist.training.trackers import Tracker, open_tracker
 

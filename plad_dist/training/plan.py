@@ -14,11 +14,11 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of
 from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.attention import attention_of, check_rope
-from plad_dist.training.batching import steps_per_epoch
-from plad_dist.training.check import check_pairs, check_texts
+from plad_dist.training.batches.check import check_pairs, check_texts
+from plad_dist.training.batches.groups import DataSpec, group_counts
+from plad_dist.training.batches.packing import steps_per_epoch
 from plad_dist.training.checkpoint_store import OWNER, CheckpointStore
 from plad_dist.training.deepspeed_config import load_deepspeed
-from plad_dist.training.groups import DataSpec, group_counts
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.scratch import make_model
 

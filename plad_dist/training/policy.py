@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from plad_dist.training.attention import Attention, masks_of
-from plad_dist.training.batching import MicroBatch
+from plad_dist.training.batches.packing import MicroBatch
 from plad_dist.training.logprobs import LogprobHead
 
 

@@ -19,8 +19,8 @@ from plad_dist.config import fingerprint
 from plad_dist.data.models import model_identity
 from plad_dist.data.schemas import REFERENCES
 from plad_dist.data.store import Dataset, Part
-from plad_dist.training.batching import Group, collate, share_out
-from plad_dist.training.groups import NAN, DataSpec, fit, group_counts, open_groups
+from plad_dist.training.batches.groups import NAN, DataSpec, fit, group_counts, open_groups
+from plad_dist.training.batches.packing import Group, collate, share_out
 from plad_dist.training.job import PhaseJob
 
 

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from plad_dist.training.batching import MicroBatch
+from plad_dist.training.batches.packing import MicroBatch
 
 TREE_ATTENTION, FLEX_ATTENTION = "plad_tree", "plad_flex"
 # Half of what FlexAttention takes by itself: under a mask that is evaluated, larger ones spill registers (on an H200, a forward of

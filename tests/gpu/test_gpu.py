@@ -17,7 +17,7 @@ from benchmarks import training
 from plad_dist.config import Loss
 from plad_dist.training import logprobs
 from plad_dist.training.attention import attention_of
-from plad_dist.training.batching import Group, collate, plain_pair
+from plad_dist.training.batches.packing import Group, collate, plain_pair
 from plad_dist.training.losses import group_losses
 from plad_dist.training.policy import Policy
 from plad_dist.training.tree import FLEX_ATTENTION

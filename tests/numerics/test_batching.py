@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plad_dist.training.attention import _dense_mask
-from plad_dist.training.batching import Group, Layout, collate, share_out, step_groups, steps_per_epoch
+from plad_dist.training.batches.packing import Group, Layout, collate, share_out, step_groups, steps_per_epoch
 
 groups_strategy = st.lists(
     st.builds(

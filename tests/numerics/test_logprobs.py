@@ -15,7 +15,7 @@ from plad_dist.config import Loss
 from plad_dist.errors import UserError
 from plad_dist.training import logprobs
 from plad_dist.training.attention import Attention, attention_of, check_rope
-from plad_dist.training.batching import Group, Layout, collate, plain_pair
+from plad_dist.training.batches.packing import Group, Layout, collate, plain_pair
 from plad_dist.training.losses import group_losses
 from plad_dist.training.policy import Policy, logit_shape
 from plad_dist.training.probe import check_family

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from plad_dist.config import Loss
 from plad_dist.training import losses
-from plad_dist.training.batching import Group, collate, plain_pair
+from plad_dist.training.batches.packing import Group, collate, plain_pair
 from plad_dist.training.losses import Pairs, group_losses
 
 LOSSES = ("rank", "margin", "listwise", "dpo", "ipo", "simpo", "cpo", "orpo")

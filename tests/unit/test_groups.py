@@ -19,9 +19,9 @@ from plad_dist.data.schemas import REFERENCES, SAMPLES
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
-from plad_dist.training.batching import Group
-from plad_dist.training.check import check_pairs, check_texts
-from plad_dist.training.groups import DataSpec, _Tokenize, fit, open_groups
+from plad_dist.training.batches.check import check_pairs, check_texts
+from plad_dist.training.batches.groups import DataSpec, _Tokenize, fit, open_groups
+from plad_dist.training.batches.packing import Group
 from plad_dist.training.plan import plan_phase
 from tests.conftest import write_prompts
 from tests.numerics.workers import config_with_pairs, make_run, some_pairs

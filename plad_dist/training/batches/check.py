@@ -21,7 +21,7 @@ from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import UserError
-from plad_dist.training.groups import DataSpec, PairedRows, fit, group_counts, make_pairs, open_groups
+from plad_dist.training.batches.groups import DataSpec, PairedRows, fit, group_counts, make_pairs, open_groups
 
 logger = logging.getLogger("plad")
 

@@ -25,7 +25,7 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part, part_name
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.training.batching import Group
+from plad_dist.training.batches.packing import Group
 
 _OPEN_BLOCKS = 256
 _TEXTS = ["chosen_text", "rejected_text"]  # of pairs, which are trained on by their tokens
