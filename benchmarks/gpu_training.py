@@ -156,7 +156,7 @@ def _figures(seconds: list[float], computed: int, rows: list[Row]) -> dict[str, 
 
 def ours(folder: Path, model: Path, rows: list[Row], tokens: int, config: str, device: Any) -> dict[str, Any]:
     """A whole worker."""
-    from plad_dist.training.deepspeed_config import load_deepspeed
+    from plad_dist.training.model.deepspeed_config import load_deepspeed
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     job = training.worker_job(
@@ -178,8 +178,8 @@ def padded(model: Path, rows: list[Row], tokens: int, config: str, device: Any) 
     from transformers.integrations import HfDeepSpeedConfig
 
     from plad_dist.config import Optimizer
-    from plad_dist.training.deepspeed_config import load_deepspeed
-    from plad_dist.training.engine import engine_config
+    from plad_dist.training.model.deepspeed_config import load_deepspeed
+    from plad_dist.training.model.engine import engine_config
 
     half = device.type == "cuda"
     optimizer = Optimizer(lr=training.LR, schedule="constant", warmup_share=0.0, clip_norm=1.0)

@@ -4,7 +4,7 @@ T=8,192 predicted tokens, a vocabulary of V=128,256 words, hidden size H=1,024; 
 way runs in a process of its own; what it had before it begins (inputs, the runtime) is taken off its peak.
 
 - `plain`: ``log_softmax(linear(hidden))`` gathered at the targets;
-- `ours`: :class:`~plad_dist.training.logprobs.LogprobHead`;
+- `ours`: :class:`~plad_dist.training.model.logprobs.LogprobHead`;
 - `liger`: its fused linear cross entropy, summed over the tokens, where a CUDA device and the package are there.
 
 `peak_ratio_vs_plain` is our peak over the plain one, in float32 on a CPU and bfloat16 on a GPU; `max_rel_grad_error` is the largest
@@ -89,7 +89,7 @@ def plain(layer: Any) -> Any:
 
 
 def ours(layer: Any) -> Any:
-    from plad_dist.training.logprobs import LogprobHead
+    from plad_dist.training.model.logprobs import LogprobHead
 
     return LogprobHead(layer)
 

@@ -139,7 +139,7 @@ def make_model(folder: Path, texts: list[str]) -> Path:
     from transformers import GenerationConfig
 
     from plad_dist.config import ScratchModel
-    from plad_dist.training.scratch import random_model, train_tokenizer
+    from plad_dist.training.model.scratch import random_model, train_tokenizer
 
     sources = (path.read_text(encoding="utf-8", errors="ignore") for path in Path(os.__file__).parent.glob("*.py"))
     tokenizer = train_tokenizer(sources, VOCABULARY)

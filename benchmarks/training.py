@@ -198,8 +198,8 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
     from plad_dist.data.storage import Storage
     from plad_dist.data.store import Dataset
     from plad_dist.training.batches.groups import DataSpec
-    from plad_dist.training.deepspeed_config import load_deepspeed
     from plad_dist.training.job import PhaseJob
+    from plad_dist.training.model.deepspeed_config import load_deepspeed
 
     storage = Storage(str(folder))
     pairs = Dataset(storage, "pairs", SCHEMA)
@@ -312,9 +312,9 @@ def logprob_error(model: Path, rows: list[Row]) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from plad_dist.training.attention import attention_of
     from plad_dist.training.batches.packing import collate, plain_pair
-    from plad_dist.training.policy import Policy
+    from plad_dist.training.model.attention import attention_of
+    from plad_dist.training.model.policy import Policy
 
     groups = [plain_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     attention = attention_of(AutoConfig.from_pretrained(model), None)

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from plad_dist.config import ScratchModel
 from plad_dist.data.schemas import PROMPTS
-from plad_dist.training.scratch import make_model
+from plad_dist.training.model.scratch import make_model
 
 TEMPLATE = "{{ messages[-1].content }} ="
 SHAPE = {

@@ -17,9 +17,12 @@ from plad_dist.config import Optimizer, Training
 from plad_dist.devices import GIB
 from plad_dist.planning.sizes import Device, ModelSize, quantized_width
 from plad_dist.sampling.engine import CPU_DEFAULTS
-from plad_dist.training.deepspeed_config import is_offloaded, load_deepspeed
+from plad_dist.training.model.deepspeed_config import is_offloaded, load_deepspeed
 
-_CHUNK_ELEMENTS = {"gpu": 1 << 26, "cpu": 1 << 24}  # of a chunk's logits, as plad_dist.training.logprobs takes them
+_CHUNK_ELEMENTS = {
+    "gpu": 1 << 26,
+    "cpu": 1 << 24,
+}  # of a chunk's logits, as plad_dist.training.model.logprobs takes them
 # While an optimizer steps: the gradients once more, and what torch's AdamW makes on the way, on CPUs without fused kernels.
 _STEP_COPIES = {"gpu": 2, "cpu": 4}
 _GPU_CONTEXT = 1.5 * GIB  # CUDA and NCCL

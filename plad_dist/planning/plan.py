@@ -38,7 +38,7 @@ from plad_dist.planning.memory import Memory, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import ModelSize
 from plad_dist.planning.workload import Workload, disk_bytes, workload_of
-from plad_dist.training.deepspeed_config import is_offloaded, load_deepspeed
+from plad_dist.training.model.deepspeed_config import is_offloaded, load_deepspeed
 
 
 def plan_run(

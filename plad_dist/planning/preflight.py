@@ -68,7 +68,7 @@ def _engine_arguments(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
 def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], object]]]:
     """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing; its key goes before."""
     from plad_dist.pairing.scores import check_scorer
-    from plad_dist.training.deepspeed_config import check_deepspeed, check_optimizers
+    from plad_dist.training.model.deepspeed_config import check_deepspeed, check_optimizers
     from plad_dist.training.trackers import check_trackers
 
     yield "", partial(_check_place, run)
@@ -96,7 +96,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
-    from plad_dist.training.scratch import check_architecture
+    from plad_dist.training.model.scratch import check_architecture
 
     config = check_architecture(scratch)
     if not engines_use_gpus():
@@ -108,7 +108,7 @@ def _check_scratch(scratch: ScratchModel) -> None:
 
 def _check_trained(model: Model, key: str) -> None:
     """What would be found only when everything is sampled. What is wrong with the model as such is told by others."""
-    from plad_dist.training.attention import check_rope
+    from plad_dist.training.model.attention import check_rope
 
     path = str(model.path)
     try:

@@ -11,7 +11,7 @@ from plad_dist.config import Lora, Model
 from plad_dist.data.models import first_line, load_model_config, resolve_model, vocabulary_size
 from plad_dist.errors import UserError
 from plad_dist.planning.known_models import KNOWN_MODELS
-from plad_dist.training.attention import attention_of
+from plad_dist.training.model.attention import attention_of
 
 Device = Literal["gpu", "cpu"]
 
@@ -83,7 +83,7 @@ def size_of(settings: Model, device: Device = "gpu", folder: Path | None = None)
         UserError: no config of it can be had, or it is not of a kind that can be sized.
     """
     if settings.scratch is not None and (folder is None or not (folder / "config.json").is_file()):
-        from plad_dist.training.scratch import check_architecture
+        from plad_dist.training.model.scratch import check_architecture
 
         return _measured(check_architecture(settings.scratch), "from scratch", settings.max_length, device)
     name = str(folder) if settings.scratch is not None else resolve_model(settings)

@@ -25,11 +25,11 @@ from plad_dist.training.batches.groups import open_groups
 from plad_dist.training.batches.packing import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoint_store import CheckpointStore, DamagedCheckpoint, TrainState
 from plad_dist.training.checkpoints import Checkpoints, optimizer_of, precision_of
-from plad_dist.training.engine import build_engine, release
 from plad_dist.training.export import export_model
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.losses import group_losses
 from plad_dist.training.metrics import Calls, MetricsLog, StepTotals
+from plad_dist.training.model.engine import build_engine, release
 from plad_dist.training.notices import Notices
 from plad_dist.training.references import write_references
 from plad_dist.training.speed import Speed

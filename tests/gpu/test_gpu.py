@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import training
 from plad_dist.config import Loss
-from plad_dist.training import logprobs
-from plad_dist.training.attention import attention_of
 from plad_dist.training.batches.packing import Group, collate, plain_pair
 from plad_dist.training.losses import group_losses
-from plad_dist.training.policy import Policy
-from plad_dist.training.tree import FLEX_ATTENTION
+from plad_dist.training.model import logprobs
+from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.policy import Policy
+from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

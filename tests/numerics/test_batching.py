@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.training.attention import _dense_mask
 from plad_dist.training.batches.packing import Group, Layout, collate, share_out, step_groups, steps_per_epoch
+from plad_dist.training.model.attention import _dense_mask
 
 groups_strategy = st.lists(
     st.builds(

@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from plad_dist.config import Loss
 from plad_dist.errors import UserError
-from plad_dist.training import logprobs
-from plad_dist.training.attention import Attention, attention_of, check_rope
 from plad_dist.training.batches.packing import Group, Layout, collate, plain_pair
 from plad_dist.training.losses import group_losses
-from plad_dist.training.policy import Policy, logit_shape
-from plad_dist.training.probe import check_family
-from plad_dist.training.tree import FLEX_ATTENTION
+from plad_dist.training.model import logprobs
+from plad_dist.training.model.attention import Attention, attention_of, check_rope
+from plad_dist.training.model.policy import Policy, logit_shape
+from plad_dist.training.model.probe import check_family
+from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
 GROUPS = [
     plain_pair([5, 6, 7, 8, 9], [10, 11, 12, 2], [20, 21, 2]),
@@ -136,7 +136,7 @@ def test_every_layout_gives_the_same_logps(layout: Layout) -> None:
 @pytest.mark.parametrize("window", [None, 5])
 def test_the_block_mask_of_flex_attention_is_the_dense_one(window: int | None) -> None:
     """FlexAttention itself needs a GPU to be worth it; the mask is the same rule on any device."""
-    from plad_dist.training.attention import _block_mask, _dense_mask, _sees
+    from plad_dist.training.model.attention import _block_mask, _dense_mask, _sees
 
     batch = collate(GROUPS, filler=0, layout=Layout(row_tokens=256))
     dense = _dense_mask(batch, window)[:, 0]

@@ -26,7 +26,7 @@ from plad_dist.devices import GPUS
 from plad_dist.planning import checks, doctor, reach_checks
 from plad_dist.planning.checks import GIB, MIB, Finding, Node, Place
 from plad_dist.planning.fit import Hardware
-from plad_dist.training.scratch import train_tokenizer
+from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import in_this_process, write_config
 from tests.fake_endpoint import error, good, serving
 from tests.tiny import sampling_config

@@ -24,7 +24,7 @@ from plad_dist.pairing.pairs import facts_of
 from plad_dist.pairing.worker import PairWorker
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
-from plad_dist.training.scratch import train_tokenizer
+from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import SHAPE, tiny_config
 from tests.in_process import build_in_process, run_pair_jobs
 

@@ -17,7 +17,7 @@ from plad_dist.data.templates import Renderer
 from plad_dist.evaluation.text import rouge_l
 from plad_dist.pairing.pairs import PairBuilder, pair_facts
 from plad_dist.pairing.scores import Answer, load_scorer
-from plad_dist.training.scratch import train_tokenizer
+from plad_dist.training.model.scratch import train_tokenizer
 
 CONTEXT = 64
 

@@ -26,7 +26,7 @@ from plad_dist.data.store import Dataset, Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir, check_same_run, open_run
-from plad_dist.training.scratch import train_tokenizer
+from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import SHAPE, tiny_config
 
 Rows = list[dict[str, Any]]

@@ -31,7 +31,7 @@ from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.reward import RewardScorer
 from plad_dist.pairing.scores import Answer, check_scorer, load_scorer, rouge_scores
 from plad_dist.pairing.worker import PairWorker
-from plad_dist.training.scratch import train_tokenizer
+from plad_dist.training.model.scratch import train_tokenizer
 
 CHAT = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from plad_dist.errors import UserError
 from plad_dist.training.batches.packing import Layout, MicroBatch
-from plad_dist.training.tree import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
+from plad_dist.training.model.tree_attention import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
 # Models whose layers take a ready mask and place tokens by their position ids alone: a tree mask is exact.
 _BY_POSITION = (

@@ -9,9 +9,9 @@ import torch
 
 from plad_dist.data.models import first_line
 from plad_dist.errors import UserError
-from plad_dist.training.attention import Attention
 from plad_dist.training.batches.packing import collate, plain_pair
-from plad_dist.training.policy import Policy
+from plad_dist.training.model.attention import Attention
+from plad_dist.training.model.policy import Policy
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from plad_dist.config import Lora, Optimizer
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import UserError
-from plad_dist.training.attention import attention_of
-from plad_dist.training.deepspeed_config import is_offloaded
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.policy import Policy, without_dropout
-from plad_dist.training.probe import check_family
-from plad_dist.training.tree import FLEX_ATTENTION
+from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.deepspeed_config import is_offloaded
+from plad_dist.training.model.policy import Policy, without_dropout
+from plad_dist.training.model.probe import check_family
+from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
 
 def build_engine(job: PhaseJob, device: torch.device) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from plad_dist.training.attention import Attention, masks_of
 from plad_dist.training.batches.packing import MicroBatch
-from plad_dist.training.logprobs import LogprobHead
+from plad_dist.training.model.attention import Attention, masks_of
+from plad_dist.training.model.logprobs import LogprobHead
 
 
 class Policy(nn.Module):
