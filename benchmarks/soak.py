@@ -37,7 +37,7 @@ import yaml
 from plad_dist.config_file import load_config
 from plad_dist.data.prompts import train_prompts
 from plad_dist.rundir import RunDir, open_run
-from plad_dist.training.metrics import read_metrics
+from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.verify import verify
 from tests.nodes import Cluster, Node, available
 from tests.tiny import sampling_config

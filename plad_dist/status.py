@@ -18,7 +18,7 @@ from plad_dist.evaluation.stage import systems_of, trained_systems
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.sampling.stage import rows_by_block
-from plad_dist.training.checkpoint_store import CheckpointStore
+from plad_dist.training.checkpoints.store import CheckpointStore
 
 
 def status_table(path: str) -> Table:

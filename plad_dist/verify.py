@@ -35,7 +35,7 @@ from plad_dist.data.store import (
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RUN_FILE, RunDir, load_run, round_of
 from plad_dist.sampling.stage import rows_by_block
-from plad_dist.training.checkpoint_store import CheckpointStore, DamagedCheckpoint, step_name
+from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpoint, step_name
 
 _THREADS = 8
 _ROOTS = ("prompts", "samples", "pairs", "eval")

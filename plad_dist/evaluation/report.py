@@ -29,7 +29,7 @@ from rich.text import Text
 from plad_dist.config import Loss
 from plad_dist.evaluation.verdict import NO_EOS_WARNING
 from plad_dist.rundir import round_of
-from plad_dist.training.watched import Watched
+from plad_dist.training.records.collapse import Watched
 
 Record = Mapping[str, Any]
 Key = tuple[str, str]  # system, decoding

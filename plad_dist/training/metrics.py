@@ -15,10 +15,10 @@ from torch import Tensor
 
 from plad_dist.config import Loss
 from plad_dist.training.batches.packing import MicroBatch
-from plad_dist.training.checkpoint_store import TrainState
+from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.trackers import Tracker, open_tracker
+from plad_dist.training.records.metrics_file import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 _NAMES = (
     "groups", "tokens", "tokens_apart", "loss", "chosen", "chosen_logp", "chosen_tokens", "pairs", "active", "correct",
     "rejected", "rejected_logp", "rejected_tokens", "sampled", "sampler_gap",
@@ -210,23 +210,3 @@ class MetricsLog:
     def _post(self, message: dict[str, Any]) -> None:
         if self._monitor is not None:
             self._monitor.post.remote({"phase": self._phase, **message})
-
-
-def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(steps, held-out rankings) of a phase in order of steps; the latest attempt's latest word on a step counts."""
-    steps: dict[int, dict[str, Any]] = {}
-    heldout: dict[int, dict[str, Any]] = {}
-    path = folder / METRICS_FILE
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the last line of an attempt that was killed
-                continue
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                continue
-            found = heldout if "heldout" in record else steps
-            before = found.get(record["step"])
-            if before is None or record.get("attempt", 0) >= before.get("attempt", 0):
-                found[record["step"]] = record
-    return [steps[step] for step in sorted(steps)], [heldout[step] for step in sorted(heldout)]

@@ -16,7 +16,7 @@ from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.batches.check import check_pairs, check_texts
 from plad_dist.training.batches.groups import DataSpec, group_counts
 from plad_dist.training.batches.packing import steps_per_epoch
-from plad_dist.training.checkpoint_store import OWNER, CheckpointStore
+from plad_dist.training.checkpoints.store import OWNER, CheckpointStore
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import attention_of, check_rope
 from plad_dist.training.model.deepspeed_config import load_deepspeed

@@ -24,7 +24,7 @@ from plad_dist.phases import TEACHER, WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.engine_placement import engines_use_gpus
-from plad_dist.training.checkpoint_store import CheckpointStore
+from plad_dist.training.checkpoints.store import CheckpointStore
 from plad_dist.training.driver.metrics import TrainingMetrics
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.plan import plan_phase

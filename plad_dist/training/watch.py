@@ -33,11 +33,11 @@ from plad_dist.rundir import PLAD, RunDir, round_of
 from plad_dist.sampling.engine import Engine, RefusedPromptError
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
-from plad_dist.training.checkpoint_store import Checkpoint, CheckpointStore
+from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore
 from plad_dist.training.elastic import free_resources
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.own_folder import OwnFolder
-from plad_dist.training.watched import Look, Watched, read_watched
+from plad_dist.training.checkpoints.scratch_dir import OwnFolder
+from plad_dist.training.records.collapse import Look, Watched, read_watched
 
 logger = logging.getLogger("plad")
 
@@ -232,7 +232,7 @@ def answers_of(
     seeds: Sequence[int],
 ) -> list[Output]:
     """The task of a look: answers of a checkpoint's model, by an engine with vLLM's arguments of the student."""
-    from plad_dist.training.snapshot import write_snapshot  # it needs torch, which the driver does without
+    from plad_dist.training.checkpoints.snapshot import write_snapshot  # it needs torch, which the driver does without
 
     with OwnFolder(job.staging, _FOLDER) as folder:
         write_snapshot(job, checkpoint, folder / "model")

@@ -19,7 +19,7 @@ from plad_dist.data.schemas import REFERENCES
 from plad_dist.data.store import Dataset
 from plad_dist.rundir import RunDir
 from plad_dist.training import trackers
-from plad_dist.training.checkpoint_store import TrainState
+from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.loop import train_loop
 from plad_dist.training.metrics import MetricsLog, read_metrics
 from plad_dist.verify import verify

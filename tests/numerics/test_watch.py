@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from plad_dist.data.models import model_marker
-from plad_dist.training.checkpoint_store import Checkpoint
-from plad_dist.training.snapshot import write_snapshot
-from plad_dist.training.watched import Look, Watched
+from plad_dist.training.checkpoints.store import Checkpoint
+from plad_dist.training.checkpoints.snapshot import write_snapshot
+from plad_dist.training.records.collapse import Look, Watched
 from tests.numerics.crash import EVERY, PHASE, begun, commit_before_the_next_step, store, weights
 from tests.numerics.workers import job_of, train
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.training.reshard import pieces, places
+from plad_dist.training.checkpoints.reshard import pieces, places
 
 Sizes = dict[str, int]
 

@@ -11,7 +11,7 @@ from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.evaluation.metrics import Output
 from plad_dist.training.watch import Questions, figures, judged, out_of
-from plad_dist.training.watched import Look, Watched, read_watched
+from plad_dist.training.records.collapse import Look, Watched, read_watched
 
 START = Look(0, tokens=10.0, end_share=0.9, repetition=0.1)
 SOUND = Look(5, tokens=11.0, end_share=0.88, repetition=0.1, win_rate=0.6)

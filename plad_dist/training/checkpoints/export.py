@@ -15,8 +15,8 @@ import transformers
 from plad_dist.data.models import commit_model, model_fingerprint
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.errors import RunFailed
-from plad_dist.training.attempts import Attempt
-from plad_dist.training.checkpoint_store import TrainState
+from plad_dist.training.checkpoints.attempts import Attempt
+from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.job import PhaseJob
 
 _WRITTEN_WITHIN_S, _POLL_S = 7200.0, 0.2
