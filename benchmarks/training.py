@@ -219,8 +219,8 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
 
 def run_worker(job: PhaseJob, device: Any) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds of each step of a worker, and what it logged of it."""
-    from plad_dist.training.loop import Worker
     from plad_dist.training.records.metrics_file import read_metrics
+    from plad_dist.training.worker.loop import Worker
 
     worker = Worker(job, device)
     worker._open_groups()

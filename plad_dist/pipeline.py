@@ -51,7 +51,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
     """All steps of a run, in order; of the training phases only `phase` if it is given."""
     # Ray, torch and the engines are imported by the stages that use them: a finished run is skipped through in a moment.
     from plad_dist.sampling import stage as sampling
-    from plad_dist.training import stage as training
+    from plad_dist.training.driver import stage as training
 
     def train(*names: str) -> Iterator[Step]:
         wanted = [name for name in names if name in phase_names(config) and phase in (None, name)]

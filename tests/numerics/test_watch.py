@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from plad_dist.data.models import model_marker
-from plad_dist.training.checkpoints.store import Checkpoint
 from plad_dist.training.checkpoints.snapshot import write_snapshot
+from plad_dist.training.checkpoints.store import Checkpoint
 from plad_dist.training.records.collapse import Look, Watched
 from tests.numerics.crash import EVERY, PHASE, begun, commit_before_the_next_step, store, weights
 from tests.numerics.workers import job_of, train
@@ -68,7 +68,7 @@ def test_a_collapse_is_heeded_in_the_middle_of_training(tmp_path: Path) -> None:
 
 def collapsed_later(raw: dict[str, Any], phase: str, stop: int) -> None:
     """A worker group whose second checkpoint is found to have collapsed while it trains."""
-    from plad_dist.training.loop import Worker, train_loop
+    from plad_dist.training.worker.loop import Worker, train_loop
 
     commit_before_the_next_step()
     job = job_of(raw, phase)

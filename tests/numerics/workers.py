@@ -25,15 +25,15 @@ from plad_dist.data.prompts import prepare
 from plad_dist.data.schemas import PAIRS
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.loop import Worker, train_loop
-from plad_dist.training.metrics import read_metrics
 from plad_dist.training.plan import plan_phase
+from plad_dist.training.worker.loop import Worker, train_loop
+from plad_dist.training.worker.metrics import read_metrics
 from tests.conftest import tiny_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 
 # Workers are forked from a process that has imported what takes them ten seconds; each still has its own engine and rank.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["deepspeed", "transformers.models.llama", "peft", "plad_dist.training.loop"])
+_FORKS.set_forkserver_preload(["deepspeed", "transformers.models.llama", "peft", "plad_dist.training.worker.loop"])
 
 Work = Callable[[dict[str, Any], str, int], None]
 

@@ -16,9 +16,10 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.training import elastic, notices
-from plad_dist.training.elastic import Monitor, first_death, innermost
-from plad_dist.training.notices import Notices
+from plad_dist.training.driver import elastic
+from plad_dist.training.driver.elastic import Monitor, first_death, innermost
+from plad_dist.training.worker import notices
+from plad_dist.training.worker.notices import Notices
 
 
 def broken_connection() -> RuntimeError:

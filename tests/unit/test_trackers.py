@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plad_dist.training.trackers import open_tracker
+from plad_dist.training.worker.trackers import open_tracker
 
 
 class FakeMlFlow:

@@ -12,7 +12,7 @@ import pytest
 from plad_dist.config_file import parse_config
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
-from plad_dist.training import stage
+from plad_dist.training.driver import stage
 from plad_dist.training.plan import plan_phase
 from tests.numerics.workers import config_with_pairs, make_run
 

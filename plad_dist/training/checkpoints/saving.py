@@ -25,9 +25,9 @@ from plad_dist.data.storage import file_checksum
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import of_first_rank
 from plad_dist.training.checkpoints.attempts import Attempt
-from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
-from plad_dist.training.checkpoints.scratch_dir import OwnFolder
 from plad_dist.training.checkpoints.reshard import load_resharded
+from plad_dist.training.checkpoints.scratch_dir import OwnFolder
+from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
 from plad_dist.training.records.collapse import Watched
 
 _LATEST = "latest.json"

@@ -9,9 +9,9 @@ import torch
 
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import load_tokenizer
+from plad_dist.training.checkpoints.reshard import whole_weights
 from plad_dist.training.checkpoints.store import Checkpoint
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.checkpoints.reshard import whole_weights
 
 _PREFIX = "model."  # of the student's parameters in the engine's module
 

@@ -3,19 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from plad_dist.config import Loss
-from plad_dist.training.batches.packing import MicroBatch
-from plad_dist.training.checkpoints.store import TrainState
-from plad_dist.training.trackers import Tracker, open_tracker
-
 
 METRICS_FILE = "metrics.jsonl"
 

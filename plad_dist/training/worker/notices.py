@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from plad_dist.errors import RunFailed
-from plad_dist.training.metrics import MetricsLog
+from plad_dist.training.worker.metrics import MetricsLog
 
 _LOOK_EVERY_S = 1.0
 _MARGIN_S = 15.0  # before a node leaves, beside what a checkpoint takes

@@ -16,8 +16,8 @@ from torch import Tensor
 from plad_dist.config import Loss
 from plad_dist.training.batches.packing import MicroBatch
 from plad_dist.training.checkpoints.store import TrainState
-from plad_dist.training.trackers import Tracker, open_tracker
 from plad_dist.training.records.metrics_file import METRICS_FILE
+from plad_dist.training.worker.trackers import Tracker, open_tracker
 
 _NAMES = (
     "groups", "tokens", "tokens_apart", "loss", "chosen", "chosen_logp", "chosen_tokens", "pairs", "active", "correct",

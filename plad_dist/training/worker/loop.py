@@ -20,20 +20,20 @@ from plad_dist.config import Optimizer
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import StoppedError, agreed, of_every_rank, of_first_rank
-from plad_dist.training.checkpoints.attempts import claim
 from plad_dist.training.batches.groups import open_groups
 from plad_dist.training.batches.packing import Group, MicroBatch, collate, share_out, step_groups
-from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpoint, TrainState
-from plad_dist.training.checkpoints.saving import Checkpoints, optimizer_of, precision_of
+from plad_dist.training.checkpoints.attempts import claim
 from plad_dist.training.checkpoints.export import export_model
+from plad_dist.training.checkpoints.saving import Checkpoints, optimizer_of, precision_of
+from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpoint, TrainState
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.losses import group_losses
-from plad_dist.training.metrics import Calls, MetricsLog, StepTotals
 from plad_dist.training.model.engine import build_engine, release
-from plad_dist.training.notices import Notices
-from plad_dist.training.references import write_references
-from plad_dist.training.speed import Speed
 from plad_dist.training.records.collapse import Watched, read_watched
+from plad_dist.training.worker.initial_logps import write_references
+from plad_dist.training.worker.metrics import Calls, MetricsLog, StepTotals
+from plad_dist.training.worker.notices import Notices
+from plad_dist.training.worker.speed import Speed
 
 logger = logging.getLogger(__name__)
 

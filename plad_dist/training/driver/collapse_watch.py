@@ -33,10 +33,10 @@ from plad_dist.rundir import PLAD, RunDir, round_of
 from plad_dist.sampling.engine import Engine, RefusedPromptError
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
-from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore
-from plad_dist.training.elastic import free_resources
-from plad_dist.training.job import PhaseJob
 from plad_dist.training.checkpoints.scratch_dir import OwnFolder
+from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore
+from plad_dist.training.driver.elastic import free_resources
+from plad_dist.training.job import PhaseJob
 from plad_dist.training.records.collapse import Look, Watched, read_watched
 
 logger = logging.getLogger("plad")

@@ -8,7 +8,7 @@ from typing import Any
 
 from plad_dist.data.models import model_fingerprint
 from plad_dist.training.agreement import of_first_rank
-from plad_dist.training.loop import train_loop
+from plad_dist.training.worker.loop import train_loop
 
 _AFTER_A_DEATH_S = 5.0
 

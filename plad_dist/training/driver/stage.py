@@ -30,7 +30,7 @@ from plad_dist.training.job import PhaseJob
 from plad_dist.training.plan import plan_phase
 
 if TYPE_CHECKING:
-    from plad_dist.training.elastic import Watcher
+    from plad_dist.training.driver.elastic import Watcher
 
 # Ray Train and DeepSpeed are imported where something is trained: a finished run is skipped through in a moment.
 logger = logging.getLogger("plad")
@@ -77,12 +77,12 @@ def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Pr
 def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -> None:
     from ray.train import ControllerError
 
-    from plad_dist.training.elastic import Watcher, first_death, innermost
+    from plad_dist.training.driver.elastic import Watcher, first_death, innermost
 
     fewest, most = config.training.workers
     names = ", ".join(job.name for job in jobs)
     size = str(most) if fewest == most else f"{fewest} to {most}"
-    from plad_dist.training.watch import watching
+    from plad_dist.training.driver.collapse_watch import watching
 
     with (
         _ray_train_times(config),
@@ -116,7 +116,7 @@ def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, wa
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from plad_dist.training.entry import train_jobs
+    from plad_dist.training.worker.entry import train_jobs
 
     gpus = engines_use_gpus()
     training = config.training
@@ -181,7 +181,7 @@ def _ray_train_times(config: Config) -> Iterator[None]:
 
 def _explained(error: Exception, jobs: list[PhaseJob], run: RunDir) -> Exception:
     """The first worker's own words. What the user did comes back as :class:`UserError`."""
-    from plad_dist.training.elastic import first_death, innermost
+    from plad_dist.training.driver.elastic import first_death, innermost
 
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     cause = innermost(failures[0] if failures else error)
@@ -204,7 +204,7 @@ def _kept(jobs: list[PhaseJob], run: RunDir) -> tuple[str, str]:
 @contextmanager
 def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
     """An actor that workers post to, and whose messages are shown while the block runs; `waiting` until there are some."""
-    from plad_dist.training.elastic import Monitor
+    from plad_dist.training.driver.elastic import Monitor
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
