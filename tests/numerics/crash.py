@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from plad_dist.data.storage import Storage
 from plad_dist.rundir import RunDir
-from plad_dist.training.checkpoints import saving as checkpoints as module
-from plad_dist.training.checkpoints.store import CheckpointStore, TrainState
+from plad_dist.training.checkpoints import saving as module
 from plad_dist.training.checkpoints.saving import Checkpoints
-from plad_dist.training.worker.metrics import read_metrics
+from plad_dist.training.checkpoints.store import CheckpointStore, TrainState
+from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.verify import repair, verify
 from tests.numerics.workers import config_with_pairs, losses, make_run, start, train, train_phase
 

@@ -18,8 +18,8 @@ from plad_dist.rundir import RunDir, open_run
 from plad_dist.status import status_table
 from plad_dist.training.checkpoints.attempts import Attempt, claim
 from plad_dist.training.checkpoints.store import CheckpointStore
+from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.training.worker.loop import Worker
-from plad_dist.training.worker.metrics import read_metrics
 from plad_dist.verify import repair, verify
 from tests.numerics.crash import (
     EVERY,

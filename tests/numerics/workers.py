@@ -26,8 +26,8 @@ from plad_dist.data.schemas import PAIRS
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.plan import plan_phase
+from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.training.worker.loop import Worker, train_loop
-from plad_dist.training.worker.metrics import read_metrics
 from tests.conftest import tiny_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 
