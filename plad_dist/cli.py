@@ -362,7 +362,7 @@ def _lines(items: list[str], most: int = 50) -> str:
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config and the inputs that it names, without starting or writing anything."""
-    from plad_dist.planning.preflight import check_inputs
+    from plad_dist.preflight import check_inputs
     from plad_dist.rundir import RunDir
 
     settings = load_config(config, overrides or [])
@@ -386,7 +386,7 @@ def doctor(
     """Check this machine, every node of a cluster and what a config names. Exit code 0 where nothing failed, 1 otherwise."""
     from dataclasses import asdict
 
-    from plad_dist.planning.doctor import examine, findings_table, summary
+    from plad_dist.doctor.examine import examine, findings_table, summary
 
     settings = load_config(config, overrides or []) if config is not None else None
     try:
@@ -431,8 +431,8 @@ def plan(
     """
     from plad_dist.planning.fit import hardware_of
     from plad_dist.planning.plan import plan_run
-    from plad_dist.planning.preflight import check_engines
     from plad_dist.planning.table import plan_lines, plan_tables
+    from plad_dist.preflight import check_engines
     from plad_dist.study import load_runs
 
     given = {"teacher": teacher_rate, "student": student_rate, "train": train_rate}

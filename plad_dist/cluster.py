@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 from plad_dist.config import Config
-from plad_dist.devices import gpu_of
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.planning.fit import Hardware, check_fits
+from plad_dist.planning.fit import check_fits
+from plad_dist.planning.hardware import Hardware, hardware_of_nodes
 from plad_dist.progress import Progress
 from plad_dist.reach import is_grpc, unreachable
 from plad_dist.rundir import RunDir
-from plad_dist.sampling.engine_placement import engines_use_gpus
 
 logger = logging.getLogger("plad")
 
@@ -121,32 +120,6 @@ def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[st
     if refused:
         text = "\n  ".join(["this config does not fit:", *map(str, refused)])
         raise UserError(f"{text}\n`plad plan` shows what takes what; cluster.unfit=warn tries it all the same")
-
-
-def hardware_of_nodes(nodes: Sequence[Mapping[str, float]]) -> Hardware | None:
-    """The hardware of a cluster by its nodes' resources, those of its largest ones where they differ; None where nothing can be said.
-
-    A cluster may grow, so the number of GPU nodes is not held against a config.
-    """
-    if engines_use_gpus() or any(node.get("GPU") for node in nodes):
-        found = [
-            Hardware(gpu, None, int(node["GPU"]), _memory(node))
-            for node in nodes
-            for name in node
-            if name.startswith("accelerator_type:") and node.get("GPU", 0) >= 1
-            if (gpu := gpu_of(name.partition(":")[2])) is not None
-        ]
-        return max(found, key=lambda one: (one.gpu.memory if one.gpu else 0, one.gpus_per_node), default=None)
-    with_cpus = [node for node in nodes if node.get("CPU")]
-    if not with_cpus:
-        return None
-    largest = max(with_cpus, key=_memory)
-    return Hardware(None, len(with_cpus), 0, _memory(largest), largest["CPU"])
-
-
-def _memory(node: Mapping[str, float]) -> float:
-    """Bytes of a node: Ray takes a part of them for its objects."""
-    return node.get("memory", 0.0) + node.get("object_store_memory", 0.0)
 
 
 def _local_cpus(config: Config) -> int:

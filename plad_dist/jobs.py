@@ -41,7 +41,7 @@ _ACTIVE = ("PENDING", "RUNNING")
 def load_submitted(file: str, overrides: list[str]) -> Config:
     """The config of a run that is to be submitted. Raises :class:`UserError` for what a cluster need not be asked about."""
     # What only a submit needs brings torch along, which status, logs and stop should not wait for.
-    from plad_dist.planning.preflight import check_engines
+    from plad_dist.preflight import check_engines
 
     config = load_config(file, overrides)
     _refuse_relative(config)
@@ -186,7 +186,8 @@ class JobServer:
     def _refuse_unfit(self, config: Config) -> None:
         from ray.util.state import list_nodes
 
-        from plad_dist.cluster import hardware_of_nodes, refuse_unfit
+        from plad_dist.cluster import refuse_unfit
+        from plad_dist.planning.hardware import hardware_of_nodes
 
         try:
             nodes = list_nodes(address=self.address, filters=[("state", "=", "ALIVE")])

@@ -18,7 +18,7 @@ from plad_dist.errors import UserError
 from plad_dist.evaluation.stage import evaluate, goes_on, is_evaluated, report, require_inputs
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
-from plad_dist.planning.preflight import check_inputs
+from plad_dist.preflight import check_inputs
 from plad_dist.progress import Progress
 from plad_dist.reuse import reused_run, take_over
 from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run, read_timings

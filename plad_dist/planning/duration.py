@@ -7,7 +7,8 @@ from typing import Any
 
 from plad_dist.config import Config, Endpoint
 from plad_dist.phases import phases_of
-from plad_dist.planning.fit import Hardware, memory_of_engine, nodes_for, size_trained
+from plad_dist.planning.fit import memory_of_engine, nodes_for, size_trained
+from plad_dist.planning.hardware import Hardware
 from plad_dist.planning.memory import Memory, sequence_bytes
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import ModelSize

@@ -8,13 +8,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
-
 from plad_dist.config import Config, Optimizer, Training
-from plad_dist.devices import GIB, GPUS, Gpu, gpu_of
+from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
 from plad_dist.phases import TEACHER, phases_of
-from plad_dist.planning.checks import cgroup_limits
+from plad_dist.planning.hardware import Hardware, hardware_here, this_host
 from plad_dist.planning.memory import Memory, engine_memory, memory_share, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import Device, ModelSize, size_of
@@ -22,34 +20,6 @@ from plad_dist.rundir import RunDir
 
 _SPARE = 0.97  # of a device's memory that is planned with
 _MOST_WORKERS = 4096
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """A cluster of like nodes.
-
-    Attributes:
-        gpu: None for nodes without any.
-        nodes: None for as many as are needed.
-        host_memory: bytes of a node, None where it is not known.
-        cpus: of a node, None where it is not known.
-        source: how it is known, for the reader.
-    """
-
-    gpu: Gpu | None
-    nodes: int | None
-    gpus_per_node: int
-    host_memory: float | None
-    cpus: float | None = None
-    source: str = "given"
-
-    @property
-    def device(self) -> Device:
-        return "gpu" if self.gpu else "cpu"
-
-    @property
-    def name(self) -> str:
-        return self.gpu.name if self.gpu else "cpu"
 
 
 def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int | None, config: Config) -> Hardware:
@@ -65,7 +35,7 @@ def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int | None, c
         UserError: no such kind.
     """
     if gpu == "cpu":
-        return replace(_host(), nodes=nodes or 1)
+        return replace(this_host(), nodes=nodes or 1)
     if gpu is not None:
         kind = GPUS.get(gpu.lower()) or gpu_of(gpu)
         if kind is None:
@@ -76,27 +46,6 @@ def hardware_of(gpu: str | None, nodes: int | None, gpus_per_node: int | None, c
     if here.gpu is not None or (nodes is None and not check_fits(config, here)):
         return here
     return Hardware(GPUS["h100-80g"], nodes, gpus_per_node or 8, None, source="assumed: name others by --gpu")
-
-
-def hardware_here() -> Hardware:
-    """This machine. Raises :class:`UserError` where its GPUs are of a kind that is not known."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return _host()
-    name = torch.cuda.get_device_name(0)
-    gpu = gpu_of(name)
-    if gpu is None:
-        raise UserError(
-            f"{name}: this GPU is not a kind that is known; name one like it to `plad plan` by --gpu: {', '.join(GPUS)}"
-        )
-    return replace(_host(), gpu=gpu, gpus_per_node=torch.cuda.device_count())
-
-
-def _host() -> Hardware:
-    """This machine without its GPUs, as far as its container lets it go."""
-    memory = min(float(psutil.virtual_memory().total), cgroup_limits()[0])
-    return Hardware(None, 1, 0, memory, source="this machine")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from plad_dist.planning.duration import (
     time_of,
 )
 from plad_dist.planning.fit import (
-    Hardware,
     Problem,
     capacity,
     check_fits,
@@ -34,6 +33,7 @@ from plad_dist.planning.fit import (
     smallest_parallelism,
     workers_on_a_node,
 )
+from plad_dist.planning.hardware import Hardware
 from plad_dist.planning.memory import Memory, training_memory
 from plad_dist.planning.needs import EngineNeed, engines_of, gpu_needs
 from plad_dist.planning.sizes import ModelSize

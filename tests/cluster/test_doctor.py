@@ -12,7 +12,8 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from plad_dist.config_file import parse_config
-from plad_dist.planning import checks, doctor
+from plad_dist.doctor import examine as doctor
+from plad_dist.doctor import node_checks
 from tests.tiny import sampling_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -31,7 +32,7 @@ def cluster() -> Iterator[Cluster]:
 def test_every_node_is_asked_compared_and_named(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "torch_facts", lambda: {"cuda": None, "devices": 0, "nccl": None})
+    monkeypatch.setattr(node_checks, "torch_facts", lambda: {"cuda": None, "devices": 0, "nccl": None})
     config = parse_config(sampling_config(tmp_path, 20), "test")
     found = doctor.examine(config, cluster.address)
     assert [finding for finding in found if finding.state == "fail"] == []

@@ -14,7 +14,7 @@ import yaml
 import plad_dist
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
-from plad_dist.planning.preflight import check_inputs
+from plad_dist.preflight import check_inputs
 from plad_dist.rundir import RunDir
 from tests.k8s.rendered import (
     COMPONENTS,

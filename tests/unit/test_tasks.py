@@ -13,7 +13,7 @@ from plad_dist.config import DatasetSource
 from plad_dist.config_file import parse_config
 from plad_dist.data.sources import read_prompts
 from plad_dist.errors import UserError
-from plad_dist.planning.preflight import check_inputs
+from plad_dist.preflight import check_inputs
 from plad_dist.rundir import RunDir
 from tests.tiny import make_random_model
 

@@ -22,6 +22,7 @@ from plad_dist.config import Endpoint
 from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
 from plad_dist.devices import GIB
+from plad_dist.planning.hardware import cgroup_limits
 
 MIB = 1 << 20
 DISK_WARN, DISK_FAIL = 20 * GIB, GIB
@@ -329,24 +330,6 @@ def limits(node: Node) -> Iterator[Finding]:
         name for name, is_less in (("memory", most_memory < memory), ("CPUs", most_cpus < cpus)) if is_less
     )
     yield ok(f"{text} ({bounded} by the container's limit)" if bounded else text)
-
-
-def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[float, float]:
-    """(bytes of memory, CPUs) that the control group leaves this process; infinite where it sets no limit."""
-    found = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
-    group = root / found[1] if found else root
-    memory, cpus = [float("inf")], [float("inf")]
-    for folder in (group, *group.parents):
-        if root in (folder, *folder.parents):
-            if (limit := _words(folder / "memory.max")) and limit[0] != "max":
-                memory.append(float(limit[0]))
-            if (limit := _words(folder / "cpu.max")) and limit[0] != "max":
-                cpus.append(float(limit[0]) / float(limit[1]))
-    return min(memory), min(cpus)
-
-
-def _words(file: Path) -> list[str]:
-    return file.read_text().split() if file.is_file() else []
 
 
 def open_files(node: Node) -> Iterator[Finding]:

@@ -1,6 +1,6 @@
 """`plad doctor`: whether this machine, every node of a cluster, and what a config names are fit for a run.
 
-Checks of one machine are in :mod:`plad_dist.planning.checks`, of what it reaches in :mod:`plad_dist.planning.reach_checks`; here nodes are asked and compared, and a config's models
+Checks of one machine are in :mod:`plad_dist.doctor.node_checks`, of what it reaches in :mod:`plad_dist.doctor.reach_checks`; here nodes are asked and compared, and a config's models
 are looked at. What is written for it goes into one folder of its own in each storage, which is removed at the end.
 """
 
@@ -25,13 +25,26 @@ from urllib.parse import urlsplit
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.cluster import hardware_of_nodes, silent
+from plad_dist.cluster import silent
 from plad_dist.config import Config, Endpoint, LlmJudge, Model
 from plad_dist.data.models import first_line
+from plad_dist.doctor import node_checks
+from plad_dist.doctor import reach_checks
+from plad_dist.doctor.node_checks import (
+    PROBE,
+    Finding,
+    Node,
+    Place,
+    fail,
+    findings_of,
+    installed_versions,
+    ok,
+    size,
+    warn,
+)
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.planning import checks, reach_checks
-from plad_dist.planning.checks import PROBE, Finding, Node, Place, fail, findings_of, installed_versions, ok, size, warn
-from plad_dist.planning.fit import Hardware, check_fits, hardware_here, sizes_of
+from plad_dist.planning.fit import check_fits, sizes_of
+from plad_dist.planning.hardware import Hardware, hardware_here, hardware_of_nodes
 from plad_dist.planning.workload import disk_bytes, workload_of
 from plad_dist.rundir import RUN_FILE, RunDir
 
@@ -46,14 +59,14 @@ _ALONE = "none is named by --address, cluster.address or RAY_ADDRESS: this machi
 _CORRECT = "correct the config, or put what it names in its place; `plad validate` checks it again"
 
 NODE_CHECKS: dict[str, Callable[[Node], Iterable[Finding]]] = {
-    "versions": checks.versions,
-    "engine": checks.engine,
-    "GPUs": checks.gpus,
-    "network": checks.network,
-    "shared memory": checks.shared_memory,
-    "memory, CPUs": checks.limits,
-    "open files": checks.open_files,
-    "disk": checks.disk,
+    "versions": node_checks.versions,
+    "engine": node_checks.engine,
+    "GPUs": node_checks.gpus,
+    "network": node_checks.network,
+    "shared memory": node_checks.shared_memory,
+    "memory, CPUs": node_checks.limits,
+    "open files": node_checks.open_files,
+    "disk": node_checks.disk,
     "storage": reach_checks.storage,
     "endpoints": reach_checks.endpoints,
     "environment": reach_checks.environment,
@@ -344,7 +357,7 @@ def config_findings(config: Config) -> list[Finding]:
 
 
 def _inputs(config: Config) -> Iterator[Finding]:
-    from plad_dist.planning.preflight import check_inputs
+    from plad_dist.preflight import check_inputs
 
     try:
         check_inputs(config, RunDir.of(config))
@@ -420,7 +433,7 @@ def folded(findings: Sequence[Finding]) -> list[Finding]:
     """Findings by check, in order; what is well alike on several nodes in one line."""
     checks = list(dict.fromkeys(finding.check for finding in findings))
     nodes: dict[Finding, list[str]] = defaultdict(list)
-    for finding in sorted(findings, key=lambda finding: checks.index(finding.check)):
+    for finding in sorted(findings, key=lambda finding: node_checks.index(finding.check)):
         nodes[finding if finding.state != "ok" else replace(finding, node="")].append(finding.node)
     return [replace(finding, node=_together(where)) for finding, where in nodes.items()]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from plad_dist.config import Endpoint
 from plad_dist.data.storage import Storage
+from plad_dist.doctor.node_checks import PROBE, Finding, Node, Place, fail, ok, warn
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.planning.checks import PROBE, Finding, Node, Place, fail, ok, warn
 from plad_dist.sampling.endpoint.connection import Connection
 
 _SEEN_WITHIN_S = 5.0  # file systems that nodes share show a new folder after a while
