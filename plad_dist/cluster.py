@@ -7,14 +7,13 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from urllib.parse import urlsplit
 
 from plad_dist.config import Config
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.planning.fit import check_fits
 from plad_dist.planning.hardware import Hardware, hardware_of_nodes
 from plad_dist.progress import Progress
-from plad_dist.reach import is_grpc, unreachable
+from plad_dist.reach import silent
 from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
@@ -79,22 +78,6 @@ def _connect(config: Config) -> None:
         resources.get("CPU", 0),
         resources.get("GPU", 0),
     )
-
-
-def silent(address: str) -> str | None:
-    """Why no Ray listens at an address; None where one may, or it names no place. Ray itself would wait for many minutes."""
-    try:
-        parts = urlsplit(address if "://" in address else f"ray://{address}")
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        return str(error)
-    if not host or not port:  # `auto`
-        return None
-    if (problem := unreachable(host, port)) is not None:
-        return problem
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true") and not is_grpc(host, port):
-        return "what listens there is no Ray"
-    return None
 
 
 def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[str] | None = None) -> None:

@@ -13,3 +13,9 @@ class RunFailed(RuntimeError):
 
     The message says what happened, what was kept, and what to do.
     """
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

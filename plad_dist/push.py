@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import first_line, model_marker, model_problems
-from plad_dist.errors import RunFailed, UserError
+from plad_dist.data.models import model_marker, model_problems
+from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.evaluation.stage import last_round
 from plad_dist.phases import round_phase
 from plad_dist.rundir import RUN_FILE, RunDir, load_run

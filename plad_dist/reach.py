@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from urllib.parse import urlsplit
 
 _CONNECT_S = 10.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
@@ -34,3 +36,19 @@ def is_grpc(host: str, port: int) -> bool:
     except OSError:
         return False
     return len(head) == 4 and head[3] == _SETTINGS
+
+
+def silent(address: str) -> str | None:
+    """Why no Ray listens at an address; None where one may, or it names no place. Ray itself would wait for many minutes."""
+    try:
+        parts = urlsplit(address if "://" in address else f"ray://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        return str(error)
+    if not host or not port:  # `auto`
+        return None
+    if (problem := unreachable(host, port)) is not None:
+        return problem
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true") and not is_grpc(host, port):
+        return "what listens there is no Ray"
+    return None

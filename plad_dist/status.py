@@ -9,7 +9,7 @@ from rich.table import Table
 from plad_dist.config import LlmJudge
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker, weights_problems
-from plad_dist.data.prompts import heldout_prompts, train_prompts
+from plad_dist.data.prompts import heldout_prompts, rows_by_block, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import MANIFEST, Dataset, Manifest, Part
 from plad_dist.errors import RunFailed
@@ -17,7 +17,6 @@ from plad_dist.evaluation.judges import judge_answers
 from plad_dist.evaluation.stage import systems_of, trained_systems
 from plad_dist.phases import phase_names
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
-from plad_dist.sampling.stage import rows_by_block
 from plad_dist.training.checkpoints.store import CheckpointStore
 
 

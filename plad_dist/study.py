@@ -13,8 +13,8 @@ from plad_dist.config import Config, Decoding
 from plad_dist.config.section import Section
 from plad_dist.config_file import explain, load_config, override, parse_config, read_yaml
 from plad_dist.errors import UserError
-from plad_dist.evaluation.metrics import main_decoding
 from plad_dist.rundir import PLAD
+from plad_dist.text_metrics import main_decoding
 
 logger = logging.getLogger("plad")
 

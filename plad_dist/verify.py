@@ -16,6 +16,7 @@ from rich.table import Table
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker, model_problems
+from plad_dist.data.prompts import rows_by_block
 from plad_dist.data.schemas import PAIRS, PROMPTS, REFERENCES, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import (
@@ -34,7 +35,6 @@ from plad_dist.data.store import (
 )
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RUN_FILE, RunDir, load_run, round_of
-from plad_dist.sampling.stage import rows_by_block
 from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpoint, step_name
 
 _THREADS = 8

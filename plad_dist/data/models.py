@@ -12,7 +12,7 @@ from typing import Any
 
 from plad_dist.config import Model, fingerprint
 from plad_dist.data.storage import sync, sync_tree
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 
 MARKER = "plad.json"
 _IDENTIFYING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
@@ -191,9 +191,3 @@ def head_size(config: Any) -> int | None:
         return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):  # layers without heads, or that differ
         return None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.config import Config, PythonFunctionsSource, fingerprint, is_operational
+from plad_dist.config import (
+    Config,
+    PythonFunctionsSource,
+    fingerprint,
+    is_operational,
+)
 from plad_dist.data.files import expand, local_bytes
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
@@ -233,3 +238,32 @@ def _table(rows: list[Prompt]) -> pa.Table:
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(columns, PROMPTS, strict=True)], schema=PROMPTS
     )
+
+
+def rows_by_block(manifest: Manifest, limit: int | None) -> list[int]:
+    """Prompts of each block that are sampled.
+
+    A limit takes the first prompts of every teacher in proportion to what each has, so it may cut one block of each short.
+    """
+    blocks_of = teacher_blocks(manifest)
+    if limit is None or limit >= manifest.rows:
+        return [part.rows for part in manifest.parts]
+    shares = _shares(limit, [sum(manifest.parts[block].rows for block in blocks) for blocks in blocks_of.values()])
+    rows = [0] * len(manifest.parts)
+    for blocks, left in zip(blocks_of.values(), shares, strict=True):
+        for block in blocks:
+            rows[block] = min(manifest.parts[block].rows, left)
+            left -= rows[block]
+    while rows and not rows[-1]:
+        rows.pop()
+    return rows
+
+
+def _shares(total: int, sizes: list[int]) -> list[int]:
+    """`total` in proportion to the sizes, in whole numbers that add up to it: the largest remainders are rounded up."""
+    exact = [total * size / sum(sizes) for size in sizes]
+    shares = [int(share) for share in exact]
+    order = sorted(range(len(sizes)), key=lambda index: (shares[index] - exact[index], index))
+    for index in order[: total - sum(shares)]:
+        shares[index] += 1
+    return shares

@@ -16,8 +16,7 @@ import xxhash
 
 from plad_dist.config import Columns, DatasetSource, FilesSource
 from plad_dist.data.files import Record, expand, records
-from plad_dist.data.models import first_line
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 
 # Turns of a dialogue in the form of Anthropic's HH data.
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)

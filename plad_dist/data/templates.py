@@ -11,9 +11,9 @@ import jinja2.meta
 import jinja2.sandbox
 
 from plad_dist.config import Model, fingerprint
-from plad_dist.data.models import check_local_model, first_line
+from plad_dist.data.models import check_local_model
 from plad_dist.data.sources import JINJA_ERRORS
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 
 Messages = list[dict[str, str]]
 _ANSWER = "answer-b1946ac9"  # what no template has of itself

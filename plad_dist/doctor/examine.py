@@ -25,11 +25,8 @@ from urllib.parse import urlsplit
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.cluster import silent
 from plad_dist.config import Config, Endpoint, LlmJudge, Model
-from plad_dist.data.models import first_line
-from plad_dist.doctor import node_checks
-from plad_dist.doctor import reach_checks
+from plad_dist.doctor import node_checks, reach_checks
 from plad_dist.doctor.node_checks import (
     PROBE,
     Finding,
@@ -42,10 +39,11 @@ from plad_dist.doctor.node_checks import (
     size,
     warn,
 )
-from plad_dist.errors import RunFailed, UserError
+from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.planning.fit import check_fits, sizes_of
 from plad_dist.planning.hardware import Hardware, hardware_here, hardware_of_nodes
 from plad_dist.planning.workload import disk_bytes, workload_of
+from plad_dist.reach import silent
 from plad_dist.rundir import RUN_FILE, RunDir
 
 logger = logging.getLogger("plad")
@@ -433,7 +431,7 @@ def folded(findings: Sequence[Finding]) -> list[Finding]:
     """Findings by check, in order; what is well alike on several nodes in one line."""
     checks = list(dict.fromkeys(finding.check for finding in findings))
     nodes: dict[Finding, list[str]] = defaultdict(list)
-    for finding in sorted(findings, key=lambda finding: node_checks.index(finding.check)):
+    for finding in sorted(findings, key=lambda finding: checks.index(finding.check)):
         nodes[finding if finding.state != "ok" else replace(finding, node="")].append(finding.node)
     return [replace(finding, node=_together(where)) for finding, where in nodes.items()]
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plad_dist.config import Endpoint
-from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
 from plad_dist.devices import GIB
+from plad_dist.errors import first_line
 from plad_dist.planning.hardware import cgroup_limits
 
 MIB = 1 << 20

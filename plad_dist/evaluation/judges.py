@@ -16,15 +16,15 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge, fingerprint
-from plad_dist.data.models import first_line, resolve_model
+from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PROMPTS, SAMPLES
 from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.data.store import Dataset
-from plad_dist.errors import RunFailed, UserError
-from plad_dist.evaluation.metrics import Judgement, Key, Output, Preferences, compared_pairs
-from plad_dist.evaluation.statistics import Scores
+from plad_dist.errors import RunFailed, UserError, first_line
+from plad_dist.evaluation.metrics import Judgement, Preferences, compared_pairs
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
+from plad_dist.text_metrics import Key, Output, Scores
 
 _VARIABLES = {"messages", "reference", "first", "second"}
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
@@ -78,8 +78,8 @@ def _reward_scores(
     """Scores of all responses, by one worker that loads the model once. NaN for conversations over the model's length."""
     import ray
 
+    from plad_dist.pairing.answer import Answer
     from plad_dist.pairing.reward import as_model
-    from plad_dist.pairing.scores import Answer
     from plad_dist.sampling.engine_placement import engines_use_gpus
 
     asked = [

@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from plad_dist.config.evaluation import REFERENCE_JUDGES
-from plad_dist.evaluation.statistics import (
-    Scores,
-    bootstrap_mean,
-    by_length,
-    length_controlled,
-    rank_correlations,
-    reliability,
-    wins,
-)
-from plad_dist.evaluation.text import exact_match, repetition, rouge_l, rouge_n
+from plad_dist.evaluation.statistics import bootstrap_mean, by_length, length_controlled, rank_correlations, reliability
 from plad_dist.evaluation.verdict import verdict
+from plad_dist.text_metrics import Key, Output, Scores, exact_match, main_decoding, repetition, rouge_l, rouge_n, wins
 
-Key = tuple[str, str]  # system, decoding
 IntervalJson = dict[str, float]
 
 FIRST, LAST = ("teacher", "warmup", "seqkd"), "plad"  # the order in which systems are shown; rounds in between
 _BIASED = 0.1  # how far from one half a judge may prefer a position
-
-
-@dataclass(frozen=True)
-class Output:
-    """One response. `finished`: it ended with end-of-sequence or a stop string, not at the token limit."""
-
-    text: str
-    num_tokens: int
-    finished: bool
 
 
 @dataclass(frozen=True)
@@ -182,12 +164,6 @@ def compare(
 def compared_pairs(previous: str = "warmup") -> list[tuple[str, str]]:
     """The systems between which judges decide."""
     return [("plad", other) for other in dict.fromkeys(("warmup", "seqkd", previous, "teacher"))]
-
-
-def main_decoding(scores: Collection[Key], temperatures: Mapping[str, float]) -> str:
-    """`sampled` where there is one, else the hottest decoding of the distilled student (or of whoever is there)."""
-    names = [d for s, d in scores if s == "plad"] or [d for _, d in scores]
-    return "sampled" if "sampled" in names else max(names, key=lambda name: temperatures[name])
 
 
 def _rank(system: str) -> tuple[int, int]:

@@ -23,9 +23,10 @@ from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import score_system
 from plad_dist.evaluation.report import with_interval
 from plad_dist.evaluation.stage import candidates_of, evaluated_prompts, evaluated_run, outputs_of, systems_of
-from plad_dist.evaluation.statistics import Interval, Scores, rank_correlations, wins
+from plad_dist.evaluation.statistics import Interval, rank_correlations
 from plad_dist.phases import SEQKD, WARMUP
 from plad_dist.rundir import PLAD
+from plad_dist.text_metrics import Scores, wins
 
 _NORMAL = 1.959964  # 97.5% of the standard normal
 # 97.5% of Student's t with 1, 2, ... degrees

@@ -12,16 +12,17 @@ import pyarrow as pa
 from plad_dist.config import Config, LlmJudge, RewardJudge, fingerprint
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
-from plad_dist.data.prompts import heldout_prompts
+from plad_dist.data.prompts import heldout_prompts, rows_by_block
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.card import render_card
 from plad_dist.evaluation.judges import judge_all, judge_answers, template_text
-from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, Output, compare, main_decoding, score_system
+from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, compare, score_system
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run, read_timings, require_model
-from plad_dist.sampling.stage import rows_by_block, sample_systems
+from plad_dist.sampling.stage import sample_systems
+from plad_dist.text_metrics import Output, main_decoding
 from plad_dist.training.records.collapse import read_watched
 from plad_dist.training.records.metrics_file import read_metrics
 

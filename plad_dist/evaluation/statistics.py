@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Scores = npt.NDArray[np.float64]
+from plad_dist.text_metrics import Scores, wins
 
 _SAME_LENGTH = 0.1  # share of the longer text up to which two lengths are called similar
 _NEWTON_STEPS = 50
@@ -59,11 +58,6 @@ def _interval(value: float, resampled: Scores) -> Interval:
 
 
 # ----------------------------------------------------------------------------------------------------------- win rates
-
-
-def wins(a_P: Scores, b_P: Scores) -> Scores:
-    """1 where a is better, 0.5 for a tie (to 1e-9, as equal F1 may differ by rounding), 0 where b is; NaN stays."""
-    return np.where(np.isclose(a_P, b_P, rtol=0.0, atol=1e-9), 0.5, np.where(np.isnan(a_P - b_P), np.nan, a_P > b_P))
 
 
 def win_rate(scores_a: Scores, scores_b: Scores, resamples: int, seed: int) -> Interval:

@@ -18,13 +18,12 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError, TaskCancelledError
 
 from plad_dist.config import Config
-from plad_dist.data.models import first_line
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Part
-from plad_dist.errors import RunFailed, UserError
+from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.fleet.fleet import Fleet, RunningFleet, Task
 from plad_dist.fleet.metrics import FleetMetrics
-from plad_dist.fleet.output import Output
+from plad_dist.fleet.output import OutputDataset
 from plad_dist.fleet.pool import BlockPool, Lease, Limits
 from plad_dist.fleet.protocol import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError, UnderWay
 from plad_dist.progress import Progress
@@ -62,11 +61,11 @@ def run_fleets(
         UserError: an actor refused to start.
         RunFailed: a block kept failing, too many rows were errors, or there were too few actors for too long.
     """
-    outputs: dict[str, Output] = {}
+    outputs: dict[str, OutputDataset] = {}
     for assignment in (assignment for fleet in fleets for assignment in fleet.assignments):
         job = assignment.job
         if job.output not in outputs and job.dataset(storage).manifest() is None:
-            outputs[job.output] = Output(job, assignment.units, storage)
+            outputs[job.output] = OutputDataset(job, assignment.units, storage)
     driver = _Driver(config, storage, progress, outputs, facts)
     running = [found for fleet in fleets if (found := driver.open(fleet, stage)) is not None]
     if running:
@@ -89,7 +88,7 @@ class _Driver:
         config: Config,
         storage: Storage,
         progress: Progress,
-        outputs: dict[str, Output],
+        outputs: dict[str, OutputDataset],
         facts: Callable[[Sequence[Part]], dict[str, Any]],
     ) -> None:
         self._sampling, self._cluster = config.sampling, config.cluster

@@ -14,7 +14,7 @@ from plad_dist.fleet.protocol import BlockJob, BlockResult
 _EXAMPLES = 3
 
 
-class Output:
+class OutputDataset:
     """One dataset on its way to completion, possibly by several fleets."""
 
     def __init__(self, job: BlockJob, units: Sequence[int], storage: Storage) -> None:

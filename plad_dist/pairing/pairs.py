@@ -15,7 +15,7 @@ from plad_dist.data.schemas import PAIRS
 from plad_dist.data.store import Part
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import RunFailed
-from plad_dist.pairing.scores import Answer, Scorer
+from plad_dist.pairing.answer import Answer, Scorer
 
 _Role = Literal["teacher", "student"]
 

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from plad_dist.config import Model, RewardModel
-from plad_dist.data.models import check_weights, context_length, first_line, load_model_config, resolve_model
+from plad_dist.data.models import check_weights, context_length, load_model_config, resolve_model
 from plad_dist.data.templates import Renderer
-from plad_dist.errors import RunFailed, UserError
-from plad_dist.pairing.scores import Answer
+from plad_dist.errors import RunFailed, UserError, first_line
+from plad_dist.pairing.answer import Answer
 
 _KEY = "pairing.reward_model"
 

@@ -9,27 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
 from plad_dist.config import Pairing
-from plad_dist.data.models import first_line
-from plad_dist.errors import RunFailed, UserError
-from plad_dist.evaluation.text import rouge_l
-
-
-class Answer(TypedDict):
-    """One response with what it answers. `role`: teacher or student."""
-
-    messages: list[dict[str, str]]
-    reference: str | None
-    response: str
-    role: str
-
-
-# A finite number for each answer, None for one that has no score.
-Scorer = Callable[[list[Answer]], list[float | None]]
+from plad_dist.errors import RunFailed, UserError, first_line
+from plad_dist.pairing.answer import Answer, Scorer
+from plad_dist.text_metrics import rouge_l
 
 
 def load_scorer(pairing: Pairing) -> Scorer | None:

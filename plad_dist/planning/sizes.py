@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from plad_dist.config import Lora, Model
-from plad_dist.data.models import first_line, load_model_config, resolve_model, vocabulary_size
-from plad_dist.errors import UserError
+from plad_dist.data.models import load_model_config, resolve_model, vocabulary_size
+from plad_dist.errors import UserError, first_line
 from plad_dist.planning.known_models import KNOWN_MODELS
 from plad_dist.training.model.attention import attention_of
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plad_dist.config import Decoding, Model
-from plad_dist.data.models import first_line, head_size, load_model_config
+from plad_dist.data.models import head_size, load_model_config
 from plad_dist.data.templates import Messages, Renderer
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.engine_placement import spanning
 

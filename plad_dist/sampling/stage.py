@@ -14,8 +14,8 @@ from typing import Any
 
 from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling, Teacher, fingerprint
 from plad_dist.data.models import model_identity, resolve_model
-from plad_dist.data.prompts import heldout_prompts, teacher_blocks, train_prompts
-from plad_dist.data.store import Dataset, Manifest
+from plad_dist.data.prompts import heldout_prompts, rows_by_block, teacher_blocks, train_prompts
+from plad_dist.data.store import Dataset
 from plad_dist.fleet.driver import run_fleets
 from plad_dist.fleet.fleet import Assignment, Fleet
 from plad_dist.fleet.placement import Placement
@@ -265,35 +265,6 @@ def _assignments(config: Config, run: RunDir, speakers: list[_Speaker], wanted: 
         mine = [block for block in blocks_of.get(speaker.name, []) if block < len(rows)]
         assigned[speaker.name] = [Assignment(job, mine, [count * n for count in rows])]
     return assigned
-
-
-def rows_by_block(manifest: Manifest, limit: int | None) -> list[int]:
-    """Prompts of each block that are sampled.
-
-    A limit takes the first prompts of every teacher in proportion to what each has, so it may cut one block of each short.
-    """
-    blocks_of = teacher_blocks(manifest)
-    if limit is None or limit >= manifest.rows:
-        return [part.rows for part in manifest.parts]
-    shares = _shares(limit, [sum(manifest.parts[block].rows for block in blocks) for blocks in blocks_of.values()])
-    rows = [0] * len(manifest.parts)
-    for blocks, left in zip(blocks_of.values(), shares, strict=True):
-        for block in blocks:
-            rows[block] = min(manifest.parts[block].rows, left)
-            left -= rows[block]
-    while rows and not rows[-1]:
-        rows.pop()
-    return rows
-
-
-def _shares(total: int, sizes: list[int]) -> list[int]:
-    """`total` in proportion to the sizes, in whole numbers that add up to it: the largest remainders are rounded up."""
-    exact = [total * size / sum(sizes) for size in sizes]
-    shares = [int(share) for share in exact]
-    order = sorted(range(len(sizes)), key=lambda index: (shares[index] - exact[index], index))
-    for index in order[: total - sum(shares)]:
-        shares[index] += 1
-    return shares
 
 
 # ------------------------------------------------------------------------------------------------------------- fleets

@@ -11,8 +11,8 @@ from plad_dist.config_file import parse_config
 from plad_dist.errors import UserError
 from plad_dist.evaluation import comparison
 from plad_dist.evaluation.comparison import check_output
-from plad_dist.evaluation.metrics import Output
 from plad_dist.rundir import RunDir
+from plad_dist.text_metrics import Output
 from tests.conftest import tiny_config
 
 COMPARISON = json.dumps({"against": "a", "prompts_of_each": {}, "systems": []})

@@ -13,7 +13,8 @@ import pytest
 from plad_dist.config import LlmJudge, Model
 from plad_dist.errors import UserError
 from plad_dist.evaluation.judges import judge_questions, load_template, read_verdicts
-from plad_dist.evaluation.metrics import Candidates, Judgement, Output, compare
+from plad_dist.evaluation.metrics import Candidates, Judgement, compare
+from plad_dist.text_metrics import Output
 
 COUNT = 200
 PROMPTS = [

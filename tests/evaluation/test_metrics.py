@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plad_dist.evaluation.metrics import Output, compare, score_system
+from plad_dist.evaluation.metrics import compare, score_system
 from plad_dist.evaluation.statistics import bootstrap_mean, win_rate
-from plad_dist.evaluation.text import exact_match, repetition, rouge_l
 from plad_dist.evaluation.verdict import verdict
+from plad_dist.text_metrics import Output, exact_match, repetition, rouge_l
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0, "t0.5": 0.5}
 WORDS = [f"w{i}" for i in range(40)]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from plad_dist.evaluation.metrics import Output, score_system
+from plad_dist.evaluation.metrics import score_system
 from plad_dist.evaluation.over_seeds import Finished, _interval, over_seeds, seeds_table
+from plad_dist.text_metrics import Output
 
 
 def finished(references: list[str | None], correlation_gain: list[float], **answers: list[str]) -> Finished:

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from plad_dist.config import Loss
 from plad_dist.evaluation.card import _hub_name
-from plad_dist.evaluation.metrics import Output, compare
+from plad_dist.evaluation.metrics import compare
 from plad_dist.evaluation.report import ReportData, loss_in_words, metrics_table, render_report
+from plad_dist.text_metrics import Output
 from plad_dist.training.records.collapse import Look, Watched
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"

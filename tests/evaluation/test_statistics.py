@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from plad_dist.evaluation.statistics import by_length, length_controlled, rank_correlations, reliability
-from plad_dist.evaluation.text import rouge_n
+from plad_dist.text_metrics import rouge_n
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "dd", "1"]), max_size=12).map(" ".join)
 NAN = float("nan")

@@ -16,9 +16,9 @@ from aiohttp import web
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import heldout_prompts, prepare
 from plad_dist.evaluation.judges import ask_judge, judge_answers
-from plad_dist.evaluation.metrics import Output
 from plad_dist.progress import Progress
 from plad_dist.rundir import open_run
+from plad_dist.text_metrics import Output
 from tests.conftest import tiny_config, write_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]

@@ -24,8 +24,7 @@ from plad_dist.config_file import load_config, parse_config
 from plad_dist.data.storage import Storage
 from plad_dist.devices import GPUS
 from plad_dist.doctor import examine as doctor
-from plad_dist.doctor import node_checks
-from plad_dist.doctor import reach_checks
+from plad_dist.doctor import node_checks, reach_checks
 from plad_dist.doctor.node_checks import GIB, MIB, Finding, Node, Place
 from plad_dist.planning.hardware import Hardware
 from plad_dist.training.model.scratch import train_tokenizer

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from plad_dist.config import Model, Pairing, ScratchModel
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.templates import Renderer
-from plad_dist.evaluation.text import rouge_l
+from plad_dist.pairing.answer import Answer
 from plad_dist.pairing.pairs import PairBuilder, pair_facts
-from plad_dist.pairing.scores import Answer, load_scorer
+from plad_dist.pairing.scores import load_scorer
+from plad_dist.text_metrics import rouge_l
 from plad_dist.training.model.scratch import train_tokenizer
 
 CONTEXT = 64

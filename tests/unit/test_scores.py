@@ -26,11 +26,12 @@ from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.evaluation.text import rouge_l
+from plad_dist.pairing.answer import Answer
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.reward import RewardScorer
-from plad_dist.pairing.scores import Answer, check_scorer, load_scorer, rouge_scores
+from plad_dist.pairing.scores import check_scorer, load_scorer, rouge_scores
 from plad_dist.pairing.worker import PairWorker
+from plad_dist.text_metrics import rouge_l
 from plad_dist.training.model.scratch import train_tokenizer
 
 CHAT = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 from plad_dist.config import Decoding, Watch
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
-from plad_dist.evaluation.metrics import Output
+from plad_dist.text_metrics import Output
 from plad_dist.training.driver.collapse_watch import Questions, figures, judged, out_of
 from plad_dist.training.records.collapse import Look, Watched, read_watched
 

@@ -20,12 +20,10 @@ import numpy as np
 import ray
 
 from plad_dist.config import Config, Decoding, Watch
-from plad_dist.data.models import first_line, model_fingerprint
+from plad_dist.data.models import model_fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.templates import Messages
-from plad_dist.evaluation.metrics import Output, main_decoding
-from plad_dist.evaluation.statistics import wins
-from plad_dist.evaluation.text import repetition, rouge_l
+from plad_dist.errors import first_line
 from plad_dist.fleet.placement import Placement
 from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
@@ -33,6 +31,7 @@ from plad_dist.rundir import PLAD, RunDir, round_of
 from plad_dist.sampling.engine import Engine, RefusedPromptError
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
+from plad_dist.text_metrics import Output, main_decoding, repetition, rouge_l, wins
 from plad_dist.training.checkpoints.scratch_dir import OwnFolder
 from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore
 from plad_dist.training.driver.elastic import free_resources

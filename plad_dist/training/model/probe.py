@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from plad_dist.data.models import first_line
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 from plad_dist.training.batches.packing import collate, plain_pair
 from plad_dist.training.model.attention import Attention
 from plad_dist.training.model.policy import Policy

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from plad_dist.config import ScratchModel, fingerprint
-from plad_dist.data.models import commit_model, first_line, model_fingerprint
+from plad_dist.data.models import commit_model, model_fingerprint
 from plad_dist.data.store import Dataset
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 # Scripts written without spaces, whose characters count as words: Thai, Lao, Burmese, Khmer, Chinese, Japanese.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -78,3 +82,29 @@ def repetition(text: str) -> float:
     if count < 2:
         return 0.0
     return 1.0 - len(set(zip(words, words[1:], words[2:], strict=False))) / count
+
+
+Scores = npt.NDArray[np.float64]
+
+
+def wins(a_P: Scores, b_P: Scores) -> Scores:
+    """1 where a is better, 0.5 for a tie (to 1e-9, as equal F1 may differ by rounding), 0 where b is; NaN stays."""
+    return np.where(np.isclose(a_P, b_P, rtol=0.0, atol=1e-9), 0.5, np.where(np.isnan(a_P - b_P), np.nan, a_P > b_P))
+
+
+Key = tuple[str, str]  # system, decoding
+
+
+@dataclass(frozen=True)
+class Output:
+    """One response. `finished`: it ended with end-of-sequence or a stop string, not at the token limit."""
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+def main_decoding(scores: Collection[Key], temperatures: Mapping[str, float]) -> str:
+    """`sampled` where there is one, else the hottest decoding of the distilled student (or of whoever is there)."""
+    names = [d for s, d in scores if s == "plad"] or [d for _, d in scores]
+    return "sampled" if "sampled" in names else max(names, key=lambda name: temperatures[name])
