@@ -1,17 +1,25 @@
-"""The trainer on one GPU, at the sizes that students have, against a plain padded two-pass step and TRL.
+"""The trainer on one GPU at realistic student sizes, compared with a padded step and with TRL.
 
-Llama-shaped students of 1B, 3B and 7B parameters with random weights and a vocabulary of 32,000, in bfloat16 with gradient
-checkpointing under ZeRO-3; the 7B student with its optimizer and parameters on the host, which one device does not hold. The pairs
-are those of :mod:`benchmarks.training`, in its two shapes, and more of them in a step. Each measurement has a process of its own.
+The students are Llama-shaped, with 1B, 3B and 7B parameters, random weights and a vocabulary of
+32,000. They train in bfloat16 with gradient checkpointing under ZeRO-3. A student that does not fit
+into device memory keeps its optimizer and parameters on the host. The pairs have the two shapes of
+:mod:`benchmarks.training`, with more pairs per step. Each measurement runs in its own process.
 
-- `ours`: a whole worker: packed groups, each prompt computed once, FlexAttention, chunked output layer, health figures;
-- `padded`: the same DeepSpeed engine around the model as transformers has it: every response with its prompt, padded to the longest
-  of a micro-batch of as many pairs as the token budget holds, sorted by length, whole logits, the same loss;
-- `trl`: TRL's CPOTrainer with the same loss, without DeepSpeed, where it is installed and the model fits.
+- `ours`: a complete worker, with packed groups, each prompt computed once, FlexAttention, a chunked
+  output layer and health figures;
+- `padded`: the same DeepSpeed engine around the unmodified transformers model. Every response is
+  computed with its own prompt, so every prompt twice, and all logits are materialised. Pairs are
+  sorted by length. A micro-batch takes as many pairs as the token budget holds, padded to the
+  longest. Same loss;
+- `trl`: TRL's CPOTrainer with the same loss, without DeepSpeed, if TRL is installed.
 
-For every size and shape: pairs and tokens a second, model FLOPs utilisation (6 for each parameter and computed token), peak memory,
-`speedup_vs_padded` and `speedup_vs_trl` (pairs a second). The first two steps of every run are left out. Without a CUDA device it says
-so; `--smoke` runs everything but TRL with a tiny model on the CPU, which shows that it works and no more.
+Figures for every size and shape: pairs and tokens per second, model FLOPs utilisation (6 FLOPs per
+parameter and computed token), peak memory, `speedup_vs_padded` and `speedup_vs_trl` (ratios of
+pairs per second). A system that fails, such as one that runs out of memory, is reported with its
+error. The first two steps of every run are left out.
+
+Without a CUDA device, the benchmark reports that it was skipped. `--smoke` runs everything except
+TRL with a tiny model on the CPU, which only shows that the benchmark works.
 """
 
 from __future__ import annotations
@@ -38,19 +46,19 @@ SIZES = {
     "3b": (3072, 8192, 28, 24, 8),
     "7b": (4096, 11008, 32, 32, 32),
 }
-BYTES = 19  # of a parameter: weights, gradients and optimizer, and room for what a step holds for a while
+BYTES = 19  # per parameter: weights, gradients, optimizer states, and room for a step's temporaries
 WARM, STEPS = 2, 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
     parser.add_argument("--sizes", nargs="+", default=["1b", "3b", "7b"], choices=list(SIZES))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--systems", nargs="+", default=["ours", "padded", "trl"], choices=["ours", "padded", "trl"])
-    parser.add_argument("--pairs", type=int, default=64, help="in a step")
-    parser.add_argument("--tokens", type=int, default=16_384, help="of a micro-batch, ours and padded")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--pairs", type=int, default=64, help="pairs per step")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens per micro-batch")
+    parser.add_argument("--smoke", action="store_true", help="run a tiny model on the CPU")
     parser.add_argument("--one", nargs=3, metavar=("SYSTEM", "SHAPE", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--config", default="zero3", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -64,7 +72,7 @@ def main() -> None:
     import torch
 
     if not arguments.smoke and not torch.cuda.is_available():
-        print(json.dumps({"skipped": "gpu_training needs a CUDA device, and none is visible to torch"}))
+        print(json.dumps({"skipped": "gpu_training: torch sees no CUDA device; run it on a GPU or with --smoke"}))
         return
     if arguments.smoke:
         arguments.sizes, arguments.pairs, arguments.tokens = ["tiny"], 8, 2048
@@ -79,7 +87,7 @@ def main() -> None:
 
 
 def compare(model: str, parameters: int, name: str, shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All systems on one size and shape, each in a process of its own."""
+    """Measure every system on one size and shape, each in its own process."""
     import torch
 
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else parameters * BYTES
@@ -93,7 +101,7 @@ def compare(model: str, parameters: int, name: str, shape: str, arguments: argpa
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            words = [line for line in done.stderr.splitlines() if "Error" in line] or ["without a word"]
+            words = [line for line in done.stderr.splitlines() if "Error" in line] or ["no error message"]
             figures[system] = {"failed": words[-1][:300]}
         else:
             figures[system] = json.loads(done.stdout.splitlines()[-1])
@@ -105,7 +113,7 @@ def compare(model: str, parameters: int, name: str, shape: str, arguments: argpa
 
 
 def make_model(folder: Path, size: str) -> int:
-    """A random Llama with its tokenizer. Returns its number of parameters."""
+    """Write a random Llama with its tokenizer and return its number of parameters."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -125,7 +133,7 @@ def make_model(folder: Path, size: str) -> int:
 
 
 def measure(system: str, model: Path, rows: list[Row], tokens: int, config: str) -> dict[str, Any]:
-    """Figures of one system."""
+    """Return the figures of one system."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -143,7 +151,11 @@ def measure(system: str, model: Path, rows: list[Row], tokens: int, config: str)
 
 
 def _figures(seconds: list[float], computed: int, rows: list[Row]) -> dict[str, Any]:
-    """`computed`: tokens of a step that are not padding."""
+    """Return rates and peak memory.
+
+    Args:
+        computed: tokens of a step, without padding.
+    """
     import torch
 
     took = statistics.median(seconds[WARM:])
@@ -155,7 +167,7 @@ def _figures(seconds: list[float], computed: int, rows: list[Row]) -> dict[str, 
 
 
 def ours(folder: Path, model: Path, rows: list[Row], tokens: int, config: str, device: Any) -> dict[str, Any]:
-    """A whole worker."""
+    """Return the figures of a complete worker."""
     from plad_dist.training.model.deepspeed_config import load_deepspeed
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -171,7 +183,7 @@ def ours(folder: Path, model: Path, rows: list[Row], tokens: int, config: str, d
 
 
 def padded(model: Path, rows: list[Row], tokens: int, config: str, device: Any) -> tuple[list[float], int]:
-    """The plain way: every sequence by itself, padded, whole logits."""
+    """Train separate padded sequences with all logits; return step seconds and computed tokens."""
     import deepspeed
     import torch
     from transformers import AutoModelForCausalLM
@@ -192,7 +204,7 @@ def padded(model: Path, rows: list[Row], tokens: int, config: str, device: Any) 
     engine, *_ = deepspeed.initialize(model=student, config=settings, model_parameters=list(student.parameters()))
     pairs = sorted(rows, key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])))
     batches: list[list[Row]] = [[]]
-    for row in reversed(pairs):  # the longest first: as many as fit beside it
+    for row in reversed(pairs):  # the longest first, with as many others as fit
         if batches[-1] and 2 * (len(batches[-1]) + 1) * _longest(batches[-1]) > tokens:
             batches.append([])
         batches[-1].append(row)
@@ -219,7 +231,7 @@ def _longest(batch: list[Row]) -> int:
 
 
 def _pad(batch: list[Row]) -> tuple[Any, Any, Any]:
-    """Token ids, attention mask, and which tokens are of responses: chosen first, then rejected."""
+    """Return token ids, attention mask and response mask: chosen responses, then rejected ones."""
     import torch
 
     sequences = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in batch]
@@ -234,7 +246,7 @@ def _pad(batch: list[Row]) -> tuple[Any, Any, Any]:
 
 
 def trl(model: Path, rows: list[Row], tokens: int) -> tuple[list[float], int]:
-    """TRL's trainer with micro-batches of the same token budget."""
+    """Run TRL's trainer with the same token budget; return step seconds and computed tokens."""
     longest = _longest(rows)
     micro_batch = max(size for size in (1, 2, 4, 8, 16, 32, 64) if size == 1 or 2 * size * longest <= tokens)
     with tempfile.TemporaryDirectory(prefix="plad-gpu-trl-") as folder:

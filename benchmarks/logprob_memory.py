@@ -1,14 +1,17 @@
-"""Peak memory of the log-prob head, forward and backward, against the plain output layer and, on a GPU, Liger's.
+"""Peak memory of the log-prob head compared with a plain output layer and, on a GPU, with Liger.
 
-T=8,192 predicted tokens, a vocabulary of V=128,256 words, hidden size H=1,024; hidden states and weight have gradients. Each
-way runs in a process of its own; what it had before it begins (inputs, the runtime) is taken off its peak.
+One forward and backward pass over T=8,192 predicted tokens, with a vocabulary of V=128,256 and
+hidden size H=1,024. Hidden states and weight receive gradients. Each implementation runs in its own
+process. Memory in use before the pass (inputs, runtime) is subtracted from the peak.
 
 - `plain`: ``log_softmax(linear(hidden))`` gathered at the targets;
 - `ours`: :class:`~plad_dist.training.model.logprobs.LogprobHead`;
-- `liger`: its fused linear cross entropy, summed over the tokens, where a CUDA device and the package are there.
+- `liger`: Liger's fused linear cross entropy, summed over the tokens. It runs on a CUDA device only
+  and needs `liger_kernel`.
 
-`peak_ratio_vs_plain` is our peak over the plain one, in float32 on a CPU and bfloat16 on a GPU; `max_rel_grad_error` is the largest
-difference of our gradients from a float64 reference, relative to the largest gradient, on a smaller problem (T=512, V=32,000).
+`peak_ratio_vs_plain` is our peak over the plain one, in float32 on a CPU and in bfloat16 on a GPU.
+`max_rel_grad_error` is the largest difference between our gradients and plain float64 gradients,
+relative to the largest gradient, on a smaller problem (T=512, V=32,000).
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ T, V, H = 8_192, 128_256, 1_024
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.way:
@@ -57,7 +60,7 @@ def in_a_process(way: str) -> dict[str, float]:
 
 
 def measure(way: str) -> dict[str, float]:
-    """Peak memory above the inputs, and seconds, of one forward and backward."""
+    """Return the peak memory above the inputs and the seconds of one forward and backward pass."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -67,7 +70,7 @@ def measure(way: str) -> dict[str, float]:
     layer = torch.nn.Linear(H, V, bias=False, device=device, dtype=dtype)
     targets_T = torch.randint(V, (T,), device=device)
     log_probabilities = {"plain": plain, "ours": ours, "liger": liger}[way](layer)
-    if cuda:  # its first kernels are compiled and loaded
+    if cuda:  # compile and load the kernels before the measurement
         log_probabilities(hidden_TH, targets_T).sum().backward()
         hidden_TH.grad = layer.weight.grad = None
         torch.cuda.synchronize()
@@ -102,7 +105,7 @@ def liger(layer: Any) -> Any:
 
 
 class Resident:
-    """The most memory that this process has resident while the block runs, looked at every few milliseconds."""
+    """Peak resident memory of this process while the block runs, sampled every few milliseconds."""
 
     def __enter__(self) -> Resident:
         self.peak, self._ended = self.now(), threading.Event()
@@ -126,7 +129,7 @@ class Resident:
 
 
 def grad_error() -> float:
-    """Largest error of our float32 gradients against plain float64 ones."""
+    """Return the largest error of our float32 gradients relative to plain float64 gradients."""
     import torch
 
     os.environ.setdefault("OMP_NUM_THREADS", "2")

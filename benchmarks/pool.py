@@ -1,12 +1,14 @@
-"""How many leases a second the pool decides, and what share of a core that takes at the size of a large cluster.
+"""Leases per second of the sampling pool, and its share of a core at the size of a large cluster.
 
-The pool alone, without Ray: 1,000 simulated actors do 1,000,000 blocks, four in flight each, with heartbeats every five
-simulated seconds, one actor in a hundred lost on the way, and all leases looked through for deadlines every second. A block
-takes 20 to 100 simulated seconds, as 512 prompts of a 7B model do on one GPU.
+The pool runs alone, without Ray. 1,000 simulated actors process 1,000,000 blocks, with four blocks
+in flight each. Actors send a heartbeat every five simulated seconds, and one actor in a hundred is
+lost during the run. The pool checks the deadlines of all leases every simulated second. A block
+takes 20 to 100 simulated seconds, like 512 prompts of a 7B model on one GPU.
 
-`leases_per_s_1000_actors`: leases given, over the CPU seconds of all decisions. `driver_cpu_share`: CPU seconds of all
-decisions over the simulated duration, that is the share of one core that the decisions would take of a driver at work.
-There is no peer to run beside: the figure is a bound on what the driver could lease, which Ray's own calls are far below.
+`leases_per_s_1000_actors` is the number of leases over the CPU seconds of all decisions.
+`driver_cpu_share` is the CPU seconds of all decisions over the simulated duration: the share of one
+core that the decisions take in a working driver. There is no peer to compare with. The lease rate
+is an upper bound for the driver, far above the rate of Ray's own calls.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ ACTORS, BLOCKS, WINDOW = 1_000, 1_000_000, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
     parser.add_argument("--actors", type=int, default=ACTORS)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     arguments = parser.parse_args()
@@ -32,7 +34,7 @@ def main() -> None:
 
 
 def measure(actors: int, blocks: int) -> dict[str, float]:
-    """Drive the pool through all blocks and measure what its decisions cost."""
+    """Drive the pool through all blocks and return the cost of its decisions."""
     rng = random.Random(0)
     decided = 0.0  # CPU seconds inside the pool
 

@@ -1,8 +1,9 @@
-"""Does it work? The quickstart with three seeds: how much better its student is, with intervals over seeds and prompts.
+"""Quality of the quickstart's student over three seeds, with intervals over seeds and prompts.
 
-Every seed is a run of its own from nothing (models, samples, pairs), in RUNS/seed-<seed>; what is there already is not made again.
-Decoding is the main one (`sampled`), the judge ROUGE-L against the references. `win_rate_vs_seqkd` is against sequence-level KD that
-computed as many tokens from the same teacher's samples: the peer, measured in the same run.
+Each seed is an independent run from scratch (models, samples, pairs) in RUNS/seed-<seed>. Stages
+that are already complete there are not repeated. Outputs use the main decoding (`sampled`); the
+judge is ROUGE-L against the references. `win_rate_vs_seqkd` compares with the peer, sequence-level
+KD, which computes as many tokens from the same teacher's samples in the same run.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ FIGURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--runs", default="runs/quality", help="folder of the runs")
+    parser.add_argument("--json", action="store_true", help="print the JSON object on one line instead of indented")
+    parser.add_argument("--runs", default="runs/quality", help="folder that holds the runs")
     arguments = parser.parse_args()
     started = time.monotonic()
     runs = [_finished(seed, Path(arguments.runs)) for seed in SEEDS]

@@ -1,12 +1,21 @@
-"""How long training takes to go on after a node is killed, comes back, or leaves with notice, and what is lost.
+"""Recovery time and lost steps when a node is killed, joins, or leaves with a preemption notice.
 
-A cluster of a head without work and two nodes on this machine, each in a network namespace with an address of its own; real
-Ray Train, real DeepSpeed ZeRO-3, one worker a node, an elastic group of one to two. One command trains a phase. Then, while it
-trains: every process of a node is killed, a new node joins, a node is lost as a whole (its network first, so that nobody learns
-of it but by its silence), another joins, and a node is told to leave and killed when its time is over. The same phase without any of it gives the losses to compare with. Times are from the blow to the first optimizer
-step that ends after it, by the figures that the run itself writes.
+The cluster on this machine has a head without work and two nodes, each in its own network namespace
+with its own address. It runs real Ray Train and real DeepSpeed ZeRO-3, with one worker per node in
+an elastic group of one to two workers. One command trains a phase. During training:
 
-There is no peer: none changes the size of ZeRO-3 without hand work. Needs root and iproute2.
+1. Every process of a node is killed.
+2. A new node joins.
+3. A node is lost as a whole. Its network goes first, so only its silence reveals the loss.
+4. Another node joins.
+5. A node receives a preemption notice and is killed at the deadline.
+
+An undisturbed run of the same phase gives the expected losses. Times run from the event to the end
+of the first optimizer step of the next attempt at the expected size, according to the metrics that
+the run writes.
+
+There is no peer to compare with: no other system changes the number of ZeRO-3 workers without
+manual work. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -23,16 +32,17 @@ from tests.elastic import Training
 from tests.nodes import Cluster, Node, available
 
 EVERY, NOTICE_S = 10, 40
-# Without anything happening, 1 and 2 workers differ by 1e-3 in losses at 3e-4 after 300 steps: pairs that cross the hinge's edge a
-# step sooner or later make chaos of rounding. At this rate the losses of this phase tell how training went on.
+# At 3e-4, undisturbed runs with 1 and 2 workers differ by 1e-3 in losses after 300 steps: pairs
+# that cross the edge of the hinge a step earlier or later amplify rounding errors chaotically. At
+# this rate, the losses of the phase show whether training resumed correctly.
 RATE = {"optimizer": {"lr": 1e-4}}
-STEPS = {"kill": 35, "grow": 20, "preempt": 30}  # taken before each blow, counted from the one before it
+STEPS = {"kill": 35, "grow": 20, "preempt": 30}  # steps before each event, counted from the previous one
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
-    parser.add_argument("--steps", type=int, default=500, help="steps of the phase")
+    parser.add_argument("--json", action="store_true", help="print the JSON object on one line instead of indented")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps of the phase")
     arguments = parser.parse_args()
     if (why := available()) is not None:
         print(json.dumps({"benchmark": "recovery", "skipped": why}))

@@ -1,23 +1,30 @@
-"""The sampling pool against bare vLLM and against Ray Data LLM, on one model, in one run.
+"""The sampling pool compared with bare vLLM and with Ray Data LLM, on one model in one run.
 
-A Llama of about 30M parameters is made on the spot; 240 of its 16,384 tokens end a response, so that outputs are of mixed
-lengths (at most 128 tokens). All systems get the same prompts of mixed lengths, the same sampling parameters (temperature 1, a
-seed for every sample, the log-probability of the sampled tokens, text) and the same engine arguments:
+The model is a random Llama of about 30M parameters. 240 of its 16,384 tokens end a response, so
+outputs have mixed lengths (at most 128 tokens). All systems get the same prompts of mixed lengths,
+the same engine arguments and the same sampling parameters: temperature 1, a seed per sample, the
+log-probabilities of the sampled tokens, and text.
 
-- `vllm`: `vllm.LLM.generate` over all prompts at once, given as token ids: the engine with nothing around it;
-- `pool`: this project's fleet: one actor with vLLM's async engine, blocks leased by the driver, prompts read from Arrow shards,
-  rendered and tokenized, samples committed as parts, journal and manifest included;
-- `ray_data`: `ray.data.llm.build_processor` with one engine over the same rows as token ids, its batch size times concurrent
-  batches well above the engine's `max_num_seqs`, as its documentation advises.
+- `vllm`: `vllm.LLM.generate` over all prompts at once, given as token ids; the engine alone;
+- `pool`: this project's fleet, with one actor that runs vLLM's async engine. The driver leases the
+  blocks. The actor reads prompts from Arrow parts, renders and tokenizes them, and commits samples
+  as parts. The journal and the manifest are included;
+- `ray_data`: `ray.data.llm.build_processor` with one engine over the same rows as token ids. Batch
+  size times concurrent batches is well above the engine's `max_num_seqs`, as its documentation
+  advises.
 
-What is timed is sampling alone, from an engine that is up to the last sample in the hands of the caller (for the pool: to the
-manifest). Bare vLLM and the pool keep an engine that has done the work once before; the pool does a dataset a round, which its
-actor begins when it is told to. Ray Data starts an engine in every round, and its clock starts when its first request begins
-(told by the times that it reports of its rows, which leaves out what it did before). Systems alternate, one engine at work at a
-time, after a pause in which the one before winds up, in an order that turns round every time: a shared machine's speed changes
-within minutes by more than the systems differ.
-`ratio_vs_vllm` and `ratio_vs_ray_data` are medians over rounds of the ratio of generated tokens a second in the same round;
-`tokens_per_s` is the pool's median.
+The time covers sampling alone: from a running engine to the last sample at the caller (for the
+pool: to the manifest). Bare vLLM and the pool keep an engine that has completed the same work once
+before. The pool samples one dataset per round, which its actor starts on a signal. Ray Data starts
+a new engine every round. Its clock starts with its first request, derived from the times that it
+reports for its rows, so earlier work is left out.
+
+The systems alternate, with one engine at work at a time. A pause lets the previous system finish,
+and the order reverses every round. The speed of a shared machine changes within minutes by more
+than the systems differ.
+
+`ratio_vs_vllm` and `ratio_vs_ray_data` are medians over rounds: each is the ratio of generated
+tokens per second in the same round. `tokens_per_s` is the pool's median.
 """
 
 from __future__ import annotations
@@ -46,7 +53,7 @@ ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "enable_chunked_prefill": False,
-    "enable_prefix_caching": False,  # the same prompts are asked in every round
+    "enable_prefix_caching": False,  # every round samples the same prompts
     "max_num_batched_tokens": 16_384,
     "kv_cache_memory_bytes": 1 << 30,
     "max_model_len": 512,
@@ -67,16 +74,16 @@ SEED, ROUND, PAUSE_S = 1, 0, 15.0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--without", action="append", default=[], choices=["vllm", "ray_data"], help="leave a peer out")
+    parser.add_argument("--without", action="append", default=[], choices=["vllm", "ray_data"], help="leave out a peer")
     arguments = parser.parse_args()
     os.environ |= {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_worker_niceness": "0",  # Ray's workers are nice by default: all systems run at the same priority
+        "RAY_worker_niceness": "0",  # all systems at one priority; Ray's workers are nice by default
     }
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import ray
@@ -88,7 +95,7 @@ def main() -> None:
 
 
 def measure(folder: Path, rounds: int, count: int, without: set[str]) -> dict[str, Any]:
-    """Alternate the systems and compare their rates round by round."""
+    """Alternate the systems and return their rates, compared round by round."""
     texts = corpus(count)
     model = make_model(folder / "model", texts)
     work = Work(folder, model, texts)
@@ -119,11 +126,11 @@ def measure(folder: Path, rounds: int, count: int, without: set[str]) -> dict[st
     return figures | {"prompts": count, "rounds": rounds, "parameters": work.parameters}
 
 
-# ------------------------------------------------------------------------------------------------- the model and its work
+# --- model and work
 
 
 def corpus(count: int) -> list[str]:
-    """Prompts of mixed lengths: lines of the standard library's sources."""
+    """Return prompts of mixed lengths, built from source lines of the standard library."""
     rng = random.Random(0)
     lines = [
         line.strip()
@@ -135,7 +142,7 @@ def corpus(count: int) -> list[str]:
 
 
 def make_model(folder: Path, texts: list[str]) -> Path:
-    """A random Llama; many of its tokens end a response."""
+    """Write a random Llama, many of whose tokens end a response, and return its folder."""
     from transformers import GenerationConfig
 
     from plad_dist.config import ScratchModel
@@ -152,7 +159,7 @@ def make_model(folder: Path, texts: list[str]) -> Path:
 
 
 class Work:
-    """What all systems are asked."""
+    """Model, prompts and sampling parameters that all systems share."""
 
     def __init__(self, folder: Path, model: Path, texts: list[str]) -> None:
         import pyarrow as pa
@@ -188,11 +195,11 @@ class Work:
         return {"temperature": 1.0, "max_tokens": MAX_TOKENS, "seed": self.seeds[row], "logprobs": 0}
 
 
-# ------------------------------------------------------------------------------------------------------- the three systems
+# --- the three systems
 
 
 def bare(work: Work) -> Callable[[], tuple[int, float]]:
-    """vLLM by itself, all prompts at once."""
+    """Return a function that samples all prompts at once with vLLM alone, after a warm-up."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(work.model), disable_log_stats=True, **ENGINE)
@@ -205,12 +212,12 @@ def bare(work: Work) -> Callable[[], tuple[int, float]]:
         seconds = time.perf_counter() - begun
         return sum(len(output.outputs[0].token_ids) for output in outputs), seconds
 
-    ask()  # warm
+    ask()  # warm-up
     return ask
 
 
 class Pool:
-    """This project's fleet with one actor, which is up before the first clock starts and works through one dataset a call."""
+    """This project's fleet with one running actor, which samples one dataset per call."""
 
     def __init__(self, work: Work, runs: int) -> None:
         from plad_dist.config_file import parse_config
@@ -224,7 +231,7 @@ class Pool:
         from plad_dist.sampling.job import SamplingJob
 
         class Gated(Sampler):
-            """Begins a dataset when it is told to."""
+            """Sampler that starts a dataset only after its release."""
 
             async def work(self, job: SamplingJob, block: int, attempt: str, hints: Hints) -> BlockResult:
                 while not gate(work, job.output).exists():
@@ -257,17 +264,17 @@ class Pool:
         drive = partial(run_fleets, config, work.storage, [fleet], Progress(every_s=1e9))
         self.driver = threading.Thread(target=drive, daemon=True)
         self.driver.start()
-        self()  # warm
+        self()  # warm-up
 
     def __call__(self) -> tuple[int, float]:
-        """Sample the next dataset: from its release to its manifest."""
+        """Sample the next dataset; the time runs from its release to its manifest."""
         job, self.begun = self.jobs[self.begun], self.begun + 1
         folder = self.work.folder / "run" / job.output
         begun = time.time()
         gate(self.work, job.output).touch()
         while not (folder / "manifest.json").exists():
             if not self.driver.is_alive() and not (folder / "manifest.json").exists():
-                raise SystemExit("the fleet has ended before its work")
+                raise SystemExit("pool: the fleet ended before the dataset was complete; see the error above")
             time.sleep(0.1)
         manifest = job.dataset(self.work.storage).require("sample")
         assert manifest.rows == len(self.work.ids)
@@ -276,12 +283,12 @@ class Pool:
 
 
 def gate(work: Work, output: str) -> Path:
-    """The file whose presence releases a dataset."""
+    """Return the path of the file that releases a dataset."""
     return work.folder / f"{Path(output).name}.go"
 
 
 def ray_data(work: Work) -> tuple[int, float]:
-    """Ray Data LLM with one engine, from the start of its first request to its last row."""
+    """Sample with Ray Data LLM and one engine; time from the first request to the last row."""
     import ray
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -289,7 +296,7 @@ def ray_data(work: Work) -> tuple[int, float]:
     processor = build_processor(
         vLLMEngineProcessorConfig(
             model_source=str(work.model),
-            engine_kwargs=dict(ENGINE),  # it adds to them
+            engine_kwargs=dict(ENGINE),  # a copy, because the processor adds to it
             batch_size=64,
             max_concurrent_batches=8,
             concurrency=1,
@@ -297,7 +304,7 @@ def ray_data(work: Work) -> tuple[int, float]:
             tokenize_stage=False,
             detokenize_stage=False,
             log_engine_metrics=False,
-            placement_group_config={"bundles": [{"CPU": 1}]},  # or it waits for a GPU
+            placement_group_config={"bundles": [{"CPU": 1}]},  # the default waits for a GPU
             runtime_env={
                 "env_vars": {name: os.environ[name] for name in ("VLLM_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS")}
             },

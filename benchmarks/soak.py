@@ -1,18 +1,34 @@
-"""A whole pipeline that is disturbed at random for as long as you like: what was lost, done twice, or hung in the end.
+"""Soak test: a whole pipeline under random faults, checked for lost or repeated work.
 
-A cluster of a head without work and two nodes on this machine, each in a network namespace; real vLLM, Ray Train and DeepSpeed. One
-command after the other distils a tiny student from a tiny teacher, each in a run directory of its own. While it samples, engines,
-nodes and the driver are killed; while it trains, workers, nodes and the driver are killed, workers freeze, and nodes leave with
-notice. Sampling is hit in the first third of the time alone, or a run would seldom come to training. What is hit and when follows from
-the seed. A node that is gone is replaced, a driver that is gone is started again. When the
-time is over the last run ends in peace, and every run is checked: each prompt has each of its samples once, every step was
-trained, nothing that was committed is damaged. The phase that was disturbed most is trained once more in peace from the same pairs.
+The cluster on this machine has a head without work and two nodes, each in its own network
+namespace. It runs real vLLM, Ray Train and DeepSpeed. Successive commands distil a tiny student
+from a tiny teacher, each in its own run directory.
 
-`lost`: samples or steps that are missing, and whatever `plad verify` finds. `duplicated`: samples that are there twice, steps that one
-attempt took twice. `steps_taken_again`: those that an attempt took and a later one again. `recoveries`: blows after which more got
-done than had been a few seconds after them. `hung`: times that nothing got on for five minutes; `failed`: commands that ended with an
-error. Either ends the soak, with exit code 1. `max_rel_loss_diff`: between the disturbed phase and the one in peace.
-Needs root and iproute2.
+- During sampling, engines, nodes and the driver are killed.
+- During training, workers, nodes and the driver are killed, workers freeze, and nodes leave with a
+  preemption notice.
+- Sampling has faults only in the first third of the time; otherwise a run would rarely reach
+  training.
+
+The seed determines the kind and time of the faults. A lost node is replaced, and a lost driver is
+restarted. After the given time, the last run ends without further faults. Then every run is
+checked: each prompt has each of its samples exactly once, every step was trained, and no committed
+data is damaged. The phase with the most attempts is trained once more without faults, from the same
+pairs.
+
+Figures:
+
+- `lost`: missing samples or steps, and problems that `plad verify` finds;
+- `duplicated`: samples that exist twice, and steps that one attempt took twice;
+- `steps_taken_again`: steps that a later attempt repeated;
+- `recoveries`: faults after which the run made progress beyond the state five seconds after the
+  fault;
+- `hung`: periods of five minutes without progress;
+- `failed`: commands that ended with an error;
+- `max_rel_loss_diff`: largest relative loss difference between the disturbed phase and its
+  repetition.
+
+A hung or failed command ends the soak with exit code 1. Needs root and iproute2.
 """
 
 from __future__ import annotations
@@ -43,14 +59,14 @@ from tests.nodes import Cluster, Node, available
 from tests.tiny import sampling_config
 
 PROMPTS, STEPS, EVERY = 600, 150, 10
-PAUSE_S = (10.0, 40.0)  # between a blow and the next, while something gets on
+PAUSE_S = (10.0, 40.0)  # between two faults
 HUNG_S = 300.0
-_SETTLE_S = 5.0  # after a blow, in which what was under way may still end
+_SETTLE_S = 5.0  # after a fault, for work in flight to end
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -74,7 +90,7 @@ def main() -> None:
 
 
 class Broken(Exception):
-    """What ends a soak: a command that hung or failed."""
+    """Raised when a command hung or failed, which ends the soak."""
 
     def __init__(self, kind: str, log: Path) -> None:
         super().__init__(f"{kind}: {log.read_text()[-4000:]}")
@@ -82,20 +98,20 @@ class Broken(Exception):
 
 
 class Soak:
-    """The cluster, the runs, and who hits them."""
+    """The cluster, its runs and the faults injected into them."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._random = folder, random.Random(seed)
         self.cluster = Cluster(folder)
         self._nodes = [self.cluster.add(cpus=2), self.cluster.add(cpus=2)]
-        self._runs: list[RunDir] = []  # that have ended
+        self._runs: list[RunDir] = []  # finished runs
         self._faults: Counter[str] = Counter()
         self._spare_samplers_from = 0.0
         self._recoveries = 0
         self._command: subprocess.Popen[bytes] | None = None
 
     def disturb(self, seconds: float) -> None:
-        """Run after run, hit at random until the time is over; the last one ends in peace."""
+        """Run commands under random faults until the time is over; the last ends undisturbed."""
         begun = time.monotonic()
         until, self._spare_samplers_from = begun + seconds, begun + seconds / 3
         while time.monotonic() < until:
@@ -105,7 +121,11 @@ class Soak:
             self._runs.append(self._run)
 
     def compare(self) -> float:
-        """Train the phase that had the most attempts once more, in peace. Returns the largest relative difference of losses."""
+        """Train the phase with the most attempts again without faults.
+
+        Returns:
+            Largest relative difference of the losses.
+        """
         disturbed = max(self._runs, key=lambda run: max(row["attempt"] for row in _all_steps(run)))
         again = self._folder / "again"
         again.mkdir()
@@ -136,7 +156,7 @@ class Soak:
             **counts,
         }
 
-    # -- a run
+    # --- one run
 
     def _begin(self, folder: Path) -> None:
         folder.mkdir()
@@ -161,7 +181,7 @@ class Soak:
         self._command = self.cluster.run("run", str(self._config), log=self._config.with_name("log"))
 
     def _see_through(self, until: float) -> None:
-        """Watch a run to its end and hit it until the time is over."""
+        """Follow a run to its end and inject faults until the time is over."""
         assert self._command is not None
         done, moved, hit = self._progress(), time.monotonic(), False
         next_blow = time.monotonic() + self._random.uniform(*PAUSE_S)
@@ -183,14 +203,14 @@ class Soak:
             raise Broken("failed", self._config.with_name("log"))
 
     def _progress(self) -> tuple[int, int]:
-        """Parts that are committed, and the highest step that was taken: what is done again is no progress."""
+        """Return the committed parts and the highest step; repeated steps are no progress."""
         parts = sum(1 for _ in self._run.root.glob("**/part-*.arrow"))
         return parts, max((row["step"] for row in _all_steps(self._run)), default=0)
 
-    # -- blows
+    # --- faults
 
     def _blow(self) -> bool:
-        """Hit something that is there. False where there is nothing to hit now."""
+        """Inject a fault. Return False if it has no target at the moment."""
         trains = bool(self._workers())
         kinds = ["driver", "node"] + (["worker", "freeze", "leave"] if trains else ["engine"])
         kind = self._random.choice(kinds)
@@ -244,7 +264,7 @@ class Soak:
 
 
 def _wrong_with(run: RunDir) -> Counter[str]:
-    """What is missing and what is there twice in a finished run."""
+    """Count lost, duplicated and repeated items in a finished run."""
     found: Counter[str] = Counter()
     prompts = set(train_prompts(run.storage).read(["prompt_id"])["prompt_id"].to_pylist())
     for role in ("teacher", "student"):
@@ -261,11 +281,11 @@ def _wrong_with(run: RunDir) -> Counter[str]:
 
 
 def _all_steps(run: RunDir) -> list[dict[str, Any]]:
-    """Figures of all steps of all attempts, those that were taken again too."""
+    """Return the metrics of all steps of all attempts, including repeated steps."""
     path = run.root / "events/round-0/metrics.jsonl"
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):  # half written by a process that was killed
+        with contextlib.suppress(ValueError):  # a killed process may leave a partial line
             rows.append(json.loads(line))
     return [row for row in rows if "loss" in row]
 

@@ -1,14 +1,17 @@
-"""What the shard store costs: commits, going on with 100,000 parts, and reading against plain pyarrow.
+"""Costs of the shard store: commits, a resume with 100,000 parts, and reads against pyarrow.
 
-- `commit_parts_per_s`: parts of 512 samples each committed by one writer with four threads: encoding, checksum and
-  put-if-absent on the local file system, synced to the disk.
-- `resume_seconds_100k_parts`: a dataset of 100,000 committed parts without a manifest, as a killed driver leaves it: with its
-  journal, but for the last 500 parts, which is what 1,000 engines at a part a minute each commit in the 30 seconds between
-  two writes of the journal. Those are parts of 512 samples, since they are read; the others, which are not, are small. The time
-  is that in which a new process knows what is committed, has read what the journal lacks and has written the manifest.
-- `read_gb_per_s`, `read_ratio_vs_pyarrow`: the same parts read through the store, with checksums verified, and memory-mapped by
-  plain pyarrow, alternated. Both readers touch every byte of every column once, as a consumer does (sums of the numbers and of
-  the bytes of the texts): a memory map that nobody looks at reads nothing. The ratio is store over pyarrow, of medians.
+- `commit_parts_per_s`: one writer with four threads commits parts of 512 samples each: encoding,
+  checksum and put-if-absent on the local file system, synced to disk.
+- `resume_seconds_100k_parts`: a resume from a dataset of 100,000 committed parts without a
+  manifest, as a killed driver leaves it. The journal lacks the last 500 parts. This is what 1,000
+  engines at one part per minute each commit in the 30 seconds between two writes of the journal.
+  These parts hold 512 samples, because the resume reads them; the other parts are small, because it
+  does not. The time covers a new process that finds the committed parts, reads those that the
+  journal lacks, and writes the manifest.
+- `read_gb_per_s`, `read_ratio_vs_pyarrow`: the same parts read through the store, with verified
+  checksums, and memory-mapped by plain pyarrow, in alternation. Both readers touch every byte of
+  every column once, as a consumer does (by a sum over all buffers), because an untouched memory map
+  reads nothing. The ratio is the speed of the store over that of pyarrow, from median times.
 """
 
 from __future__ import annotations
@@ -35,13 +38,13 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Journal, part_name
 
 FINGERPRINT = "benchmark"
-UNKNOWN = 500  # parts that the journal lacks
+UNKNOWN = 500  # parts missing from the journal
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
-    parser.add_argument("--parts", type=int, default=100_000, help="parts of the resume")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
+    parser.add_argument("--parts", type=int, default=100_000, help="committed parts in the resume")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--resume", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -60,7 +63,7 @@ def main() -> None:
 
 
 def commit_and_read(folder: Path, repeats: int, parts: int = 400) -> dict[str, float]:
-    """Rates of writing and of reading parts of 512 samples."""
+    """Return the rates of writing and reading parts of 512 samples."""
     data = Dataset(Storage(str(folder)), "samples", SAMPLES)
     tables = [samples(seed) for seed in range(8)]
     begun = time.perf_counter()
@@ -81,7 +84,7 @@ def commit_and_read(folder: Path, repeats: int, parts: int = 400) -> dict[str, f
             assert total > 0
     medians = {
         name: statistics.median(values[1:]) for name, values in seconds.items()
-    }  # the first warms the page cache
+    }  # the first round warms the page cache
     return {
         "commit_parts_per_s": round(commit_rate, 1),
         "read_gb_per_s": round(size / medians["store"] / 1e9, 3),
@@ -102,7 +105,7 @@ def plain(files: list[str]) -> Iterator[pa.Table]:
 
 
 def consume(table: pa.Table) -> int:
-    """Touch every byte of every buffer."""
+    """Sum every byte of every buffer."""
     total = 0
     for column in table.columns:
         for chunk in column.chunks:
@@ -113,7 +116,7 @@ def consume(table: pa.Table) -> int:
 
 
 def samples(seed: int, rows: int = 512) -> pa.Table:
-    """Samples of about 200 tokens each."""
+    """Return samples of about 200 tokens each."""
     rng = random.Random(seed)
     lengths = [rng.randint(20, 400) for _ in range(rows)]
     ids = [[rng.randrange(128_000) for _ in range(length)] for length in lengths]
@@ -139,7 +142,7 @@ def samples(seed: int, rows: int = 512) -> pa.Table:
 
 
 def resume_seconds(folder: Path, parts: int) -> float:
-    """Leave many parts as a driver that is killed does, and go on in a new process."""
+    """Leave parts as a killed driver does, resume in a new process and return its seconds."""
     data = Dataset(Storage(str(folder)), "many", SAMPLES)
     journal = Journal(data, FINGERPRINT)
     tables = [samples(seed) for seed in range(4)]
@@ -147,7 +150,7 @@ def resume_seconds(folder: Path, parts: int) -> float:
     small, _ = data.commit(0, tables[0].slice(0, 1), fingerprint=FINGERPRINT, attempt="a", counts=counts)
     journal.add(small)
     first = (folder / "many" / small.name).read_bytes()
-    for block in range(1, parts - UNKNOWN):  # not through the store: to sync each one is not what is measured
+    for block in range(1, parts - UNKNOWN):  # bypasses the store: syncs are not measured here
         (folder / "many" / part_name(block)).write_bytes(first)
         journal.add(replace(small, name=part_name(block)))
     journal.flush()
@@ -158,7 +161,7 @@ def resume_seconds(folder: Path, parts: int) -> float:
 
 
 def resume(folder: Path, parts: int) -> float:
-    """Seconds until a new driver has the manifest."""
+    """Return the seconds until a new driver has written the manifest."""
     data = Dataset(Storage(str(folder)), "many", SAMPLES)
     begun = time.perf_counter()
     found = data.go_on(FINGERPRINT)

@@ -1,18 +1,23 @@
-"""The trainer against TRL's CPOTrainer: the same hinge on the same pairs, from the same weights, in one process.
+"""The trainer compared with TRL's CPOTrainer: same hinge, pairs and weights, in one process.
 
-TRL's `CPOConfig(loss_type="hinge", beta=1/margin, cpo_alpha=0)` is the loss `rank` without anchor, up to the factor `margin`. Both
-train a random Llama of about 25M parameters with a vocabulary of 32,000 in float32 with AdamW, the same global batch, threads and
-gradient clipping; ours is a whole worker (DeepSpeed ZeRO-3 at one rank, health figures included), TRL's a whole `train()` without
-evaluation and checkpoints. Gradient checkpointing, which TRL turns on by default, is off on both sides. TRL gets the micro-batch
-that it is fastest with of those that fit (`--trl-micro-batch`), ours its token budget. The margin is so wide that no pair is
-satisfied, so that nothing is skipped. The global batch is the same pairs in every step, so that losses can be compared step by step.
+TRL's `CPOConfig(loss_type="hinge", beta=1/margin, cpo_alpha=0)` is the loss `rank` without anchor,
+up to the factor `margin`. Both trainers use a random Llama of about 25M parameters with a
+vocabulary of 32,000, float32, AdamW, and the same global batch, threads and gradient clipping. Ours
+is a complete worker (DeepSpeed ZeRO-3 with one rank, health figures included). TRL's is a complete
+`train()` without evaluation and checkpoints. Gradient checkpointing, which TRL enables by default,
+is off for both. TRL uses the fastest micro-batch that fits (`--trl-micro-batch`); ours uses its
+token budget. The margin is so wide that no pair is satisfied, so no work is skipped. Every step
+trains on the same pairs, so losses can be compared step by step.
 
-Two shapes: `tldr` (prompts of about 380 tokens, responses of about 45) and `hh` (about 190 and 130), lengths varied. For each:
+Two shapes, with varied lengths: `tldr` (prompts of about 380 tokens, responses of about 45) and
+`hh` (about 190 and 130). Figures for each shape:
 
-- `speedup_vs_trl`: pairs a second of whole optimizer steps, ours over TRL's, the median over rounds that alternate the two; the
-  first step of every run is left out;
-- `max_rel_logprob_error`: sequence log-likelihoods of our packed rows against a plain float64 forward of each sequence by itself;
-- `loss_rel_diff_vs_trl`: the largest relative difference of the losses of a step, margin times TRL's.
+- `speedup_vs_trl`: pairs per second over whole optimizer steps, ours over TRL's. It is the median
+  over rounds that alternate the two trainers, without the first step of every run;
+- `max_rel_logprob_error`: error of the sequence log-likelihoods of our packed rows, relative to a
+  plain float64 forward of each separate sequence;
+- `loss_rel_diff_vs_trl`: largest relative difference between our loss of a step and margin times
+  TRL's.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ ARCHITECTURE = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
 }
-# mean and spread of the tokens of prompts and of responses
+# mean and standard deviation of the tokens of prompts, then of responses
 SHAPES = {"tldr": (380, 90, 45, 15), "hh": (190, 80, 130, 60)}
 LR, BETAS, EPS = 1e-6, (0.9, 0.999), 1e-8
 THREADS = os.cpu_count() or 1
@@ -54,7 +59,7 @@ Row = dict[str, list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="the last line is the JSON object in any case")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always the JSON object")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=4096, help="our micro-batch, in tokens")
@@ -80,7 +85,7 @@ def main() -> None:
 def measure(
     folder: Path, model: Path, shape: str, rounds: int, tokens: int, trl_micro_batch: int
 ) -> dict[str, float | int]:
-    """Alternate the two trainers on one shape."""
+    """Alternate the two trainers on one shape and return the figures."""
     rows = make_pairs(shape)
     systems: dict[str, Callable[[int], tuple[list[float], list[float]]]] = {
         "ours": lambda number: ours(folder / f"run-{number}", model, rows, tokens),
@@ -108,11 +113,11 @@ def measure(
     }
 
 
-# ------------------------------------------------------------------------------------------------------ model and pairs
+# --- model and pairs
 
 
 def make_model(folder: Path) -> Path:
-    """A random Llama with its tokenizer."""
+    """Write a random Llama with its tokenizer and return its folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -132,7 +137,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer whose words are its tokens."""
+    """Return a tokenizer with one token per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -144,12 +149,15 @@ def make_tokenizer() -> Any:
 
 
 def word(token: int) -> str:
-    """`w17` is token 17. Special tokens are found within words too, so they look like none."""
+    """Return the word of a token, `w17` for 17.
+
+    Special tokens have another form, because the tokenizer also finds them inside words.
+    """
     return f"<{token}>" if token in (0, EOS) else f"w{token}"
 
 
 def make_pairs(shape: str, count: int = PAIRS) -> list[Row]:
-    """Random tokens in the lengths of a task."""
+    """Return pairs of random tokens with the lengths of a shape."""
     rng = random.Random(1)
     prompt, prompt_spread, response, response_spread = SHAPES[shape]
 
@@ -167,7 +175,7 @@ def make_pairs(shape: str, count: int = PAIRS) -> list[Row]:
 
 
 def start_one_rank(backend: str = "gloo") -> None:
-    """A process group of this process alone, as a worker has it."""
+    """Initialise a process group with this process as its only rank, as in a worker."""
     import torch.distributed as dist
 
     with socket.socket() as probe:
@@ -176,15 +184,15 @@ def start_one_rank(backend: str = "gloo") -> None:
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
 
 
-# ------------------------------------------------------------------------------------------------------ the two trainers
+# --- the two trainers
 
 
 def ours(folder: Path, model: Path, rows: list[Row], tokens: int) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the steps of a worker."""
+    """Run a worker; return the seconds and losses of its steps."""
     import torch
 
     torch.set_num_threads(THREADS)
-    os.environ |= RANK  # for DeepSpeed; TRL would take it for a launcher and wrap its model
+    os.environ |= RANK  # for DeepSpeed only: TRL would assume a launcher and wrap its model
     seconds, records = run_worker(worker_job(folder, model, rows, tokens, STEPS + 1), torch.device("cpu"))
     for name in RANK:
         del os.environ[name]
@@ -192,7 +200,11 @@ def ours(folder: Path, model: Path, rows: list[Row], tokens: int) -> tuple[list[
 
 
 def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: int, **changes: Any) -> PhaseJob:
-    """A phase whose steps all take all pairs. `changes`: fields of the job in the place of those for one CPU."""
+    """Return a phase in which every step takes all pairs.
+
+    Args:
+        changes: job fields that replace the values for one CPU.
+    """
     from plad_dist.config import Loss, Model, Optimizer, Phase
     from plad_dist.data.schemas import PAIRS as SCHEMA
     from plad_dist.data.storage import Storage
@@ -218,7 +230,7 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
 
 
 def run_worker(job: PhaseJob, device: Any) -> tuple[list[float], list[dict[str, Any]]]:
-    """Seconds of each step of a worker, and what it logged of it."""
+    """Return the seconds and the logged record of each step of a worker."""
     from plad_dist.training.records.metrics_file import read_metrics
     from plad_dist.training.worker.loop import Worker
 
@@ -258,7 +270,11 @@ def trl(
     *,
     gradient_checkpointing: bool = False,
 ) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the steps of TRL's trainer, its losses times the margin: bfloat16 on a GPU, float32 on a CPU."""
+    """Run TRL's trainer, in bfloat16 on a GPU and in float32 on a CPU.
+
+    Returns:
+        The seconds of its steps, and its losses times the margin.
+    """
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
@@ -278,7 +294,7 @@ def trl(
             if "loss" in logs:
                 self.losses.append(MARGIN * float(logs["loss"]))
 
-    # Answers begin with a space, which keeps their first word apart from the prompt's last.
+    # Responses begin with a space to separate their first word from the prompt's last word.
     texts = [
         {side: (" " if side != "prompt" else "") + " ".join(map(word, tokens)) for side, tokens in row.items()}
         for row in rows
@@ -304,11 +320,14 @@ def trl(
     return clock.seconds, clock.losses
 
 
-# ----------------------------------------------------------------------------------------------------------- exactness
+# --- exactness
 
 
 def logprob_error(model: Path, rows: list[Row]) -> float:
-    """Our packed log-likelihoods against each sequence by itself in float64."""
+    """Return the largest error of our packed log-likelihoods.
+
+    The error is relative to a float64 forward of each separate sequence.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -13,11 +13,11 @@ import jinja2
 import numpy as np
 
 from plad_dist.config import Config, PythonFunctionsSource
-from plad_dist.data.harvest import harvest
 from plad_dist.data.hashset import HashSet
 from plad_dist.data.lengths import Lengths
 from plad_dist.data.sources import JINJA, JINJA_ERRORS, Prompt, make_prompt, read_prompts
 from plad_dist.errors import UserError
+from plad_dist.harvest.python_functions import harvest
 
 TRAIN, HELDOUT = "train", "heldout"
 _BATCH = 512  # rows that are looked up and tokenized at a time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import multiprocessing
 import random
@@ -13,10 +14,13 @@ import pytest
 
 from plad_dist.config import PythonFunctionsSource
 from plad_dist.config_file import parse_config
-from plad_dist.data import harvest as module
-from plad_dist.data.harvest import NamedFunction, NearDuplicates, describe, function_name, harvest
 from plad_dist.data.selection import Selection
 from plad_dist.errors import UserError
+from plad_dist.harvest import python_functions as module
+from plad_dist.harvest.cache import read_cache
+from plad_dist.harvest.descriptions import STOP_WORDS, NearDuplicates, describe, function_name
+from plad_dist.harvest.parsing import MAX_FILE_BYTES, NamedFunction
+from plad_dist.harvest.python_functions import harvest
 from tests.conftest import tiny_config
 
 VERBS = ["read", "write", "count", "remove", "merge", "sort", "check", "encode", "split", "rename"]
@@ -191,7 +195,7 @@ def test_near_duplicates_are_found_exactly() -> None:
         words = set(description.split())
         return any(
             len(words & set(other.split())) >= 0.8 * len(words | set(other.split()))
-            or words - module.STOP_WORDS == set(other.split()) - module.STOP_WORDS
+            or words - STOP_WORDS == set(other.split()) - STOP_WORDS
             for other in held
         )
 
@@ -240,7 +244,7 @@ def test_unfit_files_and_test_folders_are_passed_over(root: Path, tmp_path: Path
     good = 'def unwanted_thing():\n    """Be of no use at all."""\n'
     add(root, "second/broken.py", good + "def (:\n")
     add(root, "second/binary.py", good.encode() + b"# \xff\0")
-    add(root, "second/large.py", good + "#" * module.MAX_FILE_BYTES)
+    add(root, "second/large.py", good + "#" * MAX_FILE_BYTES)
     add(root, "second/deep.py", good + "x = " + "(" * 5000 + ")" * 5000)
     (root / "second/dangling.py").symlink_to(tmp_path / "nowhere")
     for folder in ("test", "second/tests", "second/testing", "second/__pycache__", "second-1.0.dist-info"):
@@ -309,10 +313,10 @@ def test_a_damaged_cache_is_rebuilt(root: Path, tmp_path: Path, damage: str) -> 
         case "text":
             cache.write_bytes(b"no gzip")
         case "rows":
-            with module.gzip.open(cache, "wt") as file:
+            with gzip.open(cache, "wt") as file:
                 file.write('["1", 2]\n["a", "b"]\n')
     assert harvest(source(), 1, tmp_path) == once
-    assert module._read_cache(cache) is not None
+    assert read_cache(cache) is not None
     assert list(tmp_path.glob("*.gz")) == [cache]
 
 

@@ -172,7 +172,7 @@ class Worker:
         """Open the groups, and for losses that compare with the starting student make its log-likelihoods first."""
         job = self.job
         data, heldout = job.data, job.heldout
-        if job.phase.loss.needs_references:
+        if job.phase.loss.needs_initial_logps:
             with agreed():
                 data = write_references(data, job, self.engine, self.device)
                 heldout = write_references(heldout, job, self.engine, self.device) if heldout else None
