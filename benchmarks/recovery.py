@@ -1,8 +1,8 @@
 """Recovery time and lost steps when a node is killed, joins, or leaves with a preemption notice.
 
-The cluster on this machine has a head without work and two nodes, each in its own network namespace
-with its own address. It runs real Ray Train and real DeepSpeed ZeRO-3, with one worker per node in
-an elastic group of one to two workers. One command trains a phase. During training:
+The cluster on this machine has a head that takes no work and two nodes, each in its own network
+namespace with its own address. It runs real Ray Train and real DeepSpeed ZeRO-3, with one worker
+per node in an elastic group of one to two workers. One command trains a phase. During training:
 
 1. Every process of a node is killed.
 2. A new node joins.

@@ -23,8 +23,8 @@ The systems alternate, with one engine at work at a time. A pause lets the previ
 and the order reverses every round. The speed of a shared machine changes within minutes by more
 than the systems differ.
 
-`ratio_vs_vllm` and `ratio_vs_ray_data` are medians over rounds: each is the ratio of generated
-tokens per second in the same round. `tokens_per_s` is the pool's median.
+`ratio_vs_vllm` and `ratio_vs_ray_data` compare the generated tokens per second within a round. Both
+are medians over rounds. `tokens_per_s` is the pool's median.
 """
 
 from __future__ import annotations

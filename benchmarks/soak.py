@@ -1,6 +1,6 @@
 """Soak test: a whole pipeline under random faults, checked for lost or repeated work.
 
-The cluster on this machine has a head without work and two nodes, each in its own network
+The cluster on this machine has a head that takes no work and two nodes, each in its own network
 namespace. It runs real vLLM, Ray Train and DeepSpeed. Successive commands distil a tiny student
 from a tiny teacher, each in its own run directory.
 

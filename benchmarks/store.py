@@ -3,11 +3,11 @@
 - `commit_parts_per_s`: one writer with four threads commits parts of 512 samples each: encoding,
   checksum and put-if-absent on the local file system, synced to disk.
 - `resume_seconds_100k_parts`: a resume from a dataset of 100,000 committed parts without a
-  manifest, as a killed driver leaves it. The journal lacks the last 500 parts. This is what 1,000
-  engines at one part per minute each commit in the 30 seconds between two writes of the journal.
-  These parts hold 512 samples, because the resume reads them; the other parts are small, because it
-  does not. The time covers a new process that finds the committed parts, reads those that the
-  journal lacks, and writes the manifest.
+  manifest, as a killed driver leaves it. The journal lacks the last 500 parts. This is the number
+  that 1,000 engines, at one part per minute each, commit in the 30 seconds between two writes of
+  the journal. These parts hold 512 samples, because the resume reads them; the other parts are
+  small, because it does not. The time covers a new process that finds the committed parts, reads
+  those that the journal lacks, and writes the manifest.
 - `read_gb_per_s`, `read_ratio_vs_pyarrow`: the same parts read through the store, with verified
   checksums, and memory-mapped by plain pyarrow, in alternation. Both readers touch every byte of
   every column once, as a consumer does (by a sum over all buffers), because an untouched memory map

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_dist.config import Decoding
-from plad_dist.sampling.engine import Completion, RefusedPromptError
+from plad_dist.sampling.backend import Completion, RefusedPromptError
 
 
 class FakeBackend:

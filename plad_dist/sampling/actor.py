@@ -21,8 +21,9 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import Beat, BlockKey, BlockResult, EngineDiedError, Hints, UnderWay
+from plad_dist.sampling.backend import Backend, Completion, RefusedPromptError, Response
 from plad_dist.sampling.endpoint.backend import MICRO
-from plad_dist.sampling.engine import Backend, Completion, RefusedPromptError, Response, root_cause
+from plad_dist.sampling.engine import root_cause
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.spool import Spool
 

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from plad_dist.config import Decoding, Model
-from plad_dist.sampling.engine import Engine, Response
+from plad_dist.sampling.backend import Response
+from plad_dist.sampling.engine import Engine
 from tests.tiny import TEMPLATE, make_random_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

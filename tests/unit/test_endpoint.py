@@ -17,6 +17,7 @@ from aiohttp import web
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.errors import UserError
+from plad_dist.sampling.backend import RefusedPromptError
 from plad_dist.sampling.endpoint.client import (
     Answer,
     ClientClosedError,
@@ -25,7 +26,6 @@ from plad_dist.sampling.endpoint.client import (
     SpendingCapReached,
 )
 from plad_dist.sampling.endpoint.reply import redacted
-from plad_dist.sampling.engine import RefusedPromptError
 from tests.fake_endpoint import (
     DECODING,
     FakeTime,

@@ -10,8 +10,8 @@ from plad_dist.data.store import Dataset
 from plad_dist.data.templates import Messages, compile_template, render
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import StopStageError
+from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
 from plad_dist.sampling.endpoint.client import ClientClosedError, EndpointClient, EndpointDownError, SpendingCapReached
-from plad_dist.sampling.engine import Completion, RefusedPromptError, Response
 from plad_dist.sampling.spool import total_cost
 
 _DRAIN_S = 20.0

@@ -19,10 +19,10 @@ from typing import Any, Literal, NoReturn
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.errors import UserError
+from plad_dist.sampling.backend import RefusedPromptError
 from plad_dist.sampling.endpoint.connection import Connection
 from plad_dist.sampling.endpoint.rates import Budget, Outage, Pace, TokenEstimate, backoff_s
 from plad_dist.sampling.endpoint.reply import Failure, Reply, Usage
-from plad_dist.sampling.engine import RefusedPromptError
 
 Prompt = list[dict[str, str]] | str
 

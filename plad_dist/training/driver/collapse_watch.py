@@ -28,7 +28,8 @@ from plad_dist.fleet.placement import Placement
 from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RunDir, round_of
-from plad_dist.sampling.engine import Engine, RefusedPromptError
+from plad_dist.sampling.backend import RefusedPromptError
+from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
 from plad_dist.text_metrics import Output, main_decoding, repetition, rouge_l, wins
