@@ -70,7 +70,7 @@ def measure(actors: int, blocks: int) -> dict[str, float]:
             if now >= next_beat:
                 next_beat = now + 5
                 for name, count in finished.items():
-                    timed(pool.beat, name, count, now)
+                    timed(pool.heartbeat, name, count, now)
             timed(pool.silent, now)
             timed(pool.overdue, now)
         if rng.random() < actors / blocks / 100:

@@ -164,7 +164,7 @@ def resume(folder: Path, parts: int) -> float:
     """Return the seconds until a new driver has written the manifest."""
     data = Dataset(Storage(str(folder)), "many", SAMPLES)
     begun = time.perf_counter()
-    found = data.go_on(FINGERPRINT)
+    found = data.resume(FINGERPRINT)
     assert len(found) == parts
     data.finish(parts, fingerprint=FINGERPRINT, facts={}, known=[part for part in found.values() if part])
     return round(time.perf_counter() - begun, 3)

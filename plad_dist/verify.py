@@ -17,7 +17,7 @@ from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker, model_problems
 from plad_dist.data.prompts import rows_by_block
-from plad_dist.data.schemas import PAIRS, PROMPTS, REFERENCES, SAMPLES
+from plad_dist.data.schemas import INITIAL_LOGPS, PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import (
     DAMAGED,
@@ -114,8 +114,8 @@ def _datasets(storage: Storage) -> Iterator[tuple[str, pa.Schema]]:
 def _schema(path: str) -> pa.Schema:
     if path in ("prompts", "eval/prompts") or (_is_of_a_judge(path) and path.endswith("/prompts")):
         return PROMPTS
-    if path.rpartition("/")[2].startswith("references-"):
-        return REFERENCES
+    if path.rpartition("/")[2].startswith("initial-logps-"):
+        return INITIAL_LOGPS
     return PAIRS if path.split("/")[0] == "pairs" or path.endswith("/pairs") else SAMPLES
 
 
@@ -205,7 +205,7 @@ def _check_order(checked: list[Checked]) -> None:
     """A dataset from which a complete one was made must itself be complete."""
     by_path = {item.path: item for item in checked}
     for item in checked:
-        if item.state != "complete" or _schema(item.path) in (PROMPTS, REFERENCES):
+        if item.state != "complete" or _schema(item.path) in (PROMPTS, INITIAL_LOGPS):
             continue
         if item.path.startswith("pairs/"):  # the teacher is sampled once
             sources = ["samples/teacher/round-0", f"samples/student/{item.path.partition('/')[2]}"]
@@ -414,7 +414,7 @@ def _check_checkpoints(storage: Storage) -> list[Checked]:
 
 def command_for(path: str) -> str:
     """The command that makes a dataset."""
-    if path.startswith("checkpoints/") or path.rpartition("/")[2].startswith("references-"):
+    if path.startswith("checkpoints/") or path.rpartition("/")[2].startswith("initial-logps-"):
         return "train"
     if path == "pairs" or path.startswith("pairs/") or path.endswith("/pairs"):
         return "pair"

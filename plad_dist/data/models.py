@@ -20,11 +20,11 @@ _PIECES, _PIECE_BYTES = 32, 1 << 20
 _HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-def commit_model(temporary: Path, final: Path, made_of: str, facts: dict[str, Any]) -> None:
+def commit_model(temporary: Path, final: Path, input_fingerprint: str, facts: dict[str, Any]) -> None:
     """Put a finished model folder in its place; its marker says what it was made of. The same model, if there, stays."""
-    (temporary / MARKER).write_text(json.dumps({"fingerprint": made_of, "facts": facts}, indent=1))
+    (temporary / MARKER).write_text(json.dumps({"fingerprint": input_fingerprint, "facts": facts}, indent=1))
     sync_tree(temporary)
-    if model_fingerprint(final) == made_of:
+    if model_fingerprint(final) == input_fingerprint:
         shutil.rmtree(temporary)
         return
     if final.exists():
@@ -56,9 +56,9 @@ def model_identity(path: str, settings: Model) -> str:
     Weights are told by their sizes and by samples of their bytes: a model that was trained on differs nearly everywhere.
     """
     folder = Path(path).expanduser()
-    made_of = model_fingerprint(folder)
-    if made_of is not None:
-        return made_of
+    input_fingerprint = model_fingerprint(folder)
+    if input_fingerprint is not None:
+        return input_fingerprint
     files = sorted(file for file in folder.iterdir() if file.suffix in _IDENTIFYING) if folder.is_dir() else []
     contents = [(file.name, _content(str(file), file.stat().st_size, file.stat().st_mtime_ns)) for file in files]
     return fingerprint([path, settings.revision, contents])

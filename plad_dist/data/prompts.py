@@ -129,7 +129,7 @@ def teacher_blocks(manifest: Manifest) -> dict[str, list[int]]:
     return blocks
 
 
-def _made_of(config: Config) -> str:
+def _input_fingerprint(config: Config) -> str:
     """Fingerprint of what decides which rows are taken from the sources, and how. Their content is in the facts."""
     prompts = {
         key: value for key, value in config.flat().items() if key.startswith("prompts.") and not is_operational(key)
@@ -149,7 +149,11 @@ class _Writer:
     """
 
     def __init__(self, dataset: Dataset, config: Config) -> None:
-        self._dataset, self._block_size, self._made_of = dataset, config.prompts.block_size, _made_of(config)
+        self._dataset, self._block_size, self._input_fingerprint = (
+            dataset,
+            config.prompts.block_size,
+            _input_fingerprint(config),
+        )
         self._attempt = uuid.uuid4().hex
         self._there = self._parts_to_keep()
         self._open: dict[str | None, list[Prompt]] = {}
@@ -160,7 +164,11 @@ class _Writer:
     def _parts_to_keep(self) -> set[int]:
         """Blocks that an earlier attempt committed. Those of another config, of which nothing was made yet, are deleted."""
         there = set(self._dataset.committed())
-        if not there or self._dataset.manifest() is not None or self._dataset.origin(min(there)) == self._made_of:
+        if (
+            not there
+            or self._dataset.manifest() is not None
+            or self._dataset.origin(min(there)) == self._input_fingerprint
+        ):
             return there
         logger.info("prepare: what was begun in %s with another config is begun anew", self._dataset.path)
         for block in there:
@@ -187,7 +195,7 @@ class _Writer:
         dropped = {name.removeprefix("dropped."): n for name, n in counts.items() if n and name.startswith("dropped.")}
         self._dataset.finish(
             self._blocks,
-            fingerprint=self._made_of,
+            fingerprint=self._input_fingerprint,
             facts={"content": self._content.hexdigest(), **facts, "dropped": dropped},
             known=self._known,
         )
@@ -202,7 +210,7 @@ class _Writer:
             part, first = self._dataset.commit(
                 block,
                 table,
-                fingerprint=self._made_of,
+                fingerprint=self._input_fingerprint,
                 attempt=self._attempt,
                 counts={"references": sum(row.reference is not None for row in rows)}
                 | ({} if teacher is None else {f"teacher.{teacher}": len(rows)}),
@@ -216,7 +224,7 @@ class _Writer:
     def _is_committed(self, block: int, table: pa.Table) -> bool:
         """Whether the rows of a committed block are those of a table."""
         data = self._dataset.storage.view(f"{self._dataset.path}/{part_name(block)}")
-        return self._dataset.origin(block) == self._made_of and bool(
+        return self._dataset.origin(block) == self._input_fingerprint and bool(
             pa.ipc.open_file(pa.BufferReader(data)).read_all().equals(table)
         )
 

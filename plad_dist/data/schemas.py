@@ -53,11 +53,11 @@ PAIRS = pa.schema(
 )
 
 # Log-likelihoods of the pairs' responses by the student before calibration, row for row of the pairs.
-REFERENCES = pa.schema(
+INITIAL_LOGPS = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("chosen_reference_logp", pa.float64(), nullable=False),
-        pa.field("rejected_reference_logp", pa.float64(), nullable=False),
+        pa.field("chosen_initial_logp", pa.float64(), nullable=False),
+        pa.field("rejected_initial_logp", pa.float64(), nullable=False),
     ]
 )
 

@@ -219,7 +219,7 @@ class Dataset:
         """
         return self._committed(fingerprint)[0]
 
-    def go_on(self, fingerprint: str) -> dict[int, Part | None]:
+    def resume(self, fingerprint: str) -> dict[int, Part | None]:
         """As :meth:`committed`, for the writer that goes on: the journal forgets parts that are gone, which will be others.
 
         Raises :class:`UserError` where what is committed was made of something else.

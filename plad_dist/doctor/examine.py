@@ -31,7 +31,7 @@ from plad_dist.doctor.node_checks import (
     PROBE,
     Finding,
     Node,
-    Place,
+    StorageSite,
     fail,
     findings_of,
     installed_versions,
@@ -107,9 +107,9 @@ def _wanted(config: Config | None) -> Node:
     if config is None:
         return Node(HERE, ray_folder=ray_folder)
     run, probe = RunDir.of(config), f".doctor-{uuid.uuid4().hex}"
-    places = [Place("run.dir", run.storage.url, probe)]
+    places = [StorageSite("run.dir", run.storage.url, probe)]
     if config.training.checkpoint_url:
-        places.append(Place("training.checkpoint_url", run.checkpoints(config).url, probe))
+        places.append(StorageSite("training.checkpoint_url", run.checkpoints(config).url, probe))
     endpoints: list[tuple[str, Endpoint]] = []
     hub_models = []
     for key, model in _models_of(config):
@@ -139,7 +139,7 @@ def _models_of(config: Config) -> list[tuple[str, Model]]:
 
 
 @contextmanager
-def probes(places: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
+def probes(places: Sequence[StorageSite]) -> Iterator[tuple[StorageSite, ...]]:
     """Gives the places into which a probe could be written. It, and folders that were made for it, are removed afterwards."""
     made: list[Path] = []
     held = []

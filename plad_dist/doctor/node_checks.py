@@ -80,7 +80,7 @@ def fail(found: str, remedy: str) -> Finding:
 
 
 @dataclass(frozen=True)
-class Place:
+class StorageSite:
     """A storage that the run writes to. `probe`: name of a folder in it for what the doctor writes."""
 
     key: str
@@ -112,7 +112,7 @@ class Node:
 
     name: str
     role: Literal["alone", "driver", "member"] = "alone"
-    places: tuple[Place, ...] = ()
+    places: tuple[StorageSite, ...] = ()
     endpoints: tuple[tuple[str, Endpoint], ...] = ()
     staging: str | None = None
     hub_models: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from plad_dist.config import Endpoint
 from plad_dist.data.storage import Storage
-from plad_dist.doctor.node_checks import PROBE, Finding, Node, Place, fail, ok, warn
+from plad_dist.doctor.node_checks import PROBE, Finding, Node, StorageSite, fail, ok, warn
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.sampling.endpoint.connection import Connection
 
@@ -53,7 +53,7 @@ def _is_seen(probes: Storage) -> bool:
     return True
 
 
-def _cause(error: Exception, place: Place) -> str:
+def _cause(error: Exception, place: StorageSite) -> str:
     """A storage's message without the advice that fits a run, and without the folder that it was tried in."""
     text = str(error).removeprefix("run.dir: ").partition(". What is committed")[0]
     return text.replace(f"/{place.probe}", "")

@@ -281,7 +281,7 @@ def _keep_questions(asked: Dataset, questions: list[dict[str, Any]]) -> None:
     """Commit the questions as one block, the same ones wherever a run was cut."""
     if asked.manifest() is not None:
         return
-    made_of = fingerprint(questions)
+    input_fingerprint = fingerprint(questions)
     table = pa.Table.from_pylist(questions, schema=PROMPTS)
-    asked.commit(0, table, fingerprint=made_of, attempt=uuid.uuid4().hex)
-    asked.finish(1, fingerprint=made_of, facts={"content": made_of})
+    asked.commit(0, table, fingerprint=input_fingerprint, attempt=uuid.uuid4().hex)
+    asked.finish(1, fingerprint=input_fingerprint, facts={"content": input_fingerprint})

@@ -29,7 +29,7 @@ from rich.text import Text
 from plad_dist.config import Loss
 from plad_dist.evaluation.verdict import NO_EOS_WARNING
 from plad_dist.rundir import round_of
-from plad_dist.training.records.collapse import Watched
+from plad_dist.training.records.collapse import CollapseRecord
 
 Record = Mapping[str, Any]
 Key = tuple[str, str]  # system, decoding
@@ -67,7 +67,7 @@ class ReportData:
     pairing: Mapping[str, Any]
     timings: Mapping[str, float]
     cost: Mapping[str, Record] = field(default_factory=dict)
-    watched: Mapping[str, tuple[Watched, int | None]] = field(default_factory=dict)
+    watched: Mapping[str, tuple[CollapseRecord, int | None]] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -23,7 +23,7 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run, read_timings, require_model
 from plad_dist.sampling.stage import sample_systems
 from plad_dist.text_metrics import Output, main_decoding
-from plad_dist.training.records.collapse import read_watched
+from plad_dist.training.records.collapse import read_collapse_record
 from plad_dist.training.records.metrics_file import read_metrics
 
 CARD = "README.md"
@@ -234,7 +234,7 @@ def report(config: Config, run: RunDir) -> str:
             watched={
                 phase: (watched, _model_step(run, phase))
                 for phase in phases
-                if (watched := read_watched(run.storage, phase, None)) is not None
+                if (watched := read_collapse_record(run.storage, phase, None)) is not None
             },
         )
     )

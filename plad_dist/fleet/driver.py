@@ -25,13 +25,13 @@ from plad_dist.fleet.fleet import Fleet, RunningFleet, Task
 from plad_dist.fleet.metrics import FleetMetrics
 from plad_dist.fleet.output import OutputDataset
 from plad_dist.fleet.pool import BlockPool, Lease, Limits
-from plad_dist.fleet.protocol import Beat, BlockResult, EngineDiedError, EngineStartError, StopStageError, UnderWay
+from plad_dist.fleet.protocol import BlockResult, EngineDiedError, EngineStartError, Heartbeat, StopStageError, UnderWay
 from plad_dist.progress import Progress
 
 logger = logging.getLogger("plad")
 
 _TICK_S = 1.0
-_BEAT_EVERY_S = 5.0
+_HEARTBEAT_EVERY_S = 5.0
 _STARTS = 3  # of a fleet's first engine
 _ENGINES_IN_DOUBT = 8  # a fleet stops after max_attempts failures in a row for each of so many actors
 _ID_LINE = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
@@ -95,7 +95,7 @@ class _Driver:
         self._storage, self._progress, self._outputs, self._facts = storage, progress, outputs, facts
         # What each outstanding Ray call is about: the fleet, the actor, and its lease, or what else was asked.
         self._calls: dict[Any, tuple[RunningFleet, str, Lease | _Stopping | str]] = {}
-        self._last_beat = self._last_tick = time.monotonic()
+        self._last_heartbeat = self._last_tick = time.monotonic()
 
     def open(self, fleet: Fleet, stage: str) -> RunningFleet | None:
         """The fleet with its missing blocks, None where it has none."""
@@ -141,8 +141,8 @@ class _Driver:
     # -- once a second
 
     def _tick(self, running: list[RunningFleet], now: float) -> None:
-        beats = now - self._last_beat >= min(_BEAT_EVERY_S, self._sampling.heartbeat_timeout_s / 4)
-        self._last_beat = now if beats else self._last_beat
+        heartbeats = now - self._last_heartbeat >= min(_HEARTBEAT_EVERY_S, self._sampling.heartbeat_timeout_s / 4)
+        self._last_heartbeat = now if heartbeats else self._last_heartbeat
         away, self._last_tick = now - self._last_tick - _TICK_S, now
         for fleet in running:
             if away > _TICK_S:
@@ -159,10 +159,10 @@ class _Driver:
             for lease in fleet.pool.overdue(now):
                 logger.warning("%s: %s was not done within its time, leased again", lease.actor, lease.block)
                 self._cancel(lease)
-            if beats:
+            if heartbeats:
                 for name in fleet.ready.keys() - fleet.asked:
                     fleet.asked.add(name)
-                    self._calls[fleet.actors[name].beat.remote()] = (fleet, name, "beat")
+                    self._calls[fleet.actors[name].heartbeat.remote()] = (fleet, name, "heartbeat")
             self._scale(fleet, now)
             fleet.metrics.state(list(fleet.ready.values()), fleet.pool.waiting)
         self._refuse_too_few(running, now)
@@ -298,7 +298,7 @@ class _Driver:
                     fleet.starting[actor] = time.monotonic()
                 case "start":
                     self._started(fleet, actor, result)
-                case "beat":
+                case "heartbeat":
                     self._heard(fleet, actor, result)
                 case Lease():
                     self._committed(fleet, about, result)
@@ -337,28 +337,29 @@ class _Driver:
             return
         fleet.started_once = True
         fleet.starting.pop(actor, None)
-        fleet.ready[actor] = Beat(0, 0)
+        fleet.ready[actor] = Heartbeat(0, 0)
         fleet.pool.join(actor, time.monotonic())
         fleet.enough_since = time.monotonic()
         self._progress.say(f"{actor}: is up ({len(fleet.ready)} of at most {fleet.most})")
         self._lease(fleet, actor, time.monotonic())
 
-    def _heard(self, fleet: RunningFleet, actor: str, beat: Beat) -> None:
+    def _heard(self, fleet: RunningFleet, actor: str, heartbeat: Heartbeat) -> None:
         fleet.asked.discard(actor)
         if actor in fleet.ready:
-            if beat.finished > fleet.ready[actor].finished:
+            if heartbeat.finished > fleet.ready[actor].finished:
                 fleet.failed_starts = 0
-            if beat.changes and not fleet.ready[actor].changes:
+            if heartbeat.changes and not fleet.ready[actor].changes:
                 self._progress.say(f"{actor}: starts its engine anew, with the weights of the next model")
-            now, before, fleet.ready[actor] = time.monotonic(), fleet.ready[actor], beat
-            if not beat.changes:
+            now, before, fleet.ready[actor] = time.monotonic(), fleet.ready[actor], heartbeat
+            if not heartbeat.changes:
                 fleet.changing.pop(actor, None)
             loads = (
-                beat.changes and now - fleet.changing.setdefault(actor, now) <= self._sampling.engine_start_timeout_s
+                heartbeat.changes
+                and now - fleet.changing.setdefault(actor, now) <= self._sampling.engine_start_timeout_s
             )
             # Only growth: tokens of what is cancelled go, though nothing was done.
-            grown = beat.finished > before.finished or beat.tokens > before.tokens
-            fleet.pool.beat(actor, grown or loads, now)
+            grown = heartbeat.finished > before.finished or heartbeat.tokens > before.tokens
+            fleet.pool.heartbeat(actor, grown or loads, now)
 
     def _lease(self, fleet: RunningFleet, actor: str, now: float) -> None:
         while (lease := fleet.pool.take(actor, now)) is not None:

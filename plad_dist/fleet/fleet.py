@@ -13,7 +13,7 @@ from plad_dist.data.store import part_name
 from plad_dist.fleet.metrics import FleetMetrics
 from plad_dist.fleet.placement import Placement, replicas_that_fit
 from plad_dist.fleet.pool import BlockPool
-from plad_dist.fleet.protocol import Beat, BlockJob
+from plad_dist.fleet.protocol import BlockJob, Heartbeat
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class RunningFleet:
     starting: dict[str, float] = field(default_factory=dict)
     changing: dict[str, float] = field(default_factory=dict)
     failed_starts: int = 0
-    ready: dict[str, Beat] = field(default_factory=dict)
+    ready: dict[str, Heartbeat] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set)  # actors whose heartbeat is awaited
     groups: dict[str, Any] = field(default_factory=dict)  # placement groups by actor
     born: int = 0

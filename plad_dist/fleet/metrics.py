@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from plad_dist.fleet.protocol import Beat, BlockResult
+from plad_dist.fleet.protocol import BlockResult, Heartbeat
 from plad_dist.prometheus import MetricSet
 
 FLEET = {
@@ -40,12 +40,12 @@ class FleetMetrics:
         self._metrics.add("spent", counts.get("cost_micros", 0) / 1e6)
         self._metrics.observe("block_seconds", result.seconds)
 
-    def state(self, beats: Sequence[Beat], waiting: int) -> None:
+    def state(self, heartbeats: Sequence[Heartbeat], waiting: int) -> None:
         """The fleet as its last heartbeats show it."""
-        self._metrics.set("in_flight", sum(beat.in_flight for beat in beats))
+        self._metrics.set("in_flight", sum(heartbeat.in_flight for heartbeat in heartbeats))
         self._metrics.set("queue_blocks", waiting)
-        self._metrics.set("actors", len(beats))
-        retried = sum(beat.retries for beat in beats)
+        self._metrics.set("actors", len(heartbeats))
+        retried = sum(heartbeat.retries for heartbeat in heartbeats)
         self._metrics.add("retries", retried - self._requests_retried)
         self._requests_retried = retried
 

@@ -21,7 +21,7 @@ class OutputDataset:
         self.job, self.units = job, units
         self.dataset: Dataset = job.dataset(storage)
         self.journal = Journal(self.dataset, job.fingerprint)
-        self.parts: dict[int, Part | None] = self.dataset.go_on(job.fingerprint)
+        self.parts: dict[int, Part | None] = self.dataset.resume(job.fingerprint)
         self.started = time.monotonic()
         self.examples: list[str] = []
         known = [part for part in self.parts.values() if part is not None]

@@ -139,7 +139,7 @@ class BlockPool:
         """An actor is ready for leases."""
         self._actors[actor] = _Actor(heard=now, progressed=now)
 
-    def beat(self, actor: str, progressed: bool, now: float) -> None:
+    def heartbeat(self, actor: str, progressed: bool, now: float) -> None:
         """A sign of life, and whether the actor has got anything done since the one before."""
         state = self._actors.get(actor)
         if state is None:

@@ -85,7 +85,7 @@ class BlockResult:
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A sign of life of an actor.
 
     Attributes:
@@ -94,7 +94,7 @@ class Beat:
         tokens: that its engine has written of what is under way. The actor is hung where neither this nor `finished` grows.
         retries: requests that it tried again in its life.
         changes: its engine is being started anew with other weights.
-        stuck: rows under way, where nothing has changed since the beat before.
+        stuck: rows under way, where nothing has changed since the heartbeat before.
     """
 
     finished: int
@@ -114,7 +114,7 @@ class BlockWorker(Protocol):
     async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:
         """Do one block and commit its part."""
 
-    async def beat(self) -> Beat:
+    async def heartbeat(self) -> Heartbeat:
         """A sign of life."""
 
     async def stop(self) -> None:

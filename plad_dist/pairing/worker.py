@@ -16,7 +16,7 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.fleet.protocol import Beat, BlockJob, BlockResult, Hints
+from plad_dist.fleet.protocol import BlockJob, BlockResult, Heartbeat, Hints
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.scores import import_from, load_scorer
 
@@ -115,9 +115,9 @@ class PairWorker:
         self._finished += prompts
         return committed
 
-    async def beat(self) -> Beat:
+    async def heartbeat(self) -> Heartbeat:
         """Prompts done and under way."""
-        return Beat(self._finished, self._in_flight)
+        return Heartbeat(self._finished, self._in_flight)
 
     async def stop(self) -> None:
         """What is under way ends by itself; nothing more begins."""

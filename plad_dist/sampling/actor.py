@@ -20,7 +20,7 @@ from plad_dist.data.schemas import SAMPLES, is_answer
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.fleet.protocol import Beat, BlockKey, BlockResult, EngineDiedError, Hints, UnderWay
+from plad_dist.fleet.protocol import BlockKey, BlockResult, EngineDiedError, Heartbeat, Hints, UnderWay
 from plad_dist.sampling.backend import Backend, Completion, RefusedPromptError, Response
 from plad_dist.sampling.endpoint.backend import MICRO
 from plad_dist.sampling.engine import root_cause
@@ -45,7 +45,7 @@ class Sampler:
         self._storage, self._make_backend, self._row_tries = storage, make_backend, row_tries
         self._weights = asyncio.Condition()
         self._blocks = self._finished = 0
-        self._last_beat: Beat | None = None
+        self._last_heartbeat: Heartbeat | None = None
         self._under_way: dict[BlockKey, set[int]] = {}
         self._death: EngineDiedError | None = None
         self._spools: dict[str, Spool] = {}
@@ -85,18 +85,18 @@ class Sampler:
             if not self._backend.dead:
                 self._under_way.pop(key, None)
 
-    async def beat(self) -> Beat:
+    async def heartbeat(self) -> Heartbeat:
         """A sign of life, compared with the one before."""
-        beat = Beat(
+        heartbeat = Heartbeat(
             finished=self._finished,
             in_flight=sum(map(len, self._under_way.values())),
             tokens=self._backend.tokens,
             retries=self._backend.retries,
             changes=self._backend.path is None,
         )
-        unchanged, self._last_beat = beat == self._last_beat, beat
+        unchanged, self._last_heartbeat = heartbeat == self._last_heartbeat, heartbeat
         # A server that answers nobody says nothing of the rows.
-        return replace(beat, stuck=self._rows_under_way()) if unchanged and not self._backend.paid else beat
+        return replace(heartbeat, stuck=self._rows_under_way()) if unchanged and not self._backend.paid else heartbeat
 
     def _rows_under_way(self) -> UnderWay:
         return {key: tuple(sorted(rows)) for key, rows in self._under_way.items() if rows}

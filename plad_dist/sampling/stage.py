@@ -34,7 +34,7 @@ _PAIRS_SEED, _SYSTEM_SEED, _CANDIDATES_SEED = -1, -2, -3
 
 def sample(config: Config, run: RunDir, progress: Progress, roles: tuple[str, ...] = ("teacher", "student")) -> None:
     """Sample what the roles have not sampled yet. Raises :class:`UserError` and :class:`RunFailed` as `run_fleets`."""
-    fleets = [_fleet(config, run, speaker, assignments) for speaker, assignments in _role_work(config, run, roles)]
+    fleets = [_fleet(config, run, responder, assignments) for responder, assignments in _role_work(config, run, roles)]
     run_fleets(config, run.storage, fleets, progress)
 
 
@@ -42,10 +42,10 @@ def score_by_teacher(
     config: Config, run: RunDir, judge: str, responses: dict[str, Dataset], progress: Progress
 ) -> None:
     """Ask the teacher how likely it finds responses to the held-out prompts, by system."""
-    [teacher] = _speakers(config, run, "teacher")
+    [teacher] = _responders(config, run, "teacher")
     assignments: list[Assignment] = []
     for system, answers in responses.items():
-        wanted = _Wanted(
+        wanted = DatasetRequest(
             heldout_prompts(run.storage), run.scored(judge, system), config.evaluation.limit, 1, _SYSTEM_SEED,
             responses=answers, own_tokens=False,
         )  # fmt: skip
@@ -55,8 +55,8 @@ def score_by_teacher(
 
 def judge_identity(config: Config, name: str, judge: LlmJudge) -> list[Any]:
     """What decides a judge's answers, beside the questions."""
-    speaker = _judge(name, judge)
-    return [speaker.identity, speaker.decoding().model_dump(mode="json"), config.run.seed]
+    responder = _judge(name, judge)
+    return [responder.identity, responder.decoding().model_dump(mode="json"), config.run.seed]
 
 
 def ask(
@@ -74,26 +74,28 @@ def ask(
         questions: prompts, and where their answers go.
         earlier: answers of the same judge to other questions, whose cost counts towards its cap.
     """
-    speaker = _judge(name, judge)
+    responder = _judge(name, judge)
     assignments = [
         assignment
         for prompts, output in questions
-        for assignment in _assignments(config, run, [speaker], _Wanted(prompts, output, None, 1, _SYSTEM_SEED))[name]
+        for assignment in _assignments(
+            config, run, [responder], DatasetRequest(prompts, output, None, 1, _SYSTEM_SEED)
+        )[name]
     ]
     run_fleets(
         config,
         run.storage,
-        [_fleet(config, run, speaker, assignments, earlier)],
+        [_fleet(config, run, responder, assignments, earlier)],
         progress,
         stage="evaluate",
         unit="answers",
     )
 
 
-def _judge(name: str, judge: LlmJudge) -> _Speaker:
+def _judge(name: str, judge: LlmJudge) -> Responder:
     model = judge.model
     path = model.endpoint.model if model.endpoint else resolve_model(model)
-    return _Speaker(name, "judge", path, model, judge.sampling)
+    return Responder(name, "judge", path, model, judge.sampling)
 
 
 def is_sampled(config: Config, run: RunDir, roles: tuple[str, ...] = ("teacher", "student")) -> bool:
@@ -116,10 +118,10 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
     for name, path in systems.items():
         student = _student(config, path)
         for output, decoding in _system_outputs(config, run, name):
-            wanted = _Wanted(heldout, output, evaluation.limit, 1, _SYSTEM_SEED, decoding)
+            wanted = DatasetRequest(heldout, output, evaluation.limit, 1, _SYSTEM_SEED, decoding)
             assignments += _assignments(config, run, [student], wanted)[student.name]
         if config.candidates:
-            scored = _Wanted(
+            scored = DatasetRequest(
                 heldout, run.scored("candidates", name), evaluation.limit, config.candidates, _CANDIDATES_SEED,
                 responses=run.candidates(),
             )  # fmt: skip
@@ -132,7 +134,7 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
 
 
 @dataclass(frozen=True)
-class _Speaker:
+class Responder:
     """A model that answers prompts.
 
     Attributes:
@@ -159,45 +161,45 @@ class _Speaker:
         return Decoding(**{name: getattr(self.sampling, name) for name in Decoding.model_fields})
 
 
-def _student(config: Config, path: str) -> _Speaker:
-    return _Speaker("student", "student", path, config.student, config.sampling.student)
+def _student(config: Config, path: str) -> Responder:
+    return Responder("student", "student", path, config.student, config.sampling.student)
 
 
-def _speakers(config: Config, run: RunDir, role: str) -> list[_Speaker]:
+def _responders(config: Config, run: RunDir, role: str) -> list[Responder]:
     if role == "student":
         path = run.student(config)
         require_model(path, run.student_made_by)
         return [_student(config, path)]
-    speakers = []
+    responders = []
     for name, settings in config.all_teachers().items():
         path = settings.endpoint.model if settings.endpoint else run.teacher(config, name)
         if not settings.endpoint:
             require_model(path, "train --phase teacher")
         assert settings.sampling is not None
-        speakers.append(_Speaker(name, role, path, settings, settings.sampling))
-    return speakers
+        responders.append(Responder(name, role, path, settings, settings.sampling))
+    return responders
 
 
-def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tuple[_Speaker, list[Assignment]]]:
+def _role_work(config: Config, run: RunDir, roles: tuple[str, ...]) -> list[tuple[Responder, list[Assignment]]]:
     """Every model of the roles with the blocks that it is to sample."""
-    work: list[tuple[_Speaker, list[Assignment]]] = []
+    work: list[tuple[Responder, list[Assignment]]] = []
     for role in roles:
-        speakers = _speakers(config, run, role)
+        responders = _responders(config, run, role)
         train, heldout, limit = train_prompts(run.storage), heldout_prompts(run.storage), config.evaluation.limit
         wanted = [
-            _Wanted(train, run.samples(role), config.sampling.limit, speakers[0].sampling.n, run.round),
-            _Wanted(heldout, run.heldout_samples(role), limit, 1, _PAIRS_SEED),
+            DatasetRequest(train, run.samples(role), config.sampling.limit, responders[0].sampling.n, run.round),
+            DatasetRequest(heldout, run.heldout_samples(role), limit, 1, _PAIRS_SEED),
         ]
         if not run.round:  # later students have answered as the system of the round before
             for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
-                wanted.append(_Wanted(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
+                wanted.append(DatasetRequest(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
             if role == "student" and (n := config.candidates):
-                wanted.append(_Wanted(heldout, run.candidates(), limit, n, _CANDIDATES_SEED))
-        assigned: dict[str, list[Assignment]] = {speaker.name: [] for speaker in speakers}
+                wanted.append(DatasetRequest(heldout, run.candidates(), limit, n, _CANDIDATES_SEED))
+        assigned: dict[str, list[Assignment]] = {responder.name: [] for responder in responders}
         for dataset in wanted:
-            for name, assignments in _assignments(config, run, speakers, dataset).items():
+            for name, assignments in _assignments(config, run, responders, dataset).items():
                 assigned[name] += assignments
-        work += [(speaker, assigned[speaker.name]) for speaker in speakers]
+        work += [(responder, assigned[responder.name]) for responder in responders]
     return work
 
 
@@ -207,14 +209,14 @@ def _system_outputs(config: Config, run: RunDir, system: str) -> list[tuple[Data
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class DatasetRequest:
     """One dataset of samples that is to be made.
 
     Attributes:
         limit: prompts that are answered at most, each `n` times.
         seed_round: keeps the seeds of what is sampled for other purposes apart.
-        decoding: None for the speaker's own, as it is sampled for pairs.
-        responses: what is scored instead of drawing anything, in tokens of the speaker's own or in another model's.
+        decoding: None for the responder's own, as it is sampled for pairs.
+        responses: what is scored instead of drawing anything, in tokens of the responder's own or in another model's.
     """
 
     prompts: Dataset
@@ -227,43 +229,45 @@ class _Wanted:
     own_tokens: bool = True
 
 
-def _assignments(config: Config, run: RunDir, speakers: list[_Speaker], wanted: _Wanted) -> dict[str, list[Assignment]]:
-    """One dataset of samples, by the speaker that does each block."""
+def _assignments(
+    config: Config, run: RunDir, responders: list[Responder], wanted: DatasetRequest
+) -> dict[str, list[Assignment]]:
+    """One dataset of samples, by the responder that does each block."""
     manifest = wanted.prompts.require("prepare")
     rows = rows_by_block(manifest, wanted.limit)
     cut = {block: count for block, count in enumerate(rows) if count < manifest.parts[block].rows}
-    seed, n, role = config.run.seed, wanted.n, speakers[0].role
-    decodings = [wanted.decoding or speaker.decoding() for speaker in speakers]
+    seed, n, role = config.run.seed, wanted.n, responders[0].role
+    decodings = [wanted.decoding or responder.decoding() for responder in responders]
     decides = [
-        manifest.fingerprint, manifest.facts.get("content"), sum(rows), cut, [speaker.identity for speaker in speakers],
+        manifest.fingerprint, manifest.facts.get("content"), sum(rows), cut, [responder.identity for responder in responders],
         [decoding.model_dump(mode="json") for decoding in decodings], n, seed, wanted.seed_round, role,
     ]  # fmt: skip
     if wanted.responses is not None:
         decides += [wanted.responses.require("sample").contents, wanted.own_tokens]
-    made_of = fingerprint(decides)
+    input_fingerprint = fingerprint(decides)
     if wanted.responses is not None:  # those that were scored may have been repaired since, and say something else now
-        wanted.output.set_aside_unless(made_of)
-    blocks_of = teacher_blocks(manifest) if role == "teacher" else {speakers[0].name: range(len(rows))}
+        wanted.output.set_aside_unless(input_fingerprint)
+    blocks_of = teacher_blocks(manifest) if role == "teacher" else {responders[0].name: range(len(rows))}
     assigned: dict[str, list[Assignment]] = {}
-    for speaker, decoding in zip(speakers, decodings, strict=True):
+    for responder, decoding in zip(responders, decodings, strict=True):
         job = SamplingJob(
             prompts=wanted.prompts.path,
             output=wanted.output.path,
             role=role,
-            model=speaker.path,
-            weights=speaker.path,
+            model=responder.path,
+            weights=responder.path,
             decoding=decoding,
             n=n,
             seed=seed,
             round=run.round,
             seed_round=wanted.seed_round,
-            fingerprint=made_of,
+            fingerprint=input_fingerprint,
             cut=cut,
             responses=wanted.responses.path if wanted.responses else None,
             own_tokens=wanted.own_tokens,
         )
-        mine = [block for block in blocks_of.get(speaker.name, []) if block < len(rows)]
-        assigned[speaker.name] = [Assignment(job, mine, [count * n for count in rows])]
+        mine = [block for block in blocks_of.get(responder.name, []) if block < len(rows)]
+        assigned[responder.name] = [Assignment(job, mine, [count * n for count in rows])]
     return assigned
 
 
@@ -271,16 +275,16 @@ def _assignments(config: Config, run: RunDir, speakers: list[_Speaker], wanted: 
 
 
 def _fleet(
-    config: Config, run: RunDir, speaker: _Speaker, assignments: list[Assignment], paid: Sequence[Dataset] = ()
+    config: Config, run: RunDir, responder: Responder, assignments: list[Assignment], paid: Sequence[Dataset] = ()
 ) -> Fleet:
     """The actors of one model. `paid`: what else counts towards its cap."""
-    settings, wanted = speaker.settings, speaker.sampling
+    settings, wanted = responder.settings, responder.sampling
     if settings.endpoint is not None:
         outputs = [(assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments]
         outputs += [(dataset, range(len(dataset.committed()))) for dataset in paid]
-        backend = partial(EndpointBackend, settings, speaker.path, outputs)
+        backend = partial(EndpointBackend, settings, responder.path, outputs)
         return Fleet(
-            name=speaker.name,
+            name=responder.name,
             assignments=tuple(assignments),
             worker=Sampler,
             arguments=(run.storage, backend, config.sampling.max_attempts),
@@ -296,12 +300,12 @@ def _fleet(
     has_gpus = engines_use_gpus()
     placement = place(wanted.engine, wanted.cpus, has_gpus=has_gpus)
     return Fleet(
-        name=speaker.name,
+        name=responder.name,
         assignments=tuple(assignments),
         worker=Sampler,
         arguments=(
             run.storage,
-            partial(Engine, speaker.path, settings, dict(wanted.engine), config.run.seed),
+            partial(Engine, responder.path, settings, dict(wanted.engine), config.run.seed),
             config.sampling.max_attempts,
         ),
         placement=placement,

@@ -26,7 +26,7 @@ class StoppedError(Exception):
         self.by_user = by_user
 
 
-def of_first_rank(look: Callable[[], T]) -> T:
+def from_rank_zero(look: Callable[[], T]) -> T:
     """What the first rank finds, on all ranks. Each looking by itself, some could see an older state of a shared file system.
 
     Raises what the first rank raises, on all ranks.
@@ -44,7 +44,7 @@ def of_first_rank(look: Callable[[], T]) -> T:
     return value
 
 
-def of_every_rank(look: Callable[[], object]) -> None:
+def check_on_every_rank(look: Callable[[], object]) -> None:
     """Let every rank look at what may be wrong on its node alone; all raise what one of them found, with the node.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from plad_dist.config import Lora, Model, Phase, Watch
+from plad_dist.config import CollapseBounds, Lora, Model, Phase
 from plad_dist.data.storage import Storage
 from plad_dist.training.batches.groups import DataSpec
 
@@ -26,7 +26,7 @@ class PhaseJob:
         watch: how the student is looked at while it trains; None for not.
         staging: folder on every node where checkpoints wait to be carried there; None for the system's.
         launch: names the command that trains, which may start several worker groups.
-        monitor: Ray actor that takes progress, None for none.
+        mailbox: Ray actor that takes progress, None for none.
     """
 
     name: str
@@ -50,10 +50,10 @@ class PhaseJob:
     storage: Storage
     checkpoints: Storage
     staging: str | None
-    watch: Watch | None
+    watch: CollapseBounds | None
     fingerprint: str
     launch: str = ""
-    monitor: Any = None
+    mailbox: Any = None
 
     @property
     def stopped_key(self) -> str:

@@ -42,23 +42,23 @@ def listwise(ranked_BK: Tensor, margin: float) -> Tensor:
 
 
 def dpo(
-    chosen_P: Tensor, rejected_P: Tensor, chosen_reference_P: Tensor, rejected_reference_P: Tensor, beta: float
+    chosen_P: Tensor, rejected_P: Tensor, chosen_initial_P: Tensor, rejected_initial_P: Tensor, beta: float
 ) -> Tensor:
     """``-log sigmoid(beta * [(logp - logp_ref)(y+) - (logp - logp_ref)(y-)])``.
 
     Source: Direct Preference Optimization (Rafailov et al. 2023, arXiv 2305.18290).
     """
-    return -logsigmoid(beta * ((chosen_P - chosen_reference_P) - (rejected_P - rejected_reference_P)))
+    return -logsigmoid(beta * ((chosen_P - chosen_initial_P) - (rejected_P - rejected_initial_P)))
 
 
 def ipo(
-    chosen_P: Tensor, rejected_P: Tensor, chosen_reference_P: Tensor, rejected_reference_P: Tensor, beta: float
+    chosen_P: Tensor, rejected_P: Tensor, chosen_initial_P: Tensor, rejected_initial_P: Tensor, beta: float
 ) -> Tensor:
     """``([(logp - logp_ref)(y+) - (logp - logp_ref)(y-)] - 1 / (2 beta))^2``; beta is the paper's tau.
 
     Source: Identity Preference Optimization (Azar et al. 2023, arXiv 2310.12036).
     """
-    gap_P = (chosen_P - chosen_reference_P) - (rejected_P - rejected_reference_P)
+    gap_P = (chosen_P - chosen_initial_P) - (rejected_P - rejected_initial_P)
     return (gap_P - 1 / (2 * beta)) ** 2
 
 
@@ -105,7 +105,7 @@ class Pairs:
     Attributes:
         chosen_P, rejected_P: responses of each pair.
         group_P: the group that it belongs to.
-        steps_P: how many ranks lie between the two, 1 for a plain pair.
+        rank_gap_P: how many ranks lie between the two, 1 for a plain pair.
         score_gap_P: s(y+) - s(y-), NaN where there are no scores.
         anchored_A, group_A: responses that the anchor and `mle` raise, and the group of each.
         groups: B.
@@ -114,20 +114,20 @@ class Pairs:
     chosen_P: Tensor
     rejected_P: Tensor
     group_P: Tensor
-    steps_P: Tensor
+    rank_gap_P: Tensor
     score_gap_P: Tensor
     anchored_A: Tensor
     group_A: Tensor
     groups: int
 
 
-def group_losses(loss: Loss, pairs: Pairs, logps_S: Tensor, lengths_S: Tensor, references_S: Tensor) -> Tensor:
+def group_losses(loss: Loss, pairs: Pairs, logps_S: Tensor, lengths_S: Tensor, initial_logps_S: Tensor) -> Tensor:
     """Loss of every group: the mean over its pairs (`listwise`: the sum), and the anchor.
 
     Args:
         logps_S: sequence log-likelihoods of all responses.
         lengths_S: response tokens.
-        references_S: sequence log-likelihoods by the starting student; only `dpo` and `ipo` look at them.
+        initial_logps_S: sequence log-likelihoods by the starting student; only `dpo` and `ipo` look at them.
     """
     means_S = logps_S / lengths_S
     raised_S = means_S if loss.name == "mle" and loss.length_normalize else logps_S
@@ -135,28 +135,28 @@ def group_losses(loss: Loss, pairs: Pairs, logps_S: Tensor, lengths_S: Tensor, r
     if loss.name == "mle":
         return losses_B
     if loss.per_token:
-        logps_S, references_S = means_S, references_S / lengths_S
-    losses_P = _pair_losses(loss, pairs, logps_S, references_S)
+        logps_S, initial_logps_S = means_S, initial_logps_S / lengths_S
+    losses_P = _pair_losses(loss, pairs, logps_S, initial_logps_S)
     ranking_B = _sum(losses_P, pairs.group_P, pairs.groups)
     if loss.name != "listwise":
         ranking_B = ranking_B / _counts(losses_P, pairs.group_P, pairs.groups)
     return ranking_B + loss.anchor * losses_B
 
 
-def _pair_losses(loss: Loss, pairs: Pairs, logps_S: Tensor, references_S: Tensor) -> Tensor:
+def _pair_losses(loss: Loss, pairs: Pairs, logps_S: Tensor, initial_logps_S: Tensor) -> Tensor:
     chosen_P, rejected_P = logps_S[pairs.chosen_P], logps_S[pairs.rejected_P]
-    references = references_S[pairs.chosen_P], references_S[pairs.rejected_P]
+    initial_logps = initial_logps_S[pairs.chosen_P], initial_logps_S[pairs.rejected_P]
     match loss.name:
         case "rank":
             return rank(chosen_P, rejected_P, loss.margin)
         case "margin":
             return margin_calibration(chosen_P, rejected_P, pairs.score_gap_P, loss.margin)
         case "listwise":  # the terms of the sum in `listwise`
-            return rank(chosen_P, rejected_P, loss.margin * pairs.steps_P.to(chosen_P))
+            return rank(chosen_P, rejected_P, loss.margin * pairs.rank_gap_P.to(chosen_P))
         case "dpo":
-            return dpo(chosen_P, rejected_P, *references, loss.strength)
+            return dpo(chosen_P, rejected_P, *initial_logps, loss.strength)
         case "ipo":
-            return ipo(chosen_P, rejected_P, *references, loss.strength)
+            return ipo(chosen_P, rejected_P, *initial_logps, loss.strength)
         case "simpo":
             return simpo(chosen_P, rejected_P, loss.strength, loss.margin)
         case "cpo":

@@ -176,8 +176,8 @@ def _first_model(role: str, settings: Model, config: Config, run: RunDir) -> str
     if settings.scratch is not None:
         prompts = train_prompts(run.storage)
         manifest = prompts.require("prepare")
-        made_of = str(manifest.facts["content"])
-        make_model(settings.scratch, prompts, made_of, config.run.seed, run.model(f"{role}-init"))
+        input_fingerprint = str(manifest.facts["content"])
+        make_model(settings.scratch, prompts, input_fingerprint, config.run.seed, run.model(f"{role}-init"))
     return start
 
 

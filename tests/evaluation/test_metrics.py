@@ -16,19 +16,19 @@ from plad_dist.text_metrics import Output, exact_match, repetition, rouge_l
 
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0, "t0.5": 0.5}
 WORDS = [f"w{i}" for i in range(40)]
-REFERENCES: list[str | None] = [" ".join(random.Random(i).choices(WORDS, k=6)) for i in range(150)]
+INITIAL_LOGPS: list[str | None] = [" ".join(random.Random(i).choices(WORDS, k=6)) for i in range(150)]
 
 
 def outputs_right_in(share: float, seed: int, endless: float = 0.0) -> list[Output]:
     """Outputs of which every word is the reference's with probability `share`, else one that is never right."""
     rng = random.Random(seed)
-    texts = [" ".join(w if rng.random() < share else "wrong" for w in str(r).split()) for r in REFERENCES]
+    texts = [" ".join(w if rng.random() < share else "wrong" for w in str(r).split()) for r in INITIAL_LOGPS]
     return [Output(text, 6, rng.random() >= endless) for text in texts]
 
 
 def compare_shares(shares: dict[tuple[str, str], float], **more: Any) -> dict[str, Any]:
     outputs = {key: outputs_right_in(share, seed) for seed, (key, share) in enumerate(shares.items())}
-    return compare(outputs, REFERENCES, temperatures=TEMPERATURES, resamples=300, seed=1, **more)
+    return compare(outputs, INITIAL_LOGPS, temperatures=TEMPERATURES, resamples=300, seed=1, **more)
 
 
 def row(metrics: dict[str, Any], system: str, decoding: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def test_compare_orders_systems_and_compares_like_with_like() -> None:
     assert [r["system"] for r in metrics["systems"]] == ["warmup", "warmup", "warmup", "plad", "plad"]
     assert row(metrics, "warmup", "greedy")["win_rate_vs_warmup"] is None
     assert row(metrics, "warmup", "sampled")["win_rate_vs_warmup"] is None
-    scores = {k: score_system(REFERENCES, outputs_right_in(s, i)) for i, (k, s) in enumerate(shares.items())}
+    scores = {k: score_system(INITIAL_LOGPS, outputs_right_in(s, i)) for i, (k, s) in enumerate(shares.items())}
     for system, decoding, baseline in (("plad", "greedy", "greedy"), ("warmup", "t0.5", "sampled")):
         expected = win_rate(scores[system, decoding].rouge_l, scores["warmup", baseline].rouge_l, 300, 1)
         assert row(metrics, system, decoding)["win_rate_vs_warmup"] == expected.to_json()
@@ -161,15 +161,15 @@ def test_compare_orders_systems_and_compares_like_with_like() -> None:
 
 def test_compare_takes_the_hottest_decoding_where_none_is_called_sampled() -> None:
     outputs = {(s, d): outputs_right_in(0.5, 0) for s in ("plad", "warmup") for d in ("cool", "hot")}
-    metrics = compare(outputs, REFERENCES, temperatures={"cool": 0.3, "hot": 0.9}, resamples=100, seed=0)
+    metrics = compare(outputs, INITIAL_LOGPS, temperatures={"cool": 0.3, "hot": 0.9}, resamples=100, seed=0)
     assert metrics["main_decoding"] == "hot"
 
 
 def test_compare_refuses_a_decoding_without_temperature_and_nothing_at_all() -> None:
     with pytest.raises(ValueError, match="hot"):
-        compare({("plad", "hot"): outputs_right_in(1, 0)}, REFERENCES, temperatures={}, resamples=100, seed=0)
+        compare({("plad", "hot"): outputs_right_in(1, 0)}, INITIAL_LOGPS, temperatures={}, resamples=100, seed=0)
     with pytest.raises(ValueError, match="nothing to compare"):
-        compare({}, REFERENCES, temperatures={}, resamples=100, seed=0)
+        compare({}, INITIAL_LOGPS, temperatures={}, resamples=100, seed=0)
 
 
 def test_without_references_quality_is_null_and_lengths_stay() -> None:
@@ -318,7 +318,7 @@ def test_verdict_survives_an_empty_ranking() -> None:
 
 def test_verdict_warns_of_outputs_that_never_end() -> None:
     outputs = {("warmup", "sampled"): outputs_right_in(0.5, 0), ("plad", "sampled"): outputs_right_in(0.5, 1, 0.4)}
-    metrics = compare(outputs, REFERENCES, temperatures=TEMPERATURES, resamples=100, seed=0)
+    metrics = compare(outputs, INITIAL_LOGPS, temperatures=TEMPERATURES, resamples=100, seed=0)
     warning = sentence(metrics, "end-of-sequence")
     assert warning.startswith("Warning")
     assert "PLaD sampled" in warning

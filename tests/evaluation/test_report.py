@@ -17,7 +17,7 @@ from plad_dist.evaluation.card import _hub_name
 from plad_dist.evaluation.metrics import compare
 from plad_dist.evaluation.report import ReportData, loss_in_words, metrics_table, render_report
 from plad_dist.text_metrics import Output
-from plad_dist.training.records.collapse import Look, Watched
+from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
 RANKING = {
@@ -32,7 +32,7 @@ student: {path: Qwen/Qwen3-0.6B, revision: main}
 prompts: {source: {type: files, paths: [prompts.jsonl]}}
 training: {round: {loss: {name: rank, margin: 1.0}}}
 """
-LOOK = Look(0, tokens=3.0, end_share=0.9, repetition=0.0, win_rate=0.5)
+LOOK = CheckpointProbe(0, tokens=3.0, end_share=0.9, repetition=0.0, win_rate=0.5)
 
 
 def make_metrics(systems: tuple[str, ...], reference: str | None, ranking: dict[str, Any] | None) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def make_report(
         versions={"vllm": "0.29.0"},
         pairing={"pairs": 7421, "drops": {"teacher_truncated": 12, "identical": 340}, "teacher_win_share": 0.512},
         timings={"warmup": 55.2, "sample": 3725.0},
-        watched={"round-0": (Watched("f", LOOK, [LOOK], sound=0, collapse=f"it says {EVIL}"), 7)},
+        watched={"round-0": (CollapseRecord("f", LOOK, [LOOK], sound=0, collapse=f"it says {EVIL}"), 7)},
         facts={"Teacher parameters": "0.86 million"},
     )
 

@@ -92,7 +92,7 @@ def test_packed_rows_under_flex_attention_equal_separate_sequences(family: str) 
     batch = collate(found, filler=0, layout=attention.layout).to(torch.device("cuda"))
     reference = model("eager", torch.float64)
     expected_S = plain(reference, found)
-    lengths, references = batch.lengths_S, batch.references_S
+    lengths, references = batch.lengths_S, batch.initial_logps_S
     group_losses(LOSS, batch.pairs, expected_S, lengths, references).sum().backward()
 
     policy = Policy(model(attention.implementation, torch.float32), attention)

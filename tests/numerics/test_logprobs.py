@@ -106,11 +106,11 @@ def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: st
     expected_S = separate_logps(reference, GROUPS)
     batch = collate(GROUPS, filler=0, layout=attention.layout)
     assert bool(batch.pieces) == by_piece
-    group_losses(loss, batch.pairs, expected_S, batch.lengths_S, batch.references_S).sum().backward()
+    group_losses(loss, batch.pairs, expected_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
 
     policy = Policy(model, attention)
     logps_S = policy(batch)
-    group_losses(loss, batch.pairs, logps_S, batch.lengths_S, batch.references_S).sum().backward()
+    group_losses(loss, batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
 
     torch.testing.assert_close(logps_S.double(), expected_S, rtol=1e-5, atol=0)
     ours = dict(policy.model.named_parameters())
@@ -200,7 +200,7 @@ def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypat
     monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 64 * 1000)
     seen: list[int] = []
 
-    class Watch(torch.overrides.TorchFunctionMode):
+    class CollapseBounds(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **(kwargs or {}))
             if isinstance(result, Tensor):
@@ -209,7 +209,7 @@ def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypat
 
     layer = torch.nn.Linear(4, 1000, bias=False)
     hidden_NH = torch.randn(1024, 4, requires_grad=True)
-    with Watch():
+    with CollapseBounds():
         logprobs.LogprobHead(layer)(hidden_NH, torch.randint(1000, (1024,))).sum().backward()
     assert max(seen) <= 64 * 1000
 

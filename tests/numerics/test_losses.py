@@ -63,7 +63,7 @@ def ours(loss: Loss, rows: list[tuple[dict[str, float], dict[str, float]]]) -> t
         chosen_P=torch.arange(0, 2 * count, 2),
         rejected_P=torch.arange(1, 2 * count, 2),
         group_P=torch.arange(count),
-        steps_P=torch.ones(count, dtype=torch.int64),
+        rank_gap_P=torch.ones(count, dtype=torch.int64),
         score_gap_P=torch.tensor([plus["score"] - minus["score"] for plus, minus in rows], dtype=torch.float64),
         anchored_A=torch.arange(0, 2 * count, 2),
         group_A=torch.arange(count),
@@ -103,13 +103,16 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     torch.manual_seed(0)
     logps_S = -torch.rand(8, dtype=torch.float64) * 20 - 1
     lengths_S = torch.randint(1, 9, (8,)).double()
-    references_S = logps_S + torch.randn(8, dtype=torch.float64)
+    initial_logps_S = logps_S + torch.randn(8, dtype=torch.float64)
     batch = collate([plain_pair([1], [2], [3]) for _ in range(4)], filler=0)
     gaps = torch.tensor([0.3, 2.0, -0.5, 1.0], dtype=torch.float64)
     pairs = Pairs(**{field: getattr(batch.pairs, field) for field in Pairs.__slots__} | {"score_gap_P": gaps})
     logps_S.requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda values: group_losses(loss, pairs, values, lengths_S, references_S).sum(), [logps_S], eps=1e-7, atol=1e-5
+        lambda values: group_losses(loss, pairs, values, lengths_S, initial_logps_S).sum(),
+        [logps_S],
+        eps=1e-7,
+        atol=1e-5,
     )
 
 
@@ -126,7 +129,11 @@ def test_listwise_is_the_sum_over_all_pairs_of_the_list(ranked: list[float], mar
     batch = collate([Group([1], [[2]] * len(ranked), pairs=steps)], filler=0)
     values = torch.tensor(ranked, dtype=torch.float64)
     through = group_losses(
-        Loss(name="listwise", margin=margin, mle_weight=0.0), batch.pairs, values, batch.lengths_S, batch.references_S
+        Loss(name="listwise", margin=margin, mle_weight=0.0),
+        batch.pairs,
+        values,
+        batch.lengths_S,
+        batch.initial_logps_S,
     )
     assert through.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
@@ -136,7 +143,7 @@ def test_a_group_weighs_as_much_as_another_whatever_its_pairs() -> None:
     three = Group([1], [[2], [3], [4], [5]], pairs=[(0, 1, 1), (0, 2, 1), (0, 3, 1)])
     batch = collate([one, three], filler=0)
     logps_S = torch.tensor([-3.0, -5.0, -4.0, -3.5, -2.0, -9.0])
-    values = group_losses(Loss(mle_weight=2.0), batch.pairs, logps_S, batch.lengths_S, batch.references_S)
+    values = group_losses(Loss(mle_weight=2.0), batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S)
     assert values.tolist() == pytest.approx([0.0 + 2 * 3.0, (1.5 + 3.0 + 0.0) / 3 + 2 * 4.0])
 
 
@@ -144,16 +151,16 @@ def test_likelihood_is_the_mean_over_the_chosen_responses() -> None:
     group = Group([1], [[2, 2], [3]], anchored=(0, 1))
     batch = collate([group], filler=0)
     logps_S = torch.tensor([-4.0, -1.0])
-    values = group_losses(Loss(name="mle"), batch.pairs, logps_S, batch.lengths_S, batch.references_S)
+    values = group_losses(Loss(name="mle"), batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S)
     assert values.tolist() == [2.5]
     means = Loss(name="mle", length_normalize=True)
-    assert group_losses(means, batch.pairs, logps_S, batch.lengths_S, batch.references_S).tolist() == [1.5]
+    assert group_losses(means, batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S).tolist() == [1.5]
 
 
 def test_satisfied_pairs_have_no_gradient() -> None:
     logps_S = torch.tensor([-1.0, -9.0, -3.0, -2.0], requires_grad=True)
     batch = collate([plain_pair([1], [2], [3]), plain_pair([1], [2], [3])], filler=0)
-    group_losses(Loss(mle_weight=0.0), batch.pairs, logps_S, batch.lengths_S, batch.references_S).sum().backward()
+    group_losses(Loss(mle_weight=0.0), batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
     assert logps_S.grad.tolist() == [0.0, 0.0, -1.0, 1.0]
 
 

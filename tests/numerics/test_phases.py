@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from plad_dist.data.schemas import REFERENCES
+from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.data.store import Dataset
 from plad_dist.rundir import RunDir
 from plad_dist.training.checkpoints.store import TrainState
@@ -55,17 +55,17 @@ def logp(model: Any, prompt: list[int], response: list[int]) -> float:
 def test_references_are_the_starting_students_and_made_once(tmp_path: Path) -> None:
     run = trained(tmp_path, workers=2, loss={"name": "dpo"})
     assert losses(run, PHASE)[0] == pytest.approx(math.log(2), rel=1e-5), "nothing has moved yet"
-    (folder,) = (run.root / run.pairs().path).glob("references-*")
-    found = Dataset(run.storage, f"{run.pairs().path}/{folder.name}", REFERENCES)
+    (folder,) = (run.root / run.pairs().path).glob("initial-logps-*")
+    found = Dataset(run.storage, f"{run.pairs().path}/{folder.name}", INITIAL_LOGPS)
     table, pairs = found.read(), run.pairs().read()
     assert table["prompt_id"].to_pylist() == pairs["prompt_id"].to_pylist()
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "student").double()
     for row, reference in zip(pairs.to_pylist()[::7], table.to_pylist()[::7], strict=True):
         for side in ("chosen", "rejected"):
             expected = logp(start, row["prompt_token_ids"], row[f"{side}_token_ids"])
-            assert reference[f"{side}_reference_logp"] == pytest.approx(expected, rel=1e-5)
+            assert reference[f"{side}_initial_logp"] == pytest.approx(expected, rel=1e-5)
     checked, _ = verify(run.storage.url)
-    assert not [problem for item in checked for problem in item.problems if "references" in problem]
+    assert not [problem for item in checked for problem in item.problems if "initial-logps" in problem]
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from plad_dist.data.models import model_marker
 from plad_dist.training.checkpoints.snapshot import write_snapshot
 from plad_dist.training.checkpoints.store import Checkpoint
-from plad_dist.training.records.collapse import Look, Watched
+from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord
 from tests.numerics.crash import EVERY, PHASE, begun, commit_before_the_next_step, store, weights
 from tests.numerics.workers import job_of, train
 
 pytestmark = pytest.mark.engine
-START = Look(0, 5.0, 1.0, 0.0)
+START = CheckpointProbe(0, 5.0, 1.0, 0.0)
 
 
 def snapshot(raw: dict[str, Any], checkpoint: Checkpoint | None, folder: Path) -> dict[str, torch.Tensor]:
@@ -44,12 +44,12 @@ def test_a_collapse_ends_training_and_the_latest_sound_checkpoint_becomes_the_mo
     raw["training"] |= {"watch": {}, "heldout_pairs": 0}  # none is kept for being the best
     train(tmp_path, raw, PHASE, 2, stop=EVERY)
     expected = snapshot(raw, store(run).at(EVERY), tmp_path / "snapshot")
-    found = Watched(job_of(raw, PHASE).fingerprint, START, [Look(EVERY, 5.0, 1.0, 0.0)], sound=EVERY)
+    found = CollapseRecord(job_of(raw, PHASE).fingerprint, START, [CheckpointProbe(EVERY, 5.0, 1.0, 0.0)], sound=EVERY)
     found.write(run.storage, PHASE)
     train(tmp_path, raw, PHASE, 2, stop=2 * EVERY)
     train(tmp_path, raw, PHASE, 2, stop=3 * EVERY)
     assert {step for step in store(run).steps() if store(run).is_committed(step)} == {EVERY, 3 * EVERY}
-    Watched(**{**vars(found), "collapse": "at step 15 it says nothing"}).write(run.storage, PHASE)
+    CollapseRecord(**{**vars(found), "collapse": "at step 15 it says nothing"}).write(run.storage, PHASE)
     train(tmp_path, raw, PHASE, 2)
     marker = model_marker(run.model(PHASE))
     assert marker is not None
@@ -76,8 +76,10 @@ def collapsed_later(raw: dict[str, Any], phase: str, stop: int) -> None:
 
     def save(self: Worker) -> None:
         if self.state.step == 2 * EVERY and self.rank == 0:
-            looks = [Look(EVERY, 5.0, 1.0, 0.0), Look(2 * EVERY, 90.0, 0.0, 0.9)]
-            Watched(job.fingerprint, START, looks, sound=EVERY, collapse="it never ends").write(job.storage, phase)
+            looks = [CheckpointProbe(EVERY, 5.0, 1.0, 0.0), CheckpointProbe(2 * EVERY, 90.0, 0.0, 0.9)]
+            CollapseRecord(job.fingerprint, START, looks, sound=EVERY, collapse="it never ends").write(
+                job.storage, phase
+            )
         real(self)
 
     Worker._save = save  # type: ignore[method-assign]
@@ -88,7 +90,9 @@ def test_a_collapse_with_nothing_sound_before_it_says_what_to_do(tmp_path: Path)
     raw, run = begun(tmp_path, max_steps=2 * EVERY)
     raw["training"]["watch"] = {}
     job = job_of(raw, PHASE)
-    Watched(job.fingerprint, START, [Look(EVERY, 90.0, 0.0, 0.9)], collapse="it never ends").write(run.storage, PHASE)
+    CollapseRecord(job.fingerprint, START, [CheckpointProbe(EVERY, 90.0, 0.0, 0.9)], collapse="it never ends").write(
+        run.storage, PHASE
+    )
     train(tmp_path, raw, PHASE, 1)
     assert not run.model(PHASE).exists()
     message = run.storage.read_json(job.stopped_key)["message"]

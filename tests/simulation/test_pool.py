@@ -124,7 +124,7 @@ class Night:
         for name in sorted(self.mine):
             actor = self.actors[name]
             if actor.alive and not actor.hung:
-                self.pool.beat(name, actor.finished > actor.heard_of, self.now)
+                self.pool.heartbeat(name, actor.finished > actor.heard_of, self.now)
                 actor.heard_of = actor.finished
         for name, _ in self.pool.silent(self.now):
             self.pool.leave(name)

@@ -25,7 +25,7 @@ from plad_dist.data.storage import Storage
 from plad_dist.devices import GPUS
 from plad_dist.doctor import examine as doctor
 from plad_dist.doctor import node_checks, reach_checks
-from plad_dist.doctor.node_checks import GIB, MIB, Finding, Node, Place
+from plad_dist.doctor.node_checks import GIB, MIB, Finding, Node, StorageSite
 from plad_dist.planning.hardware import Hardware
 from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import in_this_process, write_config
@@ -79,8 +79,8 @@ def failing(printed: str) -> list[dict[str, str]]:
     return [finding for finding in json.loads(printed) if finding["state"] == "fail"]
 
 
-def place(folder: Path) -> Place:
-    return Place("run.dir", str(folder), ".doctor-test")
+def place(folder: Path) -> StorageSite:
+    return StorageSite("run.dir", str(folder), ".doctor-test")
 
 
 def everything(folder: Path) -> dict[str, int]:
@@ -453,11 +453,11 @@ def test_the_files_of_a_run_are_not_touched(tmp_path: Path) -> None:
 
 
 def test_object_stores_are_probed_alike(bucket: str) -> None:
-    at = Place("run.dir", bucket, ".doctor-test")
+    at = StorageSite("run.dir", bucket, ".doctor-test")
     with doctor.probes([at]) as held:
         assert states(reach_checks.storage(Node("n", "member", held))) == ["ok"]
     assert at.storage.sizes("") == {}
-    with doctor.probes([Place("run.dir", "s3://no-such-bucket/run", ".doctor-test")]) as held:
+    with doctor.probes([StorageSite("run.dir", "s3://no-such-bucket/run", ".doctor-test")]) as held:
         assert held == ()
 
 

@@ -17,9 +17,9 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.driver import elastic
-from plad_dist.training.driver.elastic import Monitor, first_death, innermost
+from plad_dist.training.driver.elastic import ProgressMailbox, first_death, innermost
 from plad_dist.training.worker import notices
-from plad_dist.training.worker.notices import Notices
+from plad_dist.training.worker.notices import PreemptionNotices
 
 
 def broken_connection() -> RuntimeError:
@@ -69,13 +69,15 @@ def leaves(node: str, at: float | None) -> Any:
 
 
 @pytest.fixture
-def heeding(monkeypatch: pytest.MonkeyPatch) -> tuple[Notices, Clock]:
-    monkeypatch.setattr(Notices, "_ask_whether_to_yield", lambda self: None)
+def heeding(monkeypatch: pytest.MonkeyPatch) -> tuple[PreemptionNotices, Clock]:
+    monkeypatch.setattr(PreemptionNotices, "_ask_whether_to_yield", lambda self: None)
     clock = Clock(monkeypatch)
-    return Notices(object()), clock
+    return PreemptionNotices(object()), clock
 
 
-def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(heeding: tuple[Notices, Clock]) -> None:
+def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(
+    heeding: tuple[PreemptionNotices, Clock],
+) -> None:
     """Two steps and three commits before the node leaves, and a margin."""
     found, clock = heeding
     assert not found.heed(None, None)
@@ -87,7 +89,7 @@ def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(heeding
     assert found.wishes(5.0, 40.0)["leave"]
 
 
-def test_a_second_node_that_leaves_sooner_counts(heeding: tuple[Notices, Clock]) -> None:
+def test_a_second_node_that_leaves_sooner_counts(heeding: tuple[PreemptionNotices, Clock]) -> None:
     found, _ = heeding
     assert found.heed(leaves("a", 3000.0), None)
     assert not found.wishes(0.0, 0.0)["leave"]
@@ -95,20 +97,22 @@ def test_a_second_node_that_leaves_sooner_counts(heeding: tuple[Notices, Clock])
     assert found.wishes(0.0, 0.0)["leave"]
 
 
-def test_a_node_that_leaves_sooner_than_it_said_first_counts(heeding: tuple[Notices, Clock]) -> None:
+def test_a_node_that_leaves_sooner_than_it_said_first_counts(heeding: tuple[PreemptionNotices, Clock]) -> None:
     found, _ = heeding
     assert found.heed(leaves("a", 3000.0), None)
     assert not found.heed(leaves("a", 1010.0), None), "no other node leaves"
     assert found.wishes(0.0, 0.0)["leave"]
 
 
-def test_a_node_that_does_not_say_when_it_leaves_is_taken_to_leave_at_once(heeding: tuple[Notices, Clock]) -> None:
+def test_a_node_that_does_not_say_when_it_leaves_is_taken_to_leave_at_once(
+    heeding: tuple[PreemptionNotices, Clock],
+) -> None:
     found, _ = heeding
     assert found.heed(leaves("a", None), None)
     assert found.wishes(0.0, 0.0)["leave"]
 
 
-def test_it_is_looked_once_a_second(heeding: tuple[Notices, Clock]) -> None:
+def test_it_is_looked_once_a_second(heeding: tuple[PreemptionNotices, Clock]) -> None:
     found, clock = heeding
     assert not found.wishes(0.0, 0.0)["look"]
     clock.now += 1
@@ -117,17 +121,17 @@ def test_it_is_looked_once_a_second(heeding: tuple[Notices, Clock]) -> None:
 
 
 def test_a_late_answer_of_an_earlier_group_is_no_answer() -> None:
-    monitor = Monitor()
-    monitor.new_group()
-    monitor.ask_to_yield()
-    early = monitor.wants_yield()
-    monitor.new_group()
-    assert monitor.wants_yield() == 0
-    monitor.yielded(early)
-    monitor.ask_to_yield()
-    assert not monitor.has_yielded()
-    monitor.yielded(monitor.wants_yield())
-    assert monitor.has_yielded()
+    mailbox = ProgressMailbox()
+    mailbox.new_group()
+    mailbox.ask_to_yield()
+    early = mailbox.wants_yield()
+    mailbox.new_group()
+    assert mailbox.wants_yield() == 0
+    mailbox.yielded(early)
+    mailbox.ask_to_yield()
+    assert not mailbox.has_yielded()
+    mailbox.yielded(mailbox.wants_yield())
+    assert mailbox.has_yielded()
 
 
 class Policy:

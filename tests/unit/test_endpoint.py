@@ -19,8 +19,8 @@ from plad_dist.config import Decoding, Endpoint
 from plad_dist.errors import UserError
 from plad_dist.sampling.backend import RefusedPromptError
 from plad_dist.sampling.endpoint.client import (
-    Answer,
     ClientClosedError,
+    EndpointAnswer,
     EndpointClient,
     EndpointDownError,
     SpendingCapReached,
@@ -54,7 +54,7 @@ def test_an_answer_comes_with_its_tokens_and_its_cost() -> None:
             asking(server, input_price=1.0, output_price=10.0, spent=3.0) as client,
         ):
             answer = await client.complete(messages("hi"), DECODING, 7)
-            assert answer == Answer("héllo", "stop", 10, 5, 60e-6)
+            assert answer == EndpointAnswer("héllo", "stop", 10, 5, 60e-6)
             assert (client.requests, client.retries, client.prompt_tokens, client.completion_tokens) == (1, 0, 10, 5)
             assert client.spent == pytest.approx(3.0 + 60e-6)
 
@@ -224,7 +224,7 @@ def test_a_prompt_refused_for_good_is_asked_once_and_spoils_no_other(refusal: Ca
         async with serving(behave) as server, asking(server, FakeTime()) as client:
             outcomes = await ask(client, "bad", *(f"good{row}" for row in range(9)))
             assert isinstance(outcomes[0], RefusedPromptError)
-            assert all(isinstance(outcome, Answer) for outcome in outcomes[1:])
+            assert all(isinstance(outcome, EndpointAnswer) for outcome in outcomes[1:])
             assert server.asked["bad"] == 1
 
     run(test())
@@ -250,7 +250,7 @@ def test_one_poison_prompt_among_good_ones_is_the_only_one_given_up() -> None:
             assert isinstance(outcomes[0], RefusedPromptError)
             assert "4 tries" in str(outcomes[0])
             assert "CUDA error" in str(outcomes[0])
-            assert all(isinstance(outcome, Answer) for outcome in outcomes[1:])
+            assert all(isinstance(outcome, EndpointAnswer) for outcome in outcomes[1:])
             assert server.asked["poison"] == 4
             assert fake.now < 60
 
@@ -303,7 +303,7 @@ def test_requests_go_on_after_an_outage_that_ends_in_time() -> None:
         behave = lambda prompt, nth: error(503) if fake.now < 800 else good()  # noqa: E731
         async with serving(behave) as server, asking(server, fake, max_retries=0, concurrency=4) as client:
             outcomes = await ask(client, *(f"p{row}" for row in range(20)))
-            assert all(isinstance(outcome, Answer) for outcome in outcomes), outcomes
+            assert all(isinstance(outcome, EndpointAnswer) for outcome in outcomes), outcomes
 
     run(test())
 
@@ -316,7 +316,7 @@ def test_idle_time_is_no_outage() -> None:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(client.complete(messages("bad"), DECODING, 1), 0.05)
             fake.now += 10_000
-            assert isinstance((await ask(client, "fine"))[0], Answer)
+            assert isinstance((await ask(client, "fine"))[0], EndpointAnswer)
 
     run(test())
 
@@ -448,7 +448,7 @@ def test_no_more_requests_are_under_way_than_allowed() -> None:
         behave = lambda prompt, nth: after(0.01, error(500) if nth == 1 else good())  # noqa: E731
         async with serving(behave) as server, asking(server, FakeTime(), concurrency=5) as client:
             answers = await ask(client, *(f"p{row}" for row in range(40)))
-            assert all(isinstance(answer, Answer) for answer in answers)
+            assert all(isinstance(answer, EndpointAnswer) for answer in answers)
             assert server.most_in_flight == 5
 
     run(test())
@@ -494,7 +494,7 @@ def test_the_cap_is_never_exceeded_and_answers_under_way_are_kept(spent: float) 
         settings = _PRICES | {"max_spend": 0.1, "concurrency": 8}
         async with serving(behave) as server, asking(server, spent=spent, **settings) as client:
             outcomes = await ask(client, *(f"p{row}" for row in range(100)))
-            answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
+            answers = [outcome for outcome in outcomes if isinstance(outcome, EndpointAnswer)]
             stopped = [outcome for outcome in outcomes if isinstance(outcome, SpendingCapReached)]
             assert len(answers) == server.answered > 10
             assert len(answers) + len(stopped) == 100
@@ -552,7 +552,7 @@ def test_a_request_waits_for_the_room_that_others_may_leave() -> None:
         # Room for one worst case at a time, but for many real costs.
         async with serving(behave) as server, asking(server, max_spend=0.008, **_PRICES) as client:
             outcomes = await ask(client, "a", "b", "c")
-            assert all(isinstance(outcome, Answer) for outcome in outcomes)
+            assert all(isinstance(outcome, EndpointAnswer) for outcome in outcomes)
             assert server.most_in_flight == 1
 
     run(test())
@@ -611,10 +611,10 @@ def test_a_prompt_that_a_firewall_refuses_is_an_error_row_once_others_were_answe
     async def test() -> None:
         behave = lambda prompt, nth: error(status, "blocked") if "DROP TABLE" in prompt else good()  # noqa: E731
         async with serving(behave) as server, asking(server) as client:
-            assert isinstance((await ask(client, "a"))[0], Answer)
+            assert isinstance((await ask(client, "a"))[0], EndpointAnswer)
             outcomes = await ask(client, "b", "DROP TABLE x", "c")
-            assert [type(outcome) for outcome in outcomes] == [Answer, RefusedPromptError, Answer]
-            assert isinstance((await ask(client, "d"))[0], Answer)
+            assert [type(outcome) for outcome in outcomes] == [EndpointAnswer, RefusedPromptError, EndpointAnswer]
+            assert isinstance((await ask(client, "d"))[0], EndpointAnswer)
 
     run(test())
 
@@ -638,7 +638,7 @@ def test_a_prompt_that_is_throttled_for_ever_is_given_up_while_others_are_answer
         async with serving(behave) as server, asking(server, FakeTime(), give_up_after_s=100.0) as client:
             bad = asyncio.create_task(client.complete(messages("bad"), DECODING, 1))
             while not bad.done():
-                assert isinstance((await ask(client, "good"))[0], Answer)
+                assert isinstance((await ask(client, "good"))[0], EndpointAnswer)
             with pytest.raises(RefusedPromptError, match=r"while others had one; the last: .*slow down"):
                 await bad
 

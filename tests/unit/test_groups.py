@@ -15,7 +15,7 @@ import pytest
 from plad_dist.config import Loss, Model
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare, train_prompts
-from plad_dist.data.schemas import REFERENCES, SAMPLES
+from plad_dist.data.schemas import INITIAL_LOGPS, SAMPLES
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
@@ -114,16 +114,16 @@ def test_a_list_wants_nothing_between_equal_scores_and_has_a_text_once(folder: P
     assert group.pairs == [(0, 2, 1), (1, 2, 1)]
 
 
-def test_references_of_other_rows_are_not_taken_for_these(folder: Path, raw: dict[str, Any]) -> None:
+def test_initial_logps_of_other_rows_are_not_taken_for_these(folder: Path, raw: dict[str, Any]) -> None:
     run = run_of(folder, raw, [some_pairs(0, 3)], "compared")
-    other = Dataset(run.storage, "references", REFERENCES)
+    other = Dataset(run.storage, "initial-logps", INITIAL_LOGPS)
     rows = run.pairs().read()["prompt_id"].to_pylist()
     values = pa.array([0.0] * len(rows), pa.float32())
-    table = pa.table([pa.array(["other", *rows[1:]]), values, values], names=REFERENCES.names).cast(REFERENCES)
+    table = pa.table([pa.array(["other", *rows[1:]]), values, values], names=INITIAL_LOGPS.names).cast(INITIAL_LOGPS)
     other.commit(0, table, fingerprint="x", attempt="a")
     other.finish(1, fingerprint="x", facts={})
-    with pytest.raises(RunFailed, match="is of other rows"):
-        groups_of(run, folder, references="references").take([0])
+    with pytest.raises(RunFailed, match="belong to other rows"):
+        groups_of(run, folder, initial_logps="initial-logps").take([0])
 
 
 def make_raw(folder: Path, raw: dict[str, Any], **student: Any) -> dict[str, Any]:

@@ -269,8 +269,8 @@ def test_a_worker_does_many_blocks_at_a_time_and_beats(folder: Path) -> None:
 
     async def work() -> list[BlockResult]:
         results = await asyncio.gather(*(as_block_worker.work(job, block, "a", Hints()) for block in range(5)))
-        beat = await worker.beat()
-        assert (beat.finished, beat.in_flight) == (
+        heartbeat = await worker.heartbeat()
+        assert (heartbeat.finished, heartbeat.in_flight) == (
             PROMPTS_SAMPLED + 1,
             0,
         )  # the last block holds one that is past the limit
@@ -316,7 +316,7 @@ def test_what_goes_wrong_in_a_block_names_the_block_and_the_reason(
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(RunFailed, match=r"block 3: .*part-00003\.arrow: damaged"):
         asyncio.run(worker.work(job, 3, "a", Hints()))
-    assert asyncio.run(worker.beat()).in_flight == 0
+    assert asyncio.run(worker.heartbeat()).in_flight == 0
 
 
 def test_a_worker_that_cannot_start_stops_the_stage_with_the_reason(folder: Path) -> None:

@@ -51,17 +51,17 @@ def test_an_idle_actor_takes_over_the_oldest_lease_at_the_tail() -> None:
 def test_a_silent_actor_is_given_up_and_one_that_is_heard_is_not() -> None:
     pool = pool_of(2, heartbeat_timeout_s=10, stall_timeout_s=100)
     take(pool, "a")
-    pool.beat("b", False, 8.0)
+    pool.heartbeat("b", False, 8.0)
     assert [name for name, _ in pool.silent(11.0)] == ["a"]
 
 
 def test_an_actor_that_is_heard_but_finishes_nothing_is_given_up() -> None:
     pool = pool_of(2, actors="a", heartbeat_timeout_s=10, stall_timeout_s=50)
     take(pool, "a")
-    pool.beat("a", True, 20.0)
-    pool.beat("a", False, 69.0)
+    pool.heartbeat("a", True, 20.0)
+    pool.heartbeat("a", False, 69.0)
     assert pool.stalled(69.0) == []
-    pool.beat("a", False, 71.0)
+    pool.heartbeat("a", False, 71.0)
     assert pool.stalled(71.0) == [("a", "alive, but nothing done for 51 s")]
 
 

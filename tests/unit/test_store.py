@@ -104,13 +104,13 @@ def test_parts_of_another_fingerprint_are_refused(tmp_path: Path) -> None:
 
 def test_a_stage_that_goes_on_refuses_parts_of_another_origin_before_it_begins(tmp_path: Path) -> None:
     data = dataset(tmp_path)
-    assert data.go_on("anything") == {}
+    assert data.resume("anything") == {}
     commit(data, 3, rows(1))
-    assert data.go_on("f") == {3: None}
+    assert data.resume("f") == {3: None}
     assert data.find(3, "f") is not None
     assert data.find(2, "f") is None
     with pytest.raises(UserError, match=r"part-00003\.arrow: made by another config"):
-        data.go_on("other")
+        data.resume("other")
 
 
 def test_what_was_made_of_something_else_is_set_aside_whole(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_what_was_made_of_something_else_is_set_aside_whole(tmp_path: Path) -> N
     assert data.read()["x"].to_pylist() == [1, 2]
     data.set_aside_unless("other")
     assert data.manifest() is None
-    assert data.go_on("other") == {}
+    assert data.resume("other") == {}
     assert len(list((tmp_path / "numbers" / "damaged").iterdir())) == 1, "it is kept"
 
 

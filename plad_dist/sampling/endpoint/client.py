@@ -47,7 +47,7 @@ class ClientClosedError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EndpointAnswer:
     """One response. `cost` includes failed tries that the server billed or may have billed."""
 
     text: str
@@ -147,7 +147,7 @@ class EndpointClient:
                 break
         return self._advice(failure) if failure else None
 
-    async def complete(self, prompt: Prompt, decoding: Decoding, seed: int) -> Answer:
+    async def complete(self, prompt: Prompt, decoding: Decoding, seed: int) -> EndpointAnswer:
         """Draw one response to messages (`api: chat`) or to a rendered text (`api: completions`).
 
         Raises:
@@ -167,7 +167,7 @@ class EndpointClient:
                     request.answered_before = self._outage.successes
                 await self._after(outcome, request)
                 self.retries += 1
-            return Answer(outcome.text, outcome.finish_reason, *self._usage(outcome, request), request.cost)
+            return EndpointAnswer(outcome.text, outcome.finish_reason, *self._usage(outcome, request), request.cost)
         except (ClientClosedError, EndpointDownError, SpendingCapReached, UserError) as error:
             error.cost = request.cost  # type: ignore[union-attr]
             raise

@@ -43,7 +43,7 @@ class _Found:
 def check_pairs(
     spec: DataSpec, storage: Storage, model: str, settings: Model, loss: Loss, micro_batch_tokens: int
 ) -> None:
-    """Look through all pairs of a phase.
+    """CheckpointProbe through all pairs of a phase.
 
     Raises:
         UserError: an empty response, a token that is not in the student's vocabulary, missing or non-finite scores where the
@@ -77,7 +77,7 @@ def check_pairs(
 
 
 def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, micro_batch_tokens: int) -> None:
-    """Look for a prompt with a response, among the longest texts of a phase, that no micro-batch holds.
+    """CheckpointProbe for a prompt with a response, among the longest texts of a phase, that no micro-batch holds.
 
     No token of a text is shorter than a byte, and a template is taken to add no more than half of what a micro-batch holds: only
     texts with as many bytes as the other half are tokenized, and of these the longest. What is missed is refused when it comes.

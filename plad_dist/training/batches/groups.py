@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from plad_dist.config import Model
 from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.prompts import train_prompts
-from plad_dist.data.schemas import PAIRS, REFERENCES, SAMPLES, is_answer
+from plad_dist.data.schemas import INITIAL_LOGPS, PAIRS, SAMPLES, is_answer
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part, part_name
 from plad_dist.data.templates import Renderer
@@ -46,7 +46,7 @@ class DataSpec:
         shares: responses share one pass over their prompt.
         over_long: what becomes of a longer one.
         end_ids: tokens that end a response.
-        references: of the dataset with log-likelihoods by the starting student; empty for none.
+        initial_logps: path of the dataset with log-likelihoods by the starting student; empty for none.
     """
 
     kind: Literal["references", "teacher", "pairs", "lists", "chosen"]
@@ -56,7 +56,7 @@ class DataSpec:
     shares: bool = True
     over_long: Literal["fail", "drop", "truncate", "keep"] = "fail"
     end_ids: tuple[int, ...] = ()
-    references: str = ""
+    initial_logps: str = ""
 
     @property
     def counted(self) -> str:
@@ -93,10 +93,10 @@ def open_groups(spec: DataSpec, storage: Storage, model: str, settings: Model) -
             return _Answered(prompts.read_block(block, check), dataset.read_block(block, check))
 
         return GroupSource(counts, answers, make, spec)
-    references = Dataset(storage, spec.references, REFERENCES) if spec.references else None
+    initial_logps = Dataset(storage, spec.initial_logps, INITIAL_LOGPS) if spec.initial_logps else None
 
     def pairs(block: int, check: bool) -> _Block:
-        known = references.read_block(block, check) if references else None
+        known = initial_logps.read_block(block, check) if initial_logps else None
         return PairedRows(dataset.read_block(block, check), known, f"{dataset.path}/{part_name(block)}")
 
     makers: dict[str, Callable[[list[list[Row]]], list[Group]]] = {
@@ -267,14 +267,12 @@ def _bytes(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
 class PairedRows:
     """Pairs, those of one prompt together."""
 
-    def __init__(self, pairs: pa.Table, references: pa.Table | None, name: str) -> None:
-        if references is not None:
-            if not references["prompt_id"].equals(pairs["prompt_id"]):
-                raise RunFailed(
-                    f"{name}: its column of reference log-likelihoods is of other rows; delete references-*"
-                )
-            for column in ("chosen_reference_logp", "rejected_reference_logp"):
-                pairs = pairs.append_column(column, references[column])
+    def __init__(self, pairs: pa.Table, initial_logps: pa.Table | None, name: str) -> None:
+        if initial_logps is not None:
+            if not initial_logps["prompt_id"].equals(pairs["prompt_id"]):
+                raise RunFailed(f"{name}: its initial log-likelihoods belong to other rows; delete initial-logps-*")
+            for column in ("chosen_initial_logp", "rejected_initial_logp"):
+                pairs = pairs.append_column(column, initial_logps[column])
         self._pairs, self._name = pairs.drop_columns(_TEXTS), name
         ids = np.asarray(pairs["prompt_id"].to_pylist(), dtype=object)
         self.starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1])) if len(ids) else np.empty(0, np.int64)
@@ -347,7 +345,7 @@ def _lists(end_ids: set[int], rows: list[list[Row]]) -> list[Group]:
         order = sorted(kept, key=lambda place: (worth[place], place))
         ranked: dict[str, Any] = {
             name: [getattr(group, name)[place] for place in order]
-            for name in ("responses", "scores", "references", "sampled")
+            for name in ("responses", "scores", "initial_logps", "sampled")
             if getattr(group, name)
         }
         rank = {value: number for number, value in enumerate(sorted({worth[place] for place in order}))}
@@ -377,14 +375,14 @@ def _responses(pairs: list[Row]) -> Group:
         (places["chosen", tuple(row["chosen_token_ids"])], places["rejected", tuple(row["rejected_token_ids"])], 1)
         for row in pairs
     ]
-    scores, references, sampled = zip(*figures, strict=True)
+    scores, initial_logps, sampled = zip(*figures, strict=True)
     return Group(
         prompt=pairs[0]["prompt_token_ids"],
         responses=[list(tokens) for _, tokens in places],
         pairs=compared,
         anchored=sorted({chosen for chosen, _, _ in compared}),
         scores=scores,
-        references=references,
+        initial_logps=initial_logps,
         sampled=sampled,
         name=pairs[0]["name"],
         prompt_id=pairs[0]["prompt_id"],

@@ -29,7 +29,7 @@ class Group:
     Attributes:
         pairs: (chosen, rejected, ranks between them), by the places of the responses.
         anchored: places of the responses that the anchor raises.
-        scores, references, sampled: of each response: its score, its log-likelihood by the starting student and as the
+        scores, initial_logps, sampled: of each response: its score, its log-likelihood by the starting student and as the
             engine reported it; empty where there are none, NaN for one that has none.
         name: for messages.
         prompt_id: of the prompt.
@@ -40,7 +40,7 @@ class Group:
     pairs: Sequence[tuple[int, int, int]] = ()
     anchored: Sequence[int] = (0,)
     scores: Sequence[float] = ()
-    references: Sequence[float] = ()
+    initial_logps: Sequence[float] = ()
     sampled: Sequence[float] = ()
     name: str = ""
     prompt_id: str = ""
@@ -106,7 +106,7 @@ class MicroBatch:
         targets_N: the predicted tokens.
         responses_N, places_N: which response each predicted token is of, and its place in it.
         lengths_S: response tokens.
-        references_S, sampled_S: log-likelihoods by the starting student and as the engine reported them, NaN without.
+        initial_logps_S, sampled_S: log-likelihoods by the starting student and as the engine reported them, NaN without.
         pairs: what is compared.
         pieces: of a row that holds all: tokens of each prompt and of each response beside it; else empty.
         longest: tokens of the longest response.
@@ -124,7 +124,7 @@ class MicroBatch:
     responses_N: Tensor
     places_N: Tensor
     lengths_S: Tensor
-    references_S: Tensor
+    initial_logps_S: Tensor
     sampled_S: Tensor
     pairs: Pairs
     pieces: tuple[tuple[int, tuple[int, ...]], ...]
@@ -236,7 +236,7 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = TREE) -> Micr
     return replace(
         _assemble(rows, filler, number, layout.multiple),
         lengths_S=torch.tensor([len(response) for group in groups for response in group.responses]),
-        references_S=_column([group.references for group in groups], groups),
+        initial_logps_S=_column([group.initial_logps for group in groups], groups),
         sampled_S=_column([group.sampled for group in groups], groups),
         pairs=_pairs(groups),
         pieces=tuple((len(piece.prompt), piece.inner) for piece in pieces) if one_row else (),
@@ -316,7 +316,7 @@ def _assemble(rows: list[list[_Piece]], filler: int, responses: int, multiple: i
         responses_N=torch.from_numpy(np.repeat(np.arange(responses), [len(one) for one in targets])),
         places_N=torch.from_numpy(np.concatenate([np.arange(len(one)) for one in targets])),
         lengths_S=nothing,
-        references_S=nothing,
+        initial_logps_S=nothing,
         sampled_S=nothing,
         pairs=_pairs([]),
         pieces=(),
@@ -349,7 +349,7 @@ def _pairs(groups: Sequence[Group]) -> Pairs:
         chosen_P=indices[:, 0],
         rejected_P=indices[:, 1],
         group_P=indices[:, 2],
-        steps_P=indices[:, 3],
+        rank_gap_P=indices[:, 3],
         score_gap_P=torch.tensor([row[4] for row in rows], dtype=torch.float32),
         anchored_A=raised[:, 0],
         group_A=raised[:, 1],

@@ -25,7 +25,7 @@ _FP32, _STATES = "fp32_flat_groups", "optimizer_state_dict"  # DeepSpeed's names
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatSlice:
     """Where a parameter lies in the flat tensors of a size.
 
     Attributes:
@@ -40,19 +40,19 @@ class Place:
     numel: int
 
 
-def places(sub_groups: list[dict[str, int]], ranks: int) -> dict[str, Place]:
+def places(sub_groups: list[dict[str, int]], ranks: int) -> dict[str, FlatSlice]:
     """The place of every parameter from the numbers of elements in each sub-group, by name and in their order."""
     found = {}
     for group, sizes in enumerate(sub_groups):
         offset = 0
         for name, numel in sizes.items():
             length = -(-numel // ranks)
-            found[name] = Place(group, offset, length, numel)
+            found[name] = FlatSlice(group, offset, length, numel)
             offset += length
     return found
 
 
-def pieces(old: Place, new: Place, rank: int) -> Iterator[tuple[int, int, int, int]]:
+def pieces(old: FlatSlice, new: FlatSlice, rank: int) -> Iterator[tuple[int, int, int, int]]:
     """(old rank, offset there, offset in the new flat tensor, elements) of a new rank's part of a parameter."""
     at, end = rank * new.length, min((rank + 1) * new.length, new.numel)
     while at < end:

@@ -23,12 +23,12 @@ import torch.distributed as dist
 
 from plad_dist.data.storage import file_checksum
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.training.agreement import of_first_rank
+from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.checkpoints.attempts import Attempt
 from plad_dist.training.checkpoints.reshard import load_resharded
-from plad_dist.training.checkpoints.scratch_dir import OwnFolder
+from plad_dist.training.checkpoints.scratch_dir import ScratchDir
 from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
-from plad_dist.training.records.collapse import Watched
+from plad_dist.training.records.collapse import CollapseRecord
 
 _LATEST = "latest.json"
 _STAGED = "plad-checkpoint-"
@@ -53,12 +53,12 @@ class Checkpoints:
         staging: str | None,
         *,
         only_trained: bool = False,
-        watched: Callable[[], Watched | None] = lambda: None,
+        watched: Callable[[], CollapseRecord | None] = lambda: None,
     ) -> None:
         self._watched = watched
         self._store, self._attempt, self._keep, self._only_trained = store, attempt, keep, only_trained
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._own = OwnFolder(staging, _STAGED)
+        self._own = ScratchDir(staging, _STAGED)
         self._staging = self._own.path
         self._carrier = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -113,7 +113,7 @@ class Checkpoints:
     def settle(self) -> None:
         """Wait on all ranks until what was saved is committed. Raises as :meth:`save`."""
         self._wait()
-        self.superseded = of_first_rank(self._attempt.superseded)
+        self.superseded = from_rank_zero(self._attempt.superseded)
 
     def _wait(self) -> None:
         """Until what was saved is committed, by whichever rank. Not by a collective: those give up sooner than a slow storage does."""
@@ -203,7 +203,7 @@ class Checkpoints:
             UserError: it belongs to another config, data or model.
         """
         while True:
-            found, self._damaged = of_first_rank(partial(self._store.newest, self._damaged))
+            found, self._damaged = from_rank_zero(partial(self._store.newest, self._damaged))
             problem = self._altered(found) if found is not None else None
             if found is None or problem is None:
                 break
@@ -218,7 +218,7 @@ class Checkpoints:
     def at(self, step: int | None) -> Checkpoint:
         """The checkpoint of a step, on all ranks. Raises as :meth:`newest`, and :class:`RunFailed` where it is gone."""
         assert step is not None
-        found = of_first_rank(lambda: self._store.at(step))
+        found = from_rank_zero(lambda: self._store.at(step))
         problem = self._altered(found) if found is not None else "it is gone"
         if found is None or problem is not None:
             raise DamagedCheckpoint(f"{self._store.folder}/{step_name(step)}: {problem}")

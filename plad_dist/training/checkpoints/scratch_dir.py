@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 
-class OwnFolder:
+class ScratchDir:
     """A new folder that is locked while this process lives. Those that dead processes have left are removed.
 
     Args:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from plad_dist.config import Config, Decoding, Watch
+from plad_dist.config import CollapseBounds, Config, Decoding
 from plad_dist.data.models import model_fingerprint
 from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.templates import Messages
@@ -33,11 +33,11 @@ from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
 from plad_dist.text_metrics import Output, main_decoding, repetition, rouge_l, wins
-from plad_dist.training.checkpoints.scratch_dir import OwnFolder
+from plad_dist.training.checkpoints.scratch_dir import ScratchDir
 from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore
 from plad_dist.training.driver.elastic import free_resources
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.records.collapse import Look, Watched, read_watched
+from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord, read_collapse_record
 
 logger = logging.getLogger("plad")
 
@@ -58,17 +58,17 @@ class Questions:
 
 
 @contextmanager
-def watching(jobs: Sequence[PhaseJob], config: Config, run: RunDir, monitor: Any, progress: Progress) -> Iterator[None]:
-    """Look at the rounds among the phases while the block runs, where the config wants it.
+def watching(jobs: Sequence[PhaseJob], config: Config, run: RunDir, mailbox: Any, progress: Progress) -> Iterator[None]:
+    """CheckpointProbe at the rounds among the phases while the block runs, where the config wants it.
 
     Args:
-        monitor: of the workers, who are left alone until they take steps.
+        mailbox: of the workers, who are left alone until they take steps.
     """
     rounds = [job for job in jobs if job.watch is not None and round_of(job.name) is not None]
     if not rounds:
         yield
         return
-    watch = _Watch(rounds, config, run, monitor, progress)
+    watch = CollapseWatch(rounds, config, run, mailbox, progress)
     thread = threading.Thread(target=watch.follow, daemon=True)
     thread.start()
     try:
@@ -78,16 +78,16 @@ def watching(jobs: Sequence[PhaseJob], config: Config, run: RunDir, monitor: Any
         thread.join(timeout=2 * _TURN_S)
 
 
-class _Watch:
-    def __init__(self, jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, progress: Progress) -> None:
-        self._jobs, self._config, self._run, self._monitor, self._progress = jobs, config, run, monitor, progress
+class CollapseWatch:
+    def __init__(self, jobs: list[PhaseJob], config: Config, run: RunDir, mailbox: Any, progress: Progress) -> None:
+        self._jobs, self._config, self._run, self._mailbox, self._progress = jobs, config, run, mailbox, progress
         self.ended = threading.Event()
         self._questions: dict[str, Questions] = {}
         self._looked_at: dict[str, int] = {}  # step by phase, whatever came of it
         self._told = False  # that there is no room
 
     def follow(self) -> None:
-        """Look whenever there is something new. Training does not depend on it: what goes wrong is said, and the next checkpoint is looked at."""
+        """CheckpointProbe whenever there is something new. Training does not depend on it: what goes wrong is said, and the next checkpoint is looked at."""
         wait, begun = _TURN_S, False
         while not self.ended.wait(wait):
             try:
@@ -103,11 +103,11 @@ class _Watch:
     def _judge_anew(self) -> None:
         """By the bounds as they are now, and the checkpoints that are left."""
         for job in self._jobs:
-            found = read_watched(self._run.storage, job.name, job.fingerprint)
+            found = read_collapse_record(self._run.storage, job.name, job.fingerprint)
             if found is not None:
                 self._write(job, replace(found, looking=None))
 
-    def _write(self, job: PhaseJob, found: Watched) -> Watched:
+    def _write(self, job: PhaseJob, found: CollapseRecord) -> CollapseRecord:
         assert job.watch is not None
         found = judged(found, job.watch, _store(job).is_committed)
         found.write(self._run.storage, job.name)
@@ -118,7 +118,7 @@ class _Watch:
         job = next((one for one in self._jobs if model_fingerprint(run.model(one.name)) != one.fingerprint), None)
         if job is None or job.watch is None:
             return
-        found = read_watched(run.storage, job.name, job.fingerprint)
+        found = read_collapse_record(run.storage, job.name, job.fingerprint)
         newest, _ = _store(job).newest()
         if newest is None or (found is not None and found.collapse is not None):
             return
@@ -130,13 +130,13 @@ class _Watch:
         questions = self._questions_of(job, job.watch)
         if not questions.ids:
             return
-        found = found or Watched(job.fingerprint, start=figures(0, questions.before, questions))
+        found = found or CollapseRecord(job.fingerprint, start=figures(0, questions.before, questions))
         self._write(job, replace(found, looking=step))
         answers = None
         try:
             answers = self._look(job, newest, questions) if _store(job).is_committed(step) else None
         finally:
-            found = read_watched(run.storage, job.name, job.fingerprint)
+            found = read_collapse_record(run.storage, job.name, job.fingerprint)
             if found is not None and found.looking != step:  # another command watches now
                 found = None
             if found is not None and answers is None:  # the checkpoint may go
@@ -149,7 +149,7 @@ class _Watch:
 
     def _trains(self) -> bool:
         """Whether the workers take steps: before, and while they start anew, what is free is theirs."""
-        return bool(ray.get(self._monitor.takes_steps.remote(), timeout=30))
+        return bool(ray.get(self._mailbox.takes_steps.remote(), timeout=30))
 
     def _room(self) -> bool:
         """Whether one node has room for an engine of the student, beside the trainer."""
@@ -168,7 +168,7 @@ class _Watch:
         student = self._config.sampling.student
         return place(student.engine, student.cpus, has_gpus=engines_use_gpus())
 
-    def _questions_of(self, job: PhaseJob, watch: Watch) -> Questions:
+    def _questions_of(self, job: PhaseJob, watch: CollapseBounds) -> Questions:
         if job.name not in self._questions:
             self._questions[job.name] = questions_of(self._config, self._run, round_of(job.name) or 0, watch.prompts)
         return self._questions[job.name]
@@ -183,7 +183,7 @@ class _Watch:
             runtime_env={"env_vars": engine_environment(student.cpus, has_gpus=engines_use_gpus())},
         )
         asked = task.remote(
-            replace(job, monitor=None), checkpoint, dict(student.engine), questions.prompts, questions.decoding, seeds
+            replace(job, mailbox=None), checkpoint, dict(student.engine), questions.prompts, questions.decoding, seeds
         )
         until = time.monotonic() + config.sampling.engine_start_timeout_s + config.sampling.stall_timeout_s
         try:
@@ -234,7 +234,7 @@ def answers_of(
     """The task of a look: answers of a checkpoint's model, by an engine with vLLM's arguments of the student."""
     from plad_dist.training.checkpoints.snapshot import write_snapshot  # it needs torch, which the driver does without
 
-    with OwnFolder(job.staging, _FOLDER) as folder:
+    with ScratchDir(job.staging, _FOLDER) as folder:
         write_snapshot(job, checkpoint, folder / "model")
         return asyncio.run(_answers(str(folder / "model"), job, engine, prompts, decoding, seeds))
 
@@ -265,14 +265,14 @@ async def _answers(
         await running.close()
 
 
-def figures(step: int, answers: Sequence[Output], questions: Questions) -> Look:
+def figures(step: int, answers: Sequence[Output], questions: Questions) -> CheckpointProbe:
     """Figures of answers to the questions."""
     scores = [
         (rouge_l(reference, answer.text), rouge_l(reference, before.text))
         for reference, answer, before in zip(questions.references, answers, questions.before, strict=True)
         if reference and reference.strip()
     ]
-    return Look(
+    return CheckpointProbe(
         step=step,
         tokens=_mean([answer.num_tokens for answer in answers]),
         end_share=_mean([float(answer.finished) for answer in answers]),
@@ -281,7 +281,7 @@ def figures(step: int, answers: Sequence[Output], questions: Questions) -> Look:
     )
 
 
-def judged(found: Watched, bounds: Watch, is_there: Callable[[int], bool]) -> Watched:
+def judged(found: CollapseRecord, bounds: CollapseBounds, is_there: Callable[[int], bool]) -> CollapseRecord:
     """The same with its verdict: what the latest look is out of, and the latest checkpoint that is there and was sound."""
     wrong = {look.step: out_of(look, found.start, bounds) for look in found.looks}
     sound = [step for step, why in wrong.items() if why is None and is_there(step)]
@@ -292,7 +292,7 @@ def judged(found: Watched, bounds: Watch, is_there: Callable[[int], bool]) -> Wa
     )
 
 
-def out_of(look: Look, start: Look, bounds: Watch) -> str | None:
+def out_of(look: CheckpointProbe, start: CheckpointProbe, bounds: CollapseBounds) -> str | None:
     """The first bound that a look is out of, in words; None for none."""
     if bounds.min_end_share is not None and look.end_share < bounds.min_end_share * start.end_share:
         return (
@@ -317,7 +317,7 @@ def out_of(look: Look, start: Look, bounds: Watch) -> str | None:
     return None
 
 
-def told(look: Look) -> str:
+def told(look: CheckpointProbe) -> str:
     """A look in words."""
     wins = "" if look.win_rate is None else f", wins {look.win_rate:.0%} against the start"
     return (

@@ -30,7 +30,7 @@ _SILENCE = (ActorUnavailableError, WorkerHealthCheckTimeoutError)
 _SUSPECT_S = 30.0
 
 
-class Monitor:
+class ProgressMailbox:
     """An actor beside the driver: takes messages of the workers and the controller, and asks the workers to yield."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class Monitor:
         return self._yielded == self._group
 
 
-class Watcher(ControllerCallback, WorkerGroupCallback):
+class WorkerGroupCallbacks(ControllerCallback, WorkerGroupCallback):
     """Runs in Ray Train's controller: says what happens to the worker group, and lets it write a checkpoint before it is resized.
 
     Args:
@@ -78,8 +78,8 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
         patience: seconds that a group of one size waits for its resources; elastic ones wait for ever.
     """
 
-    def __init__(self, monitor: Any, what: str, fewest: int, most: int, patience: float) -> None:
-        self._monitor, self._what, self._fewest, self._most, self._patience = monitor, what, fewest, most, patience
+    def __init__(self, mailbox: Any, what: str, fewest: int, most: int, patience: float) -> None:
+        self._mailbox, self._what, self._fewest, self._most, self._patience = mailbox, what, fewest, most, patience
         self._group: Any = None
         # Nodes that do not answer, which Ray has not found dead yet, and since when.
         self._suspects: dict[str, float] = {}
@@ -116,7 +116,7 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
             case ResizingState():
                 self._starts_anew = True
             case SchedulingState():
-                self._call(self._monitor.new_group.remote())
+                self._call(self._mailbox.new_group.remote())
             case InitializingState() | RestartingState() | ReschedulingState():
                 self._say_what_is_waited_for()
 
@@ -124,11 +124,11 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
         """Ask the workers to commit a checkpoint and to stand still."""
         self._asked = True
         self._say(f"the cluster has room for {size} workers now; a checkpoint first")
-        self._call(self._monitor.ask_to_yield.remote())
+        self._call(self._mailbox.ask_to_yield.remote())
 
     def _have_yielded(self) -> bool | None:
         """Whether the workers stand still; None where they were not asked to."""
-        return bool(self._call(self._monitor.has_yielded.remote())) if self._asked else None
+        return bool(self._call(self._mailbox.has_yielded.remote())) if self._asked else None
 
     def _suspect(self, error: Any) -> None:
         """Take note of nodes whose workers cannot be reached: to count with them costs a start that cannot succeed."""
@@ -147,7 +147,7 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
         return sum(worker.metadata.node_id in nodes for worker in workers)
 
     def _takes_steps(self) -> bool:
-        return bool(self._call(self._monitor.takes_steps.remote()))
+        return bool(self._call(self._mailbox.takes_steps.remote()))
 
     def _say_what_is_waited_for(self) -> None:
         """Raises :class:`RunFailed` where a group of one size has waited too long."""
@@ -165,10 +165,10 @@ class Watcher(ControllerCallback, WorkerGroupCallback):
             self._say(f"waits for {told}; since {waited:.0f} s")
 
     def _say(self, text: str) -> None:
-        self._monitor.post.remote({"phase": self._what, "kind": "say", "text": text})
+        self._mailbox.post.remote({"phase": self._what, "kind": "say", "text": text})
 
     def _call(self, answer: Any) -> Any:
-        """What the monitor says; None where it says nothing, for training does not depend on it."""
+        """What the mailbox says; None where it says nothing, for training does not depend on it."""
         try:
             return ray.get(answer, timeout=10)
         except ray.exceptions.RayError:

@@ -30,7 +30,7 @@ from plad_dist.training.job import PhaseJob
 from plad_dist.training.plan import plan_phase
 
 if TYPE_CHECKING:
-    from plad_dist.training.driver.elastic import Watcher
+    from plad_dist.training.driver.elastic import WorkerGroupCallbacks
 
 # Ray Train and DeepSpeed are imported where something is trained: a finished run is skipped through in a moment.
 logger = logging.getLogger("plad")
@@ -77,7 +77,7 @@ def train_phases(names: Sequence[str], config: Config, run: RunDir, progress: Pr
 def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -> None:
     from ray.train import ControllerError
 
-    from plad_dist.training.driver.elastic import Watcher, first_death, innermost
+    from plad_dist.training.driver.elastic import WorkerGroupCallbacks, first_death, innermost
 
     fewest, most = config.training.workers
     names = ", ".join(job.name for job in jobs)
@@ -86,15 +86,15 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
 
     with (
         _ray_train_times(config),
-        _monitored(progress, f"train {names}: starting {size} workers") as monitor,
-        watching(jobs, config, run, monitor, progress),
+        _open_mailbox(progress, f"train {names}: starting {size} workers") as mailbox,
+        watching(jobs, config, run, mailbox, progress),
     ):
-        watcher = Watcher(monitor, names, fewest, most, config.cluster.start_timeout_s)
+        callbacks = WorkerGroupCallbacks(mailbox, names, fewest, most, config.cluster.start_timeout_s)
         tries, kept = 0, _kept(jobs, run)
         while True:
             try:
                 with _ctrl_c_as_before():
-                    _trainer(jobs, config, run, monitor, watcher).fit()
+                    _trainer(jobs, config, run, mailbox, callbacks).fit()
                 return
             except SystemExit:  # Ray Train's own answer to Ctrl-C, once it has stopped the workers
                 name, what = _kept(jobs, run)
@@ -112,7 +112,7 @@ def _fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) 
                 raise _explained(error, jobs, run) from error
 
 
-def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, watcher: Watcher) -> Any:
+def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, mailbox: Any, callbacks: WorkerGroupCallbacks) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -127,7 +127,7 @@ def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, wa
         environment["DS_ACCELERATOR"] = "cpu"
     return TorchTrainer(
         train_jobs,
-        train_loop_config={"jobs": [replace(job, dtype=dtype, monitor=monitor) for job in jobs]},
+        train_loop_config={"jobs": [replace(job, dtype=dtype, mailbox=mailbox) for job in jobs]},
         torch_config=TorchConfig(timeout_s=training.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
@@ -141,10 +141,10 @@ def _trainer(jobs: list[PhaseJob], config: Config, run: RunDir, monitor: Any, wa
             failure_config=FailureConfig(
                 max_failures=training.max_failures,
                 max_preemption_failures=training.max_preemptions,
-                controller_failure_limit=-1,  # for want of resources; the watcher bounds the wait
+                controller_failure_limit=-1,  # for want of resources; the callbacks bounds the wait
             ),
             worker_runtime_env={"env_vars": environment},
-            callbacks=[watcher],
+            callbacks=[callbacks],
         ),
     )
 
@@ -202,18 +202,18 @@ def _kept(jobs: list[PhaseJob], run: RunDir) -> tuple[str, str]:
 
 
 @contextmanager
-def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
+def _open_mailbox(progress: Progress, waiting: str) -> Iterator[Any]:
     """An actor that workers post to, and whose messages are shown while the block runs; `waiting` until there are some."""
-    from plad_dist.training.driver.elastic import Monitor
+    from plad_dist.training.driver.elastic import ProgressMailbox
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    monitor = ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote()
+    mailbox = ray.remote(ProgressMailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     finished, heard, begun = threading.Event(), threading.Event(), time.monotonic()
     metrics = TrainingMetrics()
 
     def show_news() -> None:
         try:
-            for message in ray.get(monitor.drain.remote(), timeout=30):
+            for message in ray.get(mailbox.drain.remote(), timeout=30):
                 heard.set()
                 _show(progress, message)
                 metrics.heard(message)
@@ -234,12 +234,12 @@ def _monitored(progress: Progress, waiting: str) -> Iterator[Any]:
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
-        yield monitor
+        yield mailbox
     finally:
         finished.set()
         thread.join(timeout=5)
         show_news()
-        ray.kill(monitor)
+        ray.kill(mailbox)
 
 
 def _show(progress: Progress, message: dict[str, Any]) -> None:

@@ -18,9 +18,11 @@ from plad_dist.errors import UserError, first_line
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
 
-def make_model(scratch: ScratchModel, prompts: Dataset | pa.Table, made_of: str, seed: int, folder: Path) -> None:
+def make_model(
+    scratch: ScratchModel, prompts: Dataset | pa.Table, input_fingerprint: str, seed: int, folder: Path
+) -> None:
     """Write an untrained model with its tokenizer, unless it is there. Raises :class:`UserError` for a bad architecture."""
-    identity = fingerprint([scratch.model_dump(mode="json"), made_of, seed])
+    identity = fingerprint([scratch.model_dump(mode="json"), input_fingerprint, seed])
     if model_fingerprint(folder) == identity:
         return
     temporary = folder.with_name(f".writing-{folder.name}")

@@ -10,7 +10,7 @@ from plad_dist.errors import RunFailed
 
 
 @dataclass(frozen=True)
-class Look:
+class CheckpointProbe:
     """Figures of the answers of one checkpoint, or of the starting student, to a few held-out prompts.
 
     Attributes:
@@ -28,7 +28,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Watched:
+class CollapseRecord:
     """What watching has found so far. The driver writes it, the trainer's first rank reads it.
 
     Attributes:
@@ -41,8 +41,8 @@ class Watched:
     """
 
     fingerprint: str
-    start: Look
-    looks: list[Look] = field(default_factory=list)
+    start: CheckpointProbe
+    looks: list[CheckpointProbe] = field(default_factory=list)
     looking: int | None = None
     sound: int | None = None
     collapse: str | None = None
@@ -56,7 +56,7 @@ class Watched:
         storage.replace(_key(phase), json.dumps(asdict(self), indent=1).encode())
 
 
-def read_watched(storage: Storage, phase: str, fingerprint: str | None) -> Watched | None:
+def read_collapse_record(storage: Storage, phase: str, fingerprint: str | None) -> CollapseRecord | None:
     """What watching has found of a phase; None where it is not watched, or this was another one.
 
     Args:
@@ -69,8 +69,11 @@ def read_watched(storage: Storage, phase: str, fingerprint: str | None) -> Watch
     if found is None:
         return None
     try:
-        looks = {"start": Look(**found["start"]), "looks": [Look(**look) for look in found["looks"]]}
-        watched = Watched(**{one.name: found[one.name] for one in fields(Watched)} | looks)
+        looks = {
+            "start": CheckpointProbe(**found["start"]),
+            "looks": [CheckpointProbe(**look) for look in found["looks"]],
+        }
+        watched = CollapseRecord(**{one.name: found[one.name] for one in fields(CollapseRecord)} | looks)
     except (KeyError, TypeError, AttributeError):
         raise RunFailed(
             f"{storage.url}/{_key(phase)}: damaged; delete it to have the checkpoints looked at anew"

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from plad_dist.data.models import model_fingerprint
-from plad_dist.training.agreement import of_first_rank
+from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.worker.loop import train_loop
 
 _AFTER_A_DEATH_S = 5.0
@@ -16,12 +16,12 @@ _AFTER_A_DEATH_S = 5.0
 def train_jobs(settings: dict[str, Any]) -> None:
     """What Ray Train calls on every worker, again after every failure."""
     for job in settings["jobs"]:
-        if of_first_rank(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
+        if from_rank_zero(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
             try:
                 train_loop(job)
             except RuntimeError:
                 # A broken connection, mostly: whoever died broke it, and is to be seen first.
                 time.sleep(_AFTER_A_DEATH_S)
                 raise
-            if of_first_rank(partial(job.storage.holds, job.stopped_key)):
+            if from_rank_zero(partial(job.storage.holds, job.stopped_key)):
                 return

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from plad_dist.config import fingerprint
 from plad_dist.data.models import model_identity
-from plad_dist.data.schemas import REFERENCES
+from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.data.store import Dataset, Part
 from plad_dist.training.batches.groups import NAN, DataSpec, fit, group_counts, open_groups
 from plad_dist.training.batches.packing import Group, collate, share_out
@@ -25,7 +25,7 @@ from plad_dist.training.job import PhaseJob
 
 
 @torch.no_grad()
-def write_references(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.device) -> DataSpec:
+def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.device) -> DataSpec:
     """Make the columns that are not there yet, on all ranks together, while the engine still has the starting weights.
 
     They are a dataset of their own beside the pairs, a part for each part of the pairs, so that an interrupted pass goes on.
@@ -36,18 +36,18 @@ def write_references(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.d
     manifest = pairs.require("pair")
     bounds = [spec.context, spec.longest, spec.shares, spec.over_long]
     decides = [manifest.contents, model_identity(job.start, job.settings), job.dtype, bounds]
-    made_of = fingerprint(decides)
-    references = Dataset(job.storage, f"{spec.path}/references-{made_of[:12]}", REFERENCES)
-    spec = replace(spec, references=references.path)
+    input_fingerprint = fingerprint(decides)
+    initial_logps = Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS)
+    spec = replace(spec, initial_logps=initial_logps.path)
     first = dist.get_rank() == 0
     todo: list[Any] = [None]
-    if first and references.manifest() is None:
-        there = references.committed()
+    if first and initial_logps.manifest() is None:
+        there = initial_logps.committed()
         todo = [[block for block in range(len(manifest.parts)) if block not in there]]
     dist.broadcast_object_list(todo, src=0)
     if todo[0] is None:
         return spec
-    plain = replace(spec, kind="pairs", references="", over_long="keep")  # row for row of the pairs
+    plain = replace(spec, kind="pairs", initial_logps="", over_long="keep")  # row for row of the pairs
     source = open_groups(plain, job.storage, job.start, job.settings)
     counts = group_counts(plain, manifest.parts)
     ends = np.cumsum([0, *counts])
@@ -59,9 +59,11 @@ def write_references(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.d
         values = _logps([group for group in fitted if group is not None], job, engine, device)
         if first:
             table = _table(groups, fitted, values)
-            written.append(references.commit(block, table, fingerprint=made_of, attempt=uuid.uuid4().hex)[0])
+            written.append(
+                initial_logps.commit(block, table, fingerprint=input_fingerprint, attempt=uuid.uuid4().hex)[0]
+            )
     if first:
-        references.finish(len(manifest.parts), fingerprint=made_of, facts={}, known=written)
+        initial_logps.finish(len(manifest.parts), fingerprint=input_fingerprint, facts={}, known=written)
     dist.barrier()
     return spec
 
@@ -91,8 +93,8 @@ def _table(groups: Sequence[Group], fitted: Sequence[Group | None], values: list
         logps = next(left) if used is not None else [NAN] * len(group.responses)
         rows += [(group.prompt_id, logps[chosen], logps[rejected]) for chosen, rejected, _ in group.pairs]
     return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), REFERENCES, strict=True)]
+        [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), INITIAL_LOGPS, strict=True)]
         if rows
-        else [pa.array([], field.type) for field in REFERENCES],
-        schema=REFERENCES,
+        else [pa.array([], field.type) for field in INITIAL_LOGPS],
+        schema=INITIAL_LOGPS,
     )

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from plad_dist.config import Optimizer
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.training.agreement import StoppedError, agreed, of_every_rank, of_first_rank
+from plad_dist.training.agreement import StoppedError, agreed, check_on_every_rank, from_rank_zero
 from plad_dist.training.batches.groups import open_groups
 from plad_dist.training.batches.packing import Group, MicroBatch, collate, share_out, step_groups
 from plad_dist.training.checkpoints.attempts import claim
@@ -29,10 +29,10 @@ from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpo
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.losses import group_losses
 from plad_dist.training.model.engine import build_engine, release
-from plad_dist.training.records.collapse import Watched, read_watched
-from plad_dist.training.worker.initial_logps import write_references
-from plad_dist.training.worker.metrics import Calls, MetricsLog, StepTotals
-from plad_dist.training.worker.notices import Notices
+from plad_dist.training.records.collapse import CollapseRecord, read_collapse_record
+from plad_dist.training.worker.initial_logps import write_initial_logps
+from plad_dist.training.worker.metrics import MetricsLog, StepSignals, StepTotals
+from plad_dist.training.worker.notices import PreemptionNotices
 from plad_dist.training.worker.speed import Speed
 
 logger = logging.getLogger(__name__)
@@ -82,9 +82,9 @@ class Worker:
         self.job, self.device = job, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # First of all: whatever fails from here on is counted, and whoever worked on the phase before may not write any more.
-        self.attempt = of_first_rank(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
+        self.attempt = from_rank_zero(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
         self._refuse_to_stall(None)
-        of_every_rank(lambda: load_model_config(job.start, job.settings))
+        check_on_every_rank(lambda: load_model_config(job.start, job.settings))
         self.engine = build_engine(job, device)
         self.layout = self.engine.module.attention.layout
         store = CheckpointStore(job.checkpoints, job.name, job.fingerprint)
@@ -105,8 +105,8 @@ class Worker:
         self._metrics: MetricsLog | None = None
         self._next: tuple[int, Future[_Work]] | None = None
         self._saved_at, self._step_seconds = time.monotonic(), 0.0
-        self.notices = Notices(job.monitor)
-        self._collapse: Watched | None = None
+        self.notices = PreemptionNotices(job.mailbox)
+        self._collapse: CollapseRecord | None = None
 
     def run(self) -> None:
         """The phase from where it stands to its end. Raises :class:`StoppedError`."""
@@ -122,7 +122,7 @@ class Worker:
             self._evaluate(log)
         self._saved_at = time.monotonic()
         self._due = False  # a checkpoint, when the one before is on its way no longer
-        self._collapse = of_first_rank(self._found_collapsed)
+        self._collapse = from_rank_zero(self._found_collapsed)
         while self.state.step < job.steps and not self._exhausted and self._collapse is None:
             calls = self._step(log)
             step, best = self.state.step, False
@@ -138,7 +138,7 @@ class Worker:
         if self._collapse is None:
             self._evaluate(log)
         self._settle()
-        self._collapse = self._collapse or of_first_rank(self._found_collapsed)  # what was found at the last moment
+        self._collapse = self._collapse or from_rank_zero(self._found_collapsed)  # what was found at the last moment
         self._export(log)
 
     def close(self) -> None:
@@ -161,7 +161,7 @@ class Worker:
             job.folder("events"),
             self.state.step,
             job.steps,
-            job.monitor,
+            job.mailbox,
             job.trackers,
             job.storage.url,
             self.attempt.number,
@@ -174,8 +174,8 @@ class Worker:
         data, heldout = job.data, job.heldout
         if job.phase.loss.needs_initial_logps:
             with agreed():
-                data = write_references(data, job, self.engine, self.device)
-                heldout = write_references(heldout, job, self.engine, self.device) if heldout else None
+                data = write_initial_logps(data, job, self.engine, self.device)
+                heldout = write_initial_logps(heldout, job, self.engine, self.device) if heldout else None
         self.groups = open_groups(data, job.storage, job.start, job.settings)
         self.heldout = open_groups(heldout, job.storage, job.start, job.settings) if heldout else None
 
@@ -196,7 +196,7 @@ class Worker:
 
     def _refuse_to_stall(self, step: int | None) -> None:
         """Raise :class:`StoppedError` on all ranks where attempt after attempt fails and gets no further than a step."""
-        failures = of_first_rank(lambda: self.attempt.failures_before(step))
+        failures = from_rank_zero(lambda: self.attempt.failures_before(step))
         if failures >= MAX_STALLS:
             where = (
                 "before they had loaded the model" if step is None else f"before the first checkpoint after step {step}"
@@ -207,9 +207,9 @@ class Worker:
                 "checkpoint_seconds of the phase lower. Run again to go on."
             )
 
-    def _wishes(self) -> Calls:
+    def _wishes(self) -> StepSignals:
         """What this rank wants of all after this step."""
-        mine = Calls(busy=self.checkpoints.busy, failed=self.checkpoints.failure is not None)
+        mine = StepSignals(busy=self.checkpoints.busy, failed=self.checkpoints.failure is not None)
         if self.rank:
             return mine
         seconds = self.job.phase.checkpoint_seconds
@@ -228,7 +228,7 @@ class Worker:
         self._refuse_if_superseded()
 
     def _refuse_if_superseded(self) -> None:
-        by = of_first_rank(lambda: self.checkpoints.superseded)
+        by = from_rank_zero(lambda: self.checkpoints.superseded)
         if by == self.job.launch:
             raise RunFailed(f"phase {self.job.name}: attempt {self.attempt.number} is over: a later one has begun")
         if by is not None:
@@ -237,7 +237,7 @@ class Worker:
                 "checkpoint; this one ends, and writes nothing more"
             )
 
-    def _heed(self, calls: Calls, log: MetricsLog | None) -> None:
+    def _heed(self, calls: StepSignals, log: MetricsLog | None) -> None:
         """Do what was called for after a step."""
         if calls.failed:
             why: list[str | None] = [None] * self.world
@@ -246,7 +246,7 @@ class Worker:
         if calls.superseded:
             self._refuse_if_superseded()
         if calls.collapsed:
-            self._collapse = of_first_rank(self._found_collapsed)
+            self._collapse = from_rank_zero(self._found_collapsed)
         if self.state.step == self.job.steps or self._exhausted or self._collapse is not None:
             return
         if calls.look and self.notices.look(log):
@@ -260,7 +260,7 @@ class Worker:
 
     # -- one global step
 
-    def _step(self, log: MetricsLog | None) -> Calls:
+    def _step(self, log: MetricsLog | None) -> StepSignals:
         """Take a step. Returns what all ranks are to do after it."""
         started = time.monotonic()
         job, step = self.job, self.state.step
@@ -316,7 +316,7 @@ class Worker:
         logps_S = self.engine(batch)
         losses_B = None
         if batch.groups:
-            losses_B = group_losses(self.job.phase.loss, batch.pairs, logps_S, batch.lengths_S, batch.references_S)
+            losses_B = group_losses(self.job.phase.loss, batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S)
             loss = losses_B.sum()
             losses_B = losses_B.detach()
             totals.add(batch, logps_S.detach(), losses_B)
@@ -417,7 +417,7 @@ class Worker:
             batch = collate(share, filler=0, layout=self.layout).to(self.device)
             logps_S = self.engine(batch)
             if batch.groups:
-                losses_B = group_losses(job.phase.loss, batch.pairs, logps_S, batch.lengths_S, batch.references_S)
+                losses_B = group_losses(job.phase.loss, batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S)
                 totals.add(batch, logps_S, losses_B)
         totals.reduce()
         figures = totals.figures()
@@ -453,12 +453,12 @@ class Worker:
         patience = self.job.phase.patience
         return patience is not None and self.state.stale >= patience
 
-    def _watched(self) -> Watched | None:
+    def _watched(self) -> CollapseRecord | None:
         """What watching has found, None where it does not watch."""
         job = self.job
-        return None if job.watch is None else read_watched(job.storage, job.name, job.fingerprint)
+        return None if job.watch is None else read_collapse_record(job.storage, job.name, job.fingerprint)
 
-    def _found_collapsed(self) -> Watched | None:
+    def _found_collapsed(self) -> CollapseRecord | None:
         """The same where there is a collapse. Where that cannot be read, training goes on."""
         with contextlib.suppress(RunFailed):
             found = self._watched()

@@ -26,7 +26,7 @@ _NAMES = (
 
 
 @dataclass(frozen=True)
-class Calls:
+class StepSignals:
     """What ranks want to be done by all after a step; it travels with the step's sums, so that all do it or none.
 
     Attributes:
@@ -58,7 +58,7 @@ class StepTotals:
         self._loss = loss
         self._sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
         self.sums: dict[str, float] = {}
-        self.calls = Calls()
+        self.calls = StepSignals()
 
     @torch.no_grad()
     def add(self, batch: MicroBatch, logps_S: Tensor, losses_B: Tensor) -> None:
@@ -72,7 +72,7 @@ class StepTotals:
         if self._loss.name == "margin":
             wanted_P = self._loss.margin * pairs.score_gap_P.double()
         else:
-            wanted_P = (self._loss.hinge or 0.0) * pairs.steps_P.double()
+            wanted_P = (self._loss.hinge or 0.0) * pairs.rank_gap_P.double()
         sampled_S = batch.sampled_S.double()
         known_S = ~sampled_S.isnan()
         gap_S = torch.where(known_S, (logps_S - sampled_S).abs() / lengths_S, 0.0)
@@ -88,14 +88,14 @@ class StepTotals:
             ]
         )  # fmt: skip
 
-    def reduce(self, calls: Calls = Calls()) -> dict[str, float]:
+    def reduce(self, calls: StepSignals = StepSignals()) -> dict[str, float]:
         """Add up over all ranks, with what this rank calls for."""
         wishes = torch.tensor(astuple(calls), dtype=self._sums.dtype, device=self._sums.device)
         sums = torch.cat([self._sums, wishes])
         dist.all_reduce(sums)
         values = sums.tolist()
         self.sums = dict(zip(_NAMES, values, strict=False))
-        self.calls = Calls(*(value > 0 for value in values[len(_NAMES) :]))
+        self.calls = StepSignals(*(value > 0 for value in values[len(_NAMES) :]))
         return self.sums
 
     def figures(self) -> dict[str, float]:
@@ -130,7 +130,7 @@ class MetricsLog:
     Args:
         folder: ``events/<phase>``.
         step: steps done before; what an earlier attempt wrote past it is superseded.
-        monitor: Ray actor with a ``post`` method, or None.
+        mailbox: Ray actor with a ``post`` method, or None.
         trackers: packages that get the figures too.
         run: where the run lies, for trackers.
         attempt: that writes; what an earlier one writes later does not count.
@@ -141,7 +141,7 @@ class MetricsLog:
         folder: Path,
         step: int,
         steps: int,
-        monitor: Any,
+        mailbox: Any,
         trackers: tuple[str, ...] = (),
         run: str = "",
         attempt: int = 0,
@@ -151,7 +151,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
-        self._phase, self._steps, self._monitor, self._attempt = folder.name, steps, monitor, attempt
+        self._phase, self._steps, self._mailbox, self._attempt = folder.name, steps, mailbox, attempt
         self._trackers: list[Tracker] = []
         for name in trackers:
             try:
@@ -208,5 +208,5 @@ class MetricsLog:
             self._tell(tracker, lambda: tracker.log(named, step))  # noqa: B023 - called at once
 
     def _post(self, message: dict[str, Any]) -> None:
-        if self._monitor is not None:
-            self._monitor.post.remote({"phase": self._phase, **message})
+        if self._mailbox is not None:
+            self._mailbox.post.remote({"phase": self._phase, **message})

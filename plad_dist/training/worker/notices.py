@@ -14,15 +14,15 @@ _MARGIN_S = 15.0  # before a node leaves, beside what a checkpoint takes
 _GRACE_S = 180.0  # that Ray Train waits for nodes which do not say when they leave, and some more
 
 
-class Notices:
+class PreemptionNotices:
     """Heeded on every rank; the first one's clock says when to look.
 
     Args:
-        monitor: of the driver, None where nothing is to be heeded.
+        mailbox: of the driver, None where nothing is to be heeded.
     """
 
-    def __init__(self, monitor: Any) -> None:
-        self._monitor = monitor
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
         self._looked = time.monotonic()
         self._asked: Any = None
         self._leaving: set[str] = set()  # nodes
@@ -31,7 +31,7 @@ class Notices:
 
     def wishes(self, commit_seconds: float, step_seconds: float) -> dict[str, bool]:
         """What the first rank wants of all ranks after the step that it is in, given how long such things take."""
-        if self._monitor is None:
+        if self._mailbox is None:
             return {}
         look = time.monotonic() - self._looked >= _LOOK_EVERY_S
         if look:
@@ -70,7 +70,7 @@ class Notices:
         why = "a node is about to leave" if self._leaving else "the number of workers changes"
         if log is not None:
             log.say(f"{why}: the checkpoint of step {step} is committed; the workers wait to be started anew")
-            self._monitor.yielded.remote(self._group)
+            self._mailbox.yielded.remote(self._group)
         until = (self._leaves_at or time.time()) + _GRACE_S
         while time.time() < until:
             time.sleep(0.5)
@@ -85,4 +85,4 @@ class Notices:
                 asked, self._asked = self._asked, None
                 self._group = int(ray.get(asked))
             if self._asked is None:
-                self._asked = self._monitor.wants_yield.remote()
+                self._asked = self._mailbox.wants_yield.remote()
