@@ -1,20 +1,20 @@
 # syntax=docker/dockerfile:1.7
-# The image of a run, from the locks:
+# The image of a run, built from the locks:
 #   docker build --target gpu -t plad-dist:0.1.0 .
 #   docker build --target cpu -t plad-dist:0.1.0-cpu .
-# For builds that can be repeated:
+# For reproducible builds:
 #   --build-arg REVISION=$(git rev-parse HEAD) --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 #   --output type=image,name=NAME,push=true,rewrite-timestamp=true
-#   --build-arg PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:...    (the builder pins the digest; Debian's packages are
-#   those of the day all the same)
+#   --build-arg PYTHON_IMAGE=python:3.11.14-slim-bookworm@sha256:...
+# You pin the digest of the base image; Debian's packages are still those of the build date.
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
-# What builds: none of it is in the image but /opt/venv.
+# Build stages. The image contains only their /opt/venv.
 FROM ${PYTHON_IMAGE} AS build
 ARG UV_VERSION=0.13.9
 ARG HATCHLING_VERSION=1.33.0
-# Compiled files name their source by its hash, not by its date: the root file system is read-only where they would be renewed.
-# What is built dates from 1980, the first day that an archive can say.
+# Bytecode files identify their source by hash, not by date: Python could not rewrite a stale file
+# on a read-only root file system. Build outputs are dated 1980, the earliest date of a zip archive.
 ENV SOURCE_DATE_EPOCH=315532800 PYC_INVALIDATION_MODE=CHECKED_HASH PIP_DISABLE_PIP_VERSION_CHECK=1
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /build
@@ -50,17 +50,20 @@ LABEL org.opencontainers.image.title="plad-dist" \
     org.opencontainers.image.version="0.1.0" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.base.name="docker.io/library/${PYTHON_IMAGE}"
-# g++: Triton and torch.compile (FlexAttention in the trainer, vLLM) build small launchers when they run, DeepSpeed its
-# collectives on CPUs and its AdamW of an offloaded optimizer. No CUDA toolkit: torch's wheels bring the libraries, the
-# trainer's AdamW is torch's, and no other CUDA operation of DeepSpeed's is used.
-# wget: what older KubeRay operators probe with. The release is the base image's; Debian keeps one version of each in it.
+# g++: Triton and torch.compile (FlexAttention in the trainer, vLLM) compile small launchers at run
+# time. DeepSpeed compiles its CPU collectives and the AdamW of an offloaded optimizer.
+# No CUDA toolkit: torch's wheels contain the libraries, the trainer uses torch's AdamW, and it uses
+# no other CUDA operation of DeepSpeed.
+# wget: older KubeRay operators probe with it.
+# Versions are not pinned: a Debian release keeps one version of each package, and the base image
+# sets the release.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ libnuma1 wget \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig/aux-cache \
     && SOURCE_DATE_EPOCH=315532800 useradd --uid 1000 --user-group --create-home --shell /bin/bash plad \
     && echo "export PATH=/opt/venv/bin:\$PATH" >/etc/profile.d/plad-dist.sh
-# The line above is for operators that start Ray from a login shell, which sets PATH anew.
+# /etc/profile.d/plad-dist.sh is for operators that start Ray from a login shell, which resets PATH.
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/home/plad
 WORKDIR /opt/plad-dist
 COPY LICENSE ./

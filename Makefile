@@ -1,4 +1,5 @@
-# Two commands: `make quickstart` and `make test`. Both set themselves up; they need Python 3.11, make and a package index.
+# Start with `make quickstart` and `make test`. Both create their environment, and need Python 3.11,
+# make and a package index.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
@@ -12,11 +13,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
 DEV_LOCK := requirements/dev.txt
-# A local folder of wheels where one is named, the public index of PyTorch's CPU builds otherwise.
+# A local folder of wheels if PIP_FIND_LINKS names one, otherwise the public index of PyTorch's CPU
+# builds.
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 
-# Engines and workers are processes that import a great deal: what Python has compiled once is kept, whatever the shell says.
+# Engine and worker processes import many modules, so keep compiled bytecode even if the shell
+# disables it.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup quickstart test chaos families cluster soak bench lint lock clean
@@ -25,27 +28,27 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready ## Create .venv from the locks, when it is missing or they changed.
+setup: $(VENV)/.ready ## Create .venv from the locks if it is missing or the locks changed.
 
-quickstart: setup ## Distil on this machine, end to end. RUN_DIR=PATH runs elsewhere than runs/quickstart.
+quickstart: setup ## Distil on this machine, end to end. RUN_DIR=PATH sets another run directory than runs/quickstart.
 	$(BIN)/plad run examples/quickstart.yaml run.dir="$(RUN_DIR)"
 
-test: setup ## Run the tests, the one on the real engines included.
+test: setup ## Run the tests, including those on the real engines.
 	$(BIN)/python -m pytest
 
-chaos: setup ## Run the tests that kill engines, nodes and drivers; long.
+chaos: setup ## Run the tests that kill engines, nodes and drivers; slow.
 	$(BIN)/python -m pytest tests/chaos
 
-families: setup ## Run models of five families, several rounds and a watched one through the whole pipeline; long.
+families: setup ## Run five model families, several rounds and a collapse watch through the whole pipeline; slow.
 	$(BIN)/python -m pytest tests/families
 
-cluster: setup ## Run jobs on a real Ray head with token authentication, and the doctor over two nodes; ten minutes.
+cluster: setup ## Run jobs on a real Ray head with token authentication, and the doctor on two nodes; ten minutes.
 	$(BIN)/python -m pytest tests/cluster
 
-soak: setup ## Disturb whole pipelines at random. MINUTES=15 SEED=1; needs root and iproute2.
+soak: setup ## Inject random faults into whole pipelines. MINUTES=15 SEED=1; needs root and iproute2.
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json
 
-bench: setup ## Run the benchmarks, peers beside; long. Each prints one JSON line.
+bench: setup ## Run the benchmarks, with peers for comparison; slow. Each prints one JSON line.
 	for name in pool store sampling training logprob_memory gpu_training recovery quality; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 lint: setup ## Check style and types.
@@ -53,10 +56,10 @@ lint: setup ## Check style and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lock: $(UV) ## Resolve the locks anew from pyproject.toml.
+lock: $(UV) ## Resolve the locks from pyproject.toml.
 	./requirements/lock $(UV) $(TORCH_SOURCE)
 
-clean: ## Remove what the targets made, but for runs/.
+clean: ## Remove everything that the targets created, except runs/.
 	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(UV):

@@ -1,11 +1,15 @@
-"""Writes docs/configuration.md from the schema: `python docs/generate_configuration.py [--check]`."""
+"""Write docs/configuration.md from the schema: `python docs/generate_configuration.py [--check]`.
+
+`--check` writes nothing, and fails if the page differs from the schema.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -17,11 +21,12 @@ TARGET = Path(__file__).with_name("configuration.md")
 
 HEADER = """# Configuration reference
 
-A run is one YAML file with the keys below; `key.sub=value` on the command line overrides any of them. Generated from
-`plad_dist/config/` by `python docs/generate_configuration.py`; do not edit.
+A run is one YAML file with the keys below. `key.sub=value` arguments on the command line override them.
+This page is generated from `plad_dist/config/` by `python docs/generate_configuration.py`; do not edit it.
 
-A key marked ● decides what the run produces: once a stage that depends on it has begun, a run directory refuses another
-value. The other keys say how the work is carried out and may change between resumes.
+A key marked ● decides what the run produces. Once a stage that depends on it has started, the run directory
+refuses another value. The other keys control how the work is carried out, and may change between resumes.
+`*` stands for a name of your choice.
 
 | key | default | meaning |
 | --- | --- | --- |
@@ -29,9 +34,9 @@ value. The other keys say how the work is carried out and may change between res
 
 
 def render() -> str:
-    """The page."""
+    """Return the text of the page."""
     fields: dict[str, list[FieldInfo]] = {}
-    defaults: dict[str, Any] = {}  # that a section's own default gives its keys
+    defaults: dict[str, Any] = {}  # values that the default of a section gives to its keys
     for path, field in schema_fields():
         fields.setdefault(path, []).append(field)
         if isinstance(field.default, BaseModel):
@@ -40,13 +45,17 @@ def render() -> str:
 
 
 def _row(path: str, alternatives: list[FieldInfo], defaults: dict[str, Any]) -> str:
-    """The line of a key; a section without a word of its own has none. Alternatives of a union share a line."""
+    """Return the line of a key, or nothing for a section without a description.
+
+    Args:
+        alternatives: fields of the key in the members of a union, which share a line.
+    """
     field = alternatives[0]
     if isinstance(field.default, BaseModel) or (_is_section(field) and not field.description):
         return ""
     values = [value for item in alternatives for value in _values(item.annotation)]
     listed = f"One of {', '.join(values)}." if values else ""
-    described = " Or: ".join(dict.fromkeys(item.description for item in alternatives if item.description))
+    described = " ".join(dict.fromkeys(item.description for item in alternatives if item.description))
     meaning = " ".join(filter(None, [described, listed, _limits(field.metadata)]))
     mark = "" if is_operational(path) else " ●"
     return f"| `{path}`{mark} | {_default(defaults.get(path, field.default))} | {meaning} |\n"
@@ -59,17 +68,21 @@ def _is_section(field: FieldInfo) -> bool:
 def _default(value: Any) -> str:
     if value is PydanticUndefined:
         return "required"
-    return "empty" if value is None else f"`{json.dumps(value)}`"
+    return "unset" if value is None else f"`{json.dumps(value)}`"
 
 
 def _values(annotation: Any) -> list[str]:
-    return [f"`{item}`" for item in get_args(annotation)] if get_origin(annotation) is Literal else []
+    """Return the values of a literal, which may be optional; none for other types."""
+    members = [item for item in get_args(annotation) if item is not NoneType]
+    if get_origin(annotation) in (Union, UnionType) and len(members) == 1:
+        return _values(members[0])
+    return [f"`{item}`" for item in members] if get_origin(annotation) is Literal else []
 
 
 def _limits(metadata: list[Any]) -> str:
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [f"{signs[name]} {getattr(item, name)}" for item in metadata for name in signs if hasattr(item, name)]
-    return f"({', '.join(found)})" if found else ""
+    bounds = [f"{signs[name]} {getattr(item, name)}" for item in metadata for name in signs if hasattr(item, name)]
+    return f"({', '.join(bounds)})" if bounds else ""
 
 
 if __name__ == "__main__":
