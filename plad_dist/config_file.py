@@ -1,4 +1,4 @@
-"""Reading a run's YAML: overrides, strict keys, and errors that say what was expected."""
+"""Parser of config files: strict YAML, overrides, and errors with the key and the expected value."""
 
 from __future__ import annotations
 
@@ -18,26 +18,34 @@ from plad_dist.errors import UserError
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read and check a run's YAML. Raises :class:`UserError` for anything wrong with it."""
+    """Return the config in a YAML file. Raise :class:`UserError` for any problem with it."""
     raw = read_yaml(Path(path))
-    # A run directory keeps its config beside its fingerprint.
+    # The `run.yaml` of a run directory also holds a fingerprint.
     if {"config", "fingerprint"} <= raw.keys() and isinstance(raw["config"], dict):
         raw = raw["config"]
     return parse_config(override(raw, {}, overrides), str(path))
 
 
 def override(raw: dict[str, Any], keys: Mapping[str, Any], arguments: Sequence[str] = ()) -> dict[str, Any]:
-    """A mapping with dotted keys set to values, then by `key=value` arguments. Raises :class:`UserError` for a wrong one."""
-    raw = _apart(raw)
+    """Return a copy of a mapping with dotted keys set, and then `key=value` arguments applied.
+
+    Raises:
+        UserError: a key or an argument cannot be applied.
+    """
+    raw = _unaliased(raw)
     for key, value in keys.items():
-        _set(raw, key, value, f"{key}={value}")
+        _set_key(raw, key, value, f"{key}={value}")
     for argument in arguments:
         _apply_override(raw, argument)
     return raw
 
 
 def parse_config(raw: dict[str, Any], origin: str) -> Config:
-    """Check a mapping against the schema; `origin` names it in messages."""
+    """Return the config in a mapping. Raise :class:`UserError` if it does not match the schema.
+
+    Args:
+        origin: name of the mapping in messages.
+    """
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
@@ -45,46 +53,61 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
 
 
 def explain(error: ValidationError, origin: str) -> str:
-    """All that is wrong with a mapping, a line each; `origin` names it."""
-    lines = list(dict.fromkeys(line for item in error.errors() for line in _explain(item)))
+    """Return the message for all problems with a mapping: a line for each.
+
+    Args:
+        origin: name of the mapping.
+    """
+    lines = list(dict.fromkeys(line for item in error.errors() for line in _problem_lines(item)))
     return f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
 
 
 def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...") -> dict[str, Any]:
-    """The mapping in a file. Raises :class:`UserError` where there is none; `expected` says what should be in it."""
+    """Return the mapping in a YAML file.
+
+    Args:
+        expected: sections that the mapping should have, for messages.
+
+    Raises:
+        UserError: the file is missing, not valid YAML, or not a mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file. Examples lie in examples/.") from None
+        raise UserError(f"{path}: no such config file; see examples/ for configs to start from") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
-        raw = _apart(yaml.load(text, Loader=_StrictLoader))  # noqa: S506 - a SafeLoader
+        raw = _unaliased(yaml.load(text, Loader=_StrictLoader))  # noqa: S506 - a SafeLoader
     except RecursionError:
-        raise UserError(f"{path}: not valid YAML: it is nested too deeply, or within itself") from None
+        raise UserError(f"{path}: not valid YAML: nested too deeply, or an alias contains itself") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of sections ({expected}), got {_kind(raw)}.")
+        given = "an empty file" if raw is None else _shown(raw)
+        raise UserError(f"{path}: expected a mapping of sections ({expected}), got {given}")
     return raw
 
 
-def _apart(value: Any) -> Any:
-    """The same with every section by itself: YAML's aliases share theirs, and an override of one would set all."""
+def _unaliased(value: Any) -> Any:
+    """Return a copy without shared sections.
+
+    YAML aliases share their section, so an override of one would change all of them.
+    """
     if isinstance(value, dict):
-        return {key: _apart(item) for key, item in value.items()}
-    return [_apart(item) for item in value] if isinstance(value, list) else value
+        return {key: _unaliased(item) for key, item in value.items()}
+    return [_unaliased(item) for item in value] if isinstance(value, list) else value
 
 
 def yaml_reason(error: Exception) -> str:
-    """What is wrong with a YAML text, and where, on one line."""
+    """Return the reason of a YAML error and its position, on one line."""
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     return where + (getattr(error, "problem", None) or " ".join(str(error).split()))
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
+    """Safe YAML loader that refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -94,14 +117,12 @@ class _StrictLoader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, typing.Hashable):
                 if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key!r} is given twice", key_node.start_mark
-                    )
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-5 as a string; a number is meant.
+# YAML 1.1 reads 1e-5 as a string.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -116,13 +137,13 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if "{{" in text:  # a template, which only looks like YAML
-            return _set(raw, key, text, override)
+        if "{{" in text:  # a Jinja template, to be taken as a string
+            return _set_key(raw, key, text, override)
         raise UserError(f"override {override!r}: the value is not valid YAML: {yaml_reason(error)}") from None
-    return _set(raw, key, value, override)
+    return _set_key(raw, key, value, override)
 
 
-def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
+def _set_key(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, leaf = key.split(".")
     section = raw
     for depth, name in enumerate(parents):
@@ -131,93 +152,97 @@ def _set(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
         section = section[name]
         if not isinstance(section, dict):
             raise UserError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-    section[leaf] = _apart(value)
+    section[leaf] = _unaliased(value)
 
 
-# What pydantic calls the alternatives of a union, which are no keys.
-_TAGS = ("files", "dataset", "python_functions")
-_JUDGE_TAGS = ("reward_model", "teacher_likelihood", "llm")
-_KINDS = re.compile(r"int|float|str|bool|constrained-\w+|(literal|list|tuple|dict)\[.*")
-_WORDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", type(None): "nothing"}
+# Names that pydantic adds to the location of an error for the member of a union. They are no keys.
+_SOURCE_TYPES = ("files", "dataset", "python_functions")
+_JUDGE_TYPES = ("reward_model", "teacher_likelihood", "llm")
+_VALUE_TYPES = re.compile(r"int|float|str|bool|constrained-\w+|(literal|list|tuple|dict)\[.*")
+_TYPE_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a string", type(None): "null"}
 _EXPECTED = {
-    "model_type": "a section with keys of its own", "model_attributes_type": "a section with keys of its own",
-    "dict_type": "a section with keys of its own", "list_type": "a list", "string_type": "a text",
+    "model_type": "a section (a mapping of keys)", "model_attributes_type": "a section (a mapping of keys)",
+    "dict_type": "a section (a mapping of keys)", "list_type": "a list", "string_type": "a string",
     "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",
-    "float_type": "a number", "float_parsing": "a number", "bool_type": "true or false", "bool_parsing": "true or false",
-    "string_too_short": "a text that is not empty", "too_short": "at least one item",
+    "float_type": "a number", "float_parsing": "a number",
+    "bool_type": "true or false", "bool_parsing": "true or false",
+    "string_too_short": "a non-empty string", "too_short": "at least one item",
     "string_pattern_mismatch": "a name of letters, digits and '_'",
 }  # fmt: skip
 
 
 def _location(item: Any) -> tuple[list[str], bool]:
-    """The key of a validation error, and whether its values may be of several kinds."""
-    found: list[str] = []
-    alternatives = False
+    """Return the key of a validation error, and whether its value may be of several types."""
+    keys: list[str] = []
+    several_types = False
     parts = [str(part) for part in item["loc"]]
     for index, part in enumerate(parts):
-        above = found[-1:]
+        parent = keys[-1:]
         is_key = index == len(parts) - 1 and item["type"] in ("extra_forbidden", "missing")
-        if part in _TAGS and above in (["source"], ["heldout"]) and not is_key:
+        if part in _SOURCE_TYPES and parent in (["source"], ["heldout"]) and not is_key:
             continue
-        if part in _JUDGE_TAGS and found[-2:-1] == ["judges"] and not is_key:
+        if part in _JUDGE_TYPES and keys[-2:-1] == ["judges"] and not is_key:
             continue
-        if _KINDS.fullmatch(part) and above != ["teachers"] and not is_key:
-            alternatives = True
+        if _VALUE_TYPES.fullmatch(part) and parent != ["teachers"] and not is_key:
+            several_types = True
             continue
-        found.append(part)
-    return found, alternatives
+        keys.append(part)
+    return keys, several_types
 
 
-def _explain(item: Any) -> list[str]:
-    """Lines for one validation error: the key, what was expected, what was got."""
-    location, alternatives = _location(item)
+def _problem_lines(item: Any) -> list[str]:
+    """Return the lines for one validation error: key, expected value and given value."""
+    location, several_types = _location(item)
     key = ".".join(location)
     match item["type"]:
         case "extra_forbidden":
-            return [f"{key}: unknown key{_nearest(location)}"]
+            return [f"{key}: unknown key{_suggestion(location)}"]
         case "missing":
             return [f"{key}: missing; it has no default"]
         case "value_error":
             message = item["msg"].removeprefix("Value error, ")
-            return [f"{key}: {message}"] if key else message.splitlines()  # those of the whole name their keys
+            # The lines of an error of the whole config begin with their keys.
+            return [f"{key}: {message}"] if key else message.splitlines()
         case "union_tag_invalid":
             got, tags = item["ctx"]["tag"], item["ctx"]["expected_tags"].replace("'", "")
             return [f"{key}.type: {got!r}: expected one of {tags}"]
         case "union_tag_not_found":
             return [f"{key}.type: missing; it has no default"]
-    wanted = _EXPECTED.get(item["type"])
-    if alternatives and (kinds := _kinds(location)):  # one line for all alternatives
-        wanted = " or ".join(kinds)
+    expected = _EXPECTED.get(item["type"])
+    if several_types and (names := _type_names(location)):  # one line for all members of the union
+        expected = " or ".join(names)
     message = item["msg"].replace("Input should be", "expected")
-    message = f"expected {wanted}" if wanted else re.sub("expected (greater|less)", r"expected a value \1", message)
-    return [f"{key}: {message[0].lower() + message[1:]}; got {_kind(item['input'])}"]
+    message = f"expected {expected}" if expected else re.sub("expected (greater|less)", r"expected a value \1", message)
+    return [f"{key}: {message[0].lower() + message[1:]}; got {_shown(item['input'])}"]
 
 
-def _kinds(location: list[str]) -> list[str]:
-    """The alternatives of a key whose values are of several kinds, in words; none where the key is not in the schema."""
+def _type_names(location: list[str]) -> list[str]:
+    """Return the names of the types that a key accepts; none if the key is not in the schema."""
     field = next((field for path, field in schema_fields() if _matches(path.split("."), location)), None)
-    return [word for kind in typing.get_args(field.annotation) for word in _words(kind)] if field else []
+    return [name for member in typing.get_args(field.annotation) for name in _names_of(member)] if field else []
 
 
-def _words(kind: Any) -> list[str]:
-    if typing.get_origin(kind) is typing.Literal:
-        return [f"`{value}`" for value in typing.get_args(kind)]
-    return ["a list"] if typing.get_origin(kind) in (list, tuple) else [_WORDS.get(kind, str(kind))]
+def _names_of(member: Any) -> list[str]:
+    """Return the names of one member of a union: its type, or its values if it is a literal."""
+    if typing.get_origin(member) is typing.Literal:
+        return [f"`{value}`" for value in typing.get_args(member)]
+    return ["a list"] if typing.get_origin(member) in (list, tuple) else [_TYPE_NAMES.get(member, str(member))]
 
 
 def _matches(path: list[str], key: list[str]) -> bool:
-    """Whether a key is the one of a path of the schema; `*` stands for any name."""
+    """Return True if a key is at a path of the schema, where `*` stands for any name."""
     return len(path) == len(key) and all(a in (b, "*") for a, b in zip(path, key, strict=True))
 
 
-def _nearest(location: list[str]) -> str:
+def _suggestion(location: list[str]) -> str:
+    """Return the end of the message for an unknown key: a similar key, or the known ones."""
     parent, name = location[:-1], location[-1]
     paths = [path.split(".") for path, _ in schema_fields()]
     known = sorted({path[-1] for path in paths if _is_below(path, parent)} - {name, "*"})
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if close:
         return f"; did you mean `{close[0]}`?"
-    # The same word elsewhere: the nearer to where it was written, the better.
+    # The same name in another section, at best below the section it was written in.
     elsewhere = [path for path in paths if path[-1] == name and "*" not in path]
     if elsewhere:
         below = [path for path in elsewhere if path[: len(parent)] == parent]
@@ -226,17 +251,16 @@ def _nearest(location: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{close[0]}`?"
-    return f"; known here: {', '.join(known)}" if known else ""
+    return f"; known keys: {', '.join(known)}" if known else ""
 
 
 def _is_below(path: list[str], parent: list[str]) -> bool:
-    """Whether a key of the schema lies directly in a section."""
+    """Return True if a path of the schema is directly in a section."""
     return _matches(path[:-1], parent)
 
 
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
+def _shown(value: Any) -> str:
+    """Return a value as JSON for a message, in at most 60 characters."""
     try:
         text = json.dumps(value, default=str)
     except (ValueError, RecursionError):

@@ -1,6 +1,7 @@
-"""The whole of a run in one validated schema. Every default of the product is written here, once.
+"""Validated schema of a run's config, and the only place where defaults are defined.
 
-A run is a YAML file of these sections; ``key.sub=value`` arguments override it (:mod:`plad_dist.config_file`).
+A run is a YAML file with these sections. ``key.sub=value`` arguments override its keys
+(:mod:`plad_dist.config_file`).
 """
 
 from plad_dist.config.evaluation import Evaluation, LlmJudge, RewardJudge, TeacherJudge
@@ -20,11 +21,12 @@ from plad_dist.config.root import (
 )
 from plad_dist.config.sampling import Decoding, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.training import Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup, Watch
+from plad_dist.config.training import CollapseBounds, Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup
 
 __all__ = [
     "OPERATIONAL",
     "Cluster",
+    "CollapseBounds",
     "Columns",
     "Config",
     "DatasetSource",
@@ -54,7 +56,6 @@ __all__ = [
     "TeacherJudge",
     "Training",
     "Warmup",
-    "Watch",
     "fingerprint",
     "flatten",
     "is_operational",

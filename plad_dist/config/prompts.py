@@ -1,4 +1,4 @@
-"""Where prompts come from."""
+"""Sources of prompts."""
 
 from __future__ import annotations
 
@@ -10,112 +10,133 @@ from plad_dist.config.section import OPERATIONAL, Section
 
 
 class Columns(Section):
-    """Which columns of a row make a prompt."""
+    """Columns of a row that form its prompt, reference and metadata."""
 
     prompt_column: str = Field(
-        "prompt", description="Column with the prompt text. Ignored where another origin of the prompt is set."
+        "prompt",
+        description="Column with the prompt text. Ignored if `messages_column`, `template` or `dialogue_column` is "
+        "set.",
     )
-    messages_column: str | None = Field(None, description="Column with chat messages (list of role and content).")
+    messages_column: str | None = Field(None, description="Column with chat messages, a list of {role, content}.")
     template: str | None = Field(
-        None, description="Jinja template over the row's columns that makes the prompt text from several of them."
+        None, description="Jinja template over the columns of a row that renders the prompt text."
     )
     dialogue_column: str | None = Field(
         None,
-        description="Column with a whole dialogue as one text, in which `\\n\\nHuman:` and `\\n\\nAssistant:` begin a turn, as in "
-        "Anthropic's HH data; the prompt is all but its last turn of the assistant, which is the reference.",
+        description="Column with a whole dialogue as one text, in the format of Anthropic's HH data: every turn "
+        "begins with `\\n\\nHuman:` or `\\n\\nAssistant:`. The last turn of the assistant is the reference. The turns "
+        "before it are the prompt.",
     )
     reference_column: str | None = Field(
         None,
-        description="Column with a reference response, if there is one. The `messages_column` itself: its last turn, the assistant's.",
+        description="Column with the reference. A row without a value has no reference. If it equals "
+        "`messages_column`, a last turn by the assistant is the reference.",
     )
     reference_template: str | None = Field(
-        None, description="Jinja template over the row's columns that makes the reference; an empty text is none."
+        None,
+        description="Jinja template over the columns of a row that renders the reference. If the result is empty, the "
+        "row has no reference.",
     )
-    meta_columns: list[str] = Field(default=[], description="Columns kept in `meta`, for the filters of teachers.")
+    meta_columns: list[str] = Field(default=[], description="Columns to keep in `meta`, for the filters of teachers.")
 
     @model_validator(mode="after")
-    def _one_origin_of_the_prompt(self) -> Columns:
+    def _check_columns(self) -> Columns:
         origins = (self.messages_column, self.template, self.dialogue_column)
         if sum(origin is not None for origin in origins) > 1:
             raise ValueError("needs at most one of `messages_column`, `template` and `dialogue_column`")
         references = (self.reference_column, self.reference_template, self.dialogue_column)
         if sum(origin is not None for origin in references) > 1:
             raise ValueError(
-                "needs at most one of `reference_column`, `reference_template` and `dialogue_column`, which has the reference in it"
+                "needs at most one of `reference_column`, `reference_template` and `dialogue_column`, which includes "
+                "the reference"
             )
         return self
 
     @property
     def has_references(self) -> bool:
-        """Whether rows may have a reference."""
+        """True if rows may have a reference."""
         return any((self.reference_column, self.reference_template, self.dialogue_column))
 
 
 class FilesSource(Columns):
-    """Prompts read from files: JSON lines, Parquet, Arrow or CSV, by their suffix."""
+    """Prompts from JSON lines, Parquet, Arrow or CSV files, told apart by their suffix."""
 
-    type: Literal["files"]
+    type: Literal["files"] = Field(description="files: JSON lines, Parquet, Arrow or CSV files, by suffix.")
     paths: list[str] = Field(
-        min_length=1, description="Files or glob patterns, read in sorted order; paths or s3://, gs://, az:// URIs."
+        min_length=1,
+        description="Files or glob patterns, read in sorted order. Paths or s3://, gs:// and az:// URIs.",
     )
 
 
 class DatasetSource(Columns):
-    """Prompts read through the `datasets` library, as a stream: nothing is held in memory."""
+    """Prompts from the `datasets` library, read as a stream and never held in memory as a whole."""
 
-    type: Literal["dataset"]
-    name: str = Field(min_length=1, description="Hub name, folder of data files, or folder made by `save_to_disk`.")
-    subset: str | None = Field(None, description="Configuration of the data set, where it has several.")
+    type: Literal["dataset"] = Field(description="dataset: a dataset read by the `datasets` library.")
+    name: str = Field(min_length=1, description="Hub name, folder of data files, or folder written by `save_to_disk`.")
+    subset: str | None = Field(None, description="Configuration of the dataset, if it has several.")
     data_dir: str | None = Field(
         None,
         min_length=1,
-        description="Folder of it to read, such as that of a configuration in the hub's own copies as Parquet (revision `refs/convert/parquet`).",
+        description="Folder of the dataset to read, such as that of a configuration in the Parquet copy on the hub "
+        "(revision `refs/convert/parquet`).",
     )
     split: str = Field("train", min_length=1, description="Split to read.")
-    revision: str | None = Field(None, description="Revision of the hub repository.")
+    revision: str | None = Field(
+        None, description="Revision of the hub repository. If unset, the repository's default branch."
+    )
 
 
 class PythonFunctionsSource(Section):
-    """Names of functions and their one-line descriptions, harvested from the installed Python packages; one is asked for by the other.
+    """Names and one-line descriptions of functions, harvested from the installed Python packages.
 
-    Source code is parsed, never imported or run.
+    One of the two is the prompt, the other the reference. Source code is parsed, never imported or
+    run.
     """
 
-    type: Literal["python_functions"]
-    answer: Literal["name", "description"] = Field(
-        "name", description="What is asked for: a few words, or a sentence of a dozen, which are longer answers."
+    type: Literal["python_functions"] = Field(
+        description="python_functions: names and descriptions of functions in the installed Python packages."
     )
-    limit: int = Field(60_000, ge=100, description="At most so many training rows.")
-    heldout_limit: int = Field(600, ge=10, description="At most so many held-out rows.")
+    answer: Literal["name", "description"] = Field(
+        "name",
+        description="What the prompt asks for. name: the name of a function, a few words. description: its "
+        "description, a sentence of about a dozen words.",
+    )
+    limit: int = Field(60_000, ge=100, description="Maximum number of training rows.")
+    heldout_limit: int = Field(600, ge=10, description="Maximum number of held-out rows.")
     heldout_packages: list[str] = Field(
         default=["asyncio", "email", "http", "logging", "networkx", "tkinter", "unittest", "xml"],
         min_length=1,
-        description="Top-level packages whose functions are only used for evaluation.",
+        description="Top-level packages whose functions are used only for evaluation.",
     )
-    seconds: int = Field(120, ge=5, description="Stop harvesting after so many seconds.", json_schema_extra=OPERATIONAL)
+    seconds: int = Field(120, ge=5, description="Time limit of the harvest, in seconds.", json_schema_extra=OPERATIONAL)
 
 
 class Prompts(Section):
-    """The prompts to distil on, and those held out for evaluation."""
+    """Prompts for distillation, and held-out prompts for evaluation."""
 
-    source: Annotated[FilesSource | DatasetSource | PythonFunctionsSource, Field(discriminator="type")]
+    source: FilesSource | DatasetSource | PythonFunctionsSource = Field(
+        discriminator="type", description="Source of the prompts."
+    )
     heldout: Annotated[FilesSource | DatasetSource, Field(discriminator="type")] | None = Field(
         None,
-        description="Held-out prompts. Empty: taken from the source (python_functions), or heldout_fraction of it.",
+        description="Source of the held-out prompts. Training prompts that it also contains are dropped. If unset, "
+        "python_functions provides its own, and of other sources heldout_fraction is held out.",
     )
     heldout_fraction: float = Field(
-        0.02, ge=0.0, lt=1.0, description="Share of the source that is held out when `heldout` is empty."
+        0.02, ge=0.0, lt=1.0, description="Share of a files or dataset source to hold out if `heldout` is unset."
     )
-    block_size: int = Field(512, ge=1, le=100_000, description="Prompts in a block, the unit of work and of commit.")
+    block_size: int = Field(512, ge=1, le=100_000, description="Prompts per block, the unit of work and of commit.")
     duplicates: Literal["keep", "drop", "fail"] = Field(
-        "keep", description="What to do with a prompt that was there before, word for word. They are counted always."
+        "keep",
+        description="Action for a prompt that repeats an earlier one word for word. Duplicates are counted in any "
+        "case.",
     )
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="Longest prompt, in tokens of every pretrained model that is to answer it. Empty: each model's context "
-        "less one token.",
+        description="Maximum length of a prompt, in tokens of each pretrained model that answers it. If unset, the "
+        "context length of the model minus one token, which is also the upper limit.",
     )
     over_long: Literal["fail", "drop", "truncate"] = Field(
-        "fail", description="What to do with a longer one. truncate: shorten the end of its last message."
+        "fail", description="Action for a prompt over max_tokens. truncate: cut the end of its last message."
     )

@@ -1,4 +1,4 @@
-"""The whole of a run, and walking its schema."""
+"""Root of the config schema, and functions that walk the schema."""
 
 from __future__ import annotations
 
@@ -23,61 +23,67 @@ from plad_dist.config.training import Training
 
 
 class Run(Section):
-    """Where the run lives and what makes it repeatable."""
+    """Location of the run, and the seed that makes it repeatable."""
 
-    dir: str = Field(description="Run directory: a path, or file://, s3://, gs://, az:// URI.", min_length=1)
-    seed: int = Field(17, ge=0, lt=2**31, description="Every random choice of the run follows from it.")
+    dir: str = Field(description="Run directory: a path, or a file://, s3://, gs:// or az:// URI.", min_length=1)
+    seed: int = Field(17, ge=0, lt=2**31, description="Seed of all random choices in the run.")
     reuse: str | None = Field(
         None,
         min_length=1,
-        description="Another run directory, whose prompts, models, samples and pairs a new run takes over as far as it would make them alike.",
+        description="Directory of another run. A new run takes over the prompts, models, samples and pairs that both "
+        "runs would produce identically. If unset, the run produces everything itself.",
         json_schema_extra=OPERATIONAL,
     )
 
 
 class Cluster(Section):
-    """Which Ray cluster does the work."""
+    """Ray cluster that carries out the run."""
 
     address: str | None = Field(
         None,
-        description="Ray address to join (`auto`, `host:port`). Empty: the RAY_ADDRESS variable, else a local Ray.",
+        description="Address of the Ray cluster to join, such as `auto` or `host:port`. If unset, the address in the "
+        "environment variable RAY_ADDRESS, or else a local Ray.",
         json_schema_extra=OPERATIONAL,
     )
     start_timeout_s: int = Field(
         600,
         ge=10,
-        description="Seconds to wait for the cluster to give the actors and workers their resources.",
+        description="Seconds to wait for the resources of actors and of a fixed number of workers. An elastic group "
+        "waits without a limit.",
         json_schema_extra=OPERATIONAL,
     )
     unfit: Literal["refuse", "warn"] = Field(
         "refuse",
-        description="What to do with a config that takes more memory than the devices have, by `plad plan`, before anything is started.",
+        description="Action for a config that needs more memory than the devices have, as estimated by `plad plan`. "
+        "The check runs before anything starts.",
         json_schema_extra=OPERATIONAL,
     )
 
 
 class Rounds(Section):
-    """Steps 1 to 4 again, with the student that came out of them. The teacher is sampled once."""
+    """Repetitions of steps 1 to 4, each with the student of the round before.
 
-    most: int = Field(1, ge=1, le=100, description="Rounds at most.", json_schema_extra=OPERATIONAL)
+    The teacher is sampled once.
+    """
+
+    most: int = Field(1, ge=1, le=100, description="Maximum number of rounds.", json_schema_extra=OPERATIONAL)
     stop: Literal["no_gain", "never"] = Field(
         "no_gain",
-        description="no_gain: the rounds end when the student of one does not beat the one it began as on held-out prompts (the "
-        "lower end of the 95% interval of its win rate is not above one half).",
+        description="Condition for an early stop. no_gain: stop after a round without a clear gain on the held-out "
+        "prompts, that is, if the lower end of the 95% interval of the student's win rate against its starting "
+        "student is at most one half. never: run all rounds.",
         json_schema_extra=OPERATIONAL,
     )
 
 
 class Config(Section):
-    """A run."""
+    """Config of a run."""
 
     run: Run
     cluster: Cluster = Cluster()
     prompts: Prompts
-    teacher: Model | None = Field(None, description="The teacher. Empty: `teachers` names several.")
-    teachers: dict[str, Teacher] = Field(
-        default={}, description="Several teachers by name, each with a part of the prompts."
-    )
+    teacher: Model | None = Field(None, description="The teacher. If unset, `teachers` defines several.")
+    teachers: dict[str, Teacher] = Field(default={}, description="Several teachers by name, which share the prompts.")
     student: Model
     sampling: Sampling = Sampling()
     pairing: Pairing = Pairing()
@@ -86,10 +92,11 @@ class Config(Section):
     rounds: Rounds = Rounds()
 
     @model_validator(mode="after")
-    def _keys_agree(self) -> Config:
-        """All that is wrong between keys is said at once, a line each that begins with its key."""
+    def _check_across_sections(self) -> Config:
+        """Raise one error for all conflicts between keys: a line for each, starting with the key."""
         problems = [
-            *_of_scratch_models(self), *_of_teachers(self), *_of_the_student(self), *_of_scores_and_references(self), *_of_judges(self),
+            *_scratch_model_problems(self), *_teacher_problems(self), *_student_problems(self),
+            *_score_and_reference_problems(self), *_judge_problems(self),
         ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
@@ -97,12 +104,15 @@ class Config(Section):
 
     @property
     def candidates(self) -> int:
-        """Responses of the warm-up student to each held-out prompt whose quality references tell; 0 without references."""
+        """Candidates per held-out prompt; 0 if no references exist to measure their quality."""
         source = self.prompts.heldout or self.prompts.source
         return 0 if isinstance(source, Columns) and not source.has_references else self.evaluation.candidates
 
     def all_teachers(self) -> dict[str, Teacher]:
-        """The teachers by name; a single one is called `teacher`. Each with how it is sampled."""
+        """Return the teachers by name, each with its sampling settings filled in.
+
+        A single teacher is named `teacher`.
+        """
         teachers = {"teacher": Teacher(**self.teacher.model_dump())} if self.teacher else self.teachers
         return {
             name: teacher.model_copy(update={"sampling": teacher.sampling or self.sampling.teacher})
@@ -110,118 +120,126 @@ class Config(Section):
         }
 
     def named_models(self) -> dict[str, Model]:
-        """Teachers and student by the keys that they stand at."""
+        """Return the teachers and the student by their config keys."""
         teachers = {f"teachers.{name}" if self.teachers else name: model for name, model in self.all_teachers().items()}
         return {**teachers, "student": self.student}
 
     def trained(self, role: str) -> Model:
-        """The section of a model that the run may train: `teacher` (a single one) or `student`."""
+        """Return the section of a model that is trained: a single `teacher`, or the `student`."""
         model = self.teacher if role == "teacher" else self.student
         assert model is not None, "only a single teacher is trained"
         return model
 
     def decodings(self) -> dict[str, Decoding]:
-        """The decodings that every system is evaluated with, by name."""
+        """Return the decodings by name that every system is evaluated with."""
         if self.evaluation.decodings:
             return dict(self.evaluation.decodings)
-        sampled = self._as_the_student_is_sampled()
+        sampled = self._student_decoding()
         return {"greedy": sampled.model_copy(update={"temperature": 0.0}), "sampled": sampled}
 
     def system_decodings(self, system: str) -> dict[str, Decoding]:
-        """The decodings that one system is evaluated with: the warm-up student also at lower temperatures."""
+        """Return the decodings by name that one system is evaluated with.
+
+        The warm-up student has additional ones, at lower temperatures.
+        """
         decodings = self.decodings()
         if system == "warmup":
-            base = self._as_the_student_is_sampled()
+            base = self._student_decoding()
             for temperature in self.evaluation.warmup_temperatures:
                 decodings[f"t{temperature:g}"] = base.model_copy(update={"temperature": temperature})
         return decodings
 
-    def _as_the_student_is_sampled(self) -> Decoding:
+    def _student_decoding(self) -> Decoding:
         return Decoding(**{name: getattr(self.sampling.student, name) for name in Decoding.model_fields})
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides what the run produces; run.dir and operational keys are left out."""
+        """Return the SHA-256 of all keys that decide what the run produces.
+
+        These are all but `run.dir` and the operational keys.
+        """
         return fingerprint({key: value for key, value in self.flat().items() if not is_operational(key)})
 
     def flat(self) -> dict[str, Any]:
-        """Every resolved key with its value, by dotted name."""
+        """Return the values of all keys, defaults included, by dotted name."""
         return dict(flatten(self.model_dump(mode="json")))
 
 
-def _of_scratch_models(config: Config) -> Iterator[str]:
+def _scratch_model_problems(config: Config) -> Iterator[str]:
     teacher, student, training = config.teacher, config.student, config.training
     if teacher and teacher.scratch and not training.teacher:
-        yield "training.teacher: missing; teacher.scratch makes an untrained teacher, this section trains it"
+        yield "training.teacher: missing; teacher.scratch creates an untrained teacher, which this section trains"
     if student.scratch and not training.warmup:
-        yield "training.warmup: missing; student.scratch makes an untrained student, this section trains it"
+        yield "training.warmup: missing; student.scratch creates an untrained student, which this section trains"
     if training.lora and (student.scratch or (teacher and teacher.scratch)):
-        yield "training.lora: adapters of a model from scratch would learn beside random weights; leave it out"
+        yield "training.lora: the other weights of a model from scratch would stay random; remove it, or set `path`"
     for name, model in (("teacher", teacher), ("student", student)):
         if model and model.scratch and model.template is None:
-            yield f"{name}.template: missing; {name}.scratch makes a tokenizer without a chat template"
+            yield f"{name}.template: missing; {name}.scratch creates a tokenizer without a chat template"
 
 
-def _of_teachers(config: Config) -> Iterator[str]:
+def _teacher_problems(config: Config) -> Iterator[str]:
     if (config.teacher is None) == (not config.teachers):
-        yield "teacher: exactly one of `teacher` and `teachers` is needed"
+        yield "teacher: needs exactly one of `teacher` and `teachers`"
     for name, teacher in config.teachers.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
-            yield f"teachers: name {name!r}: use letters, digits, '-' and '_' alone, and not `student`"
+            yield f"teachers: name {name!r}: use only letters, digits, '-' and '_', and not `student`"
         if teacher.scratch:
-            yield f"teachers.{name}.scratch: only a single `teacher` can be made from scratch"
+            yield f"teachers.{name}.scratch: only for a single `teacher`; set `path` or `endpoint`"
         if teacher.sampling and teacher.sampling.n != config.sampling.teacher.n:
             yield (
-                f"teachers.{name}.sampling.n: {teacher.sampling.n}: must be that of sampling.teacher.n, which is "
+                f"teachers.{name}.sampling.n: {teacher.sampling.n}: must be equal to sampling.teacher.n, which is "
                 f"{config.sampling.teacher.n}"
             )
     if config.training.teacher and (config.teacher is None or config.teacher.endpoint):
-        yield "training.teacher: trains a single `teacher` with a path or from scratch"
+        yield "training.teacher: needs a single `teacher` with `path` or `scratch`; remove it, or set one"
 
 
-def _of_the_student(config: Config) -> Iterator[str]:
+def _student_problems(config: Config) -> Iterator[str]:
     if config.student.endpoint:
-        yield "student.endpoint: only a teacher may be behind a server; the student is trained here"
+        yield "student.endpoint: the student is trained, which needs its weights; set `path` or `scratch`"
     if config.sampling.student.stop:
-        yield "sampling.student.stop: the student must end with a token, not a stop string, to be trained on it"
+        yield "sampling.student.stop: the student must end with a token to learn it, not with a stop string; remove it"
 
 
-def _of_scores_and_references(config: Config) -> Iterator[str]:
+def _score_and_reference_problems(config: Config) -> Iterator[str]:
     loss, source, training = config.training.round.loss, config.prompts.source, config.training
     if loss.needs_scores and config.pairing.score == "none":
-        yield f"training.round.loss.name: {loss.name} needs scores: set pairing.score"
+        yield f"training.round.loss.name: {loss.name} needs scores; set pairing.score"
     if isinstance(source, Columns) and not source.has_references:
         if training.teacher:
-            yield "prompts.source.reference_column: missing; training.teacher learns from references"
+            yield "prompts.source.reference_column: missing; training.teacher trains on references"
         if training.warmup and training.warmup.data == "references":
             yield (
-                "prompts.source.reference_column: missing; training.warmup.data is `references`; set it, or use "
+                "prompts.source.reference_column: missing; training.warmup.data is `references`: set the column, or "
                 "`data: teacher`"
             )
 
 
-def _of_judges(config: Config) -> Iterator[str]:
+def _judge_problems(config: Config) -> Iterator[str]:
     source = config.prompts.heldout or config.prompts.source
-    by_reference = config.evaluation.judge in REFERENCE_JUDGES
-    has_none = isinstance(source, Columns) and not source.has_references
-    if config.rounds.most > 1 and config.rounds.stop == "no_gain" and by_reference and has_none:
+    needs_references = config.evaluation.judge in REFERENCE_JUDGES
+    lacks_references = isinstance(source, Columns) and not source.has_references
+    if config.rounds.most > 1 and config.rounds.stop == "no_gain" and needs_references and lacks_references:
         yield (
-            f"rounds.stop: no_gain: without references {config.evaluation.judge} sees no gain: set another evaluation.judge, or never"
+            f"rounds.stop: no_gain: {config.evaluation.judge} needs references to measure a gain; set another "
+            "evaluation.judge, or `stop: never`"
         )
     for name, judge in config.evaluation.judges.items():
         if isinstance(judge, TeacherJudge) and (config.teacher is None or config.teacher.endpoint):
             yield (
-                f"evaluation.judges.{name}.type: teacher_likelihood: needs a single `teacher` with weights; a server gives no likelihoods"
+                f"evaluation.judges.{name}.type: teacher_likelihood: needs a single `teacher` with weights; a server "
+                "returns no likelihoods"
             )
 
 
 def fingerprint(value: Any) -> str:
-    """SHA-256 of the canonical JSON of a value."""
+    """Return the SHA-256 of the canonical JSON of a value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of nested mappings."""
+    """Yield (dotted name, value) of every leaf of nested mappings."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
@@ -230,7 +248,10 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def schema_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key of the schema with its field, depth first. Alternatives of a union follow one another; `*` is any name."""
+    """Yield every key of the schema with its field, depth first.
+
+    The alternatives of a union follow one another. `*` stands for any name.
+    """
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         yield path, field
@@ -249,19 +270,19 @@ def _sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def _named_sections_in(annotation: Any) -> list[type[Section]]:
-    """Sections that the values of a mapping are."""
+    """Return the sections that are values of a mapping."""
     return _sections_in(get_args(annotation)[1]) if get_origin(annotation) is dict else []
 
 
 @cache
 def operational_keys() -> set[str]:
-    """Keys whose change does not change what a run produces: they may differ between resumes."""
+    """Return the keys that do not affect what a run produces, and may differ between resumes."""
     operational = {path for path, field in schema_fields() if (field.json_schema_extra or {}) == OPERATIONAL}
     return operational | {"run.dir"}
 
 
 def is_operational(key: str) -> bool:
-    """Whether a dotted key, or the key that holds it, is operational."""
+    """Return True if a dotted key, or a section that contains it, is operational."""
     parts = key.split(".")
     if "engine" in parts[:-1]:
         return parts[parts.index("engine") + 1] in OPERATIONAL_ENGINE

@@ -9,12 +9,13 @@ from pydantic import Field, model_validator
 from plad_dist.config.models import Model
 from plad_dist.config.section import OPERATIONAL, Section
 
-# Engine arguments that say how sampling is carried out; all others (precision, quantization, ...) decide the samples.
+# Engine arguments that control how sampling is carried out. All other arguments (precision,
+# quantization, ...) affect the samples.
 OPERATIONAL_ENGINE = frozenset(
     {
-        "block_size", "data_parallel_size", "disable_log_stats", "distributed_executor_backend", "enable_chunked_prefill",
-        "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes",
-        "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "tensor_parallel_size",
+        "block_size", "data_parallel_size", "disable_log_stats", "distributed_executor_backend",
+        "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
+        "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "tensor_parallel_size",
     }
 )  # fmt: skip
 
@@ -22,11 +23,15 @@ OPERATIONAL_ENGINE = frozenset(
 class Decoding(Section):
     """How one response is drawn."""
 
-    temperature: float = Field(1.0, ge=0.0, le=5.0, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus sampling.")
-    top_k: int = Field(0, ge=0, description="Draw among the k likeliest tokens; 0 is off.")
-    min_p: float = Field(0.0, ge=0.0, le=1.0, description="Drop tokens below this share of the likeliest one.")
-    max_tokens: int = Field(256, ge=1, description="Longest response, in tokens.")
+    temperature: float = Field(1.0, ge=0.0, le=5.0, description="Sampling temperature. 0: greedy decoding.")
+    top_p: float = Field(
+        1.0, gt=0.0, le=1.0, description="Nucleus sampling: total probability of the tokens to draw from."
+    )
+    top_k: int = Field(0, ge=0, description="Number of most likely tokens to draw from. 0: no limit.")
+    min_p: float = Field(
+        0.0, ge=0.0, le=1.0, description="Minimum probability of a token, as a share of the most likely token's."
+    )
+    max_tokens: int = Field(256, ge=1, description="Maximum length of a response, in tokens.")
     stop: list[str] = Field(default=[], description="Strings that end a response.")
 
 
@@ -36,81 +41,90 @@ class RoleSampling(Decoding):
     n: int = Field(1, ge=1, le=256, description="Responses per prompt.")
     replicas: int | Literal["auto"] = Field(
         1,
-        description="Most engines, one actor each; they come and go with the cluster. auto: as many as its GPUs hold.",
+        description="Maximum number of engines, one actor each. Engines come and go with the cluster. auto: as many "
+        "as the GPUs of the cluster hold. An endpoint has one actor.",
         json_schema_extra=OPERATIONAL,
     )
     min_replicas: int = Field(
         1,
         ge=1,
-        description="Fewest engines: the stage stops when fewer are up for cluster.start_timeout_s.",
+        description="Minimum number of engines. The stage stops if fewer have their resources for "
+        "cluster.start_timeout_s.",
         json_schema_extra=OPERATIONAL,
     )
     cpus: float = Field(1.0, gt=0, description="CPU cores reserved for each actor.", json_schema_extra=OPERATIONAL)
     engine: dict[str, Any] = Field(
         default={},
-        description="Engine arguments, passed to vLLM by their own names. Those about parallelism, memory and batching may "
-        "change between resumes.",
+        description="Engine arguments, by vLLM's own names. Arguments for parallelism, memory and batching may change "
+        "between resumes.",
     )
 
     @model_validator(mode="after")
-    def _fewest_and_most(self) -> RoleSampling:
+    def _check_replicas(self) -> RoleSampling:
         if self.replicas != "auto" and not 1 <= self.min_replicas <= self.replicas:
             raise ValueError(f"needs 1 <= min_replicas ({self.min_replicas}) <= replicas ({self.replicas})")
         return self
 
     def deciding_engine(self) -> dict[str, Any]:
-        """Engine arguments that decide what is sampled."""
+        """Return the engine arguments that affect the samples."""
         return {name: value for name, value in self.engine.items() if name not in OPERATIONAL_ENGINE}
 
 
 class Sampling(Section):
-    """Step 1: the teacher and the student answer the same prompts."""
+    """Step 1: teacher and student answer the same prompts."""
 
-    limit: int | None = Field(None, ge=1, description="Sample only the first so many prompts. Empty: all.")
+    limit: int | None = Field(
+        None, ge=1, description="Number of training prompts to sample, starting with the first. If unset, all."
+    )
     teacher: RoleSampling = RoleSampling()
     student: RoleSampling = RoleSampling()
     window: int = Field(
         4,
         ge=1,
         le=64,
-        description="Blocks in flight on one engine, at least; more where it answers more prompts at once than a quarter of them.",
+        description="Minimum number of blocks in flight per engine. Raised if these blocks hold fewer than four times "
+        "as many prompts as the engine processes concurrently.",
         json_schema_extra=OPERATIONAL,
     )
     max_attempts: int = Field(
         3,
         ge=1,
-        description="Failures of one block in a row before the run fails, and of one row before it is an error row.",
+        description="Consecutive failures of a block after which the run fails. Also the number of failures after "
+        "which a row becomes an error row.",
         json_schema_extra=OPERATIONAL,
     )
     heartbeat_timeout_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds without a sign of life after which an actor is given up and its blocks leased again.",
+        description="Seconds without a heartbeat after which an actor is given up. Its blocks are leased again.",
         json_schema_extra=OPERATIONAL,
     )
     stall_timeout_s: float = Field(
         1800.0,
         gt=0,
-        description="Seconds without a token (of a server: without a response) after which a living actor is given up as hung.",
+        description="Seconds without a new token after which an actor with heartbeats is given up as hung. For an "
+        "endpoint, seconds without a response, and at least its give_up_after_s plus twice its timeout_s.",
         json_schema_extra=OPERATIONAL,
     )
     engine_start_timeout_s: float = Field(
         1800.0,
         gt=0,
-        description="Seconds that an engine may take to load its model once it has its resources, after which it is given up.",
+        description="Seconds that an engine may take to load its model once it has its resources. A slower engine is "
+        "given up.",
         json_schema_extra=OPERATIONAL,
     )
     lease_timeout_s: float = Field(
         7200.0,
         gt=0,
-        description="Seconds for one block, after which another actor is given it too.",
+        description="Seconds that an actor may take for one block. After that, the attempt is cancelled, counts as a "
+        "failure, and the block is leased again. Endpoints have no such limit.",
         json_schema_extra=OPERATIONAL,
     )
     max_error_share: float = Field(
         0.01,
         ge=0.0,
         le=1.0,
-        description="Share of error rows above which the stage fails, once 100 rows are there.",
+        description="Maximum share of error rows. Above it, the stage fails once it has 100 rows or is complete.",
         json_schema_extra=OPERATIONAL,
     )
 
@@ -118,9 +132,14 @@ class Sampling(Section):
 class Teacher(Model):
     """One of several teachers."""
 
-    share: float = Field(1.0, gt=0, description="Its share of the prompts, relative to the others that take them.")
+    share: float = Field(
+        1.0, gt=0, description="Weight of the teacher when prompts are divided among the teachers that accept them."
+    )
     filter: str | None = Field(
         None,
-        description="Jinja expression over `messages`, `reference` and `meta` that says which prompts it takes. Empty: all.",
+        description="Jinja expression over `messages`, `reference` and `meta` that is true for prompts that the "
+        "teacher accepts. If unset, all prompts.",
     )
-    sampling: RoleSampling | None = Field(None, description="How it is sampled. Empty: as sampling.teacher says.")
+    sampling: RoleSampling | None = Field(
+        None, description="Sampling settings of the teacher. If unset, those of sampling.teacher."
+    )

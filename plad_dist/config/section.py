@@ -1,4 +1,4 @@
-"""What all sections of the config have in common."""
+"""Base class of all config sections."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-# Marks a key that changes how a run is carried out but not what it produces, so that it may change between resumes.
+# Marks a key that controls how a run is carried out but not what it produces. Such a key may
+# change between resumes.
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values are checked, instances do not change."""
+    """Config section: immutable, with checked values and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())

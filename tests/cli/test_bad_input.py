@@ -12,7 +12,7 @@ import yaml
 
 from plad_dist.config_file import parse_config
 from plad_dist.rundir import open_run
-from plad_dist.training.scratch import train_tokenizer
+from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import in_this_process, write_config
 
 Change = Callable[[Path, dict[str, Any]], None]

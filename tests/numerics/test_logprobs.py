@@ -200,7 +200,7 @@ def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypat
     monkeypatch.setattr(logprobs, "_CHUNK_ELEMENTS", 64 * 1000)
     seen: list[int] = []
 
-    class CollapseBounds(torch.overrides.TorchFunctionMode):
+    class LargestTensor(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = function(*args, **(kwargs or {}))
             if isinstance(result, Tensor):
@@ -209,7 +209,7 @@ def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypat
 
     layer = torch.nn.Linear(4, 1000, bias=False)
     hidden_NH = torch.randn(1024, 4, requires_grad=True)
-    with CollapseBounds():
+    with LargestTensor():
         logprobs.LogprobHead(layer)(hidden_NH, torch.randint(1000, (1024,))).sum().backward()
     assert max(seen) <= 64 * 1000
 

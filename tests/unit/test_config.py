@@ -59,13 +59,13 @@ def test_a_config_survives_being_written_and_read() -> None:
         ({"training": {"round": {"loss": {"name": "mle"}}}}, "must be a preference loss"),
         (
             {"training": {"num_workers": "two"}},
-            "training.num_workers: expected a number of workers, or the fewest and the",
+            "training.num_workers: expected a number of workers, or [minimum, maximum]",
         ),
-        ({"training": {"num_workers": [3, 2]}}, "the fewest and the most such as [2, 16]; got [3, 2]"),
+        ({"training": {"num_workers": [3, 2]}}, "or [minimum, maximum] such as [2, 16]; got [3, 2]"),
         ({"training": {"num_workers": 0}}, "training.num_workers: expected a number of workers"),
         (
             {"training": {"num_workers": [1, 2], "round": {"optimizer": {"name": "adamw_8bit"}}}},
-            "round.optimizer.name: adamw_8bit: its states in blocks cannot be divided",
+            "round.optimizer.name: adamw_8bit: its block-wise states cannot be divided",
         ),
         ({"teacher": {}}, "teacher: needs exactly one of `path`"),
         ({"student": {"scratch": {"architecture": {}}, "template": "x"}}, "needs `model_type`"),
@@ -80,11 +80,11 @@ def test_a_config_survives_being_written_and_read() -> None:
         ),
         (
             {"evaluation": {"decodings": {"t0.5": {"temperature": 0.5, "max_tokens": 8}}}},
-            "name 't0.5': stands for the warm-up student at that temperature",
+            "name 't0.5': reserved for the warm-up student at that temperature",
         ),
         (
             {"training": {"warmup": {}}},
-            "prompts.source.reference_column: missing; training.warmup.data is `references`; set it, or use `data: teacher`",
+            "prompts.source.reference_column: missing; training.warmup.data is `references`: set the column, or `data: teacher`",
         ),
     ],
 )
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], message:
             "teachers.files.templat: unknown key",
         ),
         ({"training": {"lora": {"target_modules": 3}}}, "lora.target_modules: expected a list or `all-linear`; got 3"),
-        ({"student": "/models/x"}, 'student: expected a section with keys of its own; got "/models/x"'),
+        ({"student": "/models/x"}, 'student: expected a section (a mapping of keys); got "/models/x"'),
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_whole_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_one_line_with_its_whole_key(tmp_path: Path, change: di
 def test_yaml_within_itself_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match="nested too deeply, or within itself"):
+    with pytest.raises(UserError, match="nested too deeply, or an alias contains itself"):
         load_config(path)
 
 
@@ -149,7 +149,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     [
         ("run: [", "not valid YAML"),
         ("- a\n- b", "expected a mapping of sections"),
-        ("run: {dir: a}\nrun: {dir: b}", "key 'run' is given twice"),
+        ("run: {dir: a}\nrun: {dir: b}", "duplicate key 'run'"),
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )

@@ -369,7 +369,7 @@ def _responses(pairs: list[Row]) -> Group:
                 places[key] = len(places)
                 logprob = row.get("rejected_logprob") if side == "rejected" else None
                 figures.append(
-                    (_number(row[f"{side}_score"]), _number(row.get(f"{side}_reference_logp")), _number(logprob))
+                    (_number(row[f"{side}_score"]), _number(row.get(f"{side}_initial_logp")), _number(logprob))
                 )
     compared = [
         (places["chosen", tuple(row["chosen_token_ids"])], places["rejected", tuple(row["rejected_token_ids"])], 1)
