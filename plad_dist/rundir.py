@@ -24,6 +24,7 @@ from plad_dist.data.schemas import PAIRS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.fingerprint import FORMAT
 
 RUN_FILE = "run.yaml"
 TIMINGS = "logs/timings.json"
@@ -214,7 +215,12 @@ def open_run(config: Config) -> RunDir:
 
 def run_document(config: Config) -> bytes:
     """The content of ``run.yaml``."""
-    document = {"config": config.model_dump(mode="json"), "fingerprint": config.fingerprint(), "version": __version__}
+    document = {
+        "config": config.model_dump(mode="json"),
+        "fingerprint": config.fingerprint(),
+        "version": __version__,
+        "format": FORMAT,
+    }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 
 
@@ -280,6 +286,12 @@ def _run_file(run: RunDir) -> dict[str, Any] | None:
         return None
     try:
         document = yaml.safe_load(data)
+        run_format = int(document.get("format", 1))
+        if run_format != FORMAT:
+            raise UserError(
+                f"{run.storage.url}/{RUN_FILE}: the run has format {run_format}, plad-dist {__version__} reads format {FORMAT}. Finish "
+                f"it with plad-dist {document.get('version')}, which started it, or use another run.dir"
+            )
         return {
             "config": dict(document["config"]),
             "fingerprint": str(document["fingerprint"]),
@@ -287,7 +299,9 @@ def _run_file(run: RunDir) -> dict[str, Any] | None:
         }
     except yaml.YAMLError as error:
         why = yaml_reason(error)
-    except (KeyError, TypeError, ValueError):
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
         why = "expected `config` and `fingerprint`; a config of yours is no run directory, its run.dir names that"
     raise RunFailed(
         f"{run.storage.url}/{RUN_FILE}: damaged ({why}). Nothing was changed. Put the file back from a copy, or use another "

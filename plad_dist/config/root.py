@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import types
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
+from plad_dist.fingerprint import fingerprint
 
 
 class Run(Section):
@@ -157,7 +156,7 @@ class Config(Section):
 
         These are all but `run.dir` and the operational keys.
         """
-        return fingerprint({key: value for key, value in self.flat().items() if not is_operational(key)})
+        return fingerprint("run", keys={key: value for key, value in self.flat().items() if not is_operational(key)})
 
     def flat(self) -> dict[str, Any]:
         """Return the values of all keys, defaults included, by dotted name."""
@@ -230,12 +229,6 @@ def _judge_problems(config: Config) -> Iterator[str]:
                 f"evaluation.judges.{name}.type: teacher_likelihood: needs a single `teacher` with weights; a server "
                 "returns no likelihoods"
             )
-
-
-def fingerprint(value: Any) -> str:
-    """Return the SHA-256 of the canonical JSON of a value."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

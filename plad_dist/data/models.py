@@ -10,9 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from plad_dist.config import Model, fingerprint
+from plad_dist.config import Model
 from plad_dist.data.storage import sync, sync_tree
 from plad_dist.errors import UserError, first_line
+from plad_dist.fingerprint import fingerprint
 
 MARKER = "plad.json"
 _IDENTIFYING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
@@ -60,8 +61,8 @@ def model_identity(path: str, settings: Model) -> str:
     if input_fingerprint is not None:
         return input_fingerprint
     files = sorted(file for file in folder.iterdir() if file.suffix in _IDENTIFYING) if folder.is_dir() else []
-    contents = [(file.name, _content(str(file), file.stat().st_size, file.stat().st_mtime_ns)) for file in files]
-    return fingerprint([path, settings.revision, contents])
+    contents = {file.name: _content(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    return fingerprint("pretrained model", path=path, revision=settings.revision, files=contents)
 
 
 @lru_cache(maxsize=4096)

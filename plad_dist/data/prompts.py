@@ -18,12 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.config import (
-    Config,
-    PythonFunctionsSource,
-    fingerprint,
-    is_operational,
-)
+from plad_dist.config import Config, PythonFunctionsSource, is_operational
 from plad_dist.data.files import expand, local_bytes
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
@@ -31,6 +26,7 @@ from plad_dist.data.sources import FilesSource, Prompt, read_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Manifest, Part, part_name
 from plad_dist.errors import UserError
+from plad_dist.fingerprint import fingerprint
 
 logger = logging.getLogger("plad")
 
@@ -134,11 +130,14 @@ def _input_fingerprint(config: Config) -> str:
     prompts = {
         key: value for key, value in config.flat().items() if key.startswith("prompts.") and not is_operational(key)
     }
-    teachers = {name: [teacher.share, teacher.filter] for name, teacher in config.teachers.items()}
+    teachers = {name: {"share": teacher.share, "filter": teacher.filter} for name, teacher in config.teachers.items()}
     # Models whose tokenizers say which prompts are too long.
     measured = [model for model in (*config.all_teachers().values(), config.student) if model.path is not None]
-    lengths = [[model.path, model.revision, model.template, model.max_length] for model in measured]
-    return fingerprint([prompts, config.run.seed, teachers, lengths])
+    lengths = [
+        {"path": model.path, "revision": model.revision, "template": model.template, "max_length": model.max_length}
+        for model in measured
+    ]
+    return fingerprint("prompts", keys=prompts, seed=config.run.seed, teachers=teachers, lengths=lengths)
 
 
 class _Writer:

@@ -10,10 +10,11 @@ from typing import Any
 import jinja2.meta
 import jinja2.sandbox
 
-from plad_dist.config import Model, fingerprint
+from plad_dist.config import Model
 from plad_dist.data.models import check_local_model
 from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.errors import UserError, first_line
+from plad_dist.fingerprint import fingerprint
 
 Messages = list[dict[str, str]]
 _ANSWER = "answer-b1946ac9"  # what no template has of itself
@@ -79,7 +80,7 @@ class Renderer:
     @property
     def identity(self) -> str:
         """Fingerprint of how texts become tokens."""
-        return fingerprint([self.tokenizer.get_vocab(), self.end_id])
+        return fingerprint("tokenizer", vocabulary=self.tokenizer.get_vocab(), end_id=self.end_id)
 
     @cached_property
     def end_id(self) -> int:

@@ -13,12 +13,13 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from plad_dist.config import Config, fingerprint
+from plad_dist.config import Config
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import score_system
 from plad_dist.evaluation.report import comparison_page, with_interval
 from plad_dist.evaluation.stage import evaluated_prompts, evaluated_run, outputs_of, systems_of
 from plad_dist.evaluation.statistics import bootstrap_mean, win_rate
+from plad_dist.fingerprint import fingerprint
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir
 from plad_dist.text_metrics import Output, Scores
 
@@ -153,7 +154,11 @@ def _row(each: _System, systems: Sequence[_System], first: _System, decoding: st
 
 def _contents(prompts: Sequence[str], answers: Sequence[Output]) -> str:
     """The same where a system said the same, however often it was sampled for it."""
-    return fingerprint([prompts, [(answer.text, answer.num_tokens, answer.finished) for answer in answers]])
+    return fingerprint(
+        "responses",
+        prompts=list(prompts),
+        responses=[[answer.text, answer.num_tokens, answer.finished] for answer in answers],
+    )
 
 
 def _mean(values_P: Scores) -> dict[str, float] | None:

@@ -15,13 +15,14 @@ import jinja2.sandbox
 import numpy as np
 import pyarrow as pa
 
-from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge, fingerprint
+from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PROMPTS, SAMPLES
 from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.evaluation.metrics import Judgement, Preferences, compared_pairs
+from plad_dist.fingerprint import fingerprint
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.text_metrics import Key, Output, Scores
@@ -161,7 +162,7 @@ def ask_judge(
         for start in range(0, count, _CHUNK):
             end = min(start + _CHUNK, count)
             questions = judge_questions(template, prompts[start:end], (a[start:end], b[start:end]), _key(name))
-            place = f"{folder}/{fingerprint([identity, questions])[:16]}"
+            place = f"{folder}/{fingerprint('judge questions', judge=identity, questions=questions)[:16]}"
             given = Dataset(run.storage, f"{place}/prompts", PROMPTS)
             _keep_questions(given, questions)
             told[pair].append(Dataset(run.storage, f"{place}/answers", SAMPLES))
@@ -281,7 +282,7 @@ def _keep_questions(asked: Dataset, questions: list[dict[str, Any]]) -> None:
     """Commit the questions as one block, the same ones wherever a run was cut."""
     if asked.manifest() is not None:
         return
-    input_fingerprint = fingerprint(questions)
+    input_fingerprint = fingerprint("judge prompts", questions=questions)
     table = pa.Table.from_pylist(questions, schema=PROMPTS)
     asked.commit(0, table, fingerprint=input_fingerprint, attempt=uuid.uuid4().hex)
     asked.finish(1, fingerprint=input_fingerprint, facts={"content": input_fingerprint})

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from plad_dist.config import Config, LlmJudge, RewardJudge, fingerprint
+from plad_dist.config import Config, LlmJudge, RewardJudge
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts, rows_by_block
@@ -18,6 +18,7 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.card import render_card
 from plad_dist.evaluation.judges import judge_all, judge_answers, template_text
 from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, compare, score_system
+from plad_dist.fingerprint import fingerprint
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
 from plad_dist.progress import Progress
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir, load_run, read_timings, require_model
@@ -76,7 +77,11 @@ def _settings(config: Config) -> str:
         for name, j in evaluation.judges.items()
         if isinstance(j, LlmJudge)
     ]
-    return fingerprint([evaluation.model_dump(mode="json", exclude={"gpus_per_judge"}), questions])
+    return fingerprint(
+        "evaluation",
+        settings=evaluation.model_dump(mode="json", exclude={"gpus_per_judge"}),
+        templates=questions,
+    )
 
 
 def goes_on(config: Config, run: RunDir) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from plad_dist.config import Config, Model, Pairing, fingerprint, flatten, is_operational
+from plad_dist.config import Config, Model, Pairing, flatten, is_operational
 from plad_dist.data.models import context_length, model_identity, resolve_model
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.data.templates import Renderer
+from plad_dist.fingerprint import fingerprint
 from plad_dist.pairing.pairs import facts_of
 from plad_dist.pairing.reward import as_model
 from plad_dist.pairing.worker import PairJob, PairWorker
@@ -91,14 +92,17 @@ def _job(
     samples = [dataset.require("sample") for dataset in (teacher, student)]
     path = run.student(config)
     require_model(path, run.student_made_by)
-    decides = [
-        {key: value for key, value in flatten(config.pairing.model_dump(mode="json"), "pairing")
-         if not is_operational(key)},
-        [manifest.fingerprint for manifest in samples],
-        model_identity(path, config.student), config.student.template, context_length(path, config.student),
-    ]  # fmt: skip
-    if config.pairing.reward_model is not None:
-        reward = as_model(config.pairing.reward_model)
-        decides.append(model_identity(resolve_model(reward), reward))
-    job = PairJob(prompts.path, teacher.path, student.path, output.path, fingerprint(decides), run.round)
+    keys = flatten(config.pairing.model_dump(mode="json"), "pairing")
+    reward = as_model(config.pairing.reward_model) if config.pairing.reward_model is not None else None
+    input_fingerprint = fingerprint(
+        "pairs",
+        keys={key: value for key, value in keys if not is_operational(key)},
+        teacher_samples=samples[0].fingerprint,
+        student_samples=samples[1].fingerprint,
+        student=model_identity(path, config.student),
+        template=config.student.template,
+        context=context_length(path, config.student),
+        reward_model=model_identity(resolve_model(reward), reward) if reward is not None else None,
+    )
+    job = PairJob(prompts.path, teacher.path, student.path, output.path, input_fingerprint, run.round)
     return job, [part.rows // n for part in samples[1].parts]

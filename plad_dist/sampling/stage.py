@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling, Teacher, fingerprint
+from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling, Teacher
 from plad_dist.data.models import model_identity, resolve_model
 from plad_dist.data.prompts import heldout_prompts, rows_by_block, teacher_blocks, train_prompts
 from plad_dist.data.store import Dataset
+from plad_dist.fingerprint import fingerprint
 from plad_dist.fleet.driver import run_fleets
 from plad_dist.fleet.fleet import Assignment, Fleet
 from plad_dist.fleet.placement import Placement
@@ -53,10 +54,14 @@ def score_by_teacher(
     run_fleets(config, run.storage, [_fleet(config, run, teacher, assignments)], progress, stage="evaluate")
 
 
-def judge_identity(config: Config, name: str, judge: LlmJudge) -> list[Any]:
-    """What decides a judge's answers, beside the questions."""
+def judge_identity(config: Config, name: str, judge: LlmJudge) -> dict[str, Any]:
+    """Return the fields that decide a judge's answers, the questions aside."""
     responder = _judge(name, judge)
-    return [responder.identity, responder.decoding().model_dump(mode="json"), config.run.seed]
+    return {
+        "model": responder.identity,
+        "decoding": responder.decoding().model_dump(mode="json"),
+        "seed": config.run.seed,
+    }
 
 
 def ask(
@@ -238,13 +243,22 @@ def _assignments(
     cut = {block: count for block, count in enumerate(rows) if count < manifest.parts[block].rows}
     seed, n, role = config.run.seed, wanted.n, responders[0].role
     decodings = [wanted.decoding or responder.decoding() for responder in responders]
-    decides = [
-        manifest.fingerprint, manifest.facts.get("content"), sum(rows), cut, [responder.identity for responder in responders],
-        [decoding.model_dump(mode="json") for decoding in decodings], n, seed, wanted.seed_round, role,
-    ]  # fmt: skip
+    scored = None
     if wanted.responses is not None:
-        decides += [wanted.responses.require("sample").contents, wanted.own_tokens]
-    input_fingerprint = fingerprint(decides)
+        scored = {"contents": wanted.responses.require("sample").contents, "own_tokens": wanted.own_tokens}
+    input_fingerprint = fingerprint(
+        "samples",
+        prompts={"fingerprint": manifest.fingerprint, "content": manifest.facts.get("content")},
+        rows=sum(rows),
+        cut={str(block): count for block, count in cut.items()},
+        models=[responder.identity for responder in responders],
+        decodings=[decoding.model_dump(mode="json") for decoding in decodings],
+        n=n,
+        seed=seed,
+        seed_round=wanted.seed_round,
+        role=role,
+        scored=scored,
+    )
     if wanted.responses is not None:  # those that were scored may have been repaired since, and say something else now
         wanted.output.set_aside_unless(input_fingerprint)
     blocks_of = teacher_blocks(manifest) if role == "teacher" else {responders[0].name: range(len(rows))}

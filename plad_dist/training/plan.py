@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from plad_dist.config import Config, Model, Phase, fingerprint
+from plad_dist.config import Config, Model, Phase
 from plad_dist.data.models import context_length, load_model_config, model_fingerprint, model_identity, vocabulary_size
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.fingerprint import fingerprint
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of
 from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.batches.check import check_pairs, check_texts
@@ -70,11 +71,22 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     decides = {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
     groups = sum(group_counts(data, manifest.parts))
     steps = _equal_compute_steps(config, manifest, shares=shares) if name == SEQKD else _steps(phase, groups)
-    identity = [
-        decides, steps, manifest.contents, manifest.facts.get("content"), model_identity(start, settings),
-        settings.template, kind, context, data.longest, data.over_long, data.end_ids, renderer.identity, config.run.seed, training.dtype,
-        training.lora.model_dump(mode="json") if training.lora else None,
-    ]  # fmt: skip
+    identity = fingerprint(
+        "phase",
+        settings=decides,
+        steps=steps,
+        data={"kind": kind, "contents": manifest.contents, "content": manifest.facts.get("content")},
+        start=model_identity(start, settings),
+        template=settings.template,
+        tokenizer=renderer.identity,
+        context=context,
+        longest=data.longest,
+        over_long=data.over_long,
+        end_ids=data.end_ids,
+        seed=config.run.seed,
+        dtype=training.dtype,
+        lora=training.lora.model_dump(mode="json") if training.lora else None,
+    )
     job = PhaseJob(
         name=name,
         start=start,
@@ -98,7 +110,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
         checkpoints=kept,
         staging=training.staging_dir,
         watch=training.watch,
-        fingerprint=fingerprint(identity),
+        fingerprint=identity,
     )
     if not CheckpointStore(kept, name, None).steps() and model_fingerprint(run.model(name)) != job.fingerprint:
         _check_data(job, groups)  # what is or was trained on has been looked at before

@@ -16,7 +16,14 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. A name ending in a dot is a package, any other a file; the longest matching name decides.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("plad_dist", "plad_dist.errors", "plad_dist.devices", "plad_dist.resources", "plad_dist.progress"),
+    (
+        "plad_dist",
+        "plad_dist.errors",
+        "plad_dist.fingerprint",
+        "plad_dist.devices",
+        "plad_dist.resources",
+        "plad_dist.progress",
+    ),
     ("plad_dist.reach", "plad_dist.text_metrics", "plad_dist.prometheus", "plad_dist.config."),
     ("plad_dist.config_file", "plad_dist.phases", "plad_dist.harvest."),
     ("plad_dist.data.",),

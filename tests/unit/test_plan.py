@@ -389,7 +389,7 @@ def test_nothing_is_refused_that_an_unknown_or_a_larger_node_may_hold(kinds: tup
 
 
 def test_a_cluster_that_has_no_gpu_yet_refuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("plad_dist.cluster.engines_use_gpus", lambda: True)
+    monkeypatch.setattr("plad_dist.planning.hardware.engines_use_gpus", lambda: True)
     assert hardware_of_nodes(nodes()) is None
 
 

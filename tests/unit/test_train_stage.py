@@ -31,7 +31,7 @@ def test_ctrl_c_still_works_after_training(tmp_path: Path, monkeypatch: pytest.M
             signal.signal(signal.SIGINT, lambda *_: None)
 
     monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
-    monkeypatch.setattr(stage, "_monitored", lambda progress, waiting: nullcontext())
+    monkeypatch.setattr(stage, "_open_mailbox", lambda progress, waiting: nullcontext())
     before = signal.getsignal(signal.SIGINT)
     stage._fit([plan_phase("round-0", config, run)], config, run, Progress())
     assert signal.getsignal(signal.SIGINT) is before

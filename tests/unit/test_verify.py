@@ -11,8 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
+from plad_dist import __version__
 from plad_dist.cli import main
 from plad_dist.config_file import parse_config
 from plad_dist.data.models import weights_problems
@@ -21,6 +23,7 @@ from plad_dist.data.schemas import PAIRS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import RunFailed
+from plad_dist.fingerprint import FORMAT
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.verify import _check as verify_one
 from plad_dist.verify import repair, verify
@@ -487,3 +490,19 @@ def test_a_damaged_run_file_is_named(
     assert message in printed
     assert "run.dir:" not in printed.replace("run.dir: missing", "")
     assert "byte string" not in printed, "a parser's own words"
+
+
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_a_run_of_an_older_format_is_refused_by_its_name(
+    run: RunDir, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run.root / "run.yaml"
+    document = yaml.safe_load(path.read_text())
+    assert document.pop("format") == FORMAT
+    path.write_text(yaml.safe_dump(document))
+    monkeypatch.setattr(sys, "argv", ["plad", command, run.storage.url])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    message = capsys.readouterr().err
+    assert f"run.yaml: the run has format 1, plad-dist {__version__} reads format {FORMAT}" in message
+    assert "use another run.dir" in message

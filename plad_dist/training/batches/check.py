@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from plad_dist.config import Loss, Model, fingerprint
+from plad_dist.config import Loss, Model
 from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
@@ -27,7 +27,7 @@ logger = logging.getLogger("plad")
 
 _READERS = 4
 _TEXTS = 1000  # that are tokenized, those with the most bytes
-_passed: set[str] = set()  # phases on the same data need one look
+_passed: set[tuple[object, ...]] = set()  # phases on the same data need one look
 _SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
 
 
@@ -52,9 +52,9 @@ def check_pairs(
     dataset = spec.dataset(storage)
     manifest = dataset.require("pair")
     parts = manifest.parts
-    bounds = [spec.context, spec.longest, spec.shares, spec.over_long, micro_batch_tokens]
-    looked_for = fingerprint([dataset.path, manifest.contents, bounds, loss.needs_scores, model])
-    if looked_for in _passed:
+    bounds = (spec.context, spec.longest, spec.shares, spec.over_long, micro_batch_tokens)  # not the kind of data
+    checked = ("pairs", dataset.path, manifest.contents, bounds, loss.needs_scores, model)
+    if checked in _passed:
         return
     vocabulary = vocabulary_size(load_model_config(model, settings))
     threads = ThreadPoolExecutor(_READERS)
@@ -73,7 +73,7 @@ def check_pairs(
                 )
     finally:
         threads.shutdown(cancel_futures=True)
-    _passed.add(looked_for)
+    _passed.add(checked)
 
 
 def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, micro_batch_tokens: int) -> None:
@@ -89,10 +89,8 @@ def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, m
         return
     dataset, groups = spec.dataset(storage), open_groups(spec, storage, model, settings)
     manifest = dataset.require("run")
-    looked_for = fingerprint(
-        [spec.kind, dataset.path, manifest.contents, spec.context, spec.longest, micro_batch_tokens, model]
-    )
-    if looked_for in _passed:
+    checked = ("texts", dataset.path, manifest.contents, spec, micro_batch_tokens, model)
+    if checked in _passed:
         return
     logger.info("%s: looking for texts that no micro-batch holds", dataset.path)
     blocks = [block for block, count in enumerate(group_counts(spec, manifest.parts)) if count]
@@ -109,7 +107,7 @@ def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, m
                 f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens to no more "
                 "than that: training.over_long says what becomes of longer ones."
             )
-    _passed.add(looked_for)
+    _passed.add(checked)
 
 
 def _check(

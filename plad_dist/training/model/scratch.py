@@ -10,10 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.config import ScratchModel, fingerprint
+from plad_dist.config import ScratchModel
 from plad_dist.data.models import commit_model, model_fingerprint
 from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError, first_line
+from plad_dist.fingerprint import fingerprint
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 
@@ -22,7 +23,9 @@ def make_model(
     scratch: ScratchModel, prompts: Dataset | pa.Table, input_fingerprint: str, seed: int, folder: Path
 ) -> None:
     """Write an untrained model with its tokenizer, unless it is there. Raises :class:`UserError` for a bad architecture."""
-    identity = fingerprint([scratch.model_dump(mode="json"), input_fingerprint, seed])
+    identity = fingerprint(
+        "scratch model", scratch=scratch.model_dump(mode="json"), prompts=input_fingerprint, seed=seed
+    )
     if model_fingerprint(folder) == identity:
         return
     temporary = folder.with_name(f".writing-{folder.name}")

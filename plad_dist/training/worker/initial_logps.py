@@ -15,10 +15,10 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
-from plad_dist.config import fingerprint
 from plad_dist.data.models import model_identity
 from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.data.store import Dataset, Part
+from plad_dist.fingerprint import fingerprint
 from plad_dist.training.batches.groups import NAN, DataSpec, fit, group_counts, open_groups
 from plad_dist.training.batches.packing import Group, collate, share_out
 from plad_dist.training.job import PhaseJob
@@ -34,9 +34,16 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
     """
     pairs = spec.dataset(job.storage)
     manifest = pairs.require("pair")
-    bounds = [spec.context, spec.longest, spec.shares, spec.over_long]
-    decides = [manifest.contents, model_identity(job.start, job.settings), job.dtype, bounds]
-    input_fingerprint = fingerprint(decides)
+    input_fingerprint = fingerprint(
+        "initial logps",
+        pairs=manifest.contents,
+        start=model_identity(job.start, job.settings),
+        dtype=job.dtype,
+        context=spec.context,
+        longest=spec.longest,
+        shares=spec.shares,
+        over_long=spec.over_long,
+    )
     initial_logps = Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS)
     spec = replace(spec, initial_logps=initial_logps.path)
     first = dist.get_rank() == 0

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from plad_dist.config import fingerprint
 from plad_dist.errors import UserError
+from plad_dist.fingerprint import fingerprint
 
 _TAG = "plad.phase"
 _NOT_IN_IDS = re.compile(r"[/\\#?%:']")
@@ -64,7 +64,7 @@ def _name(run: str, phase: str) -> str:
 
 def _identity(run: str, phase: str) -> str:
     """By which a phase that goes on finds what it has written before: runs of one name lie in other folders."""
-    return f"{_NOT_IN_IDS.sub('-', _name(run, phase))}-{fingerprint(run)[:8]}"
+    return f"{_NOT_IN_IDS.sub('-', _name(run, phase))}-{fingerprint('tracker run', run=run)[:8]}"
 
 
 _TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": _WeightsAndBiases, "mlflow": _MlFlow}
