@@ -16,7 +16,7 @@ from plad_dist.errors import UserError
 from plad_dist.rundir import run_document
 from plad_dist.study import load_study
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
     "run": {"dir": "somewhere"},
     "prompts": {"source": {"type": "files", "paths": ["a.jsonl"]}},

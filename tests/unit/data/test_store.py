@@ -199,7 +199,7 @@ def test_a_full_disk_is_told_and_leaves_no_part(tmp_path: Path) -> None:
     """A limit on file sizes stands for a disk that is full: the write fails half way."""
     script = f"""
 import resource
-from tests.unit.test_store import commit, dataset, rows
+from tests.unit.data.test_store import commit, dataset, rows
 from pathlib import Path
 from plad_dist.errors import RunFailed
 data = dataset(Path({str(tmp_path)!r}))

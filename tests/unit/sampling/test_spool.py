@@ -94,12 +94,12 @@ def test_of_two_answers_to_a_prompt_the_first_is_kept_and_both_are_paid(tmp_path
 
 def test_what_was_flushed_survives_a_kill(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.unit.test_spool import dataset, row\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.unit.sampling.test_spool import dataset, row\n"
         "from plad_dist.sampling.spool import Spool\n"
         "spool = Spool(dataset(Path(sys.argv[1])), 'f')\n"
         "spool.add(0, row('kept'))\nspool.flush()\nspool.add(0, row('lost'))\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, env=environment, check=False)
     assert Spool(dataset(tmp_path), "f").load(0)[0].keys() == {("kept", 0)}
