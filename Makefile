@@ -13,6 +13,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
 DEV_LOCK := requirements/dev.txt
+# Linters and the documentation generator have an environment of their own: the harvest of the
+# quickstart reads the packages of .venv, and must not depend on these.
+TOOLS := .tools/env
+TOOLS_LOCK := requirements/tools.txt
 # A local folder of wheels if PIP_FIND_LINKS names one, otherwise the public index of PyTorch's CPU
 # builds.
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
@@ -22,7 +26,7 @@ UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 # disables it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test chaos families cluster soak bench lint lock clean
+.PHONY: help setup quickstart test chaos families cluster soak bench lint docs hooks lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -51,16 +55,23 @@ soak: setup ## Inject random faults into whole pipelines. MINUTES=15 SEED=1; nee
 bench: setup ## Run the benchmarks, with peers for comparison; slow. Each prints one JSON line.
 	for name in pool store sampling training logprob_memory gpu_training recovery quality; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
-lint: setup ## Check style and types.
+lint: setup docs ## Check style, types and spelling, and that the documentation builds without warnings.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(TOOLS)/bin/codespell
+
+docs: $(TOOLS)/.ready ## Build the documentation as a static site with search in build/docs.
+	$(TOOLS)/bin/sphinx-build -q -W --keep-going docs build/docs
+
+hooks: setup $(TOOLS)/.ready ## Install the git hooks that check what is committed.
+	$(TOOLS)/bin/pre-commit install
 
 lock: $(UV) ## Resolve the locks from pyproject.toml.
 	./requirements/lock $(UV) $(TORCH_SOURCE)
 
 clean: ## Remove everything that the targets created, except runs/.
-	rm -rf $(VENV) .tools .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .tools build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(UV):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \
@@ -73,4 +84,9 @@ $(VENV)/.ready: $(LOCK) $(DEV_LOCK) pyproject.toml | $(UV)
 	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
 	@$(UV) pip sync --python $(BIN)/python $(UV_FLAGS) $(LOCK) $(DEV_LOCK)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+$(TOOLS)/.ready: $(TOOLS_LOCK) | $(UV)
+	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(TOOLS)
+	@$(UV) pip sync --quiet --python $(TOOLS)/bin/python $(TOOLS_LOCK)
 	@touch $@
