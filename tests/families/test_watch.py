@@ -44,13 +44,13 @@ def test_checkpoints_are_looked_at_while_training_goes_on(tmp_path: Path, addres
         {"min_end_share": None, "max_length_ratio": None, "max_repetition": None, "min_win_rate": None},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((root / "events/round-0/watched.json").read_text())
-    assert found["looks"], done.stderr[-4000:]
+    found = json.loads((root / "events/round-0/collapse.json").read_text())
+    assert found["probes"], done.stderr[-4000:]
     assert found["collapse"] is None
-    steps = [look["step"] for look in found["looks"]]
+    steps = [probe["step"] for probe in found["probes"]]
     assert steps == sorted(set(steps))
     assert all(step % 20 == 0 for step in steps)
-    assert all(0 < look["tokens"] <= 8 for look in found["looks"])
+    assert all(0 < probe["tokens"] <= 8 for probe in found["probes"])
     assert "watch round-0: step" in done.stderr
     assert "What the student wrote during" in (root / "eval/round-0/report.html").read_text()
 

@@ -105,7 +105,7 @@ class CollapseWatch:
         for job in self._jobs:
             found = read_collapse_record(self._run.storage, job.name, job.fingerprint)
             if found is not None:
-                self._write(job, replace(found, looking=None))
+                self._write(job, replace(found, probing=None))
 
     def _write(self, job: PhaseJob, found: CollapseRecord) -> CollapseRecord:
         assert job.watch is not None
@@ -123,7 +123,7 @@ class CollapseWatch:
         if newest is None or (found is not None and found.collapse is not None):
             return
         step = newest.state.step
-        seen = max(self._looked_at.get(job.name, 0), found.looks[-1].step if found is not None and found.looks else 0)
+        seen = max(self._looked_at.get(job.name, 0), found.probes[-1].step if found is not None and found.probes else 0)
         if seen >= step or not self._trains() or not self._room():
             return
         self._looked_at[job.name] = step
@@ -131,20 +131,20 @@ class CollapseWatch:
         if not questions.ids:
             return
         found = found or CollapseRecord(job.fingerprint, start=figures(0, questions.before, questions))
-        self._write(job, replace(found, looking=step))
+        self._write(job, replace(found, probing=step))
         answers = None
         try:
             answers = self._look(job, newest, questions) if _store(job).is_committed(step) else None
         finally:
             found = read_collapse_record(run.storage, job.name, job.fingerprint)
-            if found is not None and found.looking != step:  # another command watches now
+            if found is not None and found.probing != step:  # another command watches now
                 found = None
             if found is not None and answers is None:  # the checkpoint may go
-                self._write(job, replace(found, looking=None))
+                self._write(job, replace(found, probing=None))
         if found is None or answers is None:
             return
         look = figures(step, answers, questions)
-        found = self._write(job, replace(found, looks=[*found.looks, look], looking=None))
+        found = self._write(job, replace(found, probes=[*found.probes, look], probing=None))
         self._progress.say(f"watch {job.name}: {told(look)}; {found.collapse or 'sound'}")
 
     def _trains(self) -> bool:
@@ -283,12 +283,12 @@ def figures(step: int, answers: Sequence[Output], questions: Questions) -> Check
 
 def judged(found: CollapseRecord, bounds: CollapseBounds, is_there: Callable[[int], bool]) -> CollapseRecord:
     """The same with its verdict: what the latest look is out of, and the latest checkpoint that is there and was sound."""
-    wrong = {look.step: out_of(look, found.start, bounds) for look in found.looks}
+    wrong = {look.step: out_of(look, found.start, bounds) for look in found.probes}
     sound = [step for step, why in wrong.items() if why is None and is_there(step)]
     return replace(
         found,
         sound=sound[-1] if sound else None,
-        collapse=wrong[found.looks[-1].step] if found.looks else None,
+        collapse=wrong[found.probes[-1].step] if found.probes else None,
     )
 
 

@@ -1,4 +1,8 @@
-"""What is known of a phase's checkpoints from answers that were sampled from them while training went on."""
+"""Record of the collapse watch, ``events/<phase>/collapse.json``: figures of checkpoints, and the verdict on them.
+
+The driver probes checkpoints while a round trains, judges the figures and writes the record. The first rank of the
+trainer reads it when it prunes checkpoints: it keeps the ones that the record needs, and ends training at a collapse.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,15 @@ from plad_dist.errors import RunFailed
 
 @dataclass(frozen=True)
 class CheckpointProbe:
-    """Figures of the answers of one checkpoint, or of the starting student, to a few held-out prompts.
+    """Figures of the responses of one checkpoint, or of the starting student, to a few held-out prompts.
 
     Attributes:
-        tokens: mean length of an answer.
-        end_share: share of answers that end with an end-of-sequence token or a stop string.
+        step: step of the checkpoint; 0 for the starting student.
+        tokens: mean length of a response.
+        end_share: share of responses that end with an end-of-sequence token or a stop string.
         repetition: mean share of repeated word 3-grams.
-        win_rate: against the starting student's answers by ROUGE-L, ties counted half; None without references.
+        win_rate: share of wins against the starting student's responses by ROUGE-L, ties counted half; None without
+            references.
     """
 
     step: int
@@ -29,57 +35,57 @@ class CheckpointProbe:
 
 @dataclass(frozen=True)
 class CollapseRecord:
-    """What watching has found so far. The driver writes it, the trainer's first rank reads it.
+    """Probes of a phase and the verdict on them.
 
     Attributes:
-        fingerprint: of the phase; what was found of another one does not count.
-        start: the starting student.
-        looks: at checkpoints, in the order of their steps.
-        looking: step of the checkpoint that is being sampled.
-        sound: step of the latest checkpoint that is there and had not collapsed.
-        collapse: what is wrong with the latest one that was looked at, None for nothing.
+        fingerprint: fingerprint of the phase; records of another phase are ignored.
+        start: figures of the starting student.
+        probes: probes of checkpoints, in the order of their steps.
+        probing: step of the checkpoint that is being probed, or None.
+        sound: step of the latest checkpoint that exists and has not collapsed, or None.
+        collapse: the bound that the latest probed checkpoint violates, in words; None if it is sound.
     """
 
     fingerprint: str
     start: CheckpointProbe
-    looks: list[CheckpointProbe] = field(default_factory=list)
-    looking: int | None = None
+    probes: list[CheckpointProbe] = field(default_factory=list)
+    probing: int | None = None
     sound: int | None = None
     collapse: str | None = None
 
     @property
     def needed(self) -> set[int]:
         """Steps whose checkpoints must not be pruned."""
-        return {step for step in (self.looking, self.sound) if step is not None}
+        return {step for step in (self.probing, self.sound) if step is not None}
 
     def write(self, storage: Storage, phase: str) -> None:
+        """Replace the record of a phase."""
         storage.replace(_key(phase), json.dumps(asdict(self), indent=1).encode())
 
 
 def read_collapse_record(storage: Storage, phase: str, fingerprint: str | None) -> CollapseRecord | None:
-    """What watching has found of a phase; None where it is not watched, or this was another one.
+    """Return the record of a phase, or None if there is none or it belongs to another fingerprint.
 
     Args:
-        fingerprint: of the phase, None for any.
+        fingerprint: fingerprint of the phase; None accepts any.
 
     Raises:
-        RunFailed: it cannot be read.
+        RunFailed: the record is damaged, or the storage does not answer.
     """
-    found = storage.read_json(_key(phase))
-    if found is None:
+    document = storage.read_json(_key(phase))
+    if document is None:
         return None
     try:
-        looks = {
-            "start": CheckpointProbe(**found["start"]),
-            "looks": [CheckpointProbe(**look) for look in found["looks"]],
+        probes = {
+            "start": CheckpointProbe(**document["start"]),
+            "probes": [CheckpointProbe(**probe) for probe in document["probes"]],
         }
-        watched = CollapseRecord(**{one.name: found[one.name] for one in fields(CollapseRecord)} | looks)
+        values = {attribute.name: document[attribute.name] for attribute in fields(CollapseRecord)}
+        record = CollapseRecord(**values | probes)
     except (KeyError, TypeError, AttributeError):
-        raise RunFailed(
-            f"{storage.url}/{_key(phase)}: damaged; delete it to have the checkpoints looked at anew"
-        ) from None
-    return watched if fingerprint in (None, watched.fingerprint) else None
+        raise RunFailed(f"{storage.url}/{_key(phase)}: damaged; delete it to probe the checkpoints again") from None
+    return record if fingerprint in (None, record.fingerprint) else None
 
 
 def _key(phase: str) -> str:
-    return f"events/{phase}/watched.json"
+    return f"events/{phase}/collapse.json"

@@ -58,11 +58,11 @@ def test_the_latest_sound_look_stays_named_after_a_collapse() -> None:
 def test_what_was_found_is_read_as_it_was_written_and_of_the_same_phase_alone(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     assert read_collapse_record(storage, "round-0", "f") is None
-    found = CollapseRecord("f", START, [SOUND], looking=10, sound=5)
+    found = CollapseRecord("f", START, [SOUND], probing=10, sound=5)
     found.write(storage, "round-0")
     assert read_collapse_record(storage, "round-0", "f") == read_collapse_record(storage, "round-0", None) == found
     assert found.needed == {5, 10}
     assert read_collapse_record(storage, "round-0", "another") is None
-    storage.replace("events/round-0/watched.json", b'{"fingerprint": "f"}')
+    storage.replace("events/round-0/collapse.json", b'{"fingerprint": "f"}')
     with pytest.raises(RunFailed, match="delete it"):
         read_collapse_record(storage, "round-0", "f")
