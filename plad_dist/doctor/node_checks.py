@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from plad_dist.compat.linux import cgroup_limits
 from plad_dist.config import Endpoint
 from plad_dist.data.storage import Storage
 from plad_dist.devices import GIB
 from plad_dist.errors import first_line
-from plad_dist.planning.hardware import cgroup_limits
 
 MIB = 1 << 20
 DISK_WARN, DISK_FAIL = 20 * GIB, GIB

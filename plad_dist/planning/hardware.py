@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
 
+from plad_dist.compat.linux import cgroup_limits
 from plad_dist.devices import GPUS, Gpu, gpu_of
 from plad_dist.errors import UserError
 from plad_dist.planning.sizes import Device
@@ -62,24 +61,6 @@ def this_host() -> Hardware:
     """This machine without its GPUs, as far as its container lets it go."""
     memory = min(float(psutil.virtual_memory().total), cgroup_limits()[0])
     return Hardware(None, 1, 0, memory, source="this machine")
-
-
-def cgroup_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> tuple[float, float]:
-    """(bytes of memory, CPUs) that the control group leaves this process; infinite where it sets no limit."""
-    found = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
-    group = root / found[1] if found else root
-    memory, cpus = [float("inf")], [float("inf")]
-    for folder in (group, *group.parents):
-        if root in (folder, *folder.parents):
-            if (limit := _words_of(folder / "memory.max")) and limit[0] != "max":
-                memory.append(float(limit[0]))
-            if (limit := _words_of(folder / "cpu.max")) and limit[0] != "max":
-                cpus.append(float(limit[0]) / float(limit[1]))
-    return min(memory), min(cpus)
-
-
-def _words_of(file: Path) -> list[str]:
-    return file.read_text().split() if file.is_file() else []
 
 
 def hardware_of_nodes(nodes: Sequence[Mapping[str, float]]) -> Hardware | None:

@@ -355,16 +355,6 @@ def test_a_full_disk_is_found_once_for_all_that_lies_on_it(
     assert "(run.dir, training.staging_dir, Ray)" in found
 
 
-def test_the_limits_of_a_container_are_told(tmp_path: Path) -> None:
-    inner = tmp_path / "pod" / "container"
-    inner.mkdir(parents=True)
-    (tmp_path / "pod" / "memory.max").write_text(f"{4 * GIB}\n")
-    (inner / "memory.max").write_text("max\n")
-    (inner / "cpu.max").write_text("150000 100000\n")
-    (tmp_path / "own").write_text("0::/pod/container\n")
-    assert node_checks.cgroup_limits(tmp_path, tmp_path / "own") == (4 * GIB, 1.5)
-
-
 def test_few_open_files_are_a_warning_on_a_node_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_checks.resource, "getrlimit", lambda kind: (1024, 20_000))
     assert states(node_checks.open_files(Node("n"))) == ["ok"], "Ray raises a driver's limit itself"

@@ -1,0 +1,40 @@
+"""Interfaces of the Linux kernel that no library of ours wraps: control groups and `/proc`.
+
+Written for control groups of version 2 (kernel 4.5 and later; the unified hierarchy of current
+distributions, Docker and Kubernetes). Relies on:
+
+- `/proc/self/cgroup`: one line `0::/PATH` that names this process's group (man 7 cgroups);
+- `memory.max`, one number of bytes or `max`, and `cpu.max`, `QUOTA PERIOD` in microseconds with
+  `max` for no quota (Documentation/admin-guide/cgroup-v2.rst in the kernel's source).
+
+Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_CGROUP_ROOT, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cgroup_limits(root: Path = _CGROUP_ROOT, own: Path = _OWN_CGROUP) -> tuple[float, float]:
+    """Return the memory in bytes and the number of CPUs that this process's control group allows.
+
+    A limit of a parent group also holds in its children, so the smallest limit on the path to the
+    root counts. Both are infinite if no group sets a limit.
+    """
+    line = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
+    group = root / line[1] if line else root
+    memory, cpus = [float("inf")], [float("inf")]
+    for folder in (group, *group.parents):
+        if root in (folder, *folder.parents):
+            if (limit := _words(folder / "memory.max")) and limit[0] != "max":
+                memory.append(float(limit[0]))
+            if (limit := _words(folder / "cpu.max")) and limit[0] != "max":
+                cpus.append(float(limit[0]) / float(limit[1]))
+    return min(memory), min(cpus)
+
+
+def _words(file: Path) -> list[str]:
+    return file.read_text().split() if file.is_file() else []
