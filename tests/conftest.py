@@ -1,4 +1,4 @@
-"""What the tests share: a tiny run config, small data sets, and one finished run on the real engines."""
+"""Shared by the tests: a tiny run config, its prompts, and ways to run `plad`."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ SHAPE = {
 def in_this_process(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
 ) -> tuple[int, str, str]:
-    """Run `plad` without a process of its own: its exit code, and what it wrote to each stream."""
+    """Run `plad` in this process. Return its exit code, stdout and stderr."""
     from plad_dist.cli import main
 
     monkeypatch.setattr(sys, "argv", ["plad", *arguments])
     try:
         main()
         code = 0
-    except SystemExit as left:
-        code = int(left.code or 0)
+    except SystemExit as error:
+        code = int(error.code or 0)
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
 
 def tiny_config(folder: Path) -> dict[str, Any]:
-    """A whole run in the small: 600 sums to name, models from scratch, two training workers."""
+    """Return the config of a complete small run: 600 prompts, models from scratch, two training workers."""
     role = {"temperature": 1.0, "max_tokens": 8, "engine": {"max_num_seqs": 128, "kv_cache_memory_bytes": 1 << 27}}
     phase = {"batch_groups": 32, "checkpoint_every": 10, "optimizer": {"lr": 3e-3}}
     return {
@@ -89,7 +89,7 @@ def tiny_config(folder: Path) -> dict[str, Any]:
 
 
 def write_prompts(folder: Path, rows: int = 600) -> Path:
-    """Prompts with references: which of two numbers is larger."""
+    """Write prompts that ask for the larger of two numbers, with references."""
     path = folder / "prompts.jsonl"
     with path.open("w") as file:
         for row in range(rows):
@@ -105,13 +105,13 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def plad(*arguments: str, timeout: float = 600, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    """The `plad` command in a process of its own."""
+    """Run `plad` in a process of its own."""
     command = [sys.executable, "-c", "from plad_dist.cli import main; main()", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **kwargs)
 
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
-    """A folder with prompts, and a config over them."""
+    """Return a folder with prompts, and a config that reads them."""
     write_prompts(tmp_path)
     return tmp_path, tiny_config(tmp_path)
