@@ -18,7 +18,6 @@ from plad_dist.errors import RunFailed, UserError
 if TYPE_CHECKING:
     from plad_dist.jobs import JobServer
     from plad_dist.rundir import RunDir
-    from plad_dist.verify import Checked
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -239,40 +238,14 @@ def verify(
     Models are checked by their headers. Exit code 0 where nothing is wrong or all was repaired, 1 otherwise. Repair while no
     other command works on the run directory.
     """
-    from plad_dist.verify import command_for, verify_table
-    from plad_dist.verify import repair as set_aside
-    from plad_dist.verify import verify as check
+    from plad_dist.verify import Verification, verify_table
 
-    checked, others = check(run_dir)
-    _print(verify_table(run_dir, checked))
-    unknown = [line for item in checked for line in item.unknown]
-    problems = _problems(checked, others)
-    if not problems:
-        incomplete = [
-            f"{item.path} (`plad {command_for(item.path)}`)" for item in checked if item.state == "incomplete"
-        ]
-        rest = f"; not complete yet: {', '.join(incomplete)}" if incomplete else ""
-        typer.echo(f"{run_dir}: nothing {'else ' if unknown else ''}is wrong{rest}")
-    else:
-        typer.echo(f"{run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:{_lines(problems)}")
-    if problems and repair:
-        done = set_aside(run_dir, checked)
-        if done:
-            typer.echo(f"Repaired; run again to make this anew:{_lines(done)}")
-        problems = _problems(checked, others)
-    if unknown:
-        raise RunFailed(f"{run_dir}: could not be checked in full:{_lines(unknown)}")
-    if problems and repair:
-        raise RunFailed(f"{run_dir}: cannot be repaired here:{_lines(problems)}")
-    if problems:
-        advice = (
-            f"`plad verify {run_dir} --repair` sets bad parts aside; run again then, and their blocks alone are redone"
-        )
-        raise RunFailed(f"{run_dir}: {advice if any(item.bad for item in checked) else 'see above'}")
-
-
-def _problems(checked: list[Checked], others: list[str]) -> list[str]:
-    return [f"{item.path}: {problem}" for item in checked for problem in item.problems] + others
+    verification = Verification(run_dir)
+    _print(verify_table(run_dir, verification.datasets))
+    typer.echo(verification.summary())
+    if repair and (repaired := verification.repair()):
+        typer.echo(repaired)
+    verification.raise_for_problems(repaired=repair)
 
 
 @app.command()
@@ -351,12 +324,6 @@ def _compared(comparison: dict[str, object], output: str | None, as_json: bool =
     _print(comparison_table(comparison))
     if output is not None:
         typer.echo(f"\nReport: {output}")
-
-
-def _lines(items: list[str], most: int = 50) -> str:
-    """Items on lines of their own, and how many more there are."""
-    more = [f"and {len(items) - most:,} more"] if len(items) > most else []
-    return "".join(f"\n  {item}" for item in [*items[:most], *more])
 
 
 @app.command()
