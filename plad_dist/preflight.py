@@ -15,7 +15,7 @@ from plad_dist.data.templates import Renderer, compile_template
 from plad_dist.errors import UserError
 from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
-from plad_dist.sampling.engine import check_cpu_heads, check_engine_args
+from plad_dist.sampling.engine_arguments import check_cpu_heads, check_engine_args
 from plad_dist.sampling.engine_placement import engines_use_gpus
 
 logger = logging.getLogger("plad")

@@ -5,13 +5,16 @@ distributions, Docker and Kubernetes). Relies on:
 
 - `/proc/self/cgroup`: one line `0::/PATH` that names this process's group (man 7 cgroups);
 - `memory.max`, one number of bytes or `max`, and `cpu.max`, `QUOTA PERIOD` in microseconds with
-  `max` for no quota (Documentation/admin-guide/cgroup-v2.rst in the kernel's source).
+  `max` for no quota (Documentation/admin-guide/cgroup-v2.rst in the kernel's source);
+- `/proc/PID/fd/N`: a link to the file that a process has opened as number N (man 5 proc).
 
-Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit.
+Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit, or the
+output is not redirected to a file.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -38,3 +41,23 @@ def cgroup_limits(root: Path = _CGROUP_ROOT, own: Path = _OWN_CGROUP) -> tuple[f
 
 def _words(file: Path) -> list[str]:
     return file.read_text().split() if file.is_file() else []
+
+
+def redirected_output(stream: int, last_bytes: int = 200_000) -> str | None:
+    """Return the end of the file to which a standard stream of this process is redirected.
+
+    Ray redirects both streams of its workers to files, which the processes that a worker starts
+    share.
+
+    Args:
+        stream: 1 for standard output, 2 for standard error.
+
+    Returns:
+        None if the stream is not redirected to a file.
+    """
+    path = Path(f"/proc/{os.getpid()}/fd/{stream}").resolve()
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - last_bytes))
+        return file.read().decode(errors="replace")

@@ -16,7 +16,7 @@ from typing import Any
 from plad_dist.config import Optimizer, Training
 from plad_dist.devices import GIB
 from plad_dist.planning.sizes import Device, ModelSize, quantized_width
-from plad_dist.sampling.engine import CPU_DEFAULTS
+from plad_dist.sampling.engine_arguments import CPU_DEFAULTS
 from plad_dist.training.model.deepspeed_config import is_offloaded, load_deepspeed
 
 _CHUNK_ELEMENTS = {

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from plad_dist.compat.vllm import root_cause
 from plad_dist.data.schemas import SAMPLES, is_answer
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
@@ -23,7 +24,6 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockKey, BlockResult, EngineDiedError, Heartbeat, Hints, UnderWay
 from plad_dist.sampling.backend import Backend, Completion, RefusedPromptError, Response
 from plad_dist.sampling.endpoint.backend import MICRO
-from plad_dist.sampling.engine import root_cause
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.spool import Spool
 

@@ -170,7 +170,7 @@ def test_the_log_says_who_died_and_why(night: Night, morning: Any) -> None:
     reasons = re.findall(r" died \((.*)\); its blocks are leased again", night.log())
     assert len(reasons) >= 4
     assert any("did not start" in reason for reason in reasons), reasons
-    assert any("died without a word" in reason for reason in reasons), reasons
-    assert any("told to end" in reason for reason in reasons), reasons
+    assert any("died without an error message" in reason for reason in reasons), reasons
+    assert any("received SIGTERM" in reason for reason in reasons), reasons
     assert any("node" in reason for reason in reasons), reasons
     assert not any(reason == "The actor died unexpectedly before finishing this task." for reason in reasons)

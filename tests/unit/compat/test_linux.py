@@ -1,12 +1,15 @@
-"""Limits of control groups, read from files laid out like the kernel's."""
+"""Control groups from files laid out like the kernel's, and the redirected output of real processes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from plad_dist.compat.linux import cgroup_limits
 
 GIB = 1 << 30
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_smallest_limit_on_the_path_to_the_root_counts(tmp_path: Path) -> None:
@@ -27,3 +30,23 @@ def test_the_kernel_of_this_machine_reports_limits_that_leave_something() -> Non
     memory, cpus = cgroup_limits()
     assert memory > 1 << 20
     assert cpus > 0
+
+
+def test_the_output_of_a_process_is_read_back_from_the_file_that_it_goes_to(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "from plad_dist.compat.linux import redirected_output\n"
+        "subprocess.run([sys.executable, '-c', 'import sys; print(\"x\" * 100 + \"last words\", file=sys.stderr)'])\n"
+        "print(redirected_output(2, 11), end='')\n"
+    )
+    with (tmp_path / "errors").open("wb") as errors:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=errors, text=True, check=True, cwd=ROOT
+        )
+    assert done.stdout == "last words\n"
+
+
+def test_output_that_goes_to_no_file_cannot_be_read_back() -> None:
+    code = "from plad_dist.compat.linux import redirected_output; print(redirected_output(1))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "None\n"

@@ -31,7 +31,7 @@ def test_a_change_of_weights_whose_asker_is_cancelled_ends_before_another_begins
 
     async def work() -> None:
         engine = object.__new__(Engine)
-        engine.path, engine._llm, engine._change, engine._started = "a", FakeLlm(), None, start  # type: ignore[method-assign]
+        engine.path, engine._llm, engine._restart, engine._start = "a", FakeLlm(), None, start  # type: ignore[method-assign]
         first = asyncio.create_task(engine.load_weights("b"))
         await asyncio.sleep(0.05)
         first.cancel()

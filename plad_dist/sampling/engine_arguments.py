@@ -1,0 +1,94 @@
+"""Arguments of vLLM's engine: checks of the ones that a config sets, and defaults that are safe on CPUs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from plad_dist.compat.vllm import cpu_head_sizes, engine_argument_names
+from plad_dist.data.models import head_size
+from plad_dist.errors import UserError
+
+_SET_BY_RUN = ("model", "tokenizer", "seed", "revision", "trust_remote_code")
+_COUNTS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
+
+# vLLM's CPU engine dies of a seeded request whose prompt is prefilled in several chunks, so prompts
+# are never split there, and a batch has room for a whole prompt.
+CPU_DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "max_num_batched_tokens": 16_384,
+    "kv_cache_memory_bytes": 1 << 30,
+}
+
+
+def check_engine_args(engine: Mapping[str, Any], key: str) -> None:
+    """Check the engine arguments of a config.
+
+    Args:
+        engine: vLLM's arguments by name.
+        key: config key that holds them, for the messages.
+
+    Raises:
+        UserError: vLLM has no argument of that name, the run sets it, it holds a secret, or its
+            value is out of range.
+    """
+    names = engine_argument_names()
+    for name in engine:
+        if name not in names:
+            similar = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean `{similar[0]}`?" if similar else ""
+            raise UserError(f"{key}.{name}: vLLM's engine has no such argument{hint}")
+    for name in _SET_BY_RUN:
+        if name in engine:
+            raise UserError(f"{key}.{name}: is set by the run itself; use the model's config section")
+    if "hf_token" in engine:
+        raise UserError(f"{key}.hf_token: secrets are not kept in configs; set the HF_TOKEN environment variable")
+    for name in _COUNTS:
+        if engine.get(name) is not None:
+            _check_count(engine[name], f"{key}.{name}")
+    share = engine.get("gpu_memory_utilization")
+    if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
+        raise UserError(f"{key}.gpu_memory_utilization: expected a number above 0, at most 1, got {share!r:.60}")
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        _check_count(engine.get(name, 1), f"{key}.{name}")
+    if engine.get("data_parallel_size", 1) != 1:
+        raise UserError(
+            f"{key}.data_parallel_size: set `replicas` instead: each replica is an engine of its own, which can join and "
+            "leave during a run"
+        )
+
+
+def _check_count(value: Any, key: str) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{key}: expected a whole number of at least 1, got {value!r:.60}")
+
+
+def check_cpu_heads(config: Any) -> None:
+    """Refuse a model that vLLM starts on CPUs and dies of at the first request.
+
+    Args:
+        config: transformers config of the model.
+
+    Raises:
+        UserError: vLLM's attention on CPUs does not support the width of the model's heads.
+    """
+    size, supported = head_size(config), cpu_head_sizes()
+    # Models with latent attention (MLA), which have a `kv_lora_rank`, use other kernels.
+    if size is not None and size not in supported and not hasattr(config.get_text_config(), "kv_lora_rank"):
+        raise UserError(
+            f"attention heads of {size}: vLLM supports only {', '.join(map(str, supported))} on CPUs. Set another number "
+            "of heads or another width (head_dim), or use GPUs"
+        )
+
+
+def with_executor(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return engine arguments with the executor that the placement needs.
+
+    Only a pipeline over several nodes needs Ray inside the engine.
+    """
+    if int(engine.get("pipeline_parallel_size", 1)) > 1:
+        return {"distributed_executor_backend": "ray", **engine}
+    return dict(engine)
