@@ -54,7 +54,7 @@ from plad_dist.config_file import load_config
 from plad_dist.data.prompts import train_prompts
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.records.metrics_file import read_metrics
-from plad_dist.verify import verify
+from plad_dist.verify.run import verify
 from tests.nodes import Cluster, Node, available
 from tests.tiny import sampling_config
 

@@ -238,7 +238,7 @@ def verify(
     Models are checked by their headers. Exit code 0 where nothing is wrong or all was repaired, 1 otherwise. Repair while no
     other command works on the run directory.
     """
-    from plad_dist.verify import Verification, verify_table
+    from plad_dist.verify.verification import Verification, verify_table
 
     verification = Verification(run_dir)
     _print(verify_table(run_dir, verification.datasets))

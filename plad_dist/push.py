@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker, model_problems
 from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.evaluation.stage import last_round
 from plad_dist.phases import round_phase
-from plad_dist.rundir import RUN_FILE, RunDir, load_run
+from plad_dist.rundir import RunDir, load_run
 
 
 def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = False) -> str:
@@ -26,8 +25,7 @@ def push(run_dir: str, repo: str, phase: str | None = None, *, public: bool = Fa
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    config = parse_config(load_run(run_dir)["config"], f"{run_dir}/{RUN_FILE}")
-    run = RunDir.at(run_dir)
+    config, run = load_run(run_dir).config, RunDir.at(run_dir)
     name = phase or round_phase(last_round(config, run).round)
     folder = run.model(name)
     if model_marker(folder) is None:

@@ -1,4 +1,4 @@
-"""What another run has made and this one would make alike: taken over rather than made again."""
+"""Reuse: a new run takes over the products of another run that both would produce identically."""
 
 from __future__ import annotations
 
@@ -7,215 +7,178 @@ import logging
 import os
 import shutil
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plad_dist.config import Config, flatten, is_operational
-from plad_dist.config_file import parse_config
+from plad_dist.catalog.products import DatasetEntry, ModelEntry, products_of
+from plad_dist.catalog.recipes import ROUND, is_decisive, recipes_decided_by
+from plad_dist.config import Config, flatten
 from plad_dist.data.storage import sync_tree
 from plad_dist.errors import UserError
-from plad_dist.rundir import RUN_FILE, RunDir, first_reader, load_run, run_document
+from plad_dist.rundir import RUN_FILE, RunDir, load_run, run_document
 
 logger = logging.getLogger("plad")
 
+Reusable = DatasetEntry | ModelEntry
 
-@dataclass(frozen=True)
-class _Part:
-    """One piece of a run's work: what it leaves, and the pieces that it is made of."""
-
-    files: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-
-
-def _model_files(*names: str) -> tuple[str, ...]:
-    return tuple(f"{kind}/{name}/**/*" for name in names for kind in ("models", "events"))
-
-
-def _sample_files(role: str, system: str) -> tuple[str, ...]:
-    return tuple(
-        f"{folder}/**/*"
-        for folder in (f"samples/{role}/round-0", f"eval/round-0/pair-samples/{role}", f"eval/round-0/samples/{system}")
-    )
-
-
-_PARTS = {
-    "prompts": _Part(("prompts/**/*", "eval/prompts/**/*")),
-    "teacher": _Part(_model_files("teacher-init", "teacher"), ("prompts",)),
-    "teacher samples": _Part(_sample_files("teacher", "teacher"), ("teacher",)),
-    "warmup": _Part(_model_files("student-init", "warmup"), ("prompts",)),
-    "student samples": _Part((*_sample_files("student", "warmup"), "eval/round-0/candidates/**/*"), ("warmup",)),
-    "pairs": _Part(("pairs/round-0/**/*", "eval/round-0/pairs/**/*"), ("teacher samples", "student samples")),
-    "round": _Part(_model_files("round-0"), ("pairs",)),
-}
-# What of these a config section decides: by the section, else by the first stage that reads it.
-_DECIDES: dict[str | int, tuple[str, ...]] = {
-    "training.teacher": ("teacher",),
-    "training.warmup": ("warmup",),
-    "training.deepspeed": ("teacher", "warmup"),  # operational, but quantised weights give other students
-    "training.watch": ("round",),  # operational, but a collapse ends the round at another checkpoint
-    "sampling.teacher": ("teacher samples",),
-    "sampling.student": ("student samples",),
-    "evaluation.candidates": ("student samples",),
-    "evaluation.warmup_temperatures": ("student samples",),
-    0: ("prompts",),
-    1: ("teacher", "warmup"),
-    2: ("teacher samples", "student samples"),
-    3: ("pairs",),
-    4: ("round",),
-}
-_OPERATIONAL_THAT_DECIDE = {"training.deepspeed", "training.watch"}
-_GROWS = {"events", "journal", "spool"}
-_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}  # another file system, or one without links
+_GROWING_FOLDERS = {"events", "journal", "spool"}
+# The file system of the source is another one, or has no hard links.
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}
 
 
 def take_over(config: Config, earlier: list[Config]) -> None:
-    """Take over what an earlier run has made and this one would make alike, where this one is not begun.
+    """Take over products of an earlier run, unless the run of this config has already started.
 
-    It comes from the run that has most in common: what no differing key decides, and nothing that it is made of. Prompts and models
-    are those that the earlier run read, whatever has become of their sources since. It is put together in a hidden folder; the run
-    directory appears as a whole, or, where it is there and empty, a run with its `run.yaml`, which comes last. Files are linked:
-    nothing rewrites one in place but what grows (logs, journals, answers that were paid for), which is copied. Cards are left: they
-    show another run's figures.
+    The source is the earlier run that shares the most products with this one. A product is shared if
+    no key that differs between the configs decides it or any of its inputs. Prompts and models are
+    those that the earlier run read, even if their sources have changed since.
+
+    The run is assembled in a hidden folder. The run directory then appears as a whole, or, if it
+    exists and is empty, gets its content with `run.yaml` last. Files are hard links to the source,
+    because no file is rewritten in place. Files that grow (logs, journals, paid responses) are
+    copied. Model cards are left out: they show the figures of another run.
     """
     run = RunDir.of(config)
     if not earlier or run.storage.local_root is None or _is_taken(run.root):
         return
-    shared, source = max(((_made_alike(config, other), other) for other in earlier), key=lambda item: len(item[0]))
-    there, name = RunDir.of(source).root, f".begun-{uuid.uuid4().hex}"
+    candidates = [(_shared_products(config, other), other) for other in earlier]
+    shared, source = max(candidates, key=lambda candidate: len({product.recipe for product in candidate[0]}))
+    origin, name = RunDir.of(source).root, f".begun-{uuid.uuid4().hex}"
     draft = run.root / name if run.root.exists() else run.root.with_name(name)
-    # What grows first: a block that is committed in between is found among the parts then.
-    files = [
-        file
-        for growing in (True, False)
-        for file in sorted(_files(there, shared))
-        if (not _GROWS.isdisjoint(file.parts)) == growing and _link(there / file, draft / file, copied=growing)
-    ]
-    taken = (
-        f"{len(files)} files taken over: {', '.join(shared)}" if files else "nothing that is there would be made alike"
-    )
-    if files:
+    count = _fill(draft, origin, shared)
+    if count:
+        names = dict.fromkeys(product.recipe.name for product in shared)
+        outcome = f"{count} files taken over: {', '.join(names)}"
         (draft / RUN_FILE).write_bytes(run_document(config))
         sync_tree(draft)
-        if draft.parent == run.root:
-            for part in sorted(draft.iterdir(), key=lambda part: part.name == RUN_FILE):
-                part.rename(run.root / part.name)
-            draft.rmdir()
-        else:
-            try:
-                draft.rename(run.root)
-            except OSError:
-                shutil.rmtree(draft)
-                if not _is_taken(run.root):
-                    raise
-                taken = "another command has begun it meanwhile"
-    logger.info("%s: from %s: %s", run.root, there, taken)
+        if not _put_in_place(draft, run.root):
+            outcome = "nothing taken over: another command has started the run in the meantime"
+    else:
+        outcome = "nothing taken over: it has no product that this run would produce identically"
+    logger.info("%s: from %s: %s", run.root, origin, outcome)
+
+
+def _fill(draft: Path, origin: Path, shared: list[Reusable]) -> int:
+    """Link or copy the files of products into a folder and return their number."""
+    files = sorted(_files(origin, shared))
+    growing = [file for file in files if not _GROWING_FOLDERS.isdisjoint(file.parts)]
+    # Growing files first: a response that leaves the spool meanwhile is then found among the parts.
+    count = sum(_copy(origin / file, draft / file) for file in growing)
+    fixed = [file for file in sorted(_files(origin, shared)) if _GROWING_FOLDERS.isdisjoint(file.parts)]
+    return count + sum(_link(origin / file, draft / file) for file in fixed)
+
+
+def _put_in_place(draft: Path, root: Path) -> bool:
+    """Move an assembled run to its place. Return False if another command was first."""
+    if draft.parent == root:
+        for item in sorted(draft.iterdir(), key=lambda item: item.name == RUN_FILE):
+            item.rename(root / item.name)
+        draft.rmdir()
+        return True
+    try:
+        draft.rename(root)
+    except OSError:
+        shutil.rmtree(draft)
+        if not _is_taken(root):
+            raise
+        return False
+    return True
 
 
 def _is_taken(root: Path) -> bool:
-    """Whether a run directory is begun, or holds something else."""
+    """Return True if a run directory contains anything but hidden files."""
     return root.exists() and (not root.is_dir() or any(not file.name.startswith(".") for file in root.iterdir()))
 
 
-def _files(root: Path, parts: list[str]) -> set[Path]:
-    """What parts have left in a run directory, relative to it."""
-    found = (file for part in parts for pattern in _PARTS[part].files for file in root.glob(pattern))
+def _files(root: Path, products: Iterable[Reusable]) -> set[Path]:
+    """Return the files of products in a run directory, relative to it, except cards and unfinished files."""
+    finished = (product for product in products if isinstance(product, DatasetEntry) or (root / product.path).is_dir())
+    files = (file for product in finished for folder in product.folders for file in (root / folder).rglob("*"))
     return {
         file.relative_to(root)
-        for file in found
-        if file.is_file()
-        and file.name != "README.md"
-        and not file.name.startswith(".")  # is being written
-        and _is_of_a_finished_phase(file.relative_to(root), root)
+        for file in files
+        if file.is_file() and file.name != "README.md" and not file.name.startswith(".")
     }
 
 
-def _is_of_a_finished_phase(file: Path, root: Path) -> bool:
-    """Not what a phase has said that is to be trained anew."""
-    return file.parts[0] != "events" or (root / "models" / file.parts[1]).is_dir()
-
-
 def reused_run(config: Config) -> Config | None:
-    """The config of the run that `run.reuse` names, with its place as it is named there; None where it names none, or this one is
-    begun and needs it no more.
+    """Return the config of the run that `run.reuse` names, or None if nothing is to be reused.
+
+    A run that has started reuses nothing any more. The `run.dir` of the returned config is the path that
+    `run.reuse` gives, because the run may have moved.
 
     Raises:
-        UserError: it is no run, or one of the two is on an object store.
+        UserError: `run.reuse` is not a run directory, or one of the two is on an object store.
     """
     if config.run.reuse is None or RunDir.of(config).storage.read(RUN_FILE) is not None:
         return None
     for url in (config.run.dir, config.run.reuse):
         if RunDir.at(url).storage.local_root is None:
-            raise UserError(f"run.reuse: {url}: is an object store; files are linked, which takes a file system")
+            raise UserError(f"run.reuse: {url}: is an object store; reuse links files, which needs a file system")
     try:
-        found = parse_config(load_run(config.run.reuse)["config"], f"{config.run.reuse}/{RUN_FILE}")
+        reused = load_run(config.run.reuse).config
     except UserError as error:
         raise UserError(f"run.reuse: {error}") from None
-    # It was begun in another working directory, perhaps, or has been moved since.
-    return found.model_copy(update={"run": found.run.model_copy(update={"dir": config.run.reuse})})
+    return reused.model_copy(update={"run": reused.run.model_copy(update={"dir": config.run.reuse})})
 
 
-def _made_alike(config: Config, other: Config) -> list[str]:
-    """The parts that two configs make alike."""
-    here, there = map(_deciding_keys, (config, other))
-    differing = [key for key in here.keys() | there.keys() if here.get(key) != there.get(key)]
-    # How models are trained decides nothing of those that come as they are.
-    trained = {name: getattr(config.training, name) or getattr(other.training, name) for name in ("teacher", "warmup")}
-    decided = {
-        part
-        for key in differing
-        for part in _decided_by(key)
-        if not key.startswith("training.") or trained.get(part, True)
-    }
-    alike: list[str] = []
-    for name, part in _PARTS.items():  # in an order in which what a part is made of comes before it
-        needs = part.needs
-        if name == "warmup" and config.training.warmup and config.training.warmup.data == "teacher":
-            needs = (*needs, "teacher samples")
-        if name not in decided and set(needs) <= set(alike):
-            alike.append(name)
-    return alike
+def _shared_products(config: Config, other: Config) -> list[Reusable]:
+    """Return the products that two configs produce identically, up to the student of the first round."""
+    ours, theirs = _products(config), _products(other)
+    keys, other_keys = _decisive_keys(config), _decisive_keys(other)
+    differing = [key for key in keys.keys() | other_keys.keys() if keys.get(key) != other_keys.get(key)]
+    changed = {recipe for key in differing for recipe in recipes_decided_by(key)}
+
+    def is_shared(path: str) -> bool:
+        product, counterpart = ours[path], theirs.get(path)
+        return (
+            counterpart is not None
+            and product.recipe not in changed
+            and product.inputs == counterpart.inputs
+            and all(is_shared(source) for source in product.inputs)
+        )
+
+    return [product for path, product in ours.items() if is_shared(path)]
 
 
-def _deciding_keys(config: Config) -> dict[str, Any]:
-    """What decides how a run comes out, by key; the decodings as they are used, whichever section they come from."""
-    raw = config.model_dump(mode="json")
-    raw["evaluation"]["decodings"] = {name: each.model_dump(mode="json") for name, each in config.decodings().items()}
+def _products(config: Config) -> dict[str, Reusable]:
+    products = products_of(config, RunDir.of(config), rounds=1)
     return {
-        key: value
-        for key, value in flatten(raw)
-        if not is_operational(key) or _section(key) in _OPERATIONAL_THAT_DECIDE
+        product.path: product
+        for product in products
+        if isinstance(product, Reusable) and product.recipe.order <= ROUND.order
     }
 
 
-def _section(key: str) -> str | None:
-    """The section of a key, or the key, of which it is told what it decides."""
-    parts = key.split(".")
-    sections = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-    return next((section for section in sections if section in _DECIDES), None)
+def _decisive_keys(config: Config) -> dict[str, Any]:
+    """Return the values of the keys that decide products, with the decodings that are in effect."""
+    raw = config.model_dump(mode="json")
+    raw["evaluation"]["decodings"] = {
+        name: decoding.model_dump(mode="json") for name, decoding in config.decodings().items()
+    }
+    return {key: value for key, value in flatten(raw) if is_decisive(key)}
 
 
-def _decided_by(key: str) -> tuple[str, ...]:
-    return _DECIDES.get(_section(key) or first_reader(key), ())
-
-
-def _link(file: Path, to: Path, *, copied: bool) -> bool:
-    """Whether it was still there: the run may be at work."""
-    to.parent.mkdir(parents=True, exist_ok=True)
+def _copy(file: Path, target: Path) -> bool:
+    """Copy a file. Return False if it is gone, as the source may be at work."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if copied:
-            shutil.copy2(file, to)
-        else:
-            _link_or_copy(file, to)
+        shutil.copy2(file, target)
     except FileNotFoundError:
         return False
     return True
 
 
-def _link_or_copy(file: Path, to: Path) -> None:
+def _link(file: Path, target: Path) -> bool:
+    """Link a file, or copy it if the file system has no links. Return False if it is gone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(file, to)
+        os.link(file, target)
+    except FileNotFoundError:
+        return False
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        shutil.copy2(file, to)
+        return _copy(file, target)
+    return True

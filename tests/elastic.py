@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from plad_dist.training.records.metrics_file import read_metrics
-from plad_dist.verify import verify
+from plad_dist.verify.run import verify
 from tests.nodes import Cluster, Node, available, wait
 from tests.numerics.workers import config_with_pairs, make_run, train
 

@@ -13,11 +13,12 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from plad_dist.catalog.systems import systems_of
 from plad_dist.config import Config
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import score_system
 from plad_dist.evaluation.report import comparison_page, with_interval
-from plad_dist.evaluation.stage import evaluated_prompts, evaluated_run, outputs_of, systems_of
+from plad_dist.evaluation.stage import evaluated_prompts, evaluated_run, outputs_of
 from plad_dist.evaluation.statistics import bootstrap_mean, win_rate
 from plad_dist.fingerprint import fingerprint
 from plad_dist.rundir import PLAD, RUN_FILE, RunDir

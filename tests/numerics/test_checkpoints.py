@@ -20,7 +20,8 @@ from plad_dist.training.checkpoints.attempts import Attempt, claim
 from plad_dist.training.checkpoints.store import CheckpointStore
 from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.training.worker.loop import Worker
-from plad_dist.verify import repair, verify
+from plad_dist.verify.repair import repair
+from plad_dist.verify.run import verify
 from tests.numerics.crash import (
     EVERY,
     PHASE,

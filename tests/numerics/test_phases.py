@@ -23,7 +23,7 @@ from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.training.worker import trackers
 from plad_dist.training.worker.loop import train_loop
 from plad_dist.training.worker.metrics import MetricsLog
-from plad_dist.verify import verify
+from plad_dist.verify.run import verify
 from tests.numerics.workers import config_with_pairs, job_of, losses, make_run, some_pairs, start, train, two_engines
 from tests.tiny import make_random_model
 

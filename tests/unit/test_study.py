@@ -299,5 +299,7 @@ def test_a_run_that_cannot_be_taken_over_from_is_named(
 def test_a_run_of_another_version_says_so(first: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rundir, "__version__", "9.9.9")
     changed = parse_config({**first, "run": {**first["run"], "seed": 6}}, "first")
-    with pytest.raises(UserError, match=r"run\.seed: 5 there, 6 now\nplad-dist .* has worked on it, this is 9\.9\.9"):
+    with pytest.raises(
+        UserError, match=r"run\.seed: 5 before, 6 now\nThe run was last continued with plad-dist .*, this is 9\.9\.9"
+    ):
         check_same_run(changed, RunDir.of(changed))

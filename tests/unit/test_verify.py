@@ -25,8 +25,9 @@ from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import RunFailed
 from plad_dist.fingerprint import FORMAT
 from plad_dist.rundir import RunDir, open_run
-from plad_dist.verify import _check as verify_one
-from plad_dist.verify import repair, verify
+from plad_dist.verify.parts import check_dataset
+from plad_dist.verify.repair import repair
+from plad_dist.verify.run import verify
 from tests.conftest import tiny_config, write_prompts
 
 
@@ -199,7 +200,7 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
         (remove_manifest, "prompts/manifest.json: missing, though samples/teacher/round-0 was made from it"),
         (alter_config, "run.yaml: its fingerprint is not that of its config"),
         (sample_of_another_model, "part-00001.arrow: made by another config or of other inputs"),
-        (sample_twice, "is there twice"),
+        (sample_twice, "occurs twice"),
         (lose_a_row, "is missing"),
         (damage_prompts, "prompts: part-00000.arrow: damaged: it has"),
         (damage_prompts, "samples/teacher/round-0: part-00001.arrow: damaged"),
@@ -213,9 +214,9 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
         (no_figures, "eval/round-0/metrics.json: not valid JSON, or no figures"),
         (
             figures_of_what_is_gone,
-            "eval/round-0/samples/plad/greedy: missing, though eval/round-0/metrics.json was made of it",
+            "eval/round-0/samples/plad/greedy: missing, though eval/round-0/metrics.json was made from it",
         ),
-        (figures_of_what_is_gone, "models/round-0: missing, though eval/round-0/metrics.json was made of it"),
+        (figures_of_what_is_gone, "models/round-0: missing, though eval/round-0/metrics.json was made from it"),
         (other_columns, "its columns are not those of samples/teacher/round-0: prompt_id"),
     ],
 )
@@ -242,7 +243,7 @@ def test_no_flipped_bit_of_a_part_is_a_traceback(run: RunDir) -> None:
     whole = path.read_bytes()
     for at in range(0, len(whole), 3):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 128]) + whole[at + 1 :])
-        found = verify_one(dataset)
+        found = check_dataset(dataset)
         assert found.problems or (found.parts, found.rows) == (1, 2), "a part is read, or named"
 
 

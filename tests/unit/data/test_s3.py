@@ -16,7 +16,7 @@ from plad_dist.data.store import Dataset, Journal
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import check_same_run, open_run
 from plad_dist.status import status_table
-from plad_dist.verify import verify
+from plad_dist.verify.run import verify
 from tests.conftest import tiny_config, write_prompts
 
 SCHEMA = pa.schema([pa.field("x", pa.int64(), nullable=False)])
@@ -73,7 +73,7 @@ def test_a_run_directory_may_be_a_uri(bucket: str, tmp_path: Path) -> None:
     run = open_run(config)
     assert prepare(config, run.storage)["train"] > 50
     check_same_run(config, run)
-    with pytest.raises(ValueError, match=r"run\.seed: 5 there, 6 now"):
+    with pytest.raises(ValueError, match=r"run\.seed: 5 before, 6 now"):
         check_same_run(parse_config(raw | {"run": {"dir": bucket, "seed": 6}}, "test"), run)
     assert train_prompts(run.storage).read().num_rows > 50
     assert status_table(bucket).row_count > 5

@@ -1,0 +1,90 @@
+"""Check of models by their headers, of checkpoints by their checksums, and of figures by the data behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from plad_dist.catalog.products import ModelEntry
+from plad_dist.data.models import model_marker, model_problems
+from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed
+from plad_dist.phases import round_phase
+from plad_dist.rundir import RunDir
+from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, step_name
+from plad_dist.verify.result import CheckpointsResult
+
+
+def check_models(run: RunDir, models: Iterable[ModelEntry]) -> Iterator[str]:
+    """Yield what is wrong with the config, the tokenizer and the weights of every finished model."""
+    root = run.storage.local_root
+    for model in models:
+        if root is not None and model_marker(root / model.path) is not None:
+            for problem in model_problems(root / model.path):
+                yield (
+                    f"{model.path}: {problem}. Delete {model.path} and run again: the model is rebuilt, a trained one "
+                    "from its last checkpoint"
+                )
+
+
+def check_figures(run: RunDir, rounds: int) -> Iterator[str]:
+    """Yield figures that cannot be read, and responses and models that are missing although figures refer to them."""
+    for number in range(rounds):
+        at_round = run.at_round(number)
+        try:
+            figures = at_round.figures()
+        except RunFailed:
+            yield (
+                f"{at_round.metrics}: not valid JSON, or no figures. Delete it and run `plad evaluate` again, which "
+                "rebuilds it from the samples"
+            )
+            continue
+        for path in _missing_sources(at_round, figures["systems"]) if figures is not None else ():
+            yield (
+                f"{path}: missing, though {at_round.metrics} was made from it. Restore it from a copy; or delete "
+                f"{at_round.metrics} and run again, which rebuilds both"
+            )
+
+
+def _missing_sources(run: RunDir, rows: list[dict[str, str]]) -> Iterator[str]:
+    """Yield the paths of the responses and the model that the rows of the figures refer to, if they are missing."""
+    for row in rows:
+        path = run.system_samples(row["system"], row["decoding"]).path
+        if not run.storage.sizes(path):
+            yield path
+    phase = round_phase(run.round)
+    if rows and model_marker(run.model(phase)) is None:
+        yield f"models/{phase}"
+
+
+def check_checkpoints(storage: Storage, phases: Iterable[str]) -> Iterator[CheckpointsResult]:
+    """Check the files of every committed checkpoint by their checksums, and yield a result for each phase that has one."""
+    for phase in phases:
+        store = CheckpointStore(storage, phase, None)
+        result = CheckpointsResult(path=store.folder, command="train", state="complete", phase=phase)
+        for step in store.steps():
+            checkpoint, problem = _check_checkpoint(store, step)
+            if problem is not None and store.is_committed(step):  # not pruned in the meantime
+                name = step_name(step)
+                result.add_problem(name, f"{name}: {problem}. Training skips it and resumes from the one before")
+            elif checkpoint is not None:
+                result.parts, result.rows = result.parts + 1, max(result.rows, step)
+        if result.problems:
+            result.state = "damaged"
+        if result.parts or result.problems:
+            yield result
+
+
+def is_damaged(store: CheckpointStore, step: int) -> bool:
+    """Return True if a checkpoint is committed and damaged."""
+    return _check_checkpoint(store, step)[1] is not None
+
+
+def _check_checkpoint(store: CheckpointStore, step: int) -> tuple[Checkpoint | None, str | None]:
+    """Return the checkpoint of a step, if it can be read, and what is wrong with it, if anything."""
+    try:
+        checkpoint = store.at(step)
+    except DamagedCheckpoint as error:
+        return None, str(error)
+    if checkpoint is None:
+        return None, None
+    return checkpoint, store.harm(checkpoint) or store.alteration(checkpoint)
