@@ -1,4 +1,4 @@
-"""Ray: join the cluster that is named, or start a local one for as long as the command runs."""
+"""Ray: join the configured cluster, or start a local one for the duration of the command."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 from plad_dist.config import Config
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.holders import Holder
 from plad_dist.planning.fit import check_fits
 from plad_dist.planning.hardware import Hardware, hardware_of_nodes
 from plad_dist.progress import Progress
@@ -20,40 +21,41 @@ logger = logging.getLogger("plad")
 
 
 @contextmanager
-def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collection[str]], None]]:
-    """Gives a function that connects to Ray, the first time that a stage needs it. Ends what it started.
+def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collection[Holder]], None]]:
+    """Provide a function that connects to Ray on its first call, and disconnect at the end.
 
-    The function is told what the run is still to do, as :func:`refuse_unfit` is.
+    The function takes the parts of the run that are still to do, as :func:`refuse_unfit` does.
     """
-    started = False
+    is_connected = False
 
-    def connect(holds: Collection[str]) -> None:
-        nonlocal started
-        if started:
+    def connect(remaining: Collection[Holder]) -> None:
+        nonlocal is_connected
+        if is_connected:
             return
-        started = True
+        is_connected = True
         import ray
 
         from plad_dist.prometheus import run_metrics
 
-        opened.callback(ray.shutdown)
+        resources.callback(ray.shutdown)
         _connect(config)
-        refuse_unfit(config, hardware_of_nodes([node["Resources"] for node in ray.nodes() if node["Alive"]]), holds)
-        opened.enter_context(run_metrics(RunDir.of(config).storage.local_root, progress))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        refuse_unfit(config, hardware_of_nodes(nodes), remaining)
+        resources.enter_context(run_metrics(RunDir.of(config).storage.local_root, progress))
 
-    with ExitStack() as opened:
+    with ExitStack() as resources:
         yield connect
 
 
 def _connect(config: Config) -> None:
-    # The workers' environment is ours: Ray must not build one of its own from a `uv run` that started the driver.
+    # Keep Ray from building an environment for the workers if `uv run` started the driver.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     if address and (problem := silent(address)) is not None:
-        raise UserError(f"cluster.address: {address}: no Ray cluster answers there ({problem})")
+        raise UserError(f"cluster.address: {address}: no Ray cluster responds ({problem})")
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -66,33 +68,33 @@ def _connect(config: Config) -> None:
                 logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"cluster.address: {address}: no Ray cluster answers there ({error})") from None
+        raise UserError(f"cluster.address: {address}: no Ray cluster responds ({error})") from None
     except RuntimeError as error:
         raise RunFailed(f"Ray did not start: {error}") from None
     resources = ray.cluster_resources()
-    where = f"joined {address}" if address else "started a local Ray"
     logger.info(
         "ray: %s: %d node(s), %g CPUs, %g GPUs",
-        where,
+        f"joined {address}" if address else "started a local Ray",
         len(ray.nodes()),
         resources.get("CPU", 0),
         resources.get("GPU", 0),
     )
 
 
-def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[str] | None = None) -> None:
-    """Raise :class:`UserError` for a config that takes more memory than there is, before a device is held.
+def refuse_unfit(config: Config, hardware: Hardware | None, remaining: Collection[Holder] | None = None) -> None:
+    """Raise :class:`UserError` for a config that needs more memory than the devices have, before it uses one.
 
-    What would fit a larger group of workers, and models that cannot be sized, are told of and left to the run.
+    A shortage that a larger worker group avoids is logged as a warning. Models whose size is unknown are
+    not checked.
 
     Args:
-        hardware: None where nothing can be said.
-        holds: of what the run is still to do; see :func:`plad_dist.planning.fit.check_fits`.
+        hardware: None if it is unknown; then nothing is checked.
+        remaining: parts of the run that are still to do; None for all.
     """
     if hardware is None:
         return
     try:
-        problems = check_fits(config, hardware, holds)
+        problems = check_fits(config, hardware, remaining)
     except UserError as error:
         logger.info("not planned: %s", error)
         return
@@ -102,11 +104,16 @@ def refuse_unfit(config: Config, hardware: Hardware | None, holds: Collection[st
             logger.warning("may not fit: %s", problem)
     if refused:
         text = "\n  ".join(["this config does not fit:", *map(str, refused)])
-        raise UserError(f"{text}\n`plad plan` shows what takes what; cluster.unfit=warn tries it all the same")
+        raise UserError(
+            f"{text}\n`plad plan` shows the memory of every part; cluster.unfit=warn runs the config anyway"
+        )
 
 
 def _local_cpus(config: Config) -> int:
-    """Enough for the training workers beside the sampling actors of both roles: a small machine shares its cores."""
+    """Return a number of CPUs for the training workers beside the sampling actors of all roles.
+
+    On a small machine, it exceeds the number of cores, which are then shared.
+    """
     training = config.training.workers[1] * config.training.cpus_per_worker
     roles = [*(teacher.sampling for teacher in config.all_teachers().values()), config.sampling.student]
     sampling = sum(role.cpus * (1 if role.replicas == "auto" else role.replicas) for role in roles if role)

@@ -1,4 +1,4 @@
-"""The whole run on one screen: stages in order, each skipped where its output is committed."""
+"""The whole run on one screen: the stages in order, each skipped if its output is committed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile
 from typing import Any
@@ -16,6 +16,7 @@ from plad_dist.config import Config
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.errors import UserError
 from plad_dist.evaluation.stage import evaluate, goes_on, is_evaluated, report, require_inputs
+from plad_dist.holders import Holder
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.preflight import check_inputs
@@ -28,143 +29,178 @@ logger = logging.getLogger("plad")
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of a run, or one training phase.
+    """One stage of a run, or some of its training phases.
 
     Attributes:
-        command: the `plad` command that it belongs to.
-        done: whether its output is committed.
-        inputs: raises :class:`UserError` where what an earlier stage makes is not there.
-        work: does it; returns a sentence about what came of it, or None.
-        holds: whose memory it needs: `train <phase>`, `sample teacher`, `sample student`, `judge`.
+        name: shown in the log, and the key of the step's timing.
+        command: `plad` command that the step belongs to.
+        is_done: returns True if the output is committed.
+        require_inputs: raises :class:`UserError` if an output of an earlier stage is missing.
+        work: makes the output; returns a sentence about the result, or None.
+        needs_ray: `work` runs on a Ray cluster.
+        holders: parts of the step that occupy the memory of devices.
     """
 
     name: str
     command: str
-    done: Callable[[], bool]
-    inputs: Callable[[], object]
+    is_done: Callable[[], bool]
+    require_inputs: Callable[[], object]
     work: Callable[[], str | None]
     needs_ray: bool = True
-    holds: tuple[str, ...] = ()
+    holders: tuple[Holder, ...] = ()
 
 
 def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None = None) -> Iterator[Step]:
-    """All steps of a run, in order; of the training phases only `phase` if it is given."""
-    # Ray, torch and the engines are imported by the stages that use them: a finished run is skipped through in a moment.
-    from plad_dist.sampling import stage as sampling
-    from plad_dist.training.driver import stage as training
+    """Yield all steps of a run in order.
 
-    def train(*names: str) -> Iterator[Step]:
-        wanted = [name for name in names if name in phase_names(config) and phase in (None, name)]
-        if wanted:
-            yield Step(
-                f"train {', '.join(wanted)}",
-                "train",
-                lambda: training.are_trained(wanted, run),
-                lambda: training.require_inputs(wanted, config, run),
-                lambda: training.train_phases(wanted, config, run, progress),
-                holds=tuple(f"train {name}" for name in wanted),
-            )
-
-    def sample(name: str, roles: tuple[str, ...], run: RunDir = run) -> Step:
-        return Step(
-            name,
-            "sample",
-            lambda: sampling.is_sampled(config, run, roles),
-            lambda: train_prompts(run.storage).require("prepare"),
-            lambda: sampling.sample(config, run, progress, roles),
-            holds=tuple(f"sample {role}" for role in roles),
-        )
-
-    def calibrate(run: RunDir, *trained: str) -> Iterator[Step]:
-        """From the samples of a round to the figures of its student."""
-        name = _named(run)
-        yield Step(
-            name("pair"),
-            "pair",
-            lambda: is_paired(run),
-            lambda: pair_jobs(config, run),
-            lambda: _pair(config, run, progress),
-        )
-        yield from train(round_phase(run.round), *trained)
-        yield Step(
-            name("evaluate"),
-            "evaluate",
-            lambda: is_evaluated(config, run),
-            lambda: require_inputs(config, run),
-            lambda: _evaluate(config, run, progress),
-            holds=("sample student", "judge"),
-        )
-        yield Step(
-            name("report"),
-            "evaluate",
-            lambda: run.storage.read(run.report) is not None,
-            lambda: finished_metrics(run),
-            lambda: report(config, run),
-            needs_ray=False,
-        )
-
-    warmup = config.training.warmup
-    yield Step(
-        "prepare", "prepare", lambda: _prepared(run), lambda: None, lambda: _prepare(config, run), needs_ray=False
-    )
-    if warmup and warmup.data == "teacher":
-        yield from train(TEACHER)
-        yield sample("sample teacher", ("teacher",))
-    yield from train(TEACHER, WARMUP)
-    yield sample("sample", ("teacher", "student"))
-    yield from calibrate(run, SEQKD)
+    Args:
+        phase: only training phase to include; None for all.
+    """
+    steps = _Steps(config, run, progress, phase)
+    yield steps.prepare()
+    if config.training.warmup and config.training.warmup.data == "teacher":
+        yield from steps.train(TEACHER)
+        yield steps.sample("sample teacher", "teacher")
+    yield from steps.train(TEACHER, WARMUP)
+    yield steps.sample("sample", "teacher", "student")
+    yield steps.pair()
+    yield from steps.train(round_phase(0), SEQKD)
+    yield steps.evaluate()
+    yield steps.report()
     for number in range(1, config.rounds.most):
         if not goes_on(config, run.at_round(number - 1)):
             return
-        later = run.at_round(number)
-        yield sample(_named(later)("sample"), ("student",), later)
-        yield from calibrate(later)
+        steps = replace(steps, run=run.at_round(number))
+        yield steps.sample("sample", "student")
+        yield steps.pair()
+        yield from steps.train(round_phase(number))
+        yield steps.evaluate()
+        yield steps.report()
 
 
-def _named(run: RunDir) -> Callable[[str], str]:
-    """Names of a round's steps."""
-    return lambda step: f"{step}, round {run.round}" if run.round else step
+@dataclass(frozen=True)
+class _Steps:
+    """Steps of one round.
+
+    Ray, torch and the engines are imported by the stages that use them, so that a finished run is
+    skipped in a moment.
+    """
+
+    config: Config
+    run: RunDir
+    progress: Progress
+    phase: str | None
+
+    def _name(self, stage: str) -> str:
+        return f"{stage}, round {self.run.round}" if self.run.round else stage
+
+    def prepare(self) -> Step:
+        return Step(
+            "prepare",
+            "prepare",
+            is_done=lambda: _is_prepared(self.run),
+            require_inputs=lambda: None,
+            work=lambda: _prepare(self.config, self.run),
+            needs_ray=False,
+        )
+
+    def sample(self, name: str, *roles: str) -> Step:
+        from plad_dist.sampling import stage
+
+        return Step(
+            self._name(name),
+            "sample",
+            is_done=lambda: stage.is_sampled(self.config, self.run, roles),
+            require_inputs=lambda: train_prompts(self.run.storage).require("prepare"),
+            work=lambda: stage.sample(self.config, self.run, self.progress, roles),
+            holders=tuple(Holder("sample", role) for role in roles),
+        )
+
+    def pair(self) -> Step:
+        return Step(
+            self._name("pair"),
+            "pair",
+            is_done=lambda: is_paired(self.run),
+            require_inputs=lambda: pair_jobs(self.config, self.run),
+            work=lambda: _pair(self.config, self.run, self.progress),
+        )
+
+    def train(self, *phases: str) -> Iterator[Step]:
+        """Yield a step for those of the phases that the config has, if any. They share a worker group."""
+        from plad_dist.training.driver import stage
+
+        names = [name for name in phases if name in phase_names(self.config) and self.phase in (None, name)]
+        if names:
+            yield Step(
+                f"train {', '.join(names)}",
+                "train",
+                is_done=lambda: stage.are_trained(names, self.run),
+                require_inputs=lambda: stage.require_inputs(names, self.config, self.run),
+                work=lambda: stage.train_phases(names, self.config, self.run, self.progress),
+                holders=tuple(Holder("train", name) for name in names),
+            )
+
+    def evaluate(self) -> Step:
+        return Step(
+            self._name("evaluate"),
+            "evaluate",
+            is_done=lambda: is_evaluated(self.config, self.run),
+            require_inputs=lambda: require_inputs(self.config, self.run),
+            work=lambda: _evaluate(self.config, self.run, self.progress),
+            holders=(Holder("sample", "student"), Holder("judge")),
+        )
+
+    def report(self) -> Step:
+        return Step(
+            self._name("report"),
+            "evaluate",
+            is_done=lambda: self.run.storage.read(self.run.report) is not None,
+            require_inputs=lambda: finished_metrics(self.run),
+            work=lambda: report(self.config, self.run),
+            needs_ray=False,
+        )
 
 
 def run_pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:
-    """Run what is not committed yet: all steps, or those of one command, or one training phase.
+    """Run the steps whose output is not committed: all of them, those of one command, or one training phase.
 
     Raises:
-        UserError: the config, its inputs or the run directory are wrong, or a stage's inputs are missing.
-        RunFailed: a stage failed; what it committed is kept.
+        UserError: the config, its inputs or the run directory are wrong, or outputs of earlier stages are
+            missing.
+        RunFailed: a stage failed. Committed output is kept.
     """
     run = RunDir.of(config)
     check_inputs(config, run, command=command)
-    if other := reused_run(config):
-        take_over(config, [other])
+    if source := reused_run(config):
+        take_over(config, [source])
     progress = Progress()
 
     def steps() -> Iterator[Step]:
         return (step for step in steps_of(config, run, progress, phase) if command in (None, step.command))
 
-    def still_to_do(first: Step) -> list[str]:
-        rest = dropwhile(lambda step: step.name != first.name, steps())
-        return [held for step in rest for held in step.holds]
+    def remaining_from(first: Step) -> list[Holder]:
+        remaining = dropwhile(lambda step: step.name != first.name, steps())
+        return [holder for step in remaining for holder in step.holders]
 
-    if command and (first := next((step for step in steps() if not step.done()), None)):
-        first.inputs()  # what one command needs is there, or it leaves nothing behind
+    if command and (first := next((step for step in steps() if not step.is_done()), None)):
+        first.require_inputs()  # before anything is written
     open_run(config)
     log_to_run(run)
-    todo = 0
+    worked = 0
     with connected(config, progress) as connect:
         for step in steps():
-            if step.done():
+            if step.is_done():
                 logger.info("%s: committed, skipped", step.name)
                 continue
-            if command and todo:
+            if command and worked:
                 try:
-                    step.inputs()
-                except UserError as missing:  # of a stage that comes in between; what this command could do is done
-                    logger.info("%s: is left to a later `plad %s`: %s", step.name, command, missing)
+                    step.require_inputs()
+                except UserError as missing:  # the command has done what it can without the stages in between
+                    logger.info("%s: left to a later `plad %s`: %s", step.name, command, missing)
                     break
-            todo += 1
-            _work(step, run, partial(connect, still_to_do(step)))
-    if not todo:
+            worked += 1
+            _work(step, run, partial(connect, remaining_from(step)))
+    if not worked:
         logger.info("nothing to do: everything is committed in %s", run.storage.url)
     return run
 
@@ -172,18 +208,18 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
 def _work(step: Step, run: RunDir, connect: Callable[[], object]) -> None:
     logger.info("%s: begins", step.name)
     started = time.monotonic()
-    step.inputs()
+    step.require_inputs()
     if step.needs_ray:
         connect()
-    said = step.work()
+    result = step.work()
     seconds = time.monotonic() - started
     timings = read_timings(run)
     timings[step.name] = round(timings.get(step.name, 0.0) + seconds, 1)
     run.storage.replace(TIMINGS, json.dumps(timings, indent=1).encode())
-    logger.info("%s: done in %.1f s%s", step.name, seconds, f"; {said}" if said else "")
+    logger.info("%s: done in %.1f s%s", step.name, seconds, f"; {result}" if result else "")
 
 
-def _prepared(run: RunDir) -> bool:
+def _is_prepared(run: RunDir) -> bool:
     return all(dataset(run.storage).manifest() is not None for dataset in (train_prompts, heldout_prompts))
 
 
@@ -212,8 +248,8 @@ def _evaluate(config: Config, run: RunDir, progress: Progress) -> str:
 
 
 def finished_metrics(run: RunDir) -> dict[str, Any]:
-    """The figures of a round. Raises :class:`UserError` where there are none yet."""
+    """Return the figures of a round. Raise :class:`UserError` if it is not evaluated yet."""
     metrics: dict[str, Any] | None = run.storage.read_json(run.metrics)
     if metrics is None:
-        raise UserError(f"{run.storage.url}: not evaluated yet")
+        raise UserError(f"{run.storage.url}: not evaluated yet; run `plad evaluate` first")
     return metrics

@@ -11,6 +11,7 @@ from typing import Any
 from plad_dist.config import Config, Optimizer, Training
 from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
+from plad_dist.holders import Holder
 from plad_dist.phases import TEACHER, phases_of
 from plad_dist.planning.hardware import Hardware, hardware_here, this_host
 from plad_dist.planning.memory import Memory, engine_memory, memory_share, training_memory
@@ -66,11 +67,11 @@ class Problem:
         return self.what + "".join(f"\n    {remedy}" for remedy in self.remedies)
 
 
-def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None = None) -> list[Problem]:
+def check_fits(config: Config, hardware: Hardware, remaining: Collection[Holder] | None = None) -> list[Problem]:
     """What of a config does not fit.
 
     Args:
-        holds: what is still to do, of `train <phase>`, `sample teacher`, `sample student` and `judge`; None for all.
+        remaining: parts of the run that are still to do; None for all.
 
     Raises:
         UserError: a model cannot be sized.
@@ -79,12 +80,12 @@ def check_fits(config: Config, hardware: Hardware, holds: Collection[str] | None
     longest = longest_group(config, sizes["student"].context)
     found: dict[str, Problem] = {}
     for name, phase in phases_of(config).items():
-        if holds is None or f"train {name}" in holds:
+        if remaining is None or Holder("train", name) in remaining:
             problem = training_problem(config.training, phase.optimizer, size_trained(name, sizes), hardware, longest)
             if problem is not None:
                 found[problem.what] = problem
     for need in engines_of(config):
-        if holds is None or need.held_by in holds:
+        if remaining is None or need.holder in remaining:
             found |= {problem.what: problem for problem in engine_problems(config, need, sizes[need.role], hardware)}
     if hardware.gpu and hardware.nodes is not None:
         fewest, _ = gpu_needs(config)

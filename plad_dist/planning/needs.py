@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from plad_dist.config import Config, LlmJudge, Model, RoleSampling
+from plad_dist.holders import Holder
 from plad_dist.planning.memory import engine_devices
 
 
@@ -38,9 +39,9 @@ class EngineNeed:
         return "student" if self.role == "student" else "teacher"
 
     @property
-    def held_by(self) -> str:
-        """What of a run starts it: `sample teacher`, `sample student` or `judge`."""
-        return "judge" if self.judges else f"sample {self.speaker}"
+    def holder(self) -> Holder:
+        """Part of a run that starts the engines."""
+        return Holder("judge") if self.judges else Holder("sample", self.speaker)
 
     @property
     def devices(self) -> int:

@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "plad_dist",
         "plad_dist.errors",
+        "plad_dist.holders",
         "plad_dist.fingerprint",
         "plad_dist.devices",
         "plad_dist.resources",

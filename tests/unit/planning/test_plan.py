@@ -19,6 +19,7 @@ from plad_dist.data.models import load_model_config
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.devices import GIB, GPUS, gpu_of
 from plad_dist.errors import UserError
+from plad_dist.holders import Holder
 from plad_dist.planning.fit import check_fits, hardware_of, smallest
 from plad_dist.planning.hardware import Hardware, hardware_of_nodes
 from plad_dist.planning.memory import training_memory
@@ -368,14 +369,14 @@ def test_what_is_done_already_is_not_held_against_a_run() -> None:
     with pytest.raises(UserError, match="does not fit"):
         refuse_unfit(seventy_to_seven(), hardware)
     refuse_unfit(seventy_to_seven(), hardware, [])
-    refuse_unfit(seventy_to_seven(), hardware, ["judge"])
+    refuse_unfit(seventy_to_seven(), hardware, [Holder("judge")])
 
 
 def test_an_elastic_group_is_refused_only_where_its_most_workers_do_not_fit_either(
     said: pytest.LogCaptureFixture,
 ) -> None:
     elastic = seventy_to_seven(num_workers=(1, 16), deepspeed="zero3")
-    (problem,) = check_fits(elastic, Hardware(H100, None, 8, None), ["train round-0"])
+    (problem,) = check_fits(elastic, Hardware(H100, None, 8, None), [Holder("train", "round-0")])
     assert not problem.always
     refuse_unfit(elastic, hardware_of_nodes(nodes("H100", "H100")))
     assert "may not fit: training of" in said.text
@@ -421,7 +422,10 @@ def small_llama(folder: Path, **more: Any) -> Path:
 def teacher_problems(path: Path, *overrides: str) -> list[str]:
     arguments = [f"teacher.path={path}", "sampling.teacher.engine={tensor_parallel_size: 1}", "teacher.max_length=null"]
     config = load_config("examples/qwen-72b-to-7b.yaml", [*arguments, "prompts.max_tokens=null", *overrides])
-    return [problem.what for problem in check_fits(config, Hardware(GPUS["l4-24g"], None, 8, None), ["sample teacher"])]
+    return [
+        problem.what
+        for problem in check_fits(config, Hardware(GPUS["l4-24g"], None, 8, None), [Holder("sample", "teacher")])
+    ]
 
 
 def test_quantized_models_and_shorter_contexts_are_planned_as_they_are(tmp_path: Path) -> None:
@@ -437,8 +441,8 @@ def test_quantized_models_and_shorter_contexts_are_planned_as_they_are(tmp_path:
 
 def test_offloading_is_held_against_the_memory_of_the_node() -> None:
     offloaded = seventy_to_seven(num_workers=1, deepspeed="zero3_offload")
-    assert not check_fits(offloaded, Hardware(H100, None, 8, 512 * GIB), ["train round-0"])
-    (problem,) = check_fits(offloaded, Hardware(H100, None, 8, 64 * GIB), ["train round-0"])
+    assert not check_fits(offloaded, Hardware(H100, None, 8, 512 * GIB), [Holder("train", "round-0")])
+    (problem,) = check_fits(offloaded, Hardware(H100, None, 8, 64 * GIB), [Holder("train", "round-0")])
     assert "GiB of a node's memory with 1 worker on it, 64.0 GiB are there" in problem.what
 
 
