@@ -82,10 +82,10 @@ def _connect(config: Config) -> None:
 
 
 def refuse_unfit(config: Config, hardware: Hardware | None, remaining: Collection[Holder] | None = None) -> None:
-    """Raise :class:`UserError` for a config that needs more memory than the devices have, before it uses one.
+    """Raise :class:`UserError` for a config that needs more memory than the devices have.
 
-    A shortage that a larger worker group avoids is logged as a warning. Models whose size is unknown are
-    not checked.
+    A shortage that a larger worker group avoids is logged as a warning. Models whose size is
+    unknown are not checked.
 
     Args:
         hardware: None if it is unknown; then nothing is checked.

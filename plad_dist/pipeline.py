@@ -126,7 +126,7 @@ class _Steps:
         )
 
     def train(self, *phases: str) -> Iterator[Step]:
-        """Yield a step for those of the phases that the config has, if any. They share a worker group."""
+        """Yield one step for the phases that the config has, which share a worker group."""
         from plad_dist.training.driver import stage
 
         names = [name for name in phases if name in phase_names(self.config) and self.phase in (None, name)]
@@ -162,11 +162,11 @@ class _Steps:
 
 
 def run_pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:
-    """Run the steps whose output is not committed: all of them, those of one command, or one training phase.
+    """Run the steps whose output is not committed: all, those of a command, or one training phase.
 
     Raises:
-        UserError: the config, its inputs or the run directory are wrong, or outputs of earlier stages are
-            missing.
+        UserError: the config, its inputs or the run directory are wrong, or outputs of earlier
+            stages are missing.
         RunFailed: a stage failed. Committed output is kept.
     """
     run = RunDir.of(config)

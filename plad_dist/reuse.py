@@ -30,9 +30,9 @@ _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}
 def take_over(config: Config, earlier: list[Config]) -> None:
     """Take over products of an earlier run, unless the run of this config has already started.
 
-    The source is the earlier run that shares the most products with this one. A product is shared if
-    no key that differs between the configs decides it or any of its inputs. Prompts and models are
-    those that the earlier run read, even if their sources have changed since.
+    The source is the earlier run that shares the most products with this one. A product is shared
+    if no key that differs between the configs decides it or any of its inputs. Prompts and models
+    are those that the earlier run read, even if their sources have changed since.
 
     The run is assembled in a hidden folder. The run directory then appears as a whole, or, if it
     exists and is empty, gets its content with `run.yaml` last. Files are hard links to the source,
@@ -92,7 +92,11 @@ def _is_taken(root: Path) -> bool:
 
 
 def _files(root: Path, products: Iterable[Reusable]) -> set[Path]:
-    """Return the files of products in a run directory, relative to it, except cards and unfinished files."""
+    """Return the files of products, relative to the run directory.
+
+    Cards and files that are being written are left out, and so is everything that an unfinished
+    phase has written.
+    """
     finished = (product for product in products if isinstance(product, DatasetEntry) or (root / product.path).is_dir())
     files = (file for product in finished for folder in product.folders for file in (root / folder).rglob("*"))
     return {
@@ -105,8 +109,8 @@ def _files(root: Path, products: Iterable[Reusable]) -> set[Path]:
 def reused_run(config: Config) -> Config | None:
     """Return the config of the run that `run.reuse` names, or None if nothing is to be reused.
 
-    A run that has started reuses nothing any more. The `run.dir` of the returned config is the path that
-    `run.reuse` gives, because the run may have moved.
+    A run that has started reuses nothing any more. The `run.dir` of the returned config is the path
+    that `run.reuse` gives, because the run may have moved.
 
     Raises:
         UserError: `run.reuse` is not a run directory, or one of the two is on an object store.
@@ -124,7 +128,7 @@ def reused_run(config: Config) -> Config | None:
 
 
 def _shared_products(config: Config, other: Config) -> list[Reusable]:
-    """Return the products that two configs produce identically, up to the student of the first round."""
+    """Return the products up to the first round's student that two configs produce identically."""
     ours, theirs = _products(config), _products(other)
     keys, other_keys = _decisive_keys(config), _decisive_keys(other)
     differing = [key for key in keys.keys() | other_keys.keys() if keys.get(key) != other_keys.get(key)]

@@ -1,8 +1,8 @@
 """The run directory: paths of all inputs and outputs, and `run.yaml`, which binds it to one config.
 
-``run.yaml`` holds the resolved config, its fingerprint, and the version of plad-dist that worked on the
-run last. A command refuses a config with another value for a key once a step that depends on the key
-has started.
+``run.yaml`` holds the resolved config, its fingerprint, and the version of plad-dist that worked on
+the run last. A command refuses a config with another value for a key once a step that depends on
+the key has started.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ class RunDir:
         return root
 
     def samples(self, role: str) -> Dataset:
-        """Return the samples from which pairs are built. The teacher is sampled once, for all rounds."""
+        """Return the samples from which pairs are built.
+
+        The teacher is sampled once, for all rounds.
+        """
         return Dataset(self.storage, f"samples/{role}/round-{self._round_of(role)}", SAMPLES)
 
     def pairs(self) -> Dataset:
@@ -98,7 +101,7 @@ class RunDir:
         return Dataset(self.storage, f"eval/round-{number}/samples/{name}/{decoding}", SAMPLES)
 
     def candidates(self) -> Dataset:
-        """Return the candidates: several responses of the warm-up student to each held-out prompt."""
+        """Return the candidates: responses of the warm-up student to the held-out prompts."""
         return Dataset(self.storage, "eval/round-0/candidates", SAMPLES)
 
     @property
@@ -187,7 +190,7 @@ class RunDir:
 
 
 def round_of(name: str) -> int | None:
-    """Return the round of a phase, system or folder with a name like `round-0`, or None for other names."""
+    """Return the round of a name such as `round-0`, or None for other names."""
     match = re.fullmatch(r"round-(\d+)", name)
     return int(match[1]) if match else None
 
@@ -226,8 +229,8 @@ def open_run(config: Config) -> RunDir:
     """Return the run directory of a config, with an up-to-date `run.yaml` in it.
 
     Raises:
-        UserError: the directory is not writable, or belongs to another config; the message names the
-            keys that differ.
+        UserError: the directory is not writable, or belongs to another config; the message names
+            the keys that differ.
     """
     run = RunDir.of(config)
     check_same_run(config, run)
@@ -248,7 +251,7 @@ def run_document(config: Config) -> bytes:
 
 
 def check_same_run(config: Config, run: RunDir) -> None:
-    """Raise :class:`UserError` if the products in the run directory depend on keys that have changed since."""
+    """Raise :class:`UserError` if products in the run directory depend on keys that have changed."""
     file = _read_existing(run)
     if file is None:
         return
@@ -277,7 +280,7 @@ def check_same_run(config: Config, run: RunDir) -> None:
 
 
 def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with the defaults of keys that are newer than it, or unchanged if it is not valid any more."""
+    """Return a config with defaults for newer keys, or unchanged if it is not valid any more."""
     try:
         return Config.model_validate(raw).model_dump(mode="json")
     except ValidationError:
@@ -289,7 +292,7 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 
 def _is_in_use(key: str, run: RunDir) -> bool:
-    """Return True if a step has started that depends on a config key directly or through other steps."""
+    """Return True if a step has started that depends on a config key, directly or indirectly."""
     first = min(recipe.order for recipe in recipes_decided_by(key))
     return any(run.storage.holds(path) for recipe in RECIPES if recipe.order >= first for path in recipe.traces)
 
@@ -312,7 +315,11 @@ def load_run(path: str) -> StoredRun:
 
 
 def _read_existing(run: RunDir) -> _RunFile | None:
-    """Return `run.yaml`, or None in a new run directory. Raise :class:`UserError` for an unusable directory."""
+    """Return `run.yaml`, or None in a new run directory.
+
+    Raises:
+        UserError: the directory cannot be used.
+    """
     root = run.storage.local_root
     if root is not None and not _is_folder(root):
         return None
@@ -367,7 +374,10 @@ def _is_folder(root: Path) -> bool:
 
 
 def read_timings(run: RunDir) -> dict[str, float]:
-    """Return the seconds that each stage took. A damaged file counts as empty, since nothing depends on it."""
+    """Return the seconds that each stage took.
+
+    A damaged file counts as empty, since nothing depends on it.
+    """
     try:
         timings = run.storage.read_json(TIMINGS)
     except RunFailed:

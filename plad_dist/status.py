@@ -61,7 +61,7 @@ def _dataset_row(entry: DatasetEntry) -> Row:
 
 
 def _expected_blocks(entry: DatasetEntry) -> int | None:
-    """Return the number of blocks of a complete dataset, or None as long as its prompts are incomplete."""
+    """Return the number of blocks of the complete dataset, or None if its prompts are incomplete."""
     try:
         manifest = entry.prompts.manifest() if entry.prompts is not None else None
     except RunFailed:
@@ -70,7 +70,7 @@ def _expected_blocks(entry: DatasetEntry) -> int | None:
 
 
 def _damage(dataset: Dataset, manifest: Manifest) -> str:
-    """Return the differences between a manifest and the names and sizes of the parts; empty for none."""
+    """Return how the names and sizes of the parts differ from the manifest; empty if they do not."""
     sizes = dataset.storage.sizes(dataset.path)
     missing = sum(part.name not in sizes for part in manifest.parts)
     resized = sum(sizes.get(part.name, part.bytes) != part.bytes for part in manifest.parts)
@@ -79,7 +79,7 @@ def _damage(dataset: Dataset, manifest: Manifest) -> str:
 
 
 def _progress(parts: int, counted: Sequence[Part], blocks: int | None = None) -> str:
-    """Return the number of parts, and the sums of the counts of those whose counts are available."""
+    """Return the number of parts, and the sums of the counts that are available."""
     sums = {name: sum(part.counts.get(name, 0) for part in counted) for name in ("tokens", "errors", "cost_micros")}
     phrases = [
         f"{parts:,} of {blocks:,} parts" if blocks else f"{parts:,} parts",

@@ -1,4 +1,4 @@
-"""Catalog of a run: every dataset, model and set of figures, with its inputs and the recipe that makes it.
+"""Catalog of a run: every dataset, model and set of figures, with its inputs and its recipe.
 
 Status, verification, reuse and the report's table of costs loop over the catalog. A new kind of
 dataset needs one entry here, and none of these needs to know its path.
@@ -47,8 +47,8 @@ class DatasetEntry:
     """A dataset of a run.
 
     Attributes:
-        round: round that makes the dataset; 0 for the datasets that all rounds share.
-        inputs: paths of the datasets and models from which it is made, all of them entries of the catalog.
+        round: round that makes the dataset; 0 for datasets that all rounds share.
+        inputs: paths of the datasets and models from which it is made, all of which have entries.
         prompts: prompts to which the rows belong; None for the prompts themselves.
         limit: maximum number of these prompts; None for all.
         rows_per_prompt: None if the number differs from prompt to prompt.
@@ -80,7 +80,7 @@ class DatasetEntry:
 
     @property
     def is_heldout(self) -> bool:
-        """Whether the dataset depends on held-out prompts, and the figures of its round on the dataset."""
+        """True if the dataset belongs to held-out prompts, so that the round's figures depend on it."""
         return self.prompts is not None and self.prompts != train_prompts(self.dataset.storage)
 
 
@@ -132,11 +132,6 @@ def datasets_of(config: Config, run: RunDir, rounds: int | None = None) -> Itera
     return (product for product in products_of(config, run, rounds) if isinstance(product, DatasetEntry))
 
 
-def models_of(config: Config, run: RunDir, rounds: int | None = None) -> Iterator[ModelEntry]:
-    """Yield an entry for every model of a run, as :func:`products_of` does for all products."""
-    return (product for product in products_of(config, run, rounds) if isinstance(product, ModelEntry))
-
-
 def products_of(config: Config, run: RunDir, rounds: int | None = None) -> Iterator[Product]:
     """Yield an entry for every product of a run, whether it exists yet or not.
 
@@ -149,13 +144,14 @@ def products_of(config: Config, run: RunDir, rounds: int | None = None) -> Itera
         yield DatasetEntry(prompts, Purpose.PROMPTS, recipes.PROMPTS)
     yield from _models(config, run)
     for number in range(config.rounds.most):
-        at_round = run.at_round(number)
-        yield from _training_data(config, at_round)
-        yield from _heldout_pairing_data(config, at_round)
-        yield from _responses(config, at_round)
-        yield from _candidates(config, at_round)
-        yield from _judgements(config, at_round)
-        yield FiguresEntry(at_round)
+        at_round = _Round(config, run.at_round(number))
+        yield from at_round.training_data()
+        yield from at_round.heldout_pairing_data()
+        yield from at_round.responses()
+        yield from at_round.candidates()
+        yield from at_round.verdicts()
+        yield from at_round.teacher_scores()
+        yield FiguresEntry(at_round.run)
 
 
 def stored_rounds(config: Config, run: RunDir) -> int:
@@ -165,160 +161,156 @@ def stored_rounds(config: Config, run: RunDir) -> int:
     return max(config.rounds.most, *(number + 1 for number in numbers if number is not None), 1)
 
 
-# ------------------------------------------------------------------------------------------------------------ models
-
-
 def _models(config: Config, run: RunDir) -> Iterator[ModelEntry]:
-    train = train_prompts(run.storage).path
-    scratch = {
-        name: f"{name}-init"
-        for name, model in (("teacher", config.teacher), ("student", config.student))
-        if model is not None and model.scratch
-    }
-    for name, recipe in (("teacher", recipes.TEACHER), ("student", recipes.WARMUP)):
-        if name in scratch:
-            yield ModelEntry(scratch[name], None, recipe, (train,))
+    prompts = train_prompts(run.storage).path
+    untrained: dict[str, tuple[str, ...]] = {"teacher": (), "student": ()}
+    for name, model, recipe in (
+        ("teacher", config.teacher, recipes.TEACHER),
+        ("student", config.student, recipes.WARMUP),
+    ):
+        if model is not None and model.scratch:
+            yield (entry := ModelEntry(f"{name}-init", None, recipe, (prompts,)))
+            untrained[name] = (entry.path,)
     for phase in phases_of(config):
         number = round_of(phase)
+        at_round = _Round(config, run.at_round(number or 0))
         if phase == TEACHER:
-            start = (_model_path(scratch["teacher"]),) if "teacher" in scratch else ()
-            yield ModelEntry(phase, phase, recipes.TEACHER, (train, *start))
+            yield ModelEntry(phase, phase, recipes.TEACHER, (prompts, *untrained["teacher"]))
         elif phase == WARMUP:
-            start = (_model_path(scratch["student"]),) if "student" in scratch else ()
-            yield ModelEntry(phase, phase, recipes.WARMUP, (train, *_warmup_responses(config, run), *start))
+            inputs = (prompts, *at_round.warmup_responses(), *untrained["student"])
+            yield ModelEntry(phase, phase, recipes.WARMUP, inputs)
         else:
-            at_round = run.at_round(number or 0)
-            pairs = (at_round.pairs().path, at_round.heldout_pairs().path)
             recipe = recipes.CONTROL if phase == SEQKD else recipes.ROUND
-            yield ModelEntry(phase, phase, recipe, (*pairs, *_student_model(config, at_round)))
-
-
-def _warmup_responses(config: Config, run: RunDir) -> tuple[str, ...]:
-    """Return the path of the teacher's samples if the warm-up learns from them."""
-    warmup = config.training.warmup
-    return (run.samples("teacher").path,) if warmup is not None and warmup.data == "teacher" else ()
+            pairs = (at_round.run.pairs().path, at_round.run.heldout_pairs().path)
+            yield ModelEntry(phase, phase, recipe, (*pairs, *at_round.student()))
 
 
 def _model_path(name: str) -> str:
     return f"models/{name}"
 
 
-def _teacher_model(config: Config) -> tuple[str, ...]:
-    """Return the path of the teacher if the run trains it."""
-    return (_model_path(TEACHER),) if config.training.teacher else ()
+@dataclass(frozen=True)
+class _Round:
+    """Datasets of one round. Models that the run does not train have no path."""
 
+    config: Config
+    run: RunDir
 
-def _student_model(config: Config, run: RunDir) -> tuple[str, ...]:
-    """Return the path of the student with which a round starts if the run trains it."""
-    if run.round:
-        return (_model_path(round_phase(run.round - 1)),)
-    return (_model_path(WARMUP),) if config.training.warmup else ()
+    # -- models, as tuples of at most one path
 
+    def teacher(self) -> tuple[str, ...]:
+        return (_model_path(TEACHER),) if self.config.training.teacher else ()
 
-def _role(config: Config, run: RunDir, role: str) -> tuple[Recipe, tuple[str, ...]]:
-    """Return the recipe of a role's samples and the path of its model if the run trains it."""
-    if role == "teacher":
-        return recipes.TEACHER_SAMPLES, _teacher_model(config)
-    return recipes.STUDENT_SAMPLES, _student_model(config, run)
+    def student(self) -> tuple[str, ...]:
+        """Return the path of the starting student."""
+        if self.run.round:
+            return (_model_path(round_phase(self.run.round - 1)),)
+        return (_model_path(WARMUP),) if self.config.training.warmup else ()
 
+    def warmup_responses(self) -> tuple[str, ...]:
+        """Return the path of the teacher's samples if the warm-up learns from them."""
+        warmup = self.config.training.warmup
+        return (self.run.samples("teacher").path,) if warmup is not None and warmup.data == "teacher" else ()
 
-# -------------------------------------------------------------------------------------------- samples and pairs
+    def _roles(self) -> Iterator[tuple[str, Recipe, tuple[str, ...]]]:
+        """Yield the roles that the round samples, each with its recipe and model."""
+        if not self.run.round:  # the teacher is sampled once, for all rounds
+            yield "teacher", recipes.TEACHER_SAMPLES, self.teacher()
+        yield "student", recipes.STUDENT_SAMPLES, self.student()
 
+    # -- samples and pairs
 
-def _roles(run: RunDir) -> tuple[str, ...]:
-    """Return the roles that a round samples: the teacher is sampled once, for all rounds."""
-    return ("student",) if run.round else ("teacher", "student")
-
-
-def _training_data(config: Config, run: RunDir) -> Iterator[DatasetEntry]:
-    prompts, limit = train_prompts(run.storage), config.sampling.limit
-    for role in _roles(run):
-        recipe, model = _role(config, run, role)
-        n = config.sampling.teacher.n if role == "teacher" else config.sampling.student.n
-        inputs = (prompts.path, *model)
-        yield DatasetEntry(run.samples(role), Purpose.SAMPLES, recipe, run.round, inputs, prompts, limit, n, role)
-    yield from _pairs(config, run, run.pairs(), (run.samples("teacher"), run.samples("student")), prompts, limit)
-
-
-def _heldout_pairing_data(config: Config, run: RunDir) -> Iterator[DatasetEntry]:
-    prompts, limit = heldout_prompts(run.storage), config.evaluation.limit
-    for role in _roles(run):
-        recipe, model = _role(config, run, role)
-        inputs = (prompts.path, *model)
-        yield DatasetEntry(
-            run.heldout_samples(role), Purpose.SAMPLES, recipe, run.round, inputs, prompts, limit, 1, role
-        )
-    samples = (run.heldout_samples("teacher"), run.heldout_samples("student"))
-    yield from _pairs(config, run, run.heldout_pairs(), samples, prompts, limit)
-
-
-def _pairs(
-    config: Config, run: RunDir, pairs: Dataset, samples: tuple[Dataset, Dataset], prompts: Dataset, limit: int | None
-) -> Iterator[DatasetEntry]:
-    """Yield the entry of a dataset of pairs, and of the log-likelihoods that are stored beside the pairs."""
-    start = _student_model(config, run)
-    inputs = (*(dataset.path for dataset in samples), *start)
-    yield DatasetEntry(pairs, Purpose.PAIRS, recipes.PAIRS, run.round, inputs, prompts, limit)
-    for name in _stored_folders(run, pairs.path):
-        if name.startswith("initial-logps-"):
-            dataset = Dataset(run.storage, f"{pairs.path}/{name}", INITIAL_LOGPS)
-            inputs = (pairs.path, *start)
-            yield DatasetEntry(dataset, Purpose.INITIAL_LOGPS, recipes.ROUND, run.round, inputs, prompts, limit)
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-def _responses(config: Config, run: RunDir) -> Iterator[DatasetEntry]:
-    """Yield the responses of the systems that a round adds, under every decoding."""
-    heldout, limit = heldout_prompts(run.storage), config.evaluation.limit
-    trained = trained_systems(config, run)
-    for system in trained if run.round else systems_of(config, run):
-        role = "teacher" if system == TEACHER else "student"
-        recipe, model = _role(config, run, role)
-        if system in trained:
-            recipe, model = recipes.EVALUATION, (_model_path(trained[system]),)
-        inputs = (heldout.path, *model)
-        for name in config.system_decodings(system):
-            dataset = run.system_samples(system, name)
-            yield DatasetEntry(dataset, Purpose.RESPONSES, recipe, run.round, inputs, heldout, limit, 1, role)
-
-
-def _candidates(config: Config, run: RunDir) -> Iterator[DatasetEntry]:
-    """Yield the candidates, and their scores by the students that a round trains."""
-    heldout, limit, n = heldout_prompts(run.storage), config.evaluation.limit, config.candidates
-    if not n:
-        return
-    if not run.round:
-        recipe, model = _role(config, run, "student")
-        inputs = (heldout.path, *model)
-        yield DatasetEntry(run.candidates(), Purpose.CANDIDATES, recipe, 0, inputs, heldout, limit, n, "student")
-    for system, phase in trained_systems(config, run).items():
-        dataset, inputs = run.scored("candidates", system), (run.candidates().path, _model_path(phase))
-        yield DatasetEntry(
-            dataset, Purpose.CANDIDATE_SCORES, recipes.EVALUATION, run.round, inputs, heldout, limit, n, "student"
-        )
-
-
-def _judgements(config: Config, run: RunDir) -> Iterator[DatasetEntry]:
-    """Yield the stored questions to judges, their verdicts, and the scores by the teacher."""
-    heldout, limit, recipe = heldout_prompts(run.storage), config.evaluation.limit, recipes.EVALUATION
-    for judge in _stored_folders(run, run.judges_folder):
-        for name in _stored_folders(run, f"{run.judges_folder}/{judge}"):
-            questions, verdicts = run.judge_questions(judge, name), run.judge_verdicts(judge, name)
-            yield DatasetEntry(questions, Purpose.QUESTIONS, recipe, run.round, (heldout.path,), heldout)
-            inputs: tuple[str, ...] = (questions.path,)
-            yield DatasetEntry(verdicts, Purpose.VERDICTS, recipe, run.round, inputs, questions, None, 1, judge)
-    decodings = config.decodings()
-    main = main_decoding(
-        [(PLAD, name) for name in decodings], {name: each.temperature for name, each in decodings.items()}
-    )
-    for judge in _stored_folders(run, run.scores_folder):
-        for system in _stored_folders(run, f"{run.scores_folder}/{judge}") if judge != "candidates" else ():
-            inputs = (run.system_samples(system, main).path, *_teacher_model(config))
+    def training_data(self) -> Iterator[DatasetEntry]:
+        prompts, sampling = train_prompts(self.run.storage), self.config.sampling
+        for role, recipe, model in self._roles():
             yield DatasetEntry(
-                run.scored(judge, system), Purpose.TEACHER_SCORES, recipe, run.round, inputs, heldout, limit, 1, judge
+                self.run.samples(role),
+                Purpose.SAMPLES,
+                recipe,
+                self.run.round,
+                inputs=(prompts.path, *model),
+                prompts=prompts,
+                limit=sampling.limit,
+                rows_per_prompt=sampling.teacher.n if role == "teacher" else sampling.student.n,
+                responder=role,
             )
+        samples = (self.run.samples("teacher").path, self.run.samples("student").path)
+        yield from self._pairs(self.run.pairs(), samples, prompts, sampling.limit)
+
+    def heldout_pairing_data(self) -> Iterator[DatasetEntry]:
+        for role, recipe, model in self._roles():
+            yield self._heldout(self.run.heldout_samples(role), Purpose.SAMPLES, recipe, model, role)
+        samples = (self.run.heldout_samples("teacher").path, self.run.heldout_samples("student").path)
+        prompts, limit = heldout_prompts(self.run.storage), self.config.evaluation.limit
+        yield from self._pairs(self.run.heldout_pairs(), samples, prompts, limit)
+
+    def _pairs(
+        self, pairs: Dataset, samples: tuple[str, ...], prompts: Dataset, limit: int | None
+    ) -> Iterator[DatasetEntry]:
+        """Yield a dataset of pairs, and the log-likelihoods that are stored with it."""
+        number, start = self.run.round, self.student()
+        yield DatasetEntry(pairs, Purpose.PAIRS, recipes.PAIRS, number, (*samples, *start), prompts, limit)
+        for name in _stored_folders(self.run, pairs.path):
+            if name.startswith("initial-logps-"):
+                logps, inputs = Dataset(self.run.storage, f"{pairs.path}/{name}", INITIAL_LOGPS), (pairs.path, *start)
+                yield DatasetEntry(logps, Purpose.INITIAL_LOGPS, recipes.ROUND, number, inputs, prompts, limit)
+
+    # -- evaluation
+
+    def _heldout(
+        self, dataset: Dataset, purpose: Purpose, recipe: Recipe, inputs: tuple[str, ...], responder: str, n: int = 1
+    ) -> DatasetEntry:
+        """Return the entry of a dataset with `n` rows for every held-out prompt."""
+        prompts, limit = heldout_prompts(self.run.storage), self.config.evaluation.limit
+        inputs = (prompts.path, *inputs)
+        return DatasetEntry(dataset, purpose, recipe, self.run.round, inputs, prompts, limit, n, responder)
+
+    def responses(self) -> Iterator[DatasetEntry]:
+        """Yield the responses of the systems that the round adds, under every decoding."""
+        trained = trained_systems(self.config, self.run)
+        for system in trained if self.run.round else systems_of(self.config, self.run):
+            model = self.teacher() if system == TEACHER else self.student()
+            recipe = recipes.TEACHER_SAMPLES if system == TEACHER else recipes.STUDENT_SAMPLES
+            if system in trained:
+                recipe, model = recipes.EVALUATION, (_model_path(trained[system]),)
+            role = "teacher" if system == TEACHER else "student"
+            for decoding in self.config.system_decodings(system):
+                dataset = self.run.system_samples(system, decoding)
+                yield self._heldout(dataset, Purpose.RESPONSES, recipe, model, role)
+
+    def candidates(self) -> Iterator[DatasetEntry]:
+        """Yield the candidates, and their scores by the students that the round trains."""
+        candidates, n = self.run.candidates(), self.config.candidates
+        if not n:
+            return
+        if not self.run.round:
+            recipe = recipes.STUDENT_SAMPLES
+            yield self._heldout(candidates, Purpose.CANDIDATES, recipe, self.student(), "student", n)
+        for system, phase in trained_systems(self.config, self.run).items():
+            scores, inputs = self.run.scored("candidates", system), (candidates.path, _model_path(phase))
+            yield self._heldout(scores, Purpose.CANDIDATE_SCORES, recipes.EVALUATION, inputs, "student", n)
+
+    def verdicts(self) -> Iterator[DatasetEntry]:
+        """Yield the stored questions to judges and their verdicts."""
+        number, recipe, heldout = self.run.round, recipes.EVALUATION, heldout_prompts(self.run.storage)
+        for judge in _stored_folders(self.run, self.run.judges_folder):
+            for name in _stored_folders(self.run, f"{self.run.judges_folder}/{judge}"):
+                questions, verdicts = self.run.judge_questions(judge, name), self.run.judge_verdicts(judge, name)
+                yield DatasetEntry(questions, Purpose.QUESTIONS, recipe, number, (heldout.path,), heldout)
+                inputs = (questions.path,)
+                yield DatasetEntry(verdicts, Purpose.VERDICTS, recipe, number, inputs, questions, None, 1, judge)
+
+    def teacher_scores(self) -> Iterator[DatasetEntry]:
+        """Yield the stored scores of responses by the teacher as a judge."""
+        temperatures = {name: decoding.temperature for name, decoding in self.config.decodings().items()}
+        main = main_decoding([(PLAD, name) for name in temperatures], temperatures)
+        for judge in _stored_folders(self.run, self.run.scores_folder):
+            if judge == "candidates":
+                continue
+            for system in _stored_folders(self.run, f"{self.run.scores_folder}/{judge}"):
+                inputs = (self.run.system_samples(system, main).path, *self.teacher())
+                scores = self.run.scored(judge, system)
+                yield self._heldout(scores, Purpose.TEACHER_SCORES, recipes.EVALUATION, inputs, judge)
 
 
 def _stored_folders(run: RunDir, folder: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Recipes: the steps by which a run makes its datasets and models, and the config keys that decide each.
+"""Recipes: the steps that make the products of a run, and the config keys that decide each.
 
 A run may resume with a changed config as long as no recipe that depends on the change has started.
-A run may reuse the products of another run if both would follow the same recipes on the same inputs.
-Both rules read this table.
+A run may reuse a product of another run if no difference between the two configs decides the
+product or its inputs. Both rules read this table.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ _SECTIONS = frozenset(section for recipe in RECIPES for section in recipe.sectio
 
 
 def section_of(key: str) -> str | None:
-    """Return the most specific section of the table that contains a key, or None if no section does."""
+    """Return the most specific section of the table that contains a key, or None."""
     parts = key.split(".")
     prefixes = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
     return next((prefix for prefix in prefixes if prefix in _SECTIONS), None)

@@ -1,4 +1,4 @@
-"""Check of datasets against each other: the inputs of a dataset exist, and every prompt has its rows."""
+"""Check of datasets against each other: inputs exist, and every prompt has its rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_inputs(results: Sequence[DatasetResult], dataset_paths: set[str]) -> N
 
 
 def check_rows(results: Sequence[DatasetResult]) -> None:
-    """Check that sound datasets have every row of every prompt exactly once, in the order of the prompts.
+    """Check that sound datasets have every row exactly once, in the order of the prompts.
 
     A dataset whose prompts are not sound is left out.
     """

@@ -1,4 +1,4 @@
-"""Check of models by their headers, of checkpoints by their checksums, and of figures by the data behind them."""
+"""Check of models by their headers, checkpoints by their checksums, figures by their sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from plad_dist.verify.result import CheckpointsResult
 
 
 def check_models(run: RunDir, models: Iterable[ModelEntry]) -> Iterator[str]:
-    """Yield what is wrong with the config, the tokenizer and the weights of every finished model."""
+    """Yield the problems of the config, tokenizer and weights of every finished model."""
     root = run.storage.local_root
     for model in models:
         if root is not None and model_marker(root / model.path) is not None:
@@ -27,7 +27,7 @@ def check_models(run: RunDir, models: Iterable[ModelEntry]) -> Iterator[str]:
 
 
 def check_figures(run: RunDir, rounds: int) -> Iterator[str]:
-    """Yield figures that cannot be read, and responses and models that are missing although figures refer to them."""
+    """Yield problems of figures: unreadable files, and missing responses and models behind them."""
     for number in range(rounds):
         at_round = run.at_round(number)
         try:
@@ -46,7 +46,7 @@ def check_figures(run: RunDir, rounds: int) -> Iterator[str]:
 
 
 def _missing_sources(run: RunDir, rows: list[dict[str, str]]) -> Iterator[str]:
-    """Yield the paths of the responses and the model that the rows of the figures refer to, if they are missing."""
+    """Yield the paths of missing responses and models that the rows of the figures refer to."""
     for row in rows:
         path = run.system_samples(row["system"], row["decoding"]).path
         if not run.storage.sizes(path):
@@ -57,7 +57,7 @@ def _missing_sources(run: RunDir, rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def check_checkpoints(storage: Storage, phases: Iterable[str]) -> Iterator[CheckpointsResult]:
-    """Check the files of every committed checkpoint by their checksums, and yield a result for each phase that has one."""
+    """Check committed checkpoints by checksums, and yield a result for each phase that has any."""
     for phase in phases:
         store = CheckpointStore(storage, phase, None)
         result = CheckpointsResult(path=store.folder, command="train", state="complete", phase=phase)
@@ -80,7 +80,7 @@ def is_damaged(store: CheckpointStore, step: int) -> bool:
 
 
 def _check_checkpoint(store: CheckpointStore, step: int) -> tuple[Checkpoint | None, str | None]:
-    """Return the checkpoint of a step, if it can be read, and what is wrong with it, if anything."""
+    """Return the checkpoint of a step, if it can be read, and its problem, if it has one."""
     try:
         checkpoint = store.at(step)
     except DamagedCheckpoint as error:

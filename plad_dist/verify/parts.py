@@ -1,4 +1,4 @@
-"""Check of datasets by their bytes: every part exists, is whole and unaltered, and has the fingerprint of the others."""
+"""Check of datasets by their bytes: parts are complete, unaltered and of one fingerprint."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _dataset_folders(storage: Storage) -> Iterator[str]:
 
 
 def check_dataset(dataset: Dataset, entry: DatasetEntry | None = None) -> DatasetResult:
-    """Check the parts of a dataset against its manifest, or against its journal if it is incomplete."""
+    """Check the parts of a dataset against its manifest, or its journal if it is incomplete."""
     command = entry.recipe.command if entry is not None else "run"
     result = DatasetResult(path=dataset.path, command=command, dataset=dataset, entry=entry)
     manifest = None
@@ -91,7 +91,7 @@ def check_dataset(dataset: Dataset, entry: DatasetEntry | None = None) -> Datase
 
 
 def _add_part_checks(result: DatasetResult, checks: list[_PartCheck], manifest: Manifest | None) -> None:
-    """Add up the checks of parts, and report parts whose fingerprint differs from that of the dataset.
+    """Add up the checks of parts, and report parts with another fingerprint than the dataset.
 
     Without a manifest, the dataset has the fingerprint of most parts.
     """

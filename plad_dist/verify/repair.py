@@ -1,4 +1,4 @@
-"""Repair of a run directory: bad parts are set aside, so that the next run redoes them and nothing else."""
+"""Repair of a run directory: bad parts are set aside, and the next run redoes only them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def _delete_figures(run: RunDir, path: str) -> list[str]:
 
 
 def _repair_checkpoints(store: CheckpointStore, result: CheckpointsResult) -> list[str]:
-    """Revoke the commits of damaged checkpoints. Their files stay until the next checkpoints are pruned."""
+    """Revoke the commits of damaged checkpoints.
+
+    Their files stay until the next checkpoints are pruned.
+    """
     actions = []
     for name in sorted(result.bad):
         step = int(name.rpartition("-")[2])

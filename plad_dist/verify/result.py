@@ -15,7 +15,8 @@ class CheckResult:
 
     Attributes:
         command: `plad` command that completes the product.
-        state: complete; incomplete, because a stage was interrupted or bad parts were set aside; or damaged.
+        state: complete; incomplete, because a stage was interrupted or bad parts were set aside; or
+            damaged.
         parts: number of readable parts. For checkpoints, of sound ones.
         rows: number of rows in the readable parts. For checkpoints, the latest sound step.
         problems: messages, each of which begins with the name of a part.
@@ -51,7 +52,7 @@ class DatasetResult(CheckResult):
     """State of a dataset.
 
     Attributes:
-        entry: entry of the dataset in the catalog; None for a folder that the config does not account for.
+        entry: entry of the dataset in the catalog; None if the config does not account for it.
     """
 
     dataset: Dataset

@@ -1,4 +1,4 @@
-"""Verification of a run directory: it holds what its manifests list, whole, unaltered and of one origin."""
+"""Verification of a run directory: it holds what its manifests list, complete and unaltered."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def verify(url: str) -> tuple[list[CheckResult], list[str]]:
     """Check every dataset of a run directory by reading every byte. Write nothing.
 
     Returns:
-        The state of every dataset and of the checkpoints of every phase, and other problems of the run
-        directory.
+        The state of every dataset and of the checkpoints of every phase, and other problems of the
+        run directory.
 
     Raises:
         UserError: the path is not a run directory.

@@ -70,7 +70,7 @@ class Verification:
 
 
 def _indented(lines: list[str], limit: int = 50) -> str:
-    """Return at most `limit` lines, each indented on a line of its own, and the number of omitted lines."""
+    """Return at most `limit` lines, indented, and the number of omitted lines."""
     omitted = [f"and {len(lines) - limit:,} more"] if len(lines) > limit else []
     return "".join(f"\n  {line}" for line in [*lines[:limit], *omitted])
 

@@ -1,4 +1,4 @@
-"""Bad input: exit code 2, one clear message, no traceback, nothing written or overwritten."""
+"""Bad input ends a command with exit code 2 and one message, and changes no file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Change = Callable[[Path, dict[str, Any]], None]
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs `plad` in this process: (exit code, what it printed)."""
+    """Return a function that runs `plad` in this process and returns its exit code and output."""
 
     def run(*arguments: str) -> tuple[int, str]:
         code, out, err = in_this_process(monkeypatch, capsys, *arguments)
@@ -34,7 +34,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def model_folder(folder: Path) -> Path:
-    """A model folder whose tokenizer has no chat template."""
+    """Write a model folder whose tokenizer has no chat template."""
     model = folder / "model"
     train_tokenizer(iter(["some text"]), 300).save_pretrained(model)
     (model / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 32, "num_attention_heads": 1}))
@@ -91,7 +91,7 @@ def unknown_engine_argument(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"max_num_seq": 3}
 
 
-def engine_argument_of_ours(folder: Path, raw: dict[str, Any]) -> None:
+def reserved_engine_argument(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"model": "other"}
 
 
@@ -105,7 +105,7 @@ def weights_cut(folder: Path, raw: dict[str, Any]) -> None:
     raw["student"] = {"path": str(model), "template": "{{ messages[-1].content }}"}
 
 
-def replicas_in_words(folder: Path, raw: dict[str, Any]) -> None:
+def replicas_not_a_number(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["replicas"] = "many"
 
 
@@ -134,7 +134,7 @@ def secret_in_the_engine(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"hf_token": "hf_secret"}
 
 
-def tensor_parallel_in_words(folder: Path, raw: dict[str, Any]) -> None:
+def tensor_parallel_not_a_number(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"tensor_parallel_size": "two"}
 
 
@@ -157,12 +157,12 @@ def deepspeed_file(folder: Path, raw: dict[str, Any], config: dict[str, Any]) ->
 
 
 def run_dir_is_a_file(folder: Path, raw: dict[str, Any]) -> None:
-    (folder / "run").write_text("mine")
+    (folder / "run").write_text("a file of the user")
 
 
 def run_dir_of_something_else(folder: Path, raw: dict[str, Any]) -> None:
     (folder / "run").mkdir()
-    (folder / "run" / "thesis.txt").write_text("mine")
+    (folder / "run" / "thesis.txt").write_text("a file of the user")
 
 
 def run_dir_below_a_file(folder: Path, raw: dict[str, Any]) -> None:
@@ -186,7 +186,10 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
     ("change", "messages"),
     [
         (prompts_missing, ["prompts.source.paths: ", "prompts.jsonl", "no such prompts file"]),
-        (replicas_in_words, ["1 problem", 'sampling.student.replicas: expected a whole number or `auto`; got "many"']),
+        (
+            replicas_not_a_number,
+            ["1 problem", 'sampling.student.replicas: expected a whole number or `auto`; got "many"'],
+        ),
         (weights_cut, ["student.path: ", "model.safetensors: not a safetensors file", "Copy the model anew"]),
         (prompts_empty, ["prompts.jsonl", "no prompts in it"]),
         (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has answer, prompt"]),
@@ -199,20 +202,20 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (bad_architecture, ["student.scratch.architecture.model_type", "no 'lama'; did you mean `llama`?"]),
         (heads_unknown_on_cpus, ["student.scratch.architecture: attention heads of 16", "only 32, 64", "head_dim"]),
         (unknown_engine_argument, ["sampling.student.engine.max_num_seq", "did you mean `max_num_seqs`?"]),
-        (engine_argument_of_ours, ["sampling.student.engine.model", "set by the run itself"]),
+        (reserved_engine_argument, ["sampling.student.engine.model", "set by the run itself"]),
         (tracker_not_installed, ["training.trackers: wandb", "not installed"]),
         (patience_without_evaluations, ["training.round", "evaluate_every"]),
         (margin_loss_without_scores, ["training.round.loss.name: margin needs scores", "pairing.score"]),
         (deepspeed_sets_the_batch, ["train_batch_size", "training.<phase>.batch_groups"]),
         (deepspeed_misspelt, ["zero_optimization.overlap_com", "installed DeepSpeed"]),
         (secret_in_the_engine, ["hf_token", "HF_TOKEN environment variable"]),
-        (tensor_parallel_in_words, ["tensor_parallel_size: expected a whole number", "'two'"]),
+        (tensor_parallel_not_a_number, ["tensor_parallel_size: expected a whole number", "'two'"]),
         (deepspeed_missing, ["training.deepspeed", "zero9", "zero3"]),
         (deepspeed_not_stage_3, ["training.deepspeed", "stage 2 or 3"]),
         (deepspeed_on_nvme, ["training.deepspeed", "offload_optimizer.device: nvme", "set cpu"]),
         (run_dir_is_a_file, ["is a file, expected a directory"]),
         (run_dir_of_something_else, ["not empty and not a run directory"]),
-        (run_dir_below_a_file, ["run.dir", "cannot be made"]),
+        (run_dir_below_a_file, ["run.dir", "cannot be created"]),
         (run_dir_too_long, ["run.dir", "not a usable path"]),
         (run_dir_on_an_object_store, ["run.dir", "a file system that all nodes share"]),
         (run_dir_unknown_scheme, ["run.dir", "expected a path or a file://"]),
@@ -278,10 +281,10 @@ def test_a_bad_command_line_is_refused(
     assert message in printed
     assert "Traceback" not in printed
     assert "ray:" not in printed, "nothing is started"
-    assert not (folder / "run").exists(), "nothing is left behind"
+    assert not (folder / "run").exists(), "the command writes nothing"
 
 
-def test_a_config_that_holds_nothing_out_is_refused(
+def test_a_config_without_held_out_prompts_is_refused(
     tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
 ) -> None:
     folder, raw = tiny
@@ -290,7 +293,7 @@ def test_a_config_that_holds_nothing_out_is_refused(
     assert "prompts.heldout_fraction: 0 of these 600 rows leaves no held-out prompts" in printed
 
 
-def test_all_that_is_wrong_between_keys_is_said_at_once(
+def test_all_conflicts_between_keys_are_reported_at_once(
     tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
 ) -> None:
     folder, raw = tiny
@@ -320,7 +323,7 @@ def test_a_run_directory_of_another_config_is_refused_by_the_keys_that_differ(
 
 
 @pytest.mark.parametrize(
-    ("override", "begun", "refused"),
+    ("override", "started", "refused"),
     [
         ("teacher.max_length=32", "samples", True),
         ("student.template='{{ messages[0].content }}'", "pairs", True),
@@ -333,23 +336,23 @@ def test_a_run_directory_of_another_config_is_refused_by_the_keys_that_differ(
         ("evaluation.bootstrap=300", "checkpoints/seqkd", False),
     ],
 )
-def test_a_key_is_frozen_once_a_stage_that_depends_on_it_has_begun(
+def test_a_key_is_frozen_once_a_step_that_depends_on_it_has_started(
     tiny: tuple[Path, dict[str, Any]],
     command: Callable[..., tuple[int, str]],
     override: str,
-    begun: str,
+    started: str,
     refused: bool,
 ) -> None:
     folder, raw = tiny
     config = str(write_config(folder, raw))
     assert command("prepare", config)[0] == 0
-    (folder / "run" / begun).mkdir(parents=True)
+    (folder / "run" / started).mkdir(parents=True)
     code, printed = command("validate", config, override)
     assert code == (2 if refused else 0), printed
     assert (override.partition("=")[0] in printed) == refused
 
 
-def test_keys_of_stages_that_have_not_begun_may_change(
+def test_keys_of_steps_that_have_not_started_may_change(
     tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
 ) -> None:
     folder, raw = tiny
@@ -369,7 +372,7 @@ def test_keys_of_stages_that_have_not_begun_may_change(
         ("{{ messags[-1].content }}", "template of student: there is no messags; it is given `messages`"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_refused_before_anything_is_read(
+def test_an_unusable_template_is_refused_before_anything_is_read(
     tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]], template: str, message: str
 ) -> None:
     folder, raw = tiny
@@ -378,7 +381,7 @@ def test_a_template_that_cannot_be_used_is_refused_before_anything_is_read(
     assert (code, message in printed) == (2, True), printed
 
 
-def test_everything_that_is_wrong_with_the_inputs_is_said_at_once(
+def test_all_problems_of_the_inputs_are_reported_at_once(
     tiny: tuple[Path, dict[str, Any]], command: Callable[..., tuple[int, str]]
 ) -> None:
     folder, raw = tiny
@@ -387,14 +390,14 @@ def test_everything_that_is_wrong_with_the_inputs_is_said_at_once(
     code, printed = command("validate", str(write_config(folder, raw)))
     assert code == 2
     assert "2 problems:" in printed
-    assert "max_num_seqs" in printed, "the nearest name"
+    assert "max_num_seqs" in printed, "suggests the nearest name"
     assert "zero9" in printed
     assert "Traceback" not in printed
 
 
 def test_a_run_directory_without_write_permission_is_refused(tiny: tuple[Path, dict[str, Any]]) -> None:
     _, raw = tiny
-    raw["run"]["dir"] = "/proc/plad-run"  # nobody may make folders there, root included
+    raw["run"]["dir"] = "/proc/plad-run"  # not even root can create folders in /proc
     with pytest.raises(ValueError, match="/proc/plad-run: cannot be written"):
         open_run(parse_config(raw, "test"))
 

@@ -1,4 +1,4 @@
-"""One small run of the whole chain on real vLLM, real Ray and real DeepSpeed, killed while it samples and while it trains."""
+"""One small run of all stages on real engines, killed while it samples and while it trains."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from plad_dist.evaluation.over_seeds import study_over_seeds
 from plad_dist.planning.workload import workload_of
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.job import sample_seed
+from tests.catalog import entries_without_folder, folders_without_entry
 from tests.conftest import plad, tiny_config, write_config, write_prompts
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
@@ -34,7 +35,7 @@ Stamp = tuple[bytes, int]
 
 @dataclass
 class Finished:
-    """A finished run and what was seen on the way."""
+    """A finished run, and its state at the times when it was killed."""
 
     root: Path
     config: Path
@@ -42,7 +43,7 @@ class Finished:
     step_at_kill: int
     log: str
     output: str
-    left_processes: list[str]
+    surviving_processes: list[str]
 
 
 def stamps(root: Path) -> dict[Path, Stamp]:
@@ -50,7 +51,7 @@ def stamps(root: Path) -> dict[Path, Stamp]:
 
 
 def kill_when(config: Path, condition: Any, command: str = "run") -> None:
-    """Start `plad`, kill -9 it as soon as the condition holds, and wait until its cluster is gone."""
+    """Start `plad`, and `kill -9` it as soon as a condition holds."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from plad_dist.cli import main; main()", command, str(config)],
         stdout=subprocess.DEVNULL,
@@ -62,21 +63,21 @@ def kill_when(config: Path, condition: Any, command: str = "run") -> None:
         deadline = time.monotonic() + 700
         while not condition():
             assert process.poll() is None, (config.parent / "killed.log").read_text()[-3000:]
-            assert time.monotonic() < deadline, "what was waited for did not come"
+            assert time.monotonic() < deadline, "the condition never held"
             time.sleep(0.02)
     finally:
         process.kill()
         process.wait()
 
 
-def processes(but: Collection[str] = ()) -> list[str]:
-    """Ray's and vLLM's processes that are alive, but for those that were before."""
+def processes(ignored: Collection[str] = ()) -> list[str]:
+    """Return the living processes of Ray and vLLM, except those with ignored process ids."""
     listing = subprocess.run(["ps", "-eo", "pid,stat,args"], capture_output=True, text=True, check=True).stdout
     return [
         line
         for line in listing.splitlines()
         if re.search(r"ray::|VLLM::|raylet|gcs_server", line) and " Z" not in line and "ps -eo" not in line
-        if line.split()[0] not in but
+        if line.split()[0] not in ignored
     ]
 
 
@@ -85,10 +86,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder, before = tmp_path_factory.mktemp("pipeline"), {line.split()[0] for line in processes()}
     write_prompts(folder)
     raw, root = tiny_config(folder), folder / "run"
-    raw["sampling"]["student"]["engine"]["max_num_seqs"] = (
-        16  # or all its blocks end at once, too quick to be killed between
-    )
-    raw["run"]["dir"] = "run"  # as users write it: relative to where they stand, not to where workers do
+    # With more sequences, all blocks end at once, with no time between them for a kill.
+    raw["sampling"]["student"]["engine"]["max_num_seqs"] = 16
+    raw["run"]["dir"] = "run"  # relative to the working directory of the user; workers have another
     config = write_config(folder, raw)
 
     kill_when(config, lambda: any((root / "samples" / "student" / "round-0").glob("part-*.arrow")))
@@ -102,20 +102,27 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     assert not (root / "models" / "round-0").exists(), "killed too late to prove anything"
     committed |= stamps(root)
 
-    done = plad("run", str(config), timeout=900, cwd=folder)
-    assert done.returncode == 0, done.stderr[-4000:]
+    last = plad("run", str(config), timeout=900, cwd=folder)
+    assert last.returncode == 0, last.stderr[-4000:]
     deadline = time.monotonic() + 120
-    while (left := processes(before)) and time.monotonic() < deadline:
+    while (surviving := processes(before)) and time.monotonic() < deadline:
         time.sleep(1)
     log = (root / "logs" / "plad.log").read_text()
-    return Finished(root, config, committed, step, log, done.stdout + done.stderr, left)
+    return Finished(root, config, committed, step, log, last.stdout + last.stderr, surviving)
 
 
 def read(folder: Path) -> pa.Table:
     return pa.concat_tables(pa.ipc.open_file(path).read_all() for path in sorted(folder.glob("part-*.arrow")))
 
 
-def test_all_directories_of_the_contract_are_there(finished: Finished) -> None:
+def test_every_folder_of_the_run_has_an_entry_in_the_catalog_and_every_entry_a_folder(finished: Finished) -> None:
+    config = load_config(finished.config, [f"run.dir={finished.root}"])
+    run = RunDir.of(config)
+    assert folders_without_entry(config, run) == set()
+    assert entries_without_folder(config, run) == set()
+
+
+def test_the_run_directory_has_its_documented_layout(finished: Finished) -> None:
     root = finished.root
     for path in (
         "run.yaml",
@@ -141,7 +148,7 @@ def test_nothing_committed_before_a_kill_was_written_again(finished: Finished) -
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_every_sample_is_there_exactly_once(finished: Finished, role: str) -> None:
+def test_every_prompt_has_its_sample_exactly_once(finished: Finished, role: str) -> None:
     prompts = read(finished.root / "prompts")["prompt_id"].to_pylist()
     samples = read(finished.root / "samples" / role / "round-0")
     assert samples["prompt_id"].to_pylist() == prompts
@@ -157,12 +164,14 @@ def test_the_plan_counts_the_answers_that_were_sampled(finished: Finished, role:
     run = RunDir.of(config)
     answers = [run.system_samples(system, name) for system in systems for name in config.system_decodings(system)]
     datasets = [run.heldout_samples(role), *answers, *([run.candidates()] if role == "student" else [])]
-    assert workload_of(config).heldout_answers(config, role) == sum(found.require("sample").rows for found in datasets)
+    assert workload_of(config).heldout_answers(config, role) == sum(
+        dataset.require("sample").rows for dataset in datasets
+    )
 
 
-def test_training_went_on_from_the_checkpoint(finished: Finished) -> None:
-    begun = re.findall(r"train round-0: zero stage 3 with 2 ranks; .*step (\d+) of", finished.log)
-    assert int(begun[-1]) >= finished.step_at_kill >= 10
+def test_training_resumed_from_the_checkpoint(finished: Finished) -> None:
+    first_steps = re.findall(r"train round-0: zero stage 3 with 2 ranks; .*step (\d+) of", finished.log)
+    assert int(first_steps[-1]) >= finished.step_at_kill >= 10
     records = [json.loads(line) for line in (finished.root / "events/round-0/metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
     assert sorted(set(steps)) == list(range(1, max(steps) + 1))
@@ -182,7 +191,7 @@ def test_the_samples_load_in_datasets(finished: Finished, tmp_path: Path) -> Non
     assert loaded.num_rows == read(finished.root / "prompts").num_rows
 
 
-def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finished: Finished) -> None:
+def test_the_student_loads_in_transformers_and_ranks_pairs_as_the_trainer_reported(finished: Finished) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = finished.root / "models" / "round-0"
@@ -206,7 +215,7 @@ def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finishe
         compared = [row for row in scored if row["prompt_id"] in prompt_ids]
         for row in compared[:20]:
             expected = logp(prompt_ids[row["prompt_id"]], row["token_ids"])
-            assert row["logprob"] == pytest.approx(expected, rel=1e-3), "vLLM scores as a plain forward pass does"
+            assert row["logprob"] == pytest.approx(expected, rel=1e-3), "vLLM scores like a plain forward pass"
     assert len(compared) >= 20
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
     assert metrics["ranking"]["pairs"] == len(pairs)
@@ -215,8 +224,8 @@ def test_the_student_loads_in_transformers_and_ranks_as_the_trainer_said(finishe
 
 def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
-    found = {(row["system"], row["decoding"]) for row in metrics["systems"]}
-    assert found == {(s, d) for s in ("teacher", "warmup", "seqkd", "plad") for d in ("greedy", "sampled")} | {
+    compared = {(row["system"], row["decoding"]) for row in metrics["systems"]}
+    assert compared == {(s, d) for s in ("teacher", "warmup", "seqkd", "plad") for d in ("greedy", "sampled")} | {
         ("warmup", "t0.5")
     }
     assert metrics["calibration"]["candidates"] == 2
@@ -230,8 +239,8 @@ def test_the_report_compares_the_four_systems(finished: Finished) -> None:
     assert str(finished.root / "eval/round-0/report.html") in finished.output
 
 
-def test_figures_over_seeds_of_one_run_are_those_of_its_report(finished: Finished) -> None:
-    """A second variant that has no control of its own borrows the first one's."""
+def test_the_figures_over_seeds_of_one_run_equal_those_of_its_report(finished: Finished) -> None:
+    """A variant without a control of its own borrows the control of the first variant."""
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
     root = str(finished.root)
     own, other = study_over_seeds([{"own": root, "other": root}])
@@ -247,19 +256,19 @@ def test_figures_over_seeds_of_one_run_are_those_of_its_report(finished: Finishe
     assert own["pair_accuracy_gain"]["value"] == pytest.approx(gain)
 
 
-def test_systems_that_say_the_same_are_compared_once(finished: Finished, tmp_path: Path) -> None:
+def test_systems_with_identical_responses_are_compared_once(finished: Finished, tmp_path: Path) -> None:
     shutil.copytree(finished.root, tmp_path / "again")
     alone, both = (
         compare_runs(paths) for paths in ([str(finished.root)], [str(finished.root), str(tmp_path / "again")])
     )
     assert [row["system"] for row in both["systems"]] == ["teacher", "warmup", "seqkd", "plad"]
-    for one, other in zip(alone["systems"], both["systems"], strict=True):
-        assert one | {"label": ""} == other | {"label": ""}
+    for single, merged in zip(alone["systems"], both["systems"], strict=True):
+        assert single | {"label": ""} == merged | {"label": ""}
     with pytest.raises(UserError, match="again: is given twice"):
         compare_runs([str(finished.root), *[str(tmp_path / "again")] * 2])
 
 
-def test_runs_are_compared_under_the_decoding_that_is_asked_for(finished: Finished) -> None:
+def test_runs_are_compared_under_the_requested_decoding(finished: Finished) -> None:
     compared = compare_runs([str(finished.root)], "greedy")
     figures = json.loads((finished.root / "eval" / "round-0" / "metrics.json").read_bytes())
     own = {row["system"]: row["rouge_l"] for row in figures["systems"] if row["decoding"] == "greedy"}
@@ -270,8 +279,8 @@ def test_runs_are_compared_under_the_decoding_that_is_asked_for(finished: Finish
         compare_runs([str(finished.root)], "beam")
 
 
-def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished: Finished) -> None:
-    """Greedy answers that vLLM gave after a change of weights are those of the model in plain transformers."""
+def test_engines_with_swapped_weights_respond_like_the_model_of_those_weights(finished: Finished) -> None:
+    """Greedy responses after a change of weights equal those of plain transformers."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(finished.config, [f"run.dir={finished.root}"])
@@ -292,7 +301,7 @@ def test_engines_given_other_weights_answer_as_the_model_of_that_folder(finished
         assert same >= 0.95 * len(answers), f"{system}: {same} of {len(answers)}"
 
 
-def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
+def test_a_second_command_does_nothing_and_reports_it(finished: Finished) -> None:
     before = {path: path.stat().st_mtime_ns for path in (finished.root / "models").rglob("*")} | stamps(finished.root)
     again = plad("run", str(finished.config), cwd=finished.root.parent)
     assert again.returncode == 0
@@ -307,15 +316,15 @@ def test_running_again_does_nothing_and_says_so(finished: Finished) -> None:
 def test_status_shows_a_finished_run(finished: Finished) -> None:
     shown = plad("status", str(finished.root))
     assert shown.returncode == 0
-    assert "begun" not in shown.stdout
+    assert "started" not in shown.stdout
     assert shown.stdout.count("complete") >= 15
 
 
 def test_no_process_outlives_the_run(finished: Finished) -> None:
-    assert finished.left_processes == []
+    assert finished.surviving_processes == []
 
 
-def test_seeds_depend_on_what_they_name() -> None:
+def test_seeds_depend_on_every_part_of_their_key() -> None:
     seeds = {
         sample_seed(*key)
         for key in [(1, 0, "t", "p", 0), (2, 0, "t", "p", 0), (1, 1, "t", "p", 0), (1, 0, "s", "p", 0)]
@@ -324,8 +333,8 @@ def test_seeds_depend_on_what_they_name() -> None:
     assert all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_an_engine_without_memory_is_refused_in_words(finished: Finished) -> None:
-    """vLLM's own error, made readable: exit code 2, and what to change."""
+def test_an_engine_without_memory_is_refused_with_advice(finished: Finished) -> None:
+    """The error of vLLM becomes a message that names the key to change, with exit code 2."""
     root = finished.root.parent / "run-memory"
     config = finished.config.with_name("memory.yaml")
     raw = tiny_config(finished.root.parent)
@@ -340,14 +349,14 @@ def test_an_engine_without_memory_is_refused_in_words(finished: Finished) -> Non
     planned = plad("run", str(config), timeout=400)
     assert planned.returncode == 2, planned.stderr[-3000:]
     assert "this config does not fit" in planned.stderr
-    done = plad("run", str(config), "cluster.unfit=warn", timeout=400)
-    assert done.returncode == 2, done.stderr[-3000:]
-    assert "vLLM could not start" in done.stderr
-    assert "kv_cache_memory_bytes" in done.stderr
-    assert "Traceback" not in done.stderr
+    tried = plad("run", str(config), "cluster.unfit=warn", timeout=400)
+    assert tried.returncode == 2, tried.stderr[-3000:]
+    assert "vLLM could not start" in tried.stderr
+    assert "kv_cache_memory_bytes" in tried.stderr
+    assert "Traceback" not in tried.stderr
     assert not list((root / "samples").rglob("*.arrow"))
 
 
 def test_the_run_is_sound(finished: Finished) -> None:
-    checked = plad("verify", str(finished.root))
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    verified = plad("verify", str(finished.root))
+    assert verified.returncode == 0, verified.stdout + verified.stderr
