@@ -96,8 +96,8 @@ def compare(model: str, parameters: int, name: str, shape: str, arguments: argpa
     figures: dict[str, Any] = {}
     for system in systems:
         command = [
-            sys.executable, "-m", "benchmarks.gpu_training", "--one", system, shape, model, "--pairs", str(arguments.pairs),
-            "--tokens", str(arguments.tokens), "--config", config,
+            sys.executable, "-m", "benchmarks.gpu_training", "--one", system, shape, model,
+            "--pairs", str(arguments.pairs), "--tokens", str(arguments.tokens), "--config", config,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -120,8 +120,8 @@ def make_model(folder: Path, size: str) -> int:
     hidden, intermediate, layers, heads, kv_heads = SIZES[size]
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048, eos_token_id=EOS, pad_token_id=0,
-        bos_token_id=None, tie_word_embeddings=False,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048,
+        eos_token_id=EOS, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     training.make_tokenizer().save_pretrained(folder)
     torch.manual_seed(0)

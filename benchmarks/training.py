@@ -221,10 +221,12 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
     loss = Loss(name="rank", margin=MARGIN, mle_weight=0.0)
     job = PhaseJob(
         name="round-0", start=str(model), settings=Model(path=str(model), template="{{ messages }}"),
-        phase=Phase(batch_groups=len(rows), optimizer=optimizer, loss=loss), data=DataSpec("pairs", "pairs", context=1024),
-        heldout=None, heldout_limit=0, seed=1, steps=steps, deepspeed=load_deepspeed("zero3"), dtype="float32",
-        micro_batch_tokens=tokens, longest=None, attention="auto", lora=None, gradient_checkpointing=False,
-        divergence_factor=1e9, trackers=(), storage=storage, checkpoints=storage, staging=None, watch=None, fingerprint="b",
+        phase=Phase(batch_groups=len(rows), optimizer=optimizer, loss=loss),
+        data=DataSpec("pairs", "pairs", context=1024), heldout=None, heldout_limit=0,
+        seed=1, steps=steps, deepspeed=load_deepspeed("zero3"), dtype="float32",
+        micro_batch_tokens=tokens, max_group_tokens=None, attention="auto", lora=None, gradient_checkpointing=False,
+        divergence_factor=1e9, trackers=(), storage=storage, checkpoints=storage, staging=None, watch=None,
+        fingerprint="b",
     )  # fmt: skip
     return replace(job, **changes)
 
@@ -305,9 +307,10 @@ def trl(
         model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if cuda else torch.float32),
         args=CPOConfig(
             output_dir=str(folder), loss_type="hinge", beta=1 / MARGIN, cpo_alpha=0.0, max_length=1024,
-            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=len(rows) // micro_batch, max_steps=steps,
-            learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS, weight_decay=0.0, max_grad_norm=1.0,
-            lr_scheduler_type="constant", optim="adamw_torch", logging_steps=1, logging_strategy="steps", save_strategy="no",
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=len(rows) // micro_batch,
+            max_steps=steps, learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_epsilon=EPS,
+            weight_decay=0.0, max_grad_norm=1.0, lr_scheduler_type="constant", optim="adamw_torch", logging_steps=1,
+            logging_strategy="steps", save_strategy="no",
             report_to=[], use_cpu=not cuda, bf16=cuda, gradient_checkpointing=gradient_checkpointing, disable_tqdm=True,
             remove_unused_columns=False,
         ),
@@ -331,11 +334,12 @@ def logprob_error(model: Path, rows: list[Row]) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from plad_dist.training.batches.packing import collate, plain_pair
+    from plad_dist.training.batches.micro_batch import single_pair
+    from plad_dist.training.batches.packing import collate
     from plad_dist.training.model.attention import attention_of
     from plad_dist.training.model.policy import Policy
 
-    groups = [plain_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
+    groups = [single_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     attention = attention_of(AutoConfig.from_pretrained(model), None)
     plain = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation=attention.implementation

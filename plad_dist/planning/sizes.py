@@ -148,7 +148,7 @@ def _measure(config: Any, name: str, longest: int | None, device: Device, *, rem
         inner = (_first(text, "moe_intermediate_size") or inner) * met
     context = min(value for value in (longest, _first(text, "max_position_embeddings"), 1 << 20) if value)
     attention = attention_of(text, None, "flex" if device == "gpu" else "sdpa")
-    longest_row = min(attention.layout.longest_row or context, context)
+    longest_row = min(attention.layout.max_row_tokens or context, context)
     kinds = list(getattr(text, "layer_types", None) or ())
     return ModelSize(
         name=name,

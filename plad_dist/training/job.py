@@ -1,4 +1,4 @@
-"""Everything that a training worker needs to know of its phase."""
+"""Description of a training phase that travels from the driver to every worker."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from plad_dist.training.batches.groups import DataSpec
 
 @dataclass(frozen=True)
 class PhaseJob:
-    """A phase as it is planned. Plain values: it travels to the workers.
+    """Frozen description of a phase, in plain values that can be pickled.
 
-    Attributes:
-        name: of the phase; its folders under checkpoints/, models/ and events/.
-        start: folder or hub name of the model to start from.
-        heldout: pairs that are ranked but not trained on; None for none.
-        deepspeed: the DeepSpeed config, without batch, precision and optimizer.
-        longest: most tokens of a group, None for any.
-        attention: which implementation is wanted.
-        checkpoints: where checkpoints are kept, under checkpoints/<phase>/.
-        watch: how the student is looked at while it trains; None for not.
-        staging: folder on every node where checkpoints wait to be carried there; None for the system's.
-        launch: names the command that trains, which may start several worker groups.
-        mailbox: Ray actor that takes progress, None for none.
+    Attributes: name: name of the phase, and of its folders under checkpoints/, models/ and events/.
+        start: folder or hub name of the starting model. settings: config section of the model.
+        phase: config section of the phase. data: groups that the phase trains on. heldout: held-out
+        pairs that are ranked but not trained on, or None. heldout_limit: the most held-out groups
+        that are ranked. steps: number of global steps. deepspeed: DeepSpeed config, without batch
+        sizes, precision and optimizer. micro_batch_tokens: most tokens of a micro-batch.
+        max_group_tokens: most tokens that the model may compute for a group, None for no limit.
+        attention: attention implementation from the config. divergence_factor: training stops if
+        the loss exceeds the first step's loss times this factor. storage: the run directory.
+        checkpoints: storage of the checkpoints, which are under checkpoints/<phase>/ in it.
+        staging: folder on every node in which checkpoints are staged; None for a temporary folder
+        of the system. watch: bounds of the collapse watch; None to train without it. fingerprint:
+        hash of everything that decides the trained model. launch: identifies the command that
+        trains, which may start several worker groups. mailbox: Ray actor that receives the
+        progress, or None.
     """
 
     name: str
@@ -41,7 +44,7 @@ class PhaseJob:
     deepspeed: dict[str, Any]
     dtype: str
     micro_batch_tokens: int
-    longest: int | None
+    max_group_tokens: int | None
     attention: Literal["auto", "sdpa", "flex"]
     lora: Lora | None
     gradient_checkpointing: bool
@@ -57,11 +60,11 @@ class PhaseJob:
 
     @property
     def stopped_key(self) -> str:
-        """Where workers leave why to try again would end alike."""
+        """Storage key at which the workers record why a retry would fail in the same way."""
         return f"checkpoints/{self.name}/stopped-{self.launch}.json"
 
-    def folder(self, kind: str) -> Path:
-        """The phase's folder of a kind (checkpoints, models, events)."""
+    def folder(self, kind: Literal["checkpoints", "models", "events"]) -> Path:
+        """Return the local folder of the phase of one kind."""
         root = self.storage.local_root
         assert root is not None, "training needs a run directory on a file system"
         return root / kind / self.name

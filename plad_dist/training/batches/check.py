@@ -1,4 +1,4 @@
-"""Whether pairs and texts can be trained on, before the first step: one pass over their columns, a block at a time."""
+"""Checks of pairs and texts before the first step, in one pass over the columns that matter."""
 
 from __future__ import annotations
 
@@ -10,171 +10,189 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from plad_dist.config import Loss, Model
 from plad_dist.data.models import load_model_config, vocabulary_size
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import UserError
-from plad_dist.training.batches.groups import DataSpec, PairedRows, fit, group_counts, make_pairs, open_groups
+from plad_dist.training.batches.blocks import PairRows, group_starts
+from plad_dist.training.batches.building import pair_groups
+from plad_dist.training.batches.groups import DataSpec, fit, group_counts, open_groups
 
 logger = logging.getLogger("plad")
 
 _READERS = 4
-_TEXTS = 1000  # that are tokenized, those with the most bytes
-_passed: set[tuple[object, ...]] = set()  # phases on the same data need one look
+_LONGEST_TEXTS = 1000  # texts that are tokenized
 _SIDES = ("prompt_token_ids", "chosen_token_ids", "rejected_token_ids")
+_passed: set[tuple[object, ...]] = set()  # checks that this process need not repeat for another phase
 
 
 @dataclass
-class _Found:
-    """What a block holds: tokens of its longest group as it is trained on, and what is wrong, with the row."""
+class _BlockCheck:
+    """Result for one block: the first problem, or the longest of the exactly counted groups."""
 
-    longest: int = 0
-    longest_row: str = ""
     problem: str = ""
+    longest_tokens: int = 0
+    longest_row: str = ""
 
 
 def check_pairs(
     spec: DataSpec, storage: Storage, model: str, settings: Model, loss: Loss, micro_batch_tokens: int
 ) -> None:
-    """CheckpointProbe through all pairs of a phase.
+    """Check all pairs of a phase.
 
-    Raises:
-        UserError: an empty response, a token that is not in the student's vocabulary, missing or non-finite scores where the
-            loss needs them, or a group that no micro-batch holds. Part and row are named.
+    Raises: UserError: a response or a prompt is empty, a token is not in the student's vocabulary,
+        a score that the loss needs is missing or not finite, or a group is too long. The message
+        names part and row.
     """
     dataset = spec.dataset(storage)
     manifest = dataset.require("pair")
-    parts = manifest.parts
-    bounds = (spec.context, spec.longest, spec.shares, spec.over_long, micro_batch_tokens)  # not the kind of data
-    checked = ("pairs", dataset.path, manifest.contents, bounds, loss.needs_scores, model)
-    if checked in _passed:
+    bounds = (spec.context, spec.max_group_tokens, spec.shares_prompts, spec.over_long, micro_batch_tokens)
+    identity = ("pairs", dataset.path, manifest.contents, bounds, loss.needs_scores, model)  # not the kind of groups
+    if identity in _passed:
         return
-    vocabulary = vocabulary_size(load_model_config(model, settings))
+    checker = _PairChecker(
+        dataset, spec, loss, model, vocabulary_size(load_model_config(model, settings)), micro_batch_tokens
+    )
     threads = ThreadPoolExecutor(_READERS)
     try:
-        blocks = threads.map(
-            lambda block: _check(dataset, spec, block, vocabulary, loss, model, micro_batch_tokens), range(len(parts))
-        )
-        for found in blocks:
-            if found.problem:
-                raise UserError(found.problem)
-            if found.longest > micro_batch_tokens:
+        for check in threads.map(checker.check, range(len(manifest.parts))):
+            if check.problem:
+                raise UserError(check.problem)
+            if check.longest_tokens > micro_batch_tokens:
                 raise UserError(
-                    f"{found.longest_row}: its group has {found.longest:,} tokens, more than "
-                    f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens and "
-                    "training.over_long."
+                    f"{check.longest_row}: its group has {check.longest_tokens:,} tokens, more than "
+                    f"training.micro_batch_tokens={micro_batch_tokens:,} holds; raise it, or set "
+                    "training.max_group_tokens and training.over_long"
                 )
     finally:
         threads.shutdown(cancel_futures=True)
-    _passed.add(checked)
+    _passed.add(identity)
 
 
 def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, micro_batch_tokens: int) -> None:
-    """CheckpointProbe for a prompt with a response, among the longest texts of a phase, that no micro-batch holds.
+    """Check that every prompt with its response fits in a micro-batch.
 
-    No token of a text is shorter than a byte, and a template is taken to add no more than half of what a micro-batch holds: only
-    texts with as many bytes as the other half are tokenized, and of these the longest. What is missed is refused when it comes.
+    Tokenizing all texts would take too long, so only the longest are tokenized. A token of a text
+    has at least one byte, and the template is assumed to add at most half of a micro-batch: texts
+    with fewer bytes than the other half fit. A group that this check misses is refused when
+    training reaches it.
 
     Raises:
-        UserError: there is one. It is named.
+        UserError: a group does not fit; the message names its prompt.
     """
-    if min(spec.context, spec.longest or spec.context) <= micro_batch_tokens:
+    if min(spec.context, spec.max_group_tokens or spec.context) <= micro_batch_tokens:
         return
     dataset, groups = spec.dataset(storage), open_groups(spec, storage, model, settings)
     manifest = dataset.require("run")
-    checked = ("texts", dataset.path, manifest.contents, spec, micro_batch_tokens, model)
-    if checked in _passed:
+    identity = ("texts", dataset.path, manifest.contents, spec, micro_batch_tokens, model)
+    if identity in _passed:
         return
-    logger.info("%s: looking for texts that no micro-batch holds", dataset.path)
+    logger.info("%s: checking the longest texts against training.micro_batch_tokens", dataset.path)
     blocks = [block for block, count in enumerate(group_counts(spec, manifest.parts)) if count]
-    look = partial(groups.longest, at_least=micro_batch_tokens // 2, most=_TEXTS)
+    longest_of = partial(groups.longest, at_least=micro_batch_tokens // 2, limit=_LONGEST_TEXTS)
     threads = ThreadPoolExecutor(_READERS)
     try:
-        longest = heapq.nlargest(_TEXTS, chain.from_iterable(threads.map(look, blocks)))
+        longest = heapq.nlargest(_LONGEST_TEXTS, chain.from_iterable(threads.map(longest_of, blocks)))
     finally:
         threads.shutdown(cancel_futures=True)
     for group in groups.take(sorted(index for _, index in longest)):
         if group.tokens > micro_batch_tokens:
             raise UserError(
                 f"{group.name}: with its response it has {group.tokens:,} tokens, more than "
-                f"training.micro_batch_tokens={micro_batch_tokens:,} holds. Raise it, or set training.max_group_tokens to no more "
-                "than that: training.over_long says what becomes of longer ones."
+                f"training.micro_batch_tokens={micro_batch_tokens:,} holds; raise it, or set training.max_group_tokens "
+                "to at most that number, and training.over_long to drop or truncate"
             )
-    _passed.add(checked)
+    _passed.add(identity)
 
 
-def _check(
-    dataset: Dataset, spec: DataSpec, block: int, vocabulary: int, loss: Loss, model: str, micro_batch_tokens: int
-) -> _Found:
-    table, found = dataset.read_block(block), _Found()
-    where = f"{dataset.path}/{part_name(block)}"
-    for row, problem in _problems(table, vocabulary, loss, model):
-        found.problem = f"{where}: row {row} (counted from 0), prompt {table['prompt_id'][row]}: {problem}"
-        return found
-    if not table.num_rows:
-        return found
-    bound, sequence, starts = _group_tokens(table, spec)
-    limit = min(spec.longest or micro_batch_tokens, micro_batch_tokens)
-    rows = PairedRows(table, None, where)
-    for number in np.flatnonzero((bound > limit) | (sequence > spec.context)):  # exactly, where it may matter
-        (group,) = make_pairs([rows.rows(int(number))])
-        try:
-            fitted = fit(group, spec)
-        except UserError as error:
-            found.problem = str(error)
-            return found
-        tokens = 0 if fitted is None else fitted.tokens if spec.shares else fitted.tokens_apart
-        if tokens > found.longest:
-            found.longest, found.longest_row = tokens, f"{where}: row {int(starts[number])} (counted from 0)"
-    return found
+@dataclass(frozen=True)
+class _PairChecker:
+    """Check of the pairs of one block at a time, from several threads."""
+
+    dataset: Dataset
+    spec: DataSpec
+    loss: Loss
+    model: str
+    vocabulary: int
+    micro_batch_tokens: int
+
+    def check(self, block: int) -> _BlockCheck:
+        table = self.dataset.read_block(block)
+        part = f"{self.dataset.path}/{part_name(block)}"
+        for row, problem in self._bad_rows(table):
+            return _BlockCheck(f"{part}: row {row} (counted from 0), prompt {table['prompt_id'][row]}: {problem}")
+        return self._check_lengths(table, part)
+
+    def _check_lengths(self, table: pa.Table, part: str) -> _BlockCheck:
+        result = _BlockCheck()
+        if not table.num_rows:
+            return result
+        upper_bounds, sequences = _group_lengths(table, shares_prompts=self.spec.shares_prompts)
+        limit = min(self.spec.max_group_tokens or self.micro_batch_tokens, self.micro_batch_tokens)
+        rows = PairRows(table, None, part)
+        # Building groups is slow, so only groups that may be too long are counted exactly.
+        for number in np.flatnonzero((upper_bounds > limit) | (sequences > self.spec.context)):
+            (group,) = pair_groups([rows.rows(int(number))])
+            try:
+                fitted = fit(group, self.spec)
+            except UserError as error:
+                return _BlockCheck(str(error))
+            tokens = 0 if fitted is None else self.spec.tokens(fitted)
+            if tokens > result.longest_tokens:
+                row = f"{part}: row {int(rows.starts[number])} (counted from 0)"
+                result = _BlockCheck(longest_tokens=tokens, longest_row=row)
+        return result
+
+    def _bad_rows(self, table: pa.Table) -> Iterator[tuple[int, str]]:
+        """Yield (row, problem) for the first row with each kind of problem."""
+        for side in _SIDES:
+            empty = np.flatnonzero(_lengths(table, side) == 0)
+            if len(empty):
+                yield (
+                    int(empty[0]),
+                    f"{side} is empty, so nothing can be predicted; pair again with pairing.empty: drop",
+                )
+            column = table[side].combine_chunks()
+            outside = pc.or_(pc.less(column.values, 0), pc.greater_equal(column.values, self.vocabulary))
+            if pc.any(outside).as_py():
+                first = int(np.flatnonzero(outside.to_numpy(zero_copy_only=False))[0])
+                yield (
+                    int(pc.list_parent_indices(column)[first].as_py()),
+                    f"{side} holds token {column.values[first]}, but the vocabulary of {self.model} has "
+                    f"{self.vocabulary:,} tokens: the pairs were built with the tokenizer of another model; "
+                    "pair again for this student",
+                )
+        if self.loss.needs_scores:
+            for side in ("chosen_score", "rejected_score"):
+                for row, score in enumerate(table[side].to_pylist()):
+                    if score is None or not math.isfinite(score):
+                        yield (
+                            row,
+                            f"{side} is {score}, but the loss {self.loss.name} needs a finite score; "
+                            "set pairing.score or pairing.min_score_gap",
+                        )
 
 
-def _problems(table: pa.Table, vocabulary: int, loss: Loss, model: str) -> Iterator[tuple[int, str]]:
-    """(row, what is wrong) of the first row with each kind of problem."""
-    for side in _SIDES:
-        empty = np.flatnonzero(_lengths(table, side) == 0)
-        if len(empty):
-            yield int(empty[0]), f"{side} is empty: there is nothing to predict. Pair again with pairing.empty: drop."
-        column = table[side].combine_chunks()
-        outside = pc.or_(pc.less(column.values, 0), pc.greater_equal(column.values, vocabulary))
-        if pc.any(outside).as_py():
-            place = int(np.flatnonzero(outside.to_numpy(zero_copy_only=False))[0])
-            row = int(pc.list_parent_indices(column)[place].as_py())
-            yield (
-                row,
-                (
-                    f"{side} holds token {column.values[place]}, the vocabulary of {model} has {vocabulary:,}: these pairs were "
-                    "made with the tokenizer of another model. Pair again for this student."
-                ),
-            )
-    if loss.needs_scores:
-        for side in ("chosen_score", "rejected_score"):
-            scores = table[side].to_pylist()
-            for row, score in enumerate(scores):
-                if score is None or not math.isfinite(score):
-                    yield (
-                        row,
-                        f"{side} is {score}: the loss {loss.name} needs a finite score. Set pairing.score, or min_score_gap.",
-                    )
+def _group_lengths(table: pa.Table, *, shares_prompts: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return, for every group, an upper bound of its tokens and the tokens of its longest sequence.
 
-
-def _group_tokens(table: pa.Table, spec: DataSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every group: its tokens, equal responses counted each, its longest sequence, and the row where it begins."""
-    ids = np.asarray(table["prompt_id"].to_pylist(), dtype=object)
-    starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    The bound counts a response once for each pair that it is in.
+    """
+    starts = group_starts(table)
     prompt, chosen, rejected = (_lengths(table, side) for side in _SIDES)
-    sequence = np.maximum.reduceat(prompt + np.maximum(chosen, rejected), starts)
-    if spec.shares:
-        return prompt[starts] + np.add.reduceat(chosen + rejected - 2, starts), sequence, starts
-    return np.add.reduceat(2 * prompt + chosen + rejected - 2, starts), sequence, starts
+    sequences = np.maximum.reduceat(prompt + np.maximum(chosen, rejected), starts)
+    if shares_prompts:
+        return prompt[starts] + np.add.reduceat(chosen + rejected - 2, starts), sequences
+    return np.add.reduceat(2 * prompt + chosen + rejected - 2, starts), sequences
 
 
-def _lengths(table: pa.Table, column: str) -> Any:
-    return pc.list_value_length(table[column]).to_numpy()
+def _lengths(table: pa.Table, column: str) -> NDArray[np.int32]:
+    lengths: NDArray[np.int32] = pc.list_value_length(table[column]).to_numpy()
+    return lengths

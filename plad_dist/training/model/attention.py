@@ -1,6 +1,6 @@
-"""How a model attends: in which layouts of a row its log-likelihoods are exact, and the masks that it takes.
+"""Attention of a model: the layout of rows in which its log-likelihoods are exact, and its masks.
 
-Shapes: R rows, T tokens of a row.
+Shape suffixes: R rows, T tokens of a row. Masks are ``[R, 1, T, T]``, with queries before keys.
 """
 
 from __future__ import annotations
@@ -13,87 +13,101 @@ import torch
 from torch import Tensor
 
 from plad_dist.errors import UserError
-from plad_dist.training.batches.packing import Layout, MicroBatch
+from plad_dist.training.batches.micro_batch import Layout, MicroBatch
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
-# Models whose layers take a ready mask and place tokens by their position ids alone: a tree mask is exact.
-_BY_POSITION = (
+# Model types whose layers accept a complete mask and place tokens by their position ids alone. A
+# tree mask is exact for them.
+_TREE_FAMILIES = (
     "cohere", "gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "opt", "qwen2", "qwen3",
 )  # fmt: skip
-_FLEX_ROW_TOKENS = 2048  # a block mask skips what is masked, so long rows cost no attention
-_PIECE_TOKENS = 96  # for which a piece is worth calls of its own
-_FLEX_BLOCK = 128  # it masks blocks of so many places; rows of whole blocks need fewer compiled kernels
+_FLEX_ROW_TOKENS = 2048  # long rows cost no attention, because a block mask skips masked blocks
+_FLEX_MASK_BLOCK = 128  # side of the blocks of a block mask; rows of whole blocks need fewer compiled kernels
+_MIN_PIECE_TOKENS = 96  # average length from which attention calls for single pieces are faster than a dense mask
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What a model's attention needs.
+    """Requirements of a model's attention.
 
-    Attributes:
-        layout: in which its log-likelihoods are those of the sequences standing alone.
-        implementation: as transformers names it, None for its own choice.
-        window: tokens that layers with a sliding window see, None where no layer has one.
-        by_layer: the model takes one mask for each kind of layer.
-        ready: it takes a ready mask; otherwise it makes its own, of rows that hold one sequence each.
-        why: why responses do not share their prompt; None where they do.
+    Attributes: layout: layout in which the log-likelihoods equal those of separate sequences.
+        implementation: name of the implementation in transformers, None for its default. window:
+        tokens that a layer with a sliding window sees, None if no layer has one.
+        has_mask_per_layer_type: the model takes a dict with one mask for each type of layer.
+        takes_mask: the model takes a complete mask. Otherwise it builds its own mask, which is
+        right only for rows of one sequence. no_sharing_reason: reason for which responses do not
+        share their prompt; None if they do.
     """
 
     layout: Layout
     implementation: str | None
     window: int | None = None
-    by_layer: bool = False
-    ready: bool = True
-    why: str | None = None
+    has_mask_per_layer_type: bool = False
+    takes_mask: bool = True
+    no_sharing_reason: str | None = None
 
 
-def attention_of(config: Any, longest: int | None, wanted: Literal["auto", "sdpa", "flex"] = "auto") -> Attention:
-    """How a model with a transformers config attends.
+def attention_of(
+    config: Any, max_group_tokens: int | None, implementation: Literal["auto", "sdpa", "flex"] = "auto"
+) -> Attention:
+    """Return the attention requirements of a model with a transformers config.
 
     Args:
-        longest: most tokens of a group, None for any.
-        wanted: implementation; auto is flex on a CUDA device and SDPA piece by piece elsewhere.
+        max_group_tokens: most tokens that the model may compute for a group, None for no limit.
+        implementation: `auto` is FlexAttention on a CUDA device, otherwise SDPA piece by piece.
     """
     family = config.model_type
     if family == "gpt_neo":
-        return _gpt_neo(config, longest)
-    if family not in _BY_POSITION:
-        layout = Layout(shares=False, packs=False)
-        return Attention(layout, None, ready=False, why=f"the masks of {family} models are their own")
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds <= {"full_attention", "sliding_attention"}:
-        layout = Layout(shares=False, packs=False)
-        return Attention(
-            layout, None, ready=False, why=f"its layers attend in their own ways: {', '.join(sorted(kinds))}"
-        )
+        return _gpt_neo_attention(config, max_group_tokens)
+    if family not in _TREE_FAMILIES:
+        return _separate_sequences(f"{family} models build their own masks")
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if not layer_types <= {"full_attention", "sliding_attention"}:
+        return _separate_sequences(f"unknown types of layers: {', '.join(sorted(layer_types))}")
     window = getattr(config, "sliding_window", None)
-    if kinds and "sliding_attention" not in kinds:
+    if layer_types and "sliding_attention" not in layer_types:
         window = None
-    flex = wanted == "flex" or (wanted == "auto" and torch.cuda.is_available())
-    softcap = getattr(config, "attn_logit_softcapping", None) is not None
-    piecewise = not flex and not softcap and wanted == "auto"
-    implementation = FLEX_ATTENTION if flex else "eager" if softcap else TREE_ATTENTION if piecewise else "sdpa"
-    layout = (
-        Layout(row_tokens=_FLEX_ROW_TOKENS, multiple=_FLEX_BLOCK)
-        if flex
-        else Layout(piecewise=_PIECE_TOKENS if piecewise else None)
-    )
-    return Attention(layout, implementation, window=window, by_layer=bool(kinds))
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    if implementation == "flex" or (implementation == "auto" and torch.cuda.is_available()):
+        name, layout = FLEX_ATTENTION, Layout(row_tokens=_FLEX_ROW_TOKENS, row_multiple=_FLEX_MASK_BLOCK)
+    elif has_softcap:
+        name, layout = "eager", Layout()
+    elif implementation == "auto":
+        name, layout = TREE_ATTENTION, Layout(min_piece_tokens=_MIN_PIECE_TOKENS)
+    else:
+        name, layout = "sdpa", Layout()
+    return Attention(layout, name, window=window, has_mask_per_layer_type=bool(layer_types))
 
 
-def _gpt_neo(config: Any, longest: int | None) -> Attention:
-    """Its local layers count the window in places of the row, not in positions: a branch would lose its prompt."""
-    local = "local" in config.attention_layers
-    if local and (longest is None or longest > config.window_size):
-        layout = Layout(shares=False, longest_row=config.max_position_embeddings)
-        why = (
-            f"its local layers see {config.window_size} places of a row; training.max_group_tokens allows longer groups"
+def _separate_sequences(reason: str) -> Attention:
+    layout = Layout(shares_prompts=False, packs_rows=False)
+    return Attention(layout, None, takes_mask=False, no_sharing_reason=reason)
+
+
+def _gpt_neo_attention(config: Any, max_group_tokens: int | None) -> Attention:
+    """Return the attention of GPT-Neo.
+
+    Its local layers count their window in indices of the row, not in positions. In a row longer
+    than the window, a response would lose a part of its prompt.
+    """
+    has_local_layers = "local" in config.attention_layers
+    if has_local_layers and (max_group_tokens is None or max_group_tokens > config.window_size):
+        layout = Layout(shares_prompts=False, max_row_tokens=config.max_position_embeddings)
+        reason = (
+            f"local layers see {config.window_size} tokens of a row, but training.max_group_tokens allows longer groups"
         )
-        return Attention(layout, "eager", why=why)
-    return Attention(Layout(longest_row=config.window_size if local else config.max_position_embeddings), "eager")
+        return Attention(layout, "eager", no_sharing_reason=reason)
+    row_limit = config.window_size if has_local_layers else config.max_position_embeddings
+    return Attention(Layout(max_row_tokens=row_limit), "eager")
 
 
 def check_rope(config: Any, context: int, key: str) -> None:
-    """Raise :class:`UserError` where a sequence's positions would depend on what else is in the batch."""
+    """Raise :class:`UserError` if the rotary embedding of a sequence would depend on its batch.
+
+    Args:
+        context: most tokens of a sequence.
+        key: config section of the model, for the message.
+    """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     kind = rope.get("rope_type") or rope.get("type")
@@ -103,75 +117,84 @@ def check_rope(config: Any, context: int, key: str) -> None:
     original = original or text.max_position_embeddings
     if context > original:
         raise UserError(
-            f"{key}: its rotary embedding ({kind}) changes with the longest sequence of a batch, so that a sequence's "
-            f"likelihood would depend on its neighbours. Set {key}.max_length to at most {original}."
+            f"{key}: the rotary embedding ({kind}) changes with the longest sequence of a batch, so the likelihood of "
+            f"a sequence would depend on the rest of its batch; set {key}.max_length to at most {original}"
         )
 
 
-def masks_of(batch: MicroBatch, attention: Attention, dtype: torch.dtype) -> Any:
-    """The `attention_mask` for a model's base: a mask, one for each kind of layer, or None.
+def attention_masks(batch: MicroBatch, attention: Attention, dtype: torch.dtype) -> Any:
+    """Return the `attention_mask` of a base model: a mask, a dict of masks by layer type, or None.
 
     Args:
-        dtype: of the hidden states.
+        dtype: dtype of the hidden states.
     """
-    if not attention.ready:
+    if not attention.takes_mask:
         return None
-    make: Callable[[MicroBatch, int | None], Any]
+    build: Callable[[MicroBatch, int | None], Any]
     if attention.implementation == FLEX_ATTENTION:
-        make = _block_mask
+        build = _block_mask
     elif batch.pieces:
-        make = TreeMask
+        build = TreeMask
     else:
-        make = _additive(dtype) if attention.implementation == "eager" else _dense_mask
-    if not attention.by_layer:
-        return make(batch, attention.window)
-    masks = {"full_attention": make(batch, None)}
+        build = _additive_mask_builder(dtype) if attention.implementation == "eager" else _dense_mask
+    if not attention.has_mask_per_layer_type:
+        return build(batch, attention.window)
+    masks = {"full_attention": build(batch, None)}
     if attention.window is not None:
-        masks["sliding_attention"] = make(batch, attention.window)
+        masks["sliding_attention"] = build(batch, attention.window)
     return masks
 
 
 def _dense_mask(batch: MicroBatch, window: int | None) -> Tensor:
-    """Which place sees which: boolean ``[R, 1, T, T]``, True where attention is allowed."""
-    places = torch.arange(batch.input_ids_RT.shape[1], device=batch.input_ids_RT.device)
-    rows = torch.arange(batch.input_ids_RT.shape[0], device=batch.input_ids_RT.device)
-    return _sees(batch, window)(rows[:, None, None], 0, places[None, :, None], places[None, None, :])[:, None]
+    """Return the boolean mask ``[R, 1, T, T]``, True where a query sees a key."""
+    rows, tokens = batch.input_ids_RT.shape
+    row = torch.arange(rows, device=batch.input_ids_RT.device)[:, None, None]
+    index = torch.arange(tokens, device=batch.input_ids_RT.device)
+    return _tree_rule(batch, window)(row, 0, index[None, :, None], index[None, None, :])[:, None]
 
 
-def _additive(dtype: torch.dtype) -> Any:
-    """The mask as eager implementations add it to their scores."""
+def _additive_mask_builder(dtype: torch.dtype) -> Callable[[MicroBatch, int | None], Tensor]:
+    """Return a builder of masks that eager implementations add to their scores."""
 
-    def make(batch: MicroBatch, window: int | None) -> Tensor:
-        allowed = _dense_mask(batch, window)
-        return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+    def additive_mask(batch: MicroBatch, window: int | None) -> Tensor:
+        is_visible = _dense_mask(batch, window)
+        return torch.zeros_like(is_visible, dtype=dtype).masked_fill_(~is_visible, torch.finfo(dtype).min)
 
-    return make
+    return additive_mask
 
 
 def _block_mask(batch: MicroBatch, window: int | None) -> Any:
-    """The mask for FlexAttention, which skips blocks of 128 by 128 places that are masked throughout."""
+    """Return the block mask for FlexAttention.
+
+    The mask has blocks of 128 queries by 128 keys. The kernel skips a block in which no query sees
+    a key. It computes the other blocks in tiles of 64 by 64, which
+    :mod:`~plad_dist.training.model.tree_attention` sets.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    rows, places = batch.input_ids_RT.shape
+    rows, tokens = batch.input_ids_RT.shape
     return create_block_mask(
-        _sees(batch, window), B=rows, H=None, Q_LEN=places, KV_LEN=places, device=batch.input_ids_RT.device.type
+        _tree_rule(batch, window), B=rows, H=None, Q_LEN=tokens, KV_LEN=tokens, device=batch.input_ids_RT.device.type
     )
 
 
-def _sees(batch: MicroBatch, window: int | None) -> Any:
-    """The rule of the tree mask, in the form that FlexAttention takes: (row, head, query, key) to allowed or not.
+def _tree_rule(batch: MicroBatch, window: int | None) -> Any:
+    """Return the rule of the tree mask as a function of row, head, query and key.
 
-    What it reads depends on the query alone, so that a kernel reads it once for a block of keys.
+    The function returns True if the query sees the key. FlexAttention takes it in this form. All that
+    it reads depends on the query, so a kernel reads it once for a block of keys.
     """
-    begins, ends, branches = batch.begins_RT, batch.ends_RT, batch.branches_RT
+    prompt_starts, prompt_ends, branch_starts = batch.prompt_starts_RT, batch.prompt_ends_RT, batch.branch_starts_RT
 
     def sees(row: Any, head: Any, query: Any, key: Any) -> Any:
-        begin, end, branch = begins[row, query], ends[row, query], branches[row, query]
-        own = (key >= branch) & (key <= query)
-        prompt = (key >= begin) & (key < end)
-        if window is not None:  # in a branch, positions go on where the prompt ended
-            own = own & (query - key < window)
-            prompt = prompt & (query - branch + end - key < window)
-        return own | prompt
+        prompt_start, prompt_end = prompt_starts[row, query], prompt_ends[row, query]
+        branch_start = branch_starts[row, query]
+        in_branch = (key >= branch_start) & (key <= query)
+        in_prompt = (key >= prompt_start) & (key < prompt_end)
+        if window is not None:
+            # In positions, a branch starts where the prompt ends.
+            in_branch = in_branch & (query - key < window)
+            in_prompt = in_prompt & (query - branch_start + prompt_end - key < window)
+        return in_branch | in_prompt
 
     return sees

@@ -1,4 +1,4 @@
-"""DeepSpeed configs by name or path."""
+"""DeepSpeed configs by name or path, and checks of their keys."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from plad_dist.config import Training
 from plad_dist.errors import UserError
 from plad_dist.resources import resource
 
-# What the run's own config decides, and by which key.
-_OURS = {
+# Keys that the run's config decides, with the config key of each.
+_RUN_KEYS = {
     "train_batch_size": "training.<phase>.batch_groups",
     "train_micro_batch_size_per_gpu": "training.micro_batch_tokens",
     "gradient_accumulation_steps": "training.<phase>.batch_groups and micro_batch_tokens",
@@ -26,10 +26,10 @@ _OURS = {
 
 
 def load_deepspeed(name: str) -> dict[str, Any]:
-    """A DeepSpeed config by name in ds_configs/ or by path.
+    """Load a DeepSpeed config by its name in ds_configs/ or by its path.
 
-    Raises:
-        UserError: it is no JSON, not ZeRO stage 2 or 3, offloads to NVMe, or sets what the run's config sets.
+    Raises: UserError: the file is missing or not JSON, is not of ZeRO stage 2 or 3, offloads to
+        NVMe, or sets a key that the run's config decides.
     """
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:
@@ -37,46 +37,49 @@ def load_deepspeed(name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = ", ".join(sorted(item.stem for item in path.parent.glob("*.json")))
-        raise UserError(f"training.deepspeed: {name!r}: no such file {path}; known by name: {known}") from None
+        names = ", ".join(sorted(item.stem for item in path.parent.glob("*.json")))
+        raise UserError(f"training.deepspeed: {name!r}: no such file {path}; available by name: {names}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"training.deepspeed: {path}: not valid JSON: {error}") from None
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
         raise UserError(f"training.deepspeed: {path}: expected zero_optimization.stage 2 or 3")
-    for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device") == "nvme":
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
             raise UserError(
-                f"training.deepspeed: {path}: zero_optimization.{name}.device: nvme: what lies there is in no checkpoint; set cpu"
+                f"training.deepspeed: {path}: zero_optimization.{key}.device: nvme: checkpoints do not contain states "
+                "on NVMe; set cpu"
             )
-    for key, ours in _OURS.items():
+    for key, run_key in _RUN_KEYS.items():
         if key in config:
-            raise UserError(f"training.deepspeed: {path}: {key}: is set by the run's {ours}; remove one of the two")
+            raise UserError(
+                f"training.deepspeed: {path}: {key}: is decided by {run_key} of the run's config; remove it"
+            )
     return config
 
 
 def is_offloaded(config: dict[str, Any]) -> bool:
-    """Whether the optimizer is on the CPU, where DeepSpeed has one AdamW of its own."""
+    """Return True if the optimizer is on the CPU, where DeepSpeed uses an AdamW of its own."""
     offload = config["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
 
 
 def check_optimizers(name: str, training: Training) -> None:
-    """Raise :class:`UserError` for phases whose optimizer cannot be offloaded as the DeepSpeed config wants it."""
+    """Raise :class:`UserError` if the DeepSpeed config offloads an optimizer that cannot be."""
     if not is_offloaded(load_deepspeed(name)):
         return
     for phase in ("teacher", "warmup", "round", "seqkd"):
         section = getattr(training, phase)
         if section is not None and section.optimizer.name == "adamw_8bit":
             raise UserError(
-                f"training.{phase}.optimizer.name: adamw_8bit: DeepSpeed offloads no such optimizer to the CPU "
+                f"training.{phase}.optimizer.name: adamw_8bit: DeepSpeed cannot offload this optimizer to the CPU "
                 f"(training.deepspeed: {name}); set adamw, or another DeepSpeed config"
             )
 
 
 def check_deepspeed(name: str) -> None:
-    """Raise :class:`UserError` for keys of `zero_optimization` that the installed DeepSpeed does not take."""
-    # Importing it warns of having no GPU, which a driver needs not.
+    """Raise :class:`UserError` if the installed DeepSpeed rejects `zero_optimization`."""
+    # The import warns if there is no GPU, and a driver needs none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -86,5 +89,5 @@ def check_deepspeed(name: str) -> None:
     except ValidationError as error:
         lines = [f"zero_optimization.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise UserError(
-            f"training.deepspeed: {name}: not as the installed DeepSpeed takes it:\n  " + "\n  ".join(lines)
+            f"training.deepspeed: {name}: rejected by the installed DeepSpeed:\n  " + "\n  ".join(lines)
         ) from None

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a phase: the model, partitioned while it loads, and its optimizer."""
+"""DeepSpeed engine of a phase: the model, partitioned while it loads, and its optimizer."""
 
 from __future__ import annotations
 
@@ -15,35 +15,52 @@ from plad_dist.config import Lora, Optimizer
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import UserError
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.attention import Attention, attention_of
 from plad_dist.training.model.deepspeed_config import is_offloaded
-from plad_dist.training.model.policy import Policy, without_dropout
+from plad_dist.training.model.policy import Policy, disable_dropout
 from plad_dist.training.model.probe import check_family
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
 
 def build_engine(job: PhaseJob, device: torch.device) -> Any:
-    """The engine over a :class:`Policy`. Under ZeRO-3 no rank ever holds the whole model."""
-    import deepspeed
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
+    """Return a DeepSpeed engine around a :class:`Policy`.
 
-    model_config = without_dropout(load_model_config(job.start, job.settings))
-    attention = attention_of(model_config, job.longest, job.attention)
-    if not attention.ready:
+    Under ZeRO-3, the parameters are partitioned while they load, so no rank ever holds the whole
+    model.
+
+    Raises:
+        UserError: the model family, the attention implementation or the adapters are not supported.
+    """
+    import deepspeed
+
+    model_config = disable_dropout(load_model_config(job.start, job.settings))
+    attention = attention_of(model_config, job.max_group_tokens, job.attention)
+    if not attention.takes_mask:
         check_family(model_config, attention)
     if attention.implementation == FLEX_ATTENTION and device.type != "cuda":
         raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
-    half = job.dtype == "bfloat16"
     optimizer = job.phase.optimizer
-    config = engine_config(job.deepspeed, optimizer, dist.get_world_size(), half=half)
-    partition_at_load = HfDeepSpeedConfig(config)
+    config = engine_config(job.deepspeed, optimizer, dist.get_world_size(), half=job.dtype == "bfloat16")
+    policy = Policy(_load_model(job, model_config, attention, config), attention)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    client_optimizer = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
+    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=trained, optimizer=client_optimizer)
+    for parameters in engine.optimizer.param_groups:
+        parameters["initial_lr"] = parameters["lr"]
+    return engine
+
+
+def _load_model(job: PhaseJob, model_config: Any, attention: Attention, deepspeed: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    partition_at_load = HfDeepSpeedConfig(deepspeed)  # transformers looks for it while it loads a model
     model = AutoModelForCausalLM.from_pretrained(
         job.start,
         config=model_config,
         revision=job.settings.revision,
         trust_remote_code=job.settings.trust_remote_code,
-        dtype=torch.bfloat16 if half else torch.float32,
+        dtype=torch.bfloat16 if job.dtype == "bfloat16" else torch.float32,
         attn_implementation=attention.implementation,
     )
     del partition_at_load
@@ -51,28 +68,26 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     if job.lora is not None:
         add_adapters(model, job.lora, job.seed)
     if job.gradient_checkpointing or job.lora is not None:
-        model.enable_input_require_grads()  # or the first layer would be let go before its own backward
+        model.enable_input_require_grads()  # otherwise ZeRO-3 would release the first layer before its backward
     if job.gradient_checkpointing:
-        # Reentrant: right whether or not a layer's hooks run again when it is computed again, which differs by transformers' version.
+        # Reentrant checkpointing is right whether or not a layer's hooks run again when the layer
+        # is recomputed, which differs between versions of transformers.
         model.gradient_checkpointing_enable({"use_reentrant": True})
-    whole_layers(model)
-    policy = Policy(model, attention)
-    learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    given = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
-    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=learning, optimizer=given)
-    for parameters in engine.optimizer.param_groups:
-        parameters["initial_lr"] = parameters["lr"]
-    return engine
+    gather_whole_layers(model)
+    return model
 
 
-def whole_layers(model: Any) -> None:
-    """Let ZeRO-3 fetch and let go a decoder layer as one: fewer and larger gathers, and no hooks in Python around each of its parts."""
+def gather_whole_layers(model: Any) -> None:
+    """Make ZeRO-3 fetch and release each decoder layer as a whole.
+
+    This needs fewer and larger gathers, and no Python hooks around the parts of a layer.
+    """
     from deepspeed.utils import set_z3_leaf_modules
 
     names = [type(module).__name__ for module in model.modules()]
-    kinds = sorted(set(getattr(model, "_no_split_modules", None) or ()) & set(names))
-    if kinds:
-        set_z3_leaf_modules(model, kinds)
+    layer_names = sorted(set(getattr(model, "_no_split_modules", None) or ()) & set(names))
+    if layer_names:
+        set_z3_leaf_modules(model, layer_names)
 
 
 def release(engine: Any) -> None:
@@ -93,12 +108,17 @@ def release(engine: Any) -> None:
 
 
 def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int, *, half: bool) -> dict[str, Any]:
-    """A DeepSpeed config completed with what the run's config decides."""
+    """Return a DeepSpeed config completed with the settings of the run's config.
+
+    Args:
+        workers: number of ranks, which the second partition (hpZ) must divide.
+        half: train in bfloat16.
+    """
     zero = dict(deepspeed["zero_optimization"])
     clip_norm = optimizer.clip_norm
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
-        clip_norm = 0.0  # DeepSpeed would clip the orthogonalised updates, whose norm is the root of their ranks
+        clip_norm = 0.0  # DeepSpeed would clip the orthogonalised updates, whose norm is the square root of their rank
     if "zero_hpz_partition_size" in zero:
         zero["zero_hpz_partition_size"] = math.gcd(int(zero["zero_hpz_partition_size"]), workers)
     return deepspeed | {
@@ -114,7 +134,10 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int,
 
 
 def eight_bit_adamw(optimizer: Optimizer) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
-    """AdamW whose states are quantised block by block (Dettmers et al. 2022, arXiv 2110.02861); it is made of the parameters."""
+    """Return a constructor of AdamW with 8-bit states, which DeepSpeed calls with the parameters.
+
+    The states are quantised block by block. Source: Dettmers et al. 2022, arXiv 2110.02861.
+    """
     from bitsandbytes.optim import AdamW8bit
 
     return partial(
@@ -123,24 +146,28 @@ def eight_bit_adamw(optimizer: Optimizer) -> Callable[[list[torch.nn.Parameter]]
 
 
 def _optimizer_keys(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:
-    """What DeepSpeed is told of an optimizer. An offloaded AdamW is DeepSpeed's own for CPUs, else it is PyTorch's, which need not be
-    compiled; that of 8 bits is given to it.
+    """Return the DeepSpeed keys of an optimizer.
+
+    An offloaded AdamW is DeepSpeed's for CPUs. Otherwise AdamW is PyTorch's, which needs no
+    compilation. The 8-bit AdamW is passed to DeepSpeed as an object (:func:`eight_bit_adamw`).
     """
     if optimizer.name == "adamw_8bit":
         return {"zero_allow_untested_optimizer": True}
     adam = {"betas": list(optimizer.betas), "eps": optimizer.eps, "weight_decay": optimizer.weight_decay}
-    own = {} if offloaded else {"torch_adam": True}
+    adam |= {} if offloaded else {"torch_adam": True}
     if optimizer.name == "muon":
         rates = {"muon_lr": optimizer.lr, "adam_lr": optimizer.adam_lr or optimizer.lr}
-        return {"optimizer": {"type": "Muon", "params": adam | rates | own}}
-    return {"optimizer": {"type": "AdamW", "params": adam | {"lr": optimizer.lr} | own}}
+        return {"optimizer": {"type": "Muon", "params": adam | rates}}
+    return {"optimizer": {"type": "AdamW", "params": adam | {"lr": optimizer.lr}}}
 
 
 def add_adapters(model: Any, lora: Lora, seed: int) -> None:
-    """Put low-rank adapters into a model, in place, and freeze all else. They start the same on every rank.
+    """Add low-rank adapters to a model in place, and freeze all other parameters.
+
+    The adapters start with the same weights on every rank.
 
     Raises:
-        UserError: a target is no linear layer of the model, or its output layer.
+        UserError: a target is not a linear layer of the model, or is its output layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -151,8 +178,8 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     targets = sorted(linear) if lora.target_modules == "all-linear" else lora.target_modules
     if not targets or not set(targets) <= linear:
         raise UserError(
-            f"training.lora.target_modules: {', '.join(sorted(set(targets) - linear)) or 'none'}: expected names of linear layers "
-            f"of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
+            f"training.lora.target_modules: {', '.join(sorted(set(targets) - linear)) or 'none'}: expected names of "
+            f"linear layers of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
         )
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
     inject_adapter_in_model(config, model)

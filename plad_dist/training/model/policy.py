@@ -1,4 +1,8 @@
-"""The student as the trainer sees it: micro-batches in, sequence log-likelihoods out."""
+"""The trained model as the trainer calls it: from micro-batches to sequence log-likelihoods.
+
+Shape suffixes: R rows, T tokens of a row, H hidden, N predicted tokens, S responses, L tokens of
+the longest response.
+"""
 
 from __future__ import annotations
 
@@ -6,52 +10,56 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from plad_dist.training.batches.packing import MicroBatch
-from plad_dist.training.model.attention import Attention, masks_of
+from plad_dist.training.batches.micro_batch import MicroBatch
+from plad_dist.training.model.attention import Attention, attention_masks
 from plad_dist.training.model.logprobs import LogprobHead
 
 
 class Policy(nn.Module):
-    """A transformers causal language model whose output layer gives log-probabilities of targets.
+    """A causal language model of transformers with a :class:`LogprobHead` as its output layer.
 
     Args:
-        attention: how the model attends; the micro-batches must be in its layout.
+        attention: requirements of the model's attention; micro-batches must have its layout.
     """
 
     def __init__(self, model: Any, attention: Attention) -> None:
         super().__init__()
         self.model, self.attention = model, attention
-        head = LogprobHead(model.get_output_embeddings(), *logit_shape(model.config))
+        head = LogprobHead(model.get_output_embeddings(), *logit_scaling(model.config))
         self.model.set_output_embeddings(head)
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Sequence log-likelihoods ``logps_S`` of every response, in float32."""
+        """Return the sequence log-likelihoods ``logps_S`` of all responses, in float32."""
         head = self.model.get_output_embeddings()
         inputs: dict[str, Any] = {"input_ids": batch.input_ids_RT, "use_cache": False}
-        if self.attention.ready:
+        if self.attention.takes_mask:
             inputs |= {
                 "position_ids": batch.position_ids_RT,
-                "attention_mask": masks_of(batch, self.attention, head.dtype),
+                "attention_mask": attention_masks(batch, self.attention, head.dtype),
             }
         hidden_RTH = self.model.base_model(**inputs).last_hidden_state
         hidden_NH = hidden_RTH.flatten(0, 1)[batch.predictors_N]
         logps_N = head(hidden_NH, batch.targets_N)
-        # A place for each: scattered sums are added up in another order every time on a GPU.
-        padded_SL = logps_N.new_zeros(len(batch.lengths_S), batch.longest)
-        return padded_SL.index_put((batch.responses_N, batch.places_N), logps_N).sum(1)
+        # Padded and then summed, because a scattered sum on a GPU adds in a different order every
+        # time.
+        logps_SL = logps_N.new_zeros(len(batch.lengths_S), batch.longest_response)
+        return logps_SL.index_put((batch.responses_N, batch.offsets_N), logps_N).sum(1)
 
 
-def logit_shape(config: Any) -> tuple[float, float | None]:
-    """The factor on a model's logits, and the bound that a tanh holds them under (None for none)."""
+def logit_scaling(config: Any) -> tuple[float, float | None]:
+    """Return the factor on a model's logits, and the soft cap of its logits (None for none)."""
     config = config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
-    if scaling := getattr(config, "logits_scaling", None):
-        scale /= float(scaling)
+    if divisor := getattr(config, "logits_scaling", None):
+        scale /= float(divisor)
     return scale, getattr(config, "final_logit_softcapping", None)
 
 
-def without_dropout(config: Any) -> Any:
-    """The config with every dropout at 0: a step must be the same at any number of workers and after a resume."""
+def disable_dropout(config: Any) -> Any:
+    """Set every dropout of a transformers config to 0, in place, and return the config.
+
+    With dropout, a step would differ with the number of workers and after a resume.
+    """
     for name in vars(config):
         if "dropout" in name or name.endswith("pdrop") or name == "layerdrop":
             setattr(config, name, 0.0)

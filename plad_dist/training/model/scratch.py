@@ -1,4 +1,4 @@
-"""New models: a byte-pair tokenizer trained on the prompts, and random weights."""
+"""Scratch models: a byte-pair tokenizer trained on the prompts, and random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 def make_model(
     scratch: ScratchModel, prompts: Dataset | pa.Table, input_fingerprint: str, seed: int, folder: Path
 ) -> None:
-    """Write an untrained model with its tokenizer, unless it is there. Raises :class:`UserError` for a bad architecture."""
+    """Write a random model with its tokenizer, unless the folder already holds it.
+
+    Args:
+        prompts: prompts whose texts train the tokenizer.
+        input_fingerprint: fingerprint of the prompts.
+
+    Raises:
+        UserError: transformers cannot build the architecture.
+    """
     identity = fingerprint(
         "scratch model", scratch=scratch.model_dump(mode="json"), prompts=input_fingerprint, seed=seed
     )
@@ -37,7 +45,10 @@ def make_model(
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """A byte-level byte-pair tokenizer. Words at the start of a text are split as within it."""
+    """Return a byte-level byte-pair tokenizer trained on texts.
+
+    A word at the start of a text has the same tokens as within it.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -57,30 +68,38 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
-    """A causal language model with random weights. Raises :class:`UserError` for a bad architecture."""
+    """Return a causal language model with random weights.
+
+    Raises:
+        UserError: transformers cannot build the architecture.
+    """
     import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    special = {
+    vocabulary = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(seed)
-    return _model(scratch, special)
+    return _build(scratch, vocabulary)
 
 
 def check_architecture(scratch: ScratchModel) -> Any:
-    """The transformers config of a new model. Raises :class:`UserError` where it cannot be made; no memory is taken."""
+    """Return the transformers config of a scratch model, built without memory for its weights.
+
+    Raises:
+        UserError: transformers cannot build the architecture.
+    """
     import torch
 
     with torch.device("meta"):
-        return _model(scratch, {"vocab_size": scratch.vocab_size}).config
+        return _build(scratch, {"vocab_size": scratch.vocab_size}).config
 
 
-def _model(scratch: ScratchModel, special: dict[str, int]) -> Any:
+def _build(scratch: ScratchModel, vocabulary: dict[str, int]) -> Any:
     import torch
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -91,15 +110,16 @@ def _model(scratch: ScratchModel, special: dict[str, int]) -> Any:
         hint = f"; did you mean `{close[0]}`?" if close else ""
         raise UserError(f"scratch.architecture.model_type: transformers has no {model_type!r}{hint}")
     try:
-        config = AutoConfig.for_model(model_type, **arguments, **special)
+        config = AutoConfig.for_model(model_type, **arguments, **vocabulary)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # noqa: BLE001 - whatever a config class makes of bad arguments
+    except Exception as error:  # noqa: BLE001 - config classes raise any type of exception for bad arguments
         raise UserError(
-            f"scratch.architecture: transformers cannot make this {model_type} model: {first_line(error)}"
+            f"scratch.architecture: transformers cannot build this {model_type} model: {first_line(error)}"
         ) from None
 
 
 def _texts(prompts: Dataset | pa.Table) -> Iterator[str]:
+    """Yield the contents of all messages and the references."""
     tables = [prompts] if isinstance(prompts, pa.Table) else prompts.blocks()
     for table in tables:
         for batch in table.select(["messages", "reference"]).to_batches(max_chunksize=1024):

@@ -1,11 +1,12 @@
-"""Attention over the tree mask: with FlexAttention on a GPU, elsewhere piece by piece with SDPA.
+"""Attention under the tree mask: FlexAttention on a GPU, SDPA piece by piece elsewhere.
 
-FlexAttention skips blocks of 128 by 128 places that are masked throughout.
+FlexAttention skips the masked blocks of a block mask.
 
-Piece by piece, nothing masked and no padding is computed. All groups lie in one row. Of each, the prompt attends causally to itself, and its responses to the prompt and themselves. A dense
-mask over rows as wide as the longest group would cost a multiple of that.
+Piece by piece, nothing masked and no padding is computed. All pieces are in one row. The prompt of
+a piece attends causally to itself. Its responses attend to the prompt and to themselves. A dense
+mask over rows as wide as the longest piece would cost a multiple of that.
 
-Shapes: H heads, T tokens of the row, D of a head.
+Shapes: H heads, T tokens of the row, D head dimension.
 """
 
 from __future__ import annotations
@@ -20,30 +21,34 @@ from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from plad_dist.training.batches.packing import MicroBatch
+from plad_dist.training.batches.micro_batch import MicroBatch
 
 TREE_ATTENTION, FLEX_ATTENTION = "plad_tree", "plad_flex"
-# Half of what FlexAttention takes by itself: under a mask that is evaluated, larger ones spill registers (on an H200, a forward of
-# 10 rows of 1,792 tokens, 32 heads of 64 and 4 key-value heads: 0.27 ms and 0.92 ms).
-_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64}
-_WIDEST_HEAD = 128  # with them; FlexAttention's own choice for wider heads is no larger
+# Tiles of the kernel, which subdivide the blocks of 128 by 128 of a block mask. FlexAttention's own
+# choice has twice the side and spills registers while it evaluates a mask. On an H200, a forward
+# pass of 10 rows of 1,792 tokens, 32 heads of dimension 64 and 4 key-value heads takes 0.27 ms with
+# these tiles, and 0.92 ms with FlexAttention's.
+_KERNEL_TILES = {"BLOCK_M": 64, "BLOCK_N": 64}
+_MAX_TILED_HEAD = 128  # head dimension; for wider heads, FlexAttention's own tiles are no larger than these
 
 
 class TreeMask(BlockMask):
-    """The pieces of a micro-batch's row, in the place of a mask. Models hand it on untouched, as they do FlexAttention's.
+    """Pieces of a micro-batch's row, passed to the model in place of a mask.
+
+    It is a BlockMask because models pass masks of that class to the attention unchanged.
 
     Args:
-        window: tokens that a token sees, itself included, None for all before it.
+        window: tokens that a token sees, itself included; None for all before it.
 
-    Attributes:
-        pieces: tokens of the prompt and of the whole piece, and the masks of the two calls; None where it is causal.
+    Attributes: pieces: for each piece, the tokens of the prompt, the tokens of the whole piece, the
+        mask of the prompt (None if it is causal), and the mask of the responses.
     """
 
     def __init__(self, batch: MicroBatch, window: int | None) -> None:
         self._width = batch.input_ids_RT.shape[1]
         self.pieces = [
-            (prompt, prompt + sum(inner), _prompt_mask(prompt, window), _responses_mask(prompt, inner, window))
-            for prompt, inner in batch.pieces
+            (prompt, prompt + sum(responses), _prompt_mask(prompt, window), _responses_mask(prompt, responses, window))
+            for prompt, responses in batch.pieces
         ]
 
     @property
@@ -58,17 +63,21 @@ def _prompt_mask(prompt: int, window: int | None) -> Tensor | None:
     return causal.triu_(1 - window)
 
 
-def _responses_mask(prompt: int, inner: tuple[int, ...], window: int | None) -> Tensor:
-    """Which tokens of the piece the responses' tokens see: the prompt, and what is before them in their own response."""
-    mask = torch.zeros(sum(inner), prompt + sum(inner), dtype=torch.bool)
-    at = 0
-    for length in inner:
-        sees = torch.ones(length, prompt + length, dtype=torch.bool).tril_(prompt)
+def _responses_mask(prompt: int, responses: tuple[int, ...], window: int | None) -> Tensor:
+    """Return the mask from the tokens of all responses to the tokens of the piece.
+
+    A token of a response sees the prompt and the tokens up to itself in its own response.
+    """
+    mask = torch.zeros(sum(responses), prompt + sum(responses), dtype=torch.bool)
+    start = 0
+    for length in responses:
+        end = start + length
+        is_visible = torch.ones(length, prompt + length, dtype=torch.bool).tril_(prompt)
         if window is not None:
-            sees.triu_(prompt + 1 - window)
-        mask[at : at + length, :prompt] = sees[:, :prompt]
-        mask[at : at + length, prompt + at : prompt + at + length] = sees[:, prompt:]
-        at += length
+            is_visible.triu_(prompt + 1 - window)
+        mask[start:end, :prompt] = is_visible[:, :prompt]
+        mask[start:end, prompt + start : prompt + end] = is_visible[:, prompt:]
+        start = end
     return mask
 
 
@@ -80,47 +89,57 @@ def tree_attention(
     attention_mask: TreeMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    **rest: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of ``[1, H, T, D]`` as transformers calls it; an ordinary mask goes to its SDPA.
+    """Compute attention piece by piece, as transformers calls attention functions.
 
-    Returns ``[1, T, H, D]``.
+    A mask other than a :class:`TreeMask` goes to transformers' SDPA attention.
+
+    Args:
+        query: ``[1, H, T, D]``; `key` and `value` may have fewer heads.
+
+    Returns:
+        The output ``[1, T, H, D]``, and None for the attention weights.
     """
     if not isinstance(attention_mask, TreeMask):
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **rest)
-        return out, None
-    copies = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, copies), repeat_kv(value, copies)
-    # Split once: the gradients of slices of the whole would each be as large as the whole.
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        return output, None
+    repeats = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    # Split once: the gradient of each slice of a whole tensor would be as large as the whole.
     pieces = attention_mask.pieces
-    parts = iter(query.split([size for prompt, tokens, *_ in pieces for size in (prompt, tokens - prompt)], dim=2))
-    sizes = [tokens for _, tokens, *_ in pieces]
-    found = []
-    for (prompt, tokens, first, second), keys, values in zip(
-        pieces, key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True
+    query_sizes = [size for prompt, tokens, *_ in pieces for size in (prompt, tokens - prompt)]
+    queries = iter(query.split(query_sizes, dim=2))
+    piece_sizes = [tokens for _, tokens, *_ in pieces]
+    outputs = []
+    for (prompt, tokens, prompt_mask, responses_mask), keys, values in zip(
+        pieces, key.split(piece_sizes, dim=2), value.split(piece_sizes, dim=2), strict=True
     ):
-        of_prompt, of_responses = next(parts), next(parts)
-        found.append(
+        prompt_queries, response_queries = next(queries), next(queries)
+        prompt_keys, prompt_values = keys[:, :, :prompt], values[:, :, :prompt]
+        is_causal = prompt_mask is None
+        outputs.append(
             scaled_dot_product_attention(
-                of_prompt, keys[:, :, :prompt], values[:, :, :prompt], first, is_causal=first is None, scale=scaling
+                prompt_queries, prompt_keys, prompt_values, prompt_mask, is_causal=is_causal, scale=scaling
             )
         )
         if tokens > prompt:
-            found.append(scaled_dot_product_attention(of_responses, keys, values, second, scale=scaling))
-    return torch.cat(found, dim=2).transpose(1, 2).contiguous(), None
+            outputs.append(scaled_dot_product_attention(response_queries, keys, values, responses_mask, scale=scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def flex_tree_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: BlockMask, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention under a block mask, as transformers calls it."""
-    # Kernels differ with and without gradients, with windows, with one row: at the limit of 8 a call would go uncompiled from then on.
+    """Compute FlexAttention under a block mask, as transformers calls attention functions."""
+    # Kernels differ with and without gradients, with windows, and with one row. Beyond the default
+    # limit of 8 kernels, all further calls would run uncompiled.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    blocks = _BLOCKS if query.shape[-1] <= _WIDEST_HEAD else None
-    found: tuple[Tensor, Tensor | None] = flex_attention_forward(
-        module, query, key, value, attention_mask, kernel_options=blocks, **options
+    tiles = _KERNEL_TILES if query.shape[-1] <= _MAX_TILED_HEAD else None
+    output: tuple[Tensor, Tensor | None] = flex_attention_forward(
+        module, query, key, value, attention_mask, kernel_options=tiles, **options
     )
-    return found
+    return output
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

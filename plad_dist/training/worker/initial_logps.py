@@ -5,6 +5,7 @@ Losses that compare with the starting student (`dpo`, `ipo`) read them; a second
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +20,10 @@ from plad_dist.data.models import model_identity
 from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.data.store import Dataset, Part
 from plad_dist.fingerprint import fingerprint
-from plad_dist.training.batches.groups import NAN, DataSpec, fit, group_counts, open_groups
-from plad_dist.training.batches.packing import Group, collate, share_out
+from plad_dist.training.batches.groups import DataSpec, fit, group_counts, open_groups
+from plad_dist.training.batches.micro_batch import Group
+from plad_dist.training.batches.packing import collate
+from plad_dist.training.batches.schedule import assign_groups
 from plad_dist.training.job import PhaseJob
 
 
@@ -40,8 +43,8 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
         start=model_identity(job.start, job.settings),
         dtype=job.dtype,
         context=spec.context,
-        longest=spec.longest,
-        shares=spec.shares,
+        longest=spec.max_group_tokens,
+        shares=spec.shares_prompts,
         over_long=spec.over_long,
     )
     initial_logps = Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS)
@@ -78,7 +81,7 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
 def _logps(groups: Sequence[Group], job: PhaseJob, engine: Any, device: torch.device) -> list[list[float]]:
     """Log-likelihoods of the responses of every group, on all ranks; each rank computes its share."""
     layout = engine.module.attention.layout
-    shares = share_out([layout.tokens(group) for group in groups], job.micro_batch_tokens, dist.get_world_size())
+    shares = assign_groups([layout.tokens(group) for group in groups], job.micro_batch_tokens, dist.get_world_size())
     mine: dict[int, list[float]] = {}
     for share in shares[dist.get_rank()]:
         batch = collate([groups[index] for index in share], filler=0, layout=layout).to(device)
@@ -97,7 +100,7 @@ def _table(groups: Sequence[Group], fitted: Sequence[Group | None], values: list
     left = iter(values)
     rows: list[tuple[str, float, float]] = []
     for group, used in zip(groups, fitted, strict=True):
-        logps = next(left) if used is not None else [NAN] * len(group.responses)
+        logps = next(left) if used is not None else [math.nan] * len(group.responses)
         rows += [(group.prompt_id, logps[chosen], logps[rejected]) for chosen, rejected, _ in group.pairs]
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), INITIAL_LOGPS, strict=True)]

@@ -21,7 +21,9 @@ from plad_dist.data.models import load_model_config
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import StoppedError, agreed, check_on_every_rank, from_rank_zero
 from plad_dist.training.batches.groups import open_groups
-from plad_dist.training.batches.packing import Group, MicroBatch, collate, share_out, step_groups
+from plad_dist.training.batches.micro_batch import Group, MicroBatch
+from plad_dist.training.batches.packing import collate
+from plad_dist.training.batches.schedule import assign_groups, step_groups
 from plad_dist.training.checkpoints.attempts import claim
 from plad_dist.training.checkpoints.export import export_model
 from plad_dist.training.checkpoints.saving import Checkpoints, optimizer_of, precision_of
@@ -354,7 +356,7 @@ class Worker:
                 f"{name}: its group has {max(sizes):,} tokens, more than training.micro_batch_tokens={budget:,} holds. Raise it and "
                 "run again: the phase goes on from its last checkpoint. In a new run training.max_group_tokens bounds groups"
             )
-        return [[groups[index] for index in share] for share in share_out(sizes, budget, self.world)[self.rank]]
+        return [[groups[index] for index in share] for share in assign_groups(sizes, budget, self.world)[self.rank]]
 
     # -- health
 
@@ -505,7 +507,7 @@ class Worker:
         total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         held = sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in parameters)
         stage = self.engine.zero_optimization_stage()
-        why = self.engine.module.attention.why
+        why = self.engine.module.attention.no_sharing_reason
         resumes = "goes on from the checkpoint of " if self.state.step else ""
         return (
             f"zero stage {stage} with {self.world} ranks; {total:,} parameters, this rank holds "

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from plad_dist.config import Loss
-from plad_dist.training.batches.packing import MicroBatch
+from plad_dist.training.batches.micro_batch import MicroBatch
 from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.records.metrics_file import METRICS_FILE
 from plad_dist.training.worker.trackers import Tracker, open_tracker
@@ -73,13 +73,13 @@ class StepTotals:
             wanted_P = self._loss.margin * pairs.score_gap_P.double()
         else:
             wanted_P = (self._loss.hinge or 0.0) * pairs.rank_gap_P.double()
-        sampled_S = batch.sampled_S.double()
+        sampled_S = batch.sampled_logps_S.double()
         known_S = ~sampled_S.isnan()
         gap_S = torch.where(known_S, (logps_S - sampled_S).abs() / lengths_S, 0.0)
         zero = logps_S.new_zeros(())
         self._sums += torch.stack(
             [
-                zero + batch.groups, zero + batch.tokens, zero + batch.tokens_apart,
+                zero + batch.groups, zero + batch.tokens, zero + batch.tokens_unshared,
                 losses_B.double().sum(),
                 anchored_S.sum(), (anchored_S * logps_S).sum(), (anchored_S * lengths_S).sum(),
                 zero + gap_P.numel(), (gap_P < wanted_P).sum().double(), (gap_P > 0).sum().double(),

@@ -1,0 +1,145 @@
+"""Groups, row layouts and micro-batches: the data of one forward pass.
+
+A group is a prompt with its responses. :func:`~plad_dist.training.batches.packing.collate` packs
+groups into the rows of a micro-batch, in the layout that the attention of the model requires.
+
+Shape suffixes: R rows, T tokens of a row, N predicted tokens, S responses of all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plad_dist.training.losses import Pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A prompt and its responses as token ids, and the comparisons between the responses.
+
+    `scores`, `initial_logps` and `sampled_logps` have one value for each response, NaN if it is
+    unknown. They are empty if it is unknown for all responses.
+
+    Attributes:
+        pairs: the comparisons as (chosen, rejected, rank gap). Chosen and rejected are indices of
+            responses. The rank gap is their distance in a ranked list, 1 for a plain pair.
+        anchored: indices of the responses that the anchor, or the loss `mle`, makes likelier.
+        initial_logps: log-likelihoods under the starting student.
+        sampled_logps: log-likelihoods that the sampling engine reported.
+        name: identifies the group in messages.
+    """
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+    pairs: Sequence[tuple[int, int, int]] = ()
+    anchored: Sequence[int] = (0,)
+    scores: Sequence[float] = ()
+    initial_logps: Sequence[float] = ()
+    sampled_logps: Sequence[float] = ()
+    name: str = ""
+    prompt_id: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model computes if the responses share the prompt."""
+        return len(self.prompt) + sum(len(response) - 1 for response in self.responses)
+
+    @property
+    def tokens_unshared(self) -> int:
+        """Tokens that the model computes if every response has its own copy of the prompt."""
+        return sum(len(self.prompt) + len(response) - 1 for response in self.responses)
+
+
+def single_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Group:
+    """Return a group of one pair."""
+    return Group(prompt, [chosen, rejected], pairs=[(0, 1, 1)])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rules for the placement of groups in rows.
+
+    A piece is a unit that is placed as a whole: a group, or a single response with its own copy of
+    the prompt.
+
+    Attributes: shares_prompts: the responses of a group share one copy of their prompt. packs_rows:
+        a row may hold several pieces. row_tokens: rows are filled up to this many tokens. Under a
+        dense mask, the cost of attention is quadratic in the length of the row. row_multiple: rows
+        are padded to a multiple of this many tokens. min_piece_tokens: if pieces have at least this
+        many tokens on average, they all go into one row without padding, and attention is computed
+        piece by piece. None: never. max_row_tokens: upper bound of `row_tokens`, None for no bound.
+        A longer piece has a row of its own.
+    """
+
+    shares_prompts: bool = True
+    packs_rows: bool = True
+    row_tokens: int = 128
+    row_multiple: int = 1
+    min_piece_tokens: int | None = None
+    max_row_tokens: int | None = None
+
+    def tokens(self, group: Group) -> int:
+        """Return the number of tokens that the model computes for a group."""
+        return group.tokens if self.shares_prompts else group.tokens_unshared
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Input of one forward pass of one worker.
+
+    A token sees its branch up to itself, and the positions of its row from `prompt_starts_RT` to
+    `prompt_ends_RT`. Its branch is the response that it belongs to, or the prompt for a token of
+    the prompt.
+
+    Attributes: prompt_starts_RT: index in the row at which the token's prompt starts; -1 for
+        padding. prompt_ends_RT: index after the last token of the prompt, for a token of a
+        response. For a token of the prompt it equals `prompt_starts_RT`: its branch is all that it
+        sees. branch_starts_RT: index in the row at which the token's branch starts. predictors_N:
+        flat indices into ``R * T`` of the tokens whose hidden states predict `targets_N`.
+        targets_N: the predicted tokens, which are all tokens of all responses. responses_N: index
+        of the response that a predicted token belongs to. offsets_N: index of a predicted token in
+        its response. lengths_S: tokens of each response. initial_logps_S: log-likelihoods under the
+        starting student, NaN if unknown. sampled_logps_S: log-likelihoods that the sampling engine
+        reported, NaN if unknown. pieces: for a single row of all pieces, (prompt tokens, computed
+        tokens of each response) of every piece; otherwise empty. longest_response: tokens of the
+        longest response. groups: number of groups; 0 for a micro-batch that only keeps the ranks in
+        step. tokens: computed tokens without padding. tokens_unshared: computed tokens if every
+        response had its own copy of the prompt.
+    """
+
+    input_ids_RT: Tensor
+    position_ids_RT: Tensor
+    prompt_starts_RT: Tensor
+    prompt_ends_RT: Tensor
+    branch_starts_RT: Tensor
+    predictors_N: Tensor
+    targets_N: Tensor
+    responses_N: Tensor
+    offsets_N: Tensor
+    lengths_S: Tensor
+    initial_logps_S: Tensor
+    sampled_logps_S: Tensor
+    pairs: Pairs
+    pieces: tuple[tuple[int, tuple[int, ...]], ...]
+    longest_response: int
+    groups: int
+    tokens: int
+    tokens_unshared: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Return a copy with all tensors on a device."""
+        moved: MicroBatch = _moved(self, device)
+        return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
