@@ -1,4 +1,4 @@
-"""Who samples what: every block of every dataset is given to exactly one model; what decides samples is fingerprinted."""
+"""Assignment of blocks: each has exactly one model, and all inputs of samples are fingerprinted."""
 
 from __future__ import annotations
 
@@ -55,22 +55,24 @@ def work(config: Config, role: str) -> tuple[RunDir, dict[str, list[Assignment]]
     run = RunDir.of(config)
     run.storage.replace("run.yaml", b"")
     prepare(config, run.storage)
-    return run, {speaker.name: assignments for speaker, assignments in stage._role_work(config, run, (role,))}
+    return run, {
+        responder.name: assignments for responder, assignments in stage.assignments_of_roles(config, run, [role])
+    }
 
 
 def test_several_teachers_share_each_dataset_block_by_block(tmp_path: Path, models: Path) -> None:
     config = config_of(tmp_path, models)
-    run, found = work(config, "teacher")
-    assert found.keys() == {"code", "chat"}
+    run, assigned = work(config, "teacher")
+    assert assigned.keys() == {"code", "chat"}
     prompts = train_prompts(run.storage)
     by_output: dict[str, list[tuple[str, Assignment]]] = {}
-    for name, assignments in found.items():
+    for name, assignments in assigned.items():
         for assignment in assignments:
             by_output.setdefault(assignment.job.output, []).append((name, assignment))
-    for output, shared in by_output.items():
-        blocks = sorted(block for _, assignment in shared for block in assignment.blocks)
-        assert blocks == list(range(len(shared[0][1].units))), output
-        assert len({assignment.job.fingerprint for _, assignment in shared}) == 1
+    for output, assignments_of_output in by_output.items():
+        blocks = sorted(block for _, assignment in assignments_of_output for block in assignment.blocks)
+        assert blocks == list(range(len(assignments_of_output[0][1].units))), output
+        assert len({assignment.job.fingerprint for _, assignment in assignments_of_output}) == 1
     for name, assignment in by_output["samples/teacher/round-0"]:
         for block in assignment.blocks:
             assert set(prompts.read_block(block)["teacher"].to_pylist()) == {name}
@@ -80,17 +82,17 @@ def test_several_teachers_share_each_dataset_block_by_block(tmp_path: Path, mode
 
 
 @pytest.mark.parametrize("limit", [1, 7, 60, 100, 171])
-def test_a_limit_takes_of_every_teacher_its_share(tmp_path: Path, models: Path, limit: int) -> None:
-    run, found = work(config_of(tmp_path, models, sampling__limit=limit), "teacher")
-    assigned = {
+def test_a_limit_takes_prompts_of_every_teacher_in_proportion(tmp_path: Path, models: Path, limit: int) -> None:
+    run, assigned = work(config_of(tmp_path, models, sampling__limit=limit), "teacher")
+    counts = {
         name: sum(assignment.units[block] // 2 for block in assignment.blocks)
-        for name, assignments in found.items()
+        for name, assignments in assigned.items()
         for assignment in assignments
         if assignment.job.output == "samples/teacher/round-0"
     }
     prompts = train_prompts(run.storage).read()["teacher"].to_pylist()
-    assert sum(assigned.values()) == min(limit, len(prompts))
-    for name, count in assigned.items():
+    assert sum(counts.values()) == min(limit, len(prompts))
+    for name, count in counts.items():
         assert abs(count - limit * prompts.count(name) / len(prompts)) <= 1 or limit >= len(prompts)
 
 
@@ -108,16 +110,16 @@ def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path, mod
     assert model_identity(str(folder), settings) not in (before, after)
 
 
-def test_a_student_does_all_blocks_whoever_the_teachers_are(tmp_path: Path, models: Path) -> None:
-    run, found = work(config_of(tmp_path, models), "student")
-    (assignments,) = found.values()
+def test_the_student_samples_all_blocks_whatever_the_teachers_are(tmp_path: Path, models: Path) -> None:
+    run, assigned = work(config_of(tmp_path, models), "student")
+    (assignments,) = assigned.values()
     assert assignments[0].job.output == run.samples("student").path
     assert list(assignments[0].blocks) == list(range(len(assignments[0].units)))
     assert sum(assignments[0].units) == 100
     heldout = heldout_prompts(run.storage).require("prepare").rows
     assert all(sum(assignment.units) == heldout for assignment in assignments[1:])
     outputs = [assignment.job.output for assignment in assignments]
-    assert run.candidates().path not in outputs, "without references nothing tells their quality"
+    assert run.candidates().path not in outputs, "their quality cannot be measured without references"
 
 
 @pytest.mark.parametrize(
@@ -132,23 +134,23 @@ def test_a_student_does_all_blocks_whoever_the_teachers_are(tmp_path: Path, mode
         ({"run__seed": 4}, True),
     ],
 )
-def test_the_fingerprint_is_of_what_decides_the_samples(
+def test_the_fingerprint_changes_with_everything_that_decides_the_samples(
     tmp_path: Path, models: Path, change: dict[str, Any], differs: bool
 ) -> None:
     def fingerprint(**changes: Any) -> str:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        _, found = work(config_of(tmp_path, models, **changes), "teacher")
-        return found["code"][0].job.fingerprint
+        _, assigned = work(config_of(tmp_path, models, **changes), "teacher")
+        return assigned["code"][0].job.fingerprint
 
     assert (fingerprint() != fingerprint(**change)) == differs
 
 
-def test_where_a_dataset_of_samples_has_its_columns(tmp_path: Path, models: Path) -> None:
-    run, found = work(config_of(tmp_path, models), "teacher")
-    assert found["code"][0].job.dataset(run.storage).schema == SAMPLES
+def test_a_dataset_of_samples_has_the_columns_of_samples(tmp_path: Path, models: Path) -> None:
+    run, assigned = work(config_of(tmp_path, models), "teacher")
+    assert assigned["code"][0].job.dataset(run.storage).schema == SAMPLES
 
 
-def test_an_engine_stays_in_a_node_unless_it_has_a_pipeline() -> None:
+def test_an_engine_stays_on_one_node_unless_it_has_a_pipeline() -> None:
     assert place({"tensor_parallel_size": 8}, 4, has_gpus=True) == Placement(4, gpus=8)
     assert place({"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, 4, has_gpus=True) == Placement(4, bundles=16)
     assert place({"tensor_parallel_size": 1}, 4, has_gpus=False) == Placement(4)
@@ -156,9 +158,11 @@ def test_an_engine_stays_in_a_node_unless_it_has_a_pipeline() -> None:
     assert with_executor({"tensor_parallel_size": 2}) == {"tensor_parallel_size": 2}
 
 
-@pytest.mark.parametrize(("at_once", "block", "window"), [(64, 32, 8), (256, 512, 4), (1024, 512, 8), (10, 1, 40)])
-def test_an_engine_has_four_times_the_rows_that_it_answers_at_once(at_once: int, block: int, window: int) -> None:
-    assert window_for(at_once, block, 4) == window
+@pytest.mark.parametrize(("concurrency", "block", "window"), [(64, 32, 8), (256, 512, 4), (1024, 512, 8), (10, 1, 40)])
+def test_the_window_holds_four_times_the_rows_that_the_engine_processes_at_once(
+    concurrency: int, block: int, window: int
+) -> None:
+    assert window_for(concurrency, block, 4) == window
 
 
 def test_auto_replicas_are_as_many_as_the_gpus_hold() -> None:
