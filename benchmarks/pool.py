@@ -38,17 +38,18 @@ def measure(actors: int, blocks: int) -> dict[str, float]:
     rng = random.Random(0)
     decided = 0.0  # CPU seconds inside the pool
 
-    def timed(function, *about):  # type: ignore[no-untyped-def]
+    def timed(decision, *arguments):  # type: ignore[no-untyped-def]
         nonlocal decided
-        begun = time.process_time_ns()
-        found = function(*about)
-        decided += (time.process_time_ns() - begun) * 1e-9
-        return found
+        started = time.process_time_ns()
+        result = decision(*arguments)
+        decided += (time.process_time_ns() - started) * 1e-9
+        return result
 
-    begun = time.process_time()
+    started = time.process_time()
     pool = BlockPool(range(blocks), Limits(window=WINDOW, stall_timeout_s=1e6))
-    decided += time.process_time() - begun
-    finished = {f"actor-{number}": 0 for number in range(actors)}
+    decided += time.process_time() - started
+    names = [f"actor-{number}" for number in range(actors)]
+    progressed: set[str] = set()  # actors that finished a block since their latest heartbeat
     events: list[tuple[float, int, str, object]] = []
     order = leases = 0
 
@@ -59,24 +60,25 @@ def measure(actors: int, blocks: int) -> dict[str, float]:
             order += 1
             heapq.heappush(events, (now + rng.uniform(20, 100), order, actor, lease.block))
 
-    for actor in finished:
+    for actor in names:
         timed(pool.join, actor, 0.0)
         lease_all(actor, 0.0)
-    now = next_tick = next_beat = 0.0
+    now = next_tick = next_heartbeat = 0.0
     while not pool.finished:
         now, _, actor, block = heapq.heappop(events)
         if now >= next_tick:
             next_tick = now + 1
-            if now >= next_beat:
-                next_beat = now + 5
-                for name, count in finished.items():
-                    timed(pool.heartbeat, name, count, now)
+            if now >= next_heartbeat:
+                next_heartbeat = now + 5
+                for name in names:
+                    timed(pool.heartbeat, name, name in progressed, now)
+                progressed.clear()
             timed(pool.silent, now)
-            timed(pool.overdue, now)
+            timed(pool.expire, now)
         if rng.random() < actors / blocks / 100:
             timed(pool.leave, actor)
             timed(pool.join, actor, now)
-        finished[actor] += 1
+        progressed.add(actor)
         timed(pool.committed, block)
         lease_all(actor, now)
     return {

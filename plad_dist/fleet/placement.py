@@ -1,4 +1,4 @@
-"""Resources of an actor, and how many of such actors a cluster holds."""
+"""Resources of one actor, and how many such actors a cluster holds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placement:
-    """Resources of one engine's actor.
+    """Resources of one actor and its engine.
 
     Attributes:
         cpus: cores of the actor.
-        gpus: GPUs of the actor, all in one node.
-        bundles: GPUs of an engine that spans nodes, one bundle each; the actor itself then holds none.
+        gpus: GPUs of the actor, all on one node.
+        bundles: GPUs of an engine that spans nodes, one placement group bundle each. The actor
+            itself then has no GPU.
     """
 
     cpus: float
@@ -21,16 +22,23 @@ class Placement:
     bundles: int = 0
 
     @property
-    def gpus_in_all(self) -> float:
+    def total_gpus(self) -> float:
+        """GPUs of the engine, wherever they are."""
         return self.gpus + self.bundles
 
     def __str__(self) -> str:
-        gpus = f", {self.gpus_in_all:g} GPUs" if self.gpus_in_all else ""
+        gpus = f", {self.total_gpus:g} GPUs" if self.total_gpus else ""
         return f"{self.cpus:g} CPUs{gpus}{' over several nodes' if self.bundles else ''}"
 
 
 def replicas_that_fit(placement: Placement, cluster: Mapping[str, float]) -> int:
-    """Engines that a cluster's GPUs hold, at least one; on CPU one, since an engine takes all cores it can get."""
-    if not placement.gpus_in_all:
+    """Return the number of actors that the GPUs of a cluster hold, at least one.
+
+    An engine on CPUs uses all cores that it can get, so one fits.
+
+    Args:
+        cluster: total of each Ray resource.
+    """
+    if not placement.total_gpus:
         return 1
-    return max(1, int(cluster.get("GPU", 0) // placement.gpus_in_all))
+    return max(1, int(cluster.get("GPU", 0) // placement.total_gpus))

@@ -1,42 +1,58 @@
-"""Who does which block: decisions only, no Ray, no clock, no I/O, so that a simulation can drive them.
+"""Decisions of a fleet: which actor processes which block, and which actor is given up.
 
-Every block is leased to one actor at a time, up to `window` blocks per actor. An actor that is lost gives its leases back.
-When nothing is pending, an idle actor takes over the oldest lease of another (the tail is stolen): both may finish, and
-storage lets only the first one commit. Leases have deadlines; actors are given up when they are silent or make no progress.
+The pool decides and does nothing else. It has no Ray, no clock and no I/O, so that a simulation can
+drive it: the caller reports events with their times, and carries out what the pool returns. Times
+are seconds of any clock that never goes back.
 
-A block that was under way when an engine died, or hung, is done alone from then on, its suspicious rows in pieces, one after the
-other. Each further death splits the piece that it happened in, until a row has killed engines by itself: that row is poison and
-is not tried again.
+**Leases.** A block is pending until an actor takes a lease on it, and leased until it is
+committed. An actor holds up to `window` leases. A lease ends when its block is committed, when its
+attempt fails, when its actor is lost, or after `lease_timeout_s`. A block whose last lease ends
+without a commit is pending again.
 
-Times are seconds of any clock that does not go back; the caller passes them in.
+**Stealing.** When no block is pending, an idle actor takes a second lease on the block that has
+been leased for the longest time. Both attempts may finish; storage accepts only the first commit.
+
+**Lost actors.** An actor is given up when it is silent for `heartbeat_timeout_s`, when it holds
+leases and shows no progress for `stall_timeout_s`, or when several of its leases expire without
+progress.
+
+**Narrowing.** When an engine dies or hangs, every block that it held becomes suspect: one of the
+rows in flight may be at fault. A suspect block is leased exclusively, to an actor that holds
+nothing else, and its suspect rows are processed in pieces, one piece after the other. The next
+death therefore names one piece, which is split into smaller ones. A row that kills or hangs its
+engine twice while nothing else runs is a poison row, and is not tried again. A death that narrows
+nothing is a strike against the block, as is any other failure; `max_attempts` strikes end the run.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from plad_dist.errors import RunFailed
 from plad_dist.fleet.protocol import Hints
 
-_DEATHS_OF_A_ROW = 2  # a row that kills or hangs an engine by itself so often is poison
-_DEATHS_OF_A_BLOCK = 50  # after so many, splitting is taken to lead nowhere
-_DEATHS_IN_A_HANG = 4  # as many it counts for: each costs stall_timeout_s
+Block = TypeVar("Block", bound=Hashable)
+
+_SOLO_DEATHS_OF_POISON = 2  # deaths while a row ran alone that make it a poison row
+_MAX_DEATHS_PER_BLOCK = 50  # after that, narrowing is taken to lead nowhere
+_DEATHS_PER_HANG = 4  # a hang costs `stall_timeout_s`, so it counts as several deaths
 _PIECES = 8
-_LOSSES_BEFORE_BLAME = 5  # a block whose actors vanish so often is treated as if it killed them
+_LOSSES_BEFORE_SUSPICION = 5  # after that, a block is treated as if it had killed the lost actors
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a pool.
+    """Limits of a pool.
 
     Attributes:
-        window: most leases of one actor.
-        max_attempts: failures of one block in a row after which :class:`RunFailed` is raised.
-        heartbeat_timeout_s: silence after which an actor is given up.
-        stall_timeout_s: time without progress after which an actor with leases is given up as hung.
-        lease_timeout_s: time after which a lease ends.
+        window: largest number of leases of one actor.
+        max_attempts: number of strikes against a block that ends the run.
+        heartbeat_timeout_s: seconds without a heartbeat after which an actor is given up.
+        stall_timeout_s: seconds without progress after which an actor with leases is given up.
+        lease_timeout_s: seconds after which a lease expires.
     """
 
     window: int = 4
@@ -47,201 +63,262 @@ class Limits:
 
 
 @dataclass(slots=True, eq=False)
-class Lease:
-    """One attempt of an actor at a block. `since`: when it began; time for which the caller was away does not count."""
+class Lease(Generic[Block]):
+    """One attempt of an actor at a block.
+
+    Attributes:
+        number: unique in the pool, ascending with time.
+        hints: what earlier attempts revealed about the block.
+        is_exclusive: True if the actor may hold no other lease beside this one.
+        since: start of the lease, shifted by the time for which the caller was delayed.
+    """
 
     number: int
-    block: Hashable
+    block: Block
     actor: str
     hints: Hints
-    alone: bool
+    is_exclusive: bool
     since: float
 
 
 @dataclass
-class _Actor:
-    heard: float
-    progressed: float
-    expired: int = 0  # leases that ran out since it last got something done
-    leases: dict[int, Lease] = field(default_factory=dict)
+class _Actor(Generic[Block]):
+    """State of an actor that has joined.
+
+    Attributes:
+        heard_at: time of the latest heartbeat.
+        progressed_at: time of the latest progress.
+        expired_leases: leases that expired since the latest progress.
+        leases: current leases by number.
+    """
+
+    heard_at: float
+    progressed_at: float
+    expired_leases: int = 0
+    leases: dict[int, Lease[Block]] = field(default_factory=dict)
 
 
 @dataclass
-class _Trouble:
-    """What is known of a block that failed."""
+class _FailureRecord:
+    """What is known about a block of which an attempt has failed.
+
+    Attributes:
+        strikes: failures in a row that narrowed nothing.
+        lost_actors: actors lost while they held the block, since the last suspicion.
+        is_suspect: True if the block may have killed or hung an engine.
+        pieces: suspect rows, in the pieces in which they are processed.
+        poison: error of each poison row.
+        deaths: deaths while the block was leased exclusively; a hang counts as several.
+        solo_deaths: number of deaths of each row while nothing else ran.
+    """
 
     strikes: int = 0
-    losses: int = 0
-    alone: bool = False
+    lost_actors: int = 0
+    is_suspect: bool = False
     pieces: list[tuple[int, ...]] = field(default_factory=list)
     poison: dict[int, str] = field(default_factory=dict)
     deaths: int = 0
-    deaths_alone: Counter[int] = field(default_factory=Counter)  # by row, while nothing else was under way
+    solo_deaths: Counter[int] = field(default_factory=Counter)
 
-    def narrow(self, rows: tuple[int, ...], reason: str, *, hung: bool) -> bool:
-        """Learn from a death while only these rows were under way. False: nothing is learnt."""
-        self.deaths += _DEATHS_IN_A_HANG if hung else 1
-        if not rows or self.deaths > _DEATHS_OF_A_BLOCK:
+    def narrow(self, rows: tuple[int, ...], reason: str, *, is_hang: bool) -> bool:
+        """Narrow the suspect rows after a death while only `rows` of this block were in flight.
+
+        Returns:
+            False if nothing was learned: the rows are unknown, or too many deaths have happened.
+        """
+        self.deaths += _DEATHS_PER_HANG if is_hang else 1
+        if not rows or self.deaths > _MAX_DEATHS_PER_BLOCK:
             return False
-        at = next((index for index, piece in enumerate(self.pieces) if set(rows) <= set(piece)), None)
-        later = self.pieces if at is None else self.pieces[at + 1 :]  # those before it did no harm
+        # The pieces before the one that was in flight did no harm, so they are cleared.
+        index = next((index for index, piece in enumerate(self.pieces) if set(rows) <= set(piece)), None)
+        later_pieces = self.pieces if index is None else self.pieces[index + 1 :]
         if len(rows) == 1:
-            self.deaths_alone[rows[0]] += 1
-        if self.deaths_alone[rows[0]] >= _DEATHS_OF_A_ROW:
-            self.poison[rows[0]] = f"killed or hung its engine {_DEATHS_OF_A_ROW} times by itself: {reason}"
-            self.pieces = later
+            self.solo_deaths[rows[0]] += 1
+        if self.solo_deaths[rows[0]] >= _SOLO_DEATHS_OF_POISON:
+            self.poison[rows[0]] = (
+                f"killed or hung its engine {_SOLO_DEATHS_OF_POISON} times while no other row ran: {reason}"
+            )
+            self.pieces = later_pieces
         else:
-            self.pieces = _split(rows) + later
+            self.pieces = _split(rows) + later_pieces
         return True
 
 
-class BlockPool:
+_NO_HINTS = Hints()
+
+
+class BlockPool(Generic[Block]):
     """Leases of the blocks of one fleet.
 
     Args:
-        blocks: what is to be done, in order; any hashable names.
+        blocks: blocks to process, in this order; any hashable values.
+
+    Attributes:
+        failures_in_a_row: failed attempts and deaths since the last commit or narrowing.
     """
 
-    def __init__(self, blocks: Iterable[Hashable], limits: Limits) -> None:
+    def __init__(self, blocks: Iterable[Block], limits: Limits) -> None:
         self.limits = limits
-        self._pending: deque[Hashable] = deque(blocks)
-        self._alone: deque[Hashable] = deque()  # to be done by an actor that does nothing else
-        self._leased: dict[Hashable, list[Lease]] = {}
-        self._stealable: dict[Hashable, None] = {}  # leased once, oldest first
-        self._by_age: dict[int, Lease] = {}
-        self._actors: dict[str, _Actor] = {}
-        self._trouble: dict[Hashable, _Trouble] = {}
-        self._leases_given = 0
+        # Each uncommitted block is in exactly one of these three.
+        self._pending: deque[Block] = deque(blocks)
+        self._pending_suspects: deque[Block] = deque()
+        self._leased: dict[Block, list[Lease[Block]]] = {}
+        self._stealable: dict[Block, None] = {}  # blocks with one lease, the oldest first
+        self._leases_by_age: dict[int, Lease[Block]] = {}
+        self._actors: dict[str, _Actor[Block]] = {}
+        self._failures: dict[Block, _FailureRecord] = {}
+        self._lease_count = 0
         self.failures_in_a_row = 0
+
+    # -- state
 
     @property
     def finished(self) -> bool:
-        """Every block is committed."""
-        return not (self._pending or self._alone or self._leased)
+        """True if every block is committed."""
+        return not (self._pending or self._pending_suspects or self._leased)
 
     @property
     def waiting(self) -> int:
-        """Blocks that no actor holds."""
-        return len(self._pending) + len(self._alone)
+        """Number of blocks without a lease."""
+        return len(self._pending) + len(self._pending_suspects)
 
     @property
     def unfinished(self) -> int:
-        """Blocks that are not committed."""
+        """Number of blocks that are not committed."""
         return self.waiting + len(self._leased)
 
-    def leased(self, actor: str) -> list[Hashable]:
-        """Blocks that an actor holds."""
+    def leased(self, actor: str) -> list[Block]:
+        """Return the blocks that an actor has leased."""
         return [lease.block for lease in self._actors[actor].leases.values()] if actor in self._actors else []
+
+    def silent(self, now: float) -> list[tuple[str, str]]:
+        """Return the actors that are silent or let leases expire, each with the reason.
+
+        The caller ends them and calls :meth:`leave`.
+        """
+        given_up = []
+        for name, actor in self._actors.items():
+            if now - actor.heard_at > self.limits.heartbeat_timeout_s:
+                given_up.append((name, f"no heartbeat for {now - actor.heard_at:.0f} s"))
+            elif actor.expired_leases > 1:
+                given_up.append((name, f"alive, but {actor.expired_leases} leases expired without progress"))
+        return given_up
+
+    def stalled(self, now: float) -> list[tuple[str, str]]:
+        """Return the actors that are alive but show no progress, each with the reason.
+
+        The caller ends them and calls :meth:`engine_died` with the rows in flight, or :meth:`leave`
+        if it does not know them.
+        """
+        return [
+            (name, f"alive, but without progress for {now - actor.progressed_at:.0f} s")
+            for name, actor in self._actors.items()
+            if actor.leases and now - actor.progressed_at > self.limits.stall_timeout_s
+        ]
 
     # -- actors
 
     def join(self, actor: str, now: float) -> None:
-        """An actor is ready for leases."""
-        self._actors[actor] = _Actor(heard=now, progressed=now)
+        """Record that an actor is ready for leases."""
+        self._actors[actor] = _Actor(heard_at=now, progressed_at=now)
 
-    def heartbeat(self, actor: str, progressed: bool, now: float) -> None:
-        """A sign of life, and whether the actor has got anything done since the one before."""
+    def heartbeat(self, actor: str, has_progressed: bool, now: float) -> None:
+        """Record a heartbeat.
+
+        Args:
+            has_progressed: True if the actor got something done since its previous heartbeat.
+        """
         state = self._actors.get(actor)
         if state is None:
             return
-        state.heard = now
-        if progressed:
-            state.progressed, state.expired = now, 0
-
-    def silent(self, now: float) -> list[tuple[str, str]]:
-        """Actors to be given up, each with the reason. The caller ends them and calls :meth:`leave`."""
-        found = []
-        for name, state in self._actors.items():
-            if now - state.heard > self.limits.heartbeat_timeout_s:
-                found.append((name, f"no sign of life for {now - state.heard:.0f} s"))
-            elif state.expired > 1:
-                found.append((name, f"alive, but {state.expired} leases ran out and nothing was done"))
-        return found
-
-    def stalled(self, now: float) -> list[tuple[str, str]]:
-        """Actors that live and get nothing done, each with the reason. The caller ends them and calls :meth:`died` with what was
-        under way, :meth:`leave` where that is not known.
-        """
-        return [
-            (name, f"alive, but nothing done for {now - state.progressed:.0f} s")
-            for name, state in self._actors.items()
-            if state.leases and now - state.progressed > self.limits.stall_timeout_s
-        ]
+        state.heard_at = now
+        if has_progressed:
+            state.progressed_at, state.expired_leases = now, 0
 
     def excuse(self, seconds: float) -> None:
-        """The caller was away for so long: the actors could not be heard, which is not their fault."""
+        """Shift all times by a delay of the caller, during which it could not hear the actors."""
         for state in self._actors.values():
-            state.heard += seconds
-            state.progressed += seconds
-        for lease in self._by_age.values():
+            state.heard_at += seconds
+            state.progressed_at += seconds
+        for lease in self._leases_by_age.values():
             lease.since += seconds
 
     def leave(self, actor: str) -> None:
-        """The actor is gone, with its node or by the cluster's will: its leases go back, which says little of its blocks."""
-        for lease in self._drop(actor):
-            trouble = self._trouble.setdefault(lease.block, _Trouble())
-            trouble.losses += 1
-            if trouble.losses >= _LOSSES_BEFORE_BLAME:
-                trouble.losses, trouble.alone = 0, True
-                self._strike(lease.block, trouble, f"{_LOSSES_BEFORE_BLAME} actors that held it were lost")
-            self._give_back(lease.block, first=True)
+        """Record that an actor is lost through no fault of its blocks, as with its node.
 
-    def died(self, actor: str, reason: str, under_way: dict[Hashable, tuple[int, ...]], *, hung: bool = False) -> None:
-        """The actor's engine died or hung, of itself or of a row: its blocks are done alone from now on.
-
-        Args:
-            under_way: rows of each block that were not finished then.
+        Its blocks are pending again. Only a block that loses actor after actor becomes suspect.
 
         Raises:
-            RunFailed: a block fails again and again without its suspects becoming fewer.
+            RunFailed: a block has `max_attempts` strikes.
+        """
+        for lease in self._end_leases_of(actor):
+            record = self._failures.setdefault(lease.block, _FailureRecord())
+            record.lost_actors += 1
+            if record.lost_actors >= _LOSSES_BEFORE_SUSPICION:
+                record.lost_actors, record.is_suspect = 0, True
+                self._strike(lease.block, record, f"{_LOSSES_BEFORE_SUSPICION} actors that held it were lost")
+            self._requeue(lease.block, is_next=True)
+
+    def engine_died(
+        self, actor: str, reason: str, rows_in_flight: Mapping[Block, tuple[int, ...]], *, is_hang: bool = False
+    ) -> None:
+        """Record that an actor's engine died or hung, perhaps because of a row.
+
+        Its blocks become suspect. If a lease was exclusive already, its suspect rows are narrowed.
+
+        Args:
+            rows_in_flight: unfinished rows of each block; without an entry, they are unknown.
+
+        Raises:
+            RunFailed: a block has `max_attempts` strikes.
         """
         self.failures_in_a_row += 1
-        for lease in self._drop(actor):
-            trouble = self._trouble.setdefault(lease.block, _Trouble())
-            trouble.alone = True
-            rows = under_way.get(lease.block, ())
-            if not lease.alone:
-                trouble.pieces = _split(rows)  # or it was another block's fault
-            elif trouble.narrow(rows, reason, hung=hung):
-                trouble.strikes = self.failures_in_a_row = 0
+        for lease in self._end_leases_of(actor):
+            record = self._failures.setdefault(lease.block, _FailureRecord())
+            record.is_suspect = True
+            rows = rows_in_flight.get(lease.block, ())
+            if not lease.is_exclusive:
+                record.pieces = _split(rows)  # no strike: another block may be at fault
+            elif record.narrow(rows, reason, is_hang=is_hang):
+                record.strikes = self.failures_in_a_row = 0
             else:
-                self._strike(lease.block, trouble, reason)
-            self._give_back(lease.block, first=True)
-
-    def _drop(self, actor: str) -> list[Lease]:
-        state = self._actors.pop(actor, None)
-        leases = list(state.leases.values()) if state else []
-        for lease in leases:
-            self._end(lease)
-        return [lease for lease in reversed(leases) if not self._settled(lease.block)]
+                self._strike(lease.block, record, reason)
+            self._requeue(lease.block, is_next=True)
 
     # -- leases
 
-    def take(self, actor: str, now: float) -> Lease | None:
-        """Lease a block to an actor with room in its window. None: there is nothing for it now."""
-        held = self._actors[actor].leases
-        if len(held) >= self.limits.window or any(lease.alone for lease in held.values()):
+    def take(self, actor: str, now: float) -> Lease[Block] | None:
+        """Lease a block to an actor.
+
+        In this order: a pending block, a pending suspect block, the block that has been leased for
+        the longest time. The last two go only to an actor without leases.
+
+        Returns:
+            None if the actor's window is full, its lease is exclusive, or no block is available.
+        """
+        leases = self._actors[actor].leases
+        if len(leases) >= self.limits.window or any(lease.is_exclusive for lease in leases.values()):
             return None
         if self._pending:
-            return self._lease(actor, self._pending.popleft(), now, alone=False)
-        if held:
+            return self._lease(actor, self._pending.popleft(), now, is_exclusive=False)
+        if leases:
             return None
-        if self._alone:
-            return self._lease(actor, self._alone.popleft(), now, alone=True)
-        for block in self._stealable:
-            trouble = self._trouble.get(block)
-            return self._lease(actor, block, now, alone=trouble is not None and trouble.alone)
-        return None
+        if self._pending_suspects:
+            return self._lease(actor, self._pending_suspects.popleft(), now, is_exclusive=True)
+        block = next(iter(self._stealable), None)
+        if block is None:
+            return None
+        return self._lease(actor, block, now, is_exclusive=self._is_suspect(block))
 
-    def _lease(self, actor: str, block: Hashable, now: float, *, alone: bool) -> Lease:
-        self._leases_given += 1
-        trouble = self._trouble.get(block)
-        hints = Hints(tuple(trouble.pieces), dict(trouble.poison)) if trouble else _NO_HINTS
-        lease = Lease(self._leases_given, block, actor, hints, alone, now)
+    def _lease(self, actor: str, block: Block, now: float, *, is_exclusive: bool) -> Lease[Block]:
+        self._lease_count += 1
+        record = self._failures.get(block)
+        hints = Hints(tuple(record.pieces), dict(record.poison)) if record else _NO_HINTS
+        lease = Lease(self._lease_count, block, actor, hints, is_exclusive, now)
         state = self._actors[actor]
         if not state.leases:
-            state.progressed = now
-        state.leases[lease.number] = self._by_age[lease.number] = lease
+            state.progressed_at = now  # an idle actor is not expected to progress
+        state.leases[lease.number] = self._leases_by_age[lease.number] = lease
         holders = self._leased.setdefault(block, [])
         holders.append(lease)
         if len(holders) == 1:
@@ -250,48 +327,75 @@ class BlockPool:
             self._stealable.pop(block, None)
         return lease
 
-    def committed(self, block: Hashable) -> list[Lease]:
-        """The block is committed, by whomever. Returns its leases: attempts that go on are futile from now on."""
+    def committed(self, block: Block) -> list[Lease[Block]]:
+        """Record that a block is committed, by whichever attempt.
+
+        Returns:
+            The leases that it had. All their attempts except the successful one are futile.
+        """
         leases = self._leased.pop(block, [])
         self._stealable.pop(block, None)
         for lease in leases:
-            self._by_age.pop(lease.number, None)
+            self._leases_by_age.pop(lease.number, None)
             if lease.actor in self._actors:
                 self._actors[lease.actor].leases.pop(lease.number, None)
-        if not leases:  # an attempt that had been given up was in time after all
-            for queue in (self._pending, self._alone):
+        if not leases:  # an attempt whose lease had ended committed it after all
+            for queue in (self._pending, self._pending_suspects):
                 if block in queue:
                     queue.remove(block)
-        self._trouble.pop(block, None)
+        self._failures.pop(block, None)
         self.failures_in_a_row = 0
         return leases
 
-    def fail(self, lease: Lease, reason: str) -> None:
-        """An attempt failed; the block is tried again after the others. Raises :class:`RunFailed` at `max_attempts`."""
-        if lease.number not in self._by_age:
+    def failed(self, lease: Lease[Block], reason: str) -> None:
+        """Record that an attempt failed. Its block is retried after all pending ones.
+
+        Raises:
+            RunFailed: the block has `max_attempts` strikes.
+        """
+        if lease.number not in self._leases_by_age:
             return
-        self._end(lease)
-        if self._settled(lease.block):
+        self._end_lease(lease)
+        if self._is_leased(lease.block):
             return
         self.failures_in_a_row += 1
-        self._strike(lease.block, self._trouble.setdefault(lease.block, _Trouble()), reason)
-        self._give_back(lease.block, first=False)
+        self._strike(lease.block, self._failures.setdefault(lease.block, _FailureRecord()), reason)
+        self._requeue(lease.block, is_next=False)
 
-    def overdue(self, now: float) -> list[Lease]:
-        """Leases that ended because their time was up; the caller cancels their attempts. Raises as :meth:`fail`."""
-        found = []
-        for lease in list(self._by_age.values()):
+    def expire(self, now: float) -> list[Lease[Block]]:
+        """End the leases that are older than `lease_timeout_s`.
+
+        Returns:
+            The expired leases, whose attempts the caller cancels.
+
+        Raises:
+            RunFailed: a block has `max_attempts` strikes.
+        """
+        expired = []
+        for lease in self._leases_by_age.values():
             if now - lease.since <= self.limits.lease_timeout_s:
                 break
-            found.append(lease)
-        for lease in found:
-            self._actors[lease.actor].expired += 1
-            self.fail(lease, f"not done within lease_timeout_s={self.limits.lease_timeout_s:g}")
-        return found
+            expired.append(lease)
+        for lease in expired:
+            self._actors[lease.actor].expired_leases += 1
+            self.failed(lease, f"not finished within lease_timeout_s={self.limits.lease_timeout_s:g}")
+        return expired
 
-    def _end(self, lease: Lease) -> None:
-        """Take one lease away; its block may have others."""
-        self._by_age.pop(lease.number, None)
+    def _end_leases_of(self, actor: str) -> list[Lease[Block]]:
+        """Remove an actor and end its leases.
+
+        Returns:
+            The leases whose blocks have no other lease, the latest first: requeued at the head one
+            by one, the blocks keep their order.
+        """
+        state = self._actors.pop(actor, None)
+        leases = list(state.leases.values()) if state else []
+        for lease in leases:
+            self._end_lease(lease)
+        return [lease for lease in reversed(leases) if not self._is_leased(lease.block)]
+
+    def _end_lease(self, lease: Lease[Block]) -> None:
+        self._leases_by_age.pop(lease.number, None)
         if lease.actor in self._actors:
             self._actors[lease.actor].leases.pop(lease.number, None)
         holders = self._leased[lease.block]
@@ -302,28 +406,29 @@ class BlockPool:
             del self._leased[lease.block]
             self._stealable.pop(lease.block, None)
 
-    def _settled(self, block: Hashable) -> bool:
-        """Whether a block whose lease ended has another one."""
+    def _is_leased(self, block: Block) -> bool:
         return block in self._leased
 
-    def _give_back(self, block: Hashable, *, first: bool) -> None:
-        queue = self._alone if self._trouble[block].alone else self._pending
-        if first:
+    def _is_suspect(self, block: Block) -> bool:
+        return block in self._failures and self._failures[block].is_suspect
+
+    def _requeue(self, block: Block, *, is_next: bool) -> None:
+        queue = self._pending_suspects if self._is_suspect(block) else self._pending
+        if is_next:
             queue.appendleft(block)
         else:
             queue.append(block)
 
-    def _strike(self, block: Hashable, trouble: _Trouble, reason: str) -> None:
-        trouble.strikes += 1
-        if trouble.strikes >= self.limits.max_attempts:
-            alone = f"; rows that did so by themselves: {sorted(trouble.poison)}" if trouble.poison else ""
-            raise RunFailed(f"block {block} failed {trouble.strikes} times, at last with: {reason}{alone}")
-
-
-_NO_HINTS = Hints()
+    def _strike(self, block: Block, record: _FailureRecord, reason: str) -> None:
+        record.strikes += 1
+        if record.strikes >= self.limits.max_attempts:
+            poison = (
+                f"; rows that kill or hang an engine on their own: {sorted(record.poison)}" if record.poison else ""
+            )
+            raise RunFailed(f"block {block} failed {record.strikes} times, at last with: {reason}{poison}")
 
 
 def _split(rows: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Rows in at most eight pieces."""
+    """Return rows in at most `_PIECES` pieces of equal size."""
     size = max(1, -(-len(rows) // _PIECES))
     return [rows[start : start + size] for start in range(0, len(rows), size)]

@@ -1,4 +1,33 @@
-"""What the fleet driver knows of the actors that do blocks, and of the jobs that they do."""
+"""The protocol between the fleet driver and the actors that process blocks.
+
+The driver calls four methods of an actor (:class:`BlockWorker`), each as an asynchronous Ray call;
+the actor never calls the driver.
+
+- `start()` loads the engine. It returns None when the actor is ready, or a message if the user must
+  change something. :class:`EngineStartError` means that another actor may succeed.
+- `work(job, block, attempt, hints)` is one lease: the actor reads the block's rows from storage,
+  processes them and commits the part itself. The reply is a :class:`BlockResult`. Several `work`
+  calls run at a time, at most the window of the fleet. The driver cancels a call when the block is
+  committed by another actor or the lease expires; an attempt that continues anyway is harmless,
+  because storage accepts only the first commit of a block.
+- `heartbeat()` returns a :class:`Heartbeat` at once, whatever the actor is doing. The driver gives
+  up an actor that does not reply in time, or whose heartbeats show no progress although it holds
+  leases.
+- `stop()` releases the engine's processes before the driver kills the actor.
+
+Rows never pass through the driver, and it holds no state that storage lacks. So every side can die:
+
+- If an attempt raises an ordinary error, only its block is retried.
+- If the engine dies, the attempt raises :class:`EngineDiedError` with the rows in flight, and the
+  actor ends itself. If the engine hangs, the driver takes these rows from the last heartbeat.
+  Either way the blocks become suspect: the next lease of each carries :class:`Hints` that narrow
+  down the row at fault.
+- If the actor's process dies while its node lives, its blocks become suspect with unknown rows.
+- If the node dies, its blocks are leased again without suspicion.
+- :class:`StopStageError` and `UserError` end the stage.
+- If the driver dies, Ray ends its actors. The next driver reads from storage which blocks are
+  missing.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +38,33 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed
 
-BlockKey = tuple[str, int]  # dataset path, block
-UnderWay = dict[BlockKey, tuple[int, ...]]  # rows of blocks
+BlockKey = tuple[str, int]  # path of the dataset in the run directory, number of the block
+RowsInFlight = dict[BlockKey, tuple[int, ...]]  # unfinished rows, by their index in the block
 
 
 class EngineDiedError(RuntimeError):
-    """The engine is dead and the actor ends.
+    """The engine is dead, and the actor ends itself.
 
     Attributes:
-        reason: the engine's own.
-        under_way: rows that were not finished.
+        reason: the engine's own reason.
+        rows_in_flight: rows that were not finished when it died.
     """
 
-    def __init__(self, reason: str, under_way: UnderWay) -> None:
-        super().__init__(reason, under_way)
-        self.reason, self.under_way = reason, under_way
+    def __init__(self, reason: str, rows_in_flight: RowsInFlight) -> None:
+        super().__init__(reason, rows_in_flight)
+        self.reason, self.rows_in_flight = reason, rows_in_flight
 
 
 class EngineStartError(RuntimeError):
-    """An engine's process ended while it started and left no word: it was killed, perhaps. Another one may start."""
+    """An engine process died during the start without a message. Another start may succeed."""
 
 
 class StopStageError(RunFailed):
-    """An actor found that the whole stage must stop; what is committed is kept. `cost`: money spent without an answer."""
+    """The whole stage must stop. Committed blocks are kept.
+
+    Attributes:
+        cost: money spent on the request that raised it, which got no response.
+    """
 
     def __init__(self, message: str, cost: float = 0.0) -> None:
         super().__init__(message, cost)
@@ -42,7 +75,7 @@ class StopStageError(RunFailed):
 
 
 class BlockJob(Protocol):
-    """One dataset to be made, a block at a time. Plain values: it travels to the actors."""
+    """Description of one dataset that a fleet fills. Plain values, which are sent to the actors."""
 
     @property
     def output(self) -> str:
@@ -50,19 +83,21 @@ class BlockJob(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides the rows."""
+        """Fingerprint of everything that decides the rows."""
 
     def dataset(self, storage: Storage) -> Dataset:
-        """The dataset that is made."""
+        """Return the dataset to fill."""
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What earlier attempts at a block found out.
+    """What earlier attempts revealed about a block.
 
     Attributes:
-        pieces: rows of the block of which engines may have died or hung: to be done after the others, a piece at a time.
-        poison: error by row, for rows that are known to kill or hang the engine: they are not tried again.
+        pieces: suspect rows, which may have killed or hung an engine. The actor processes all other
+            rows first, then one piece after the other, so that the next death names one piece.
+        poison: rows that kill or hang engines, each with its error. They become error rows and are
+            not tried again.
     """
 
     pieces: tuple[tuple[int, ...], ...] = ()
@@ -71,51 +106,58 @@ class Hints:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What an actor did for one block.
+    """Reply of an actor for one block.
 
     Attributes:
-        part: the block's committed part.
-        first: this attempt committed it; otherwise another had been first.
+        part: the committed part of the block.
+        is_first: True if this attempt committed it, False if another attempt was faster.
+        seconds: duration of the attempt.
+        first_error: the first error row of the block as `prompt ID: error`, None if it has none.
     """
 
     part: Part
-    first: bool
+    is_first: bool
     seconds: float
     first_error: str | None = None
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A sign of life of an actor.
+    """Sign of life of an actor, with its progress.
 
     Attributes:
-        finished: units that it finished in its life.
-        in_flight: units under way.
-        tokens: that its engine has written of what is under way. The actor is hung where neither this nor `finished` grows.
-        retries: requests that it tried again in its life.
-        changes: its engine is being started anew with other weights.
-        stuck: rows under way, where nothing has changed since the heartbeat before.
+        finished: units (samples, prompts) finished since the actor started.
+        in_flight: units in progress.
+        tokens: tokens generated so far for the units in progress. An actor hangs if neither this
+            number nor `finished` grows.
+        retries: requests repeated since the actor started.
+        is_reloading: True while the engine restarts with other weights.
+        stuck_rows: rows in flight, if nothing has changed since the previous heartbeat.
     """
 
     finished: int
     in_flight: int
     tokens: int = 0
     retries: int = 0
-    changes: bool = False
-    stuck: UnderWay = field(default_factory=dict)
+    is_reloading: bool = False
+    stuck_rows: RowsInFlight = field(default_factory=dict)
 
 
 class BlockWorker(Protocol):
-    """An actor that does blocks, many at a time."""
+    """Actor that processes blocks, several at a time. The module docstring describes the calls."""
 
     async def start(self) -> str | None:
-        """Get ready. Returns what the user must mend, None where all is well."""
+        """Get ready. Return what the user must change, or None if the actor is ready."""
 
     async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:
-        """Do one block and commit its part."""
+        """Process one block and commit its part.
+
+        Args:
+            attempt: unique name of this lease, stored in the part.
+        """
 
     async def heartbeat(self) -> Heartbeat:
-        """A sign of life."""
+        """Return a sign of life at once."""
 
     async def stop(self) -> None:
-        """Give back everything before the actor ends."""
+        """Release the engine and its processes."""

@@ -1,4 +1,4 @@
-"""What answers prompts: the protocol of an engine or a server, and what it returns."""
+"""The interface between the sampling actor and an engine or a server that responds to prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from plad_dist.data.templates import Messages
 
 
 class RefusedPromptError(ValueError):
-    """The engine will not answer this prompt, now or ever: it becomes an error row. `cost`: what asking cost all the same."""
+    """The backend will never respond to this prompt, which becomes an error row.
+
+    Attributes:
+        cost: money that the refused requests cost.
+    """
 
     def __init__(self, message: str, cost: float = 0.0) -> None:
         super().__init__(message)
@@ -20,7 +24,15 @@ class RefusedPromptError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One response. `finish_reason` is stop, length or error; `token_ids` are empty where the engine keeps them to itself."""
+    """One response, drawn or scored.
+
+    Attributes:
+        token_ids: empty if the backend does not reveal them.
+        logprob: log-likelihood of the tokens in nats, None if the backend does not reveal it.
+        finish_reason: `stop`, `length` or `error`.
+        prompt_tokens: tokens of the prompt.
+        cost: money paid for it.
+    """
 
     text: str
     token_ids: Sequence[int]
@@ -33,7 +45,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response that is scored. `token_ids` are empty where they are another model's: its text is tokenized then."""
+    """A stored response to score.
+
+    Attributes:
+        token_ids: empty if they belong to another model; the text is then tokenized.
+        finish_reason: `stop`, `length` or `error`.
+    """
 
     text: str
     token_ids: Sequence[int]
@@ -41,15 +58,13 @@ class Response:
 
 
 class Backend(Protocol):
-    """What answers prompts: an engine of this process, or a server.
+    """An engine of this process, or the client of a server.
 
     Attributes:
-        path: where the weights are that it answers with.
-        paid: answers cost money, so that none may be lost.
-        dead: it will not answer any more.
-        tokens: written of the responses under way, 0 where that is not known.
-        retries: requests that were tried again.
-        fatal: errors of :meth:`complete` that end the stage.
+        path: folder or name of the present weights, None while they change.
+        paid: True if responses cost money, so that none may be lost.
+        retries: requests that were repeated.
+        fatal: exceptions of :meth:`complete` that end the stage.
     """
 
     path: str | None
@@ -58,25 +73,38 @@ class Backend(Protocol):
     fatal: tuple[type[Exception], ...]
 
     @property
-    def dead(self) -> bool: ...
+    def dead(self) -> bool:
+        """True if the backend will not respond any more."""
 
     @property
-    def tokens(self) -> int: ...
+    def tokens(self) -> int:
+        """Number of tokens generated for unfinished responses, 0 if it is unknown."""
 
     async def check(self) -> str | None:
-        """What the user must mend before anything is asked, None where all is well."""
+        """Return what the user must change, or None if the backend is ready."""
 
     def render(self, prompts: Sequence[Messages]) -> Sequence[Any]:
-        """Prompts as :meth:`complete` takes them; an exception in the place of one that cannot be rendered."""
+        """Return prompts in the form that :meth:`complete` takes.
+
+        A prompt that cannot be rendered is replaced by its exception.
+        """
 
     async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
-        """Draw one response. Raises :class:`RefusedPromptError` for a prompt that will never be answered."""
+        """Draw one response.
+
+        Raises:
+            RefusedPromptError: the backend will never respond to this prompt.
+        """
 
     async def score(self, prompt: Any, response: Response, request_id: str) -> Completion:
-        """A given response with its log-likelihood. Raises :class:`RefusedPromptError` where it has none."""
+        """Return a response with its log-likelihood.
+
+        Raises:
+            RefusedPromptError: the backend cannot compute it.
+        """
 
     async def load_weights(self, path: str) -> None:
-        """Answer with other weights of the same architecture."""
+        """Respond with other weights of the same architecture from now on."""
 
     async def close(self) -> None:
-        """End it."""
+        """Release all processes and connections."""

@@ -1,4 +1,4 @@
-"""One asynchronous vLLM engine: start, drawing and scoring of responses, change of weights, death."""
+"""One asynchronous vLLM engine: its start, responses, scores, changes of weights, death."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Engine:
         return None
 
     def render(self, prompts: Sequence[Messages]) -> Sequence[list[int] | UserError]:
-        """Return the token ids of each prompt, or the error for which the template cannot render it."""
+        """Return the token ids of each prompt, or the error why the template cannot render it."""
         try:
             return self._renderer.prompt_ids(prompts)
         except UserError:
@@ -141,7 +141,8 @@ class Engine:
             ids = self._renderer.response_ids([response.text])[0]
             ids = ids if response.finish_reason == "stop" else ids[:-1]
         logprob: float | None = None if response.finish_reason == "error" else 0.0
-        if ids and len(prompt_ids) + len(ids) >= self.max_model_len:  # vLLM must generate one token more
+        # vLLM needs room for one more token, which it generates.
+        if ids and len(prompt_ids) + len(ids) >= self.max_model_len:
             logprob = None
         elif ids:
             params = SamplingParams(
@@ -158,7 +159,8 @@ class Engine:
 
         requests = self._llm.generate({"prompt_token_ids": ids}, params, request_id=request_id)
         try:
-            outputs = [output async for output in requests]  # one, since `params` ask for the final output only
+            # There is one output, because `params` ask for the final one only.
+            outputs = [output async for output in requests]
         except (ValueError, VLLMClientError) as error:
             raise RefusedPromptError(str(error)) from None
         # After SIGTERM, vLLM ends every request as if it had finished, then exits cleanly.
@@ -185,7 +187,7 @@ class Engine:
     async def _restart_with(self, path: str) -> None:
         self.path = None  # neither the old nor the new weights until the engine is up
         self._llm.shutdown()
-        self._llm = await asyncio.to_thread(self._start, path)  # in a thread, so that heartbeats continue
+        self._llm = await asyncio.to_thread(self._start, path)  # heartbeats continue meanwhile
         self.path = path
 
     @property

@@ -1,4 +1,4 @@
-"""Arguments of vLLM's engine: checks of the ones that a config sets, and defaults that are safe on CPUs."""
+"""Arguments of vLLM's engine: checks of a config's, and defaults that are safe on CPUs."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def check_engine_args(engine: Mapping[str, Any], key: str) -> None:
         _check_count(engine.get(name, 1), f"{key}.{name}")
     if engine.get("data_parallel_size", 1) != 1:
         raise UserError(
-            f"{key}.data_parallel_size: set `replicas` instead: each replica is an engine of its own, which can join and "
-            "leave during a run"
+            f"{key}.data_parallel_size: set `replicas` instead: each replica is an engine of its own, which can join "
+            "and leave during a run"
         )
 
 
@@ -79,8 +79,8 @@ def check_cpu_heads(config: Any) -> None:
     # Models with latent attention (MLA), which have a `kv_lora_rank`, use other kernels.
     if size is not None and size not in supported and not hasattr(config.get_text_config(), "kv_lora_rank"):
         raise UserError(
-            f"attention heads of {size}: vLLM supports only {', '.join(map(str, supported))} on CPUs. Set another number "
-            "of heads or another width (head_dim), or use GPUs"
+            f"attention heads of {size}: vLLM supports only {', '.join(map(str, supported))} on CPUs. Set another "
+            "number of heads or another width (head_dim), or use GPUs"
         )
 
 

@@ -28,7 +28,7 @@ def engine_environment(cpus: float, *, has_gpus: bool) -> dict[str, str]:
 
 
 def window_for(concurrency: int, block_size: int, minimum: int) -> int:
-    """Return the number of blocks to lease to an actor, so that its engine never runs short of prompts.
+    """Return the number of blocks to lease to an actor so that its engine never runs dry.
 
     A block occupies the window until its longest response is complete. On average half of its rows
     have finished by then, at times most of them. Four times `concurrency` rows leave enough.

@@ -1,4 +1,4 @@
-"""What is to be sampled: plain values that travel between the driver and the actors."""
+"""Description of one dataset of samples, and the seed of each sample."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from plad_dist.data.store import Dataset
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """One dataset of samples: prompts, answered by one model with one decoding.
+    """One dataset of samples: responses of one model to prompts, with one decoding.
+
+    Plain values, sent from the driver to the actors.
 
     Attributes:
         prompts: path of the prompts dataset in the run directory.
-        output: path of the samples dataset.
-        role: `teacher` or `student`, as the samples say it.
-        model: the model's name, as the samples say it.
-        weights: folder or hub name of the weights; engines change to them where they hold others.
+        output: path of the samples dataset in the run directory.
+        role: `role` of the samples: `teacher`, `student` or `judge`.
+        model: `model` of the samples.
+        weights: folder or hub name of the weights. An engine with other weights changes them.
         n: samples of each prompt.
-        round: as the samples say it; `seed_round` keeps the seeds of other purposes apart.
-        responses: path of a samples dataset whose responses are scored instead of drawing any; None to draw. Then `n` is
-            how many of each prompt there are.
-        own_tokens: the model that scores has the tokens of the one that wrote them; otherwise the texts are tokenized anew.
-        cut: how many prompts are sampled of the blocks of which not all are.
-        fingerprint: of all that decides the rows.
+        seed: seed of the run.
+        round: `round` of the samples.
+        seed_round: keeps the seeds of different purposes apart.
+        fingerprint: fingerprint of everything that decides the rows.
+        cut: number of prompts to sample of each block that is not sampled as a whole.
+        responses: path of a samples dataset with `n` responses to each prompt, which are scored. If
+            None, responses are drawn.
+        own_tokens: True if the scored responses are in this model's tokens. Otherwise their texts
+            are tokenized.
     """
 
     prompts: str
@@ -47,13 +52,18 @@ class SamplingJob:
     own_tokens: bool = True
 
     def input(self, storage: Storage) -> Dataset:
+        """Return the prompts dataset."""
         return Dataset(storage, self.prompts, PROMPTS)
 
     def dataset(self, storage: Storage) -> Dataset:
+        """Return the samples dataset."""
         return Dataset(storage, self.output, SAMPLES)
 
 
 def sample_seed(run_seed: int, round_: int, role: str, prompt_id: str, index: int) -> int:
-    """Seed of one sample: the same sample is drawn again from the same place. 31 bits, which every engine takes."""
+    """Return the seed of one sample, which decides it together with prompt, model and decoding.
+
+    It has 31 bits, which every engine accepts.
+    """
     text = f"{run_seed}\0{round_}\0{role}\0{prompt_id}\0{index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1

@@ -1,8 +1,9 @@
-"""The fleet driver on real Ray, with engines whose faults the test chooses."""
+"""The fleet driver on real Ray, with backends whose faults the test chooses."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -43,11 +44,9 @@ def cluster() -> Iterator[None]:
 
 
 class World:
-    """A run directory with prompts, and what is to be done with them."""
+    """A run directory with prompts, and the fleet that samples them."""
 
     def __init__(self, folder: Path, prompts: list[str], block_size: int = 8, **sampling: Any) -> None:
-        import json
-
         self.folder = folder
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
         (folder / "heldout.jsonl").write_text('{"prompt": "held out"}\n')
@@ -86,30 +85,32 @@ class World:
         path = self.folder / "log"
         return path.read_text().splitlines() if path.exists() else []
 
-    def started(self) -> list[int]:
+    def started_pids(self) -> list[int]:
+        """Return the process of each actor that started, in order."""
         return [int(line.split()[1]) for line in self.log() if line.startswith("start")]
 
     def samples(self) -> list[dict[str, Any]]:
         return self.dataset.read().to_pylist()
 
     def when(self, condition: Any, action: Any) -> None:
-        """Do something, in a thread, as soon as a condition holds."""
+        """Call a function, in a thread, as soon as a condition holds."""
 
         def watch() -> None:
             deadline = time.monotonic() + 250
-            while not (met := condition()) and time.monotonic() < deadline:
+            while not (holds := condition()) and time.monotonic() < deadline:
                 time.sleep(0.02)
-            if met:
+            if holds:
                 action()
 
         threading.Thread(target=watch, daemon=True).start()
 
-    def up(self) -> int:
+    def engines_up(self) -> int:
+        """Return how many engines have been up so far."""
         return self.log().count("up")
 
 
 def prepare_without_models(config: Config, storage: Storage) -> None:
-    """`prepare` measures prompts with the tokenizers of pretrained models; here there are none."""
+    """Prepare the prompts without the pretrained tokenizer that would measure them."""
     prepare(config.model_copy(update={"teacher": config.student}), storage)
 
 
@@ -117,7 +118,7 @@ def numbered(count: int) -> list[str]:
     return [f"prompt {number}" for number in range(count)]
 
 
-def parts_there(world: World) -> int:
+def count_parts(world: World) -> int:
     return len(list((world.folder / "run" / "samples" / "teacher" / "round-0").glob("part-*.arrow")))
 
 
@@ -135,13 +136,13 @@ def test_one_actor_asks_each_prompt_once(tmp_path: Path) -> None:
     assert "stop" in world.log(), "the engine was stopped, not only killed"
 
 
-def test_several_actors_do_the_blocks_and_leave_a_manifest_and_no_journal(tmp_path: Path) -> None:
+def test_several_actors_share_the_blocks_and_leave_a_manifest_and_no_journal(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(100))
     (tmp_path / "hang").touch()
-    world.when(lambda: world.up() == 3, (tmp_path / "hang").unlink)
+    world.when(lambda: world.engines_up() == 3, (tmp_path / "hang").unlink)
     world.run(replicas=3)
     assert_exactly_once(world)
-    assert len(set(world.started())) == 3
+    assert len(set(world.started_pids())) == 3
     assert world.dataset.require("sample").count("tokens") == 200
     assert not (world.folder / "run/samples/teacher/round-0/journal").exists() or not any(
         (world.folder / "run/samples/teacher/round-0/journal").iterdir()
@@ -154,31 +155,31 @@ def test_a_killed_actor_is_replaced_and_what_it_committed_is_kept(tmp_path: Path
 
     def kill() -> None:
         before.update((path, path.read_bytes()) for path in (tmp_path / "run/samples").rglob("part-*.arrow"))
-        os.kill(world.started()[0], signal.SIGKILL)
+        os.kill(world.started_pids()[0], signal.SIGKILL)
 
-    world.when(lambda: parts_there(world) > 2, kill)
+    world.when(lambda: count_parts(world) > 2, kill)
     world.run(seconds=0.3)
     assert_exactly_once(world)
-    assert len(world.started()) == 2
+    assert len(world.started_pids()) == 2
     assert before
     assert all(path.read_bytes() == data for path, data in before.items())
 
 
 def test_a_frozen_actor_is_given_up_after_its_heartbeats_stop(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(120))
-    world.when(lambda: parts_there(world) > 1, lambda: os.kill(world.started()[0], signal.SIGSTOP))
+    world.when(lambda: count_parts(world) > 1, lambda: os.kill(world.started_pids()[0], signal.SIGSTOP))
     world.run(seconds=0.3)
     assert_exactly_once(world)
-    assert len(world.started()) == 2
+    assert len(world.started_pids()) == 2
 
 
 def test_an_engine_that_hangs_without_dying_is_given_up(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(60), stall_timeout_s=10)
-    world.when(lambda: parts_there(world) > 1, (tmp_path / "hang").touch)
-    world.when(lambda: len(world.started()) > 1, lambda: (tmp_path / "hang").unlink())
+    world.when(lambda: count_parts(world) > 1, (tmp_path / "hang").touch)
+    world.when(lambda: len(world.started_pids()) > 1, lambda: (tmp_path / "hang").unlink())
     world.run(seconds=0.3)
     assert_exactly_once(world)
-    assert len(world.started()) >= 2
+    assert len(world.started_pids()) >= 2
 
 
 def test_a_poison_row_becomes_an_error_row_and_all_others_are_sampled(tmp_path: Path) -> None:
@@ -190,8 +191,8 @@ def test_a_poison_row_becomes_an_error_row_and_all_others_are_sampled(tmp_path: 
     errors = [row for row in world.samples() if row["error"]]
     assert len(errors) == 1
     assert errors[0]["finish_reason"] == "error"
-    assert "killed or hung its engine 2 times by itself: the fake engine died" in errors[0]["error"]
-    assert len(world.started()) <= 6
+    assert "killed or hung its engine 2 times while no other row ran: the fake engine died" in errors[0]["error"]
+    assert len(world.started_pids()) <= 6
 
 
 def test_a_row_that_hangs_its_engine_becomes_an_error_row_too(tmp_path: Path) -> None:
@@ -201,15 +202,15 @@ def test_a_row_that_hangs_its_engine_becomes_an_error_row_too(tmp_path: Path) ->
     world.run()
     assert_exactly_once(world)
     (error,) = [row["error"] for row in world.samples() if row["error"]]
-    assert "killed or hung its engine 2 times by itself: alive, but nothing done for" in error
+    assert "killed or hung its engine 2 times while no other row ran: alive, but without progress for" in error
 
 
 def test_a_response_that_takes_longer_than_the_stall_timeout_is_waited_for(tmp_path: Path) -> None:
-    """Its engine tells of its tokens."""
+    """The heartbeats report the tokens of its engine."""
     world = World(tmp_path, [*numbered(10), "long"], stall_timeout_s=4)
     world.run()
     assert_exactly_once(world)
-    assert len(world.started()) == 1
+    assert len(world.started_pids()) == 1
     assert not any(row["error"] for row in world.samples())
 
 
@@ -219,7 +220,7 @@ def test_a_row_that_crashes_the_whole_actor_fails_the_run_in_the_end(tmp_path: P
         RunFailed, match=r"part-00002\.arrow failed 3 times, at last with: .*(error code 2|cannot be reached)"
     ):
         world.run()
-    assert parts_there(world) > 0
+    assert count_parts(world) > 0
 
 
 def test_refused_rows_and_rows_that_keep_failing_become_error_rows(tmp_path: Path) -> None:
@@ -233,76 +234,79 @@ def test_refused_rows_and_rows_that_keep_failing_become_error_rows(tmp_path: Pat
         "failed 3 times: glitch",
     }
     assert world.dataset.require("sample").count("errors") == 2
-    assert world.samples()[77]["finish_reason"] == "stop", "a row that succeeds at last is a good row"
+    assert world.samples()[77]["finish_reason"] == "stop", "a row that succeeds in the end is a good row"
 
 
 def test_too_many_error_rows_stop_the_stage_with_examples_and_count_over_restarts(tmp_path: Path) -> None:
     world = World(tmp_path, ["refuse" if number % 5 == 0 else f"prompt {number}" for number in range(400)])
     with pytest.raises(RunFailed, match=r"rows are errors, more than .*max_error_share=0.01.*\n  prompt \w+: refused"):
         world.run()
-    kept = parts_there(world)
-    assert kept > 0
+    parts_before = count_parts(world)
+    assert parts_before > 0
     with pytest.raises(RunFailed, match="rows are errors"):
         world.run()
-    assert parts_there(world) <= kept + 4, "the restart knows what the first attempt met"
+    assert count_parts(world) <= parts_before + 4, "the restart knows the error rows of the first attempt"
 
 
-def test_an_engine_that_does_not_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+def test_an_engine_that_does_not_start_is_reported_with_its_own_reason(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(10))
     (tmp_path / "down").touch()
     with pytest.raises(UserError, match="the fake is down"):
         world.run()
 
 
-def test_fewer_actors_than_the_least_stop_the_stage_with_what_was_asked_for(tmp_path: Path) -> None:
+def test_too_few_actors_stop_the_stage_with_what_was_requested(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(100))
     object.__setattr__(world.config.cluster, "start_timeout_s", 12)
     (tmp_path / "hang").touch()
-    with pytest.raises(RunFailed, match=r"[01] sampling actors for 12 s, wanted at least 2 of 2, each with 4 CPUs"):
+    with pytest.raises(
+        RunFailed, match=r"for 12 s, only [01] actors had their resources; expected at least 2 of 2, each with 4 CPUs"
+    ):
         world.run(cpus=4, replicas=2, min_replicas=2)
 
 
-def wait_for_ever() -> None:
+def hold_cpus() -> None:
     time.sleep(600)
 
 
-def test_actors_that_come_late_take_part(tmp_path: Path) -> None:
-    """More actors are asked for than fit; as soon as room is made, one more starts."""
+def test_actors_that_start_late_take_part(tmp_path: Path) -> None:
+    """More actors are requested than fit. As soon as CPUs are free, one more starts."""
     world = World(tmp_path, numbered(100))
-    blocker = ray.remote(num_cpus=3)(wait_for_ever).remote()
+    blocker = ray.remote(num_cpus=3)(hold_cpus).remote()
 
     def make_room() -> None:
-        (tmp_path / "hang").touch()  # until the second one is there
+        (tmp_path / "hang").touch()  # until the second actor is up
         ray.cancel(blocker, force=True)
 
-    world.when(lambda: parts_there(world) > 2, make_room)
-    world.when(lambda: world.up() == 2, (tmp_path / "hang").unlink)
+    world.when(lambda: count_parts(world) > 2, make_room)
+    world.when(lambda: world.engines_up() == 2, (tmp_path / "hang").unlink)
     try:
         world.run(seconds=0.5, cpus=3, replicas=2)
     finally:
         ray.cancel(blocker, force=True)
     assert_exactly_once(world)
-    assert len(set(world.started())) == 2
+    assert len(set(world.started_pids())) == 2
 
 
-def test_a_journal_spares_reading_parts_again(tmp_path: Path) -> None:
+def test_a_resume_knows_most_parts_from_the_journal(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(400))
-    world.when(lambda: parts_there(world) > 4, lambda: signal.raise_signal(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    world.when(lambda: count_parts(world) > 4, lambda: signal.raise_signal(signal.SIGINT))
+    # A shell's background jobs ignore SIGINT.
+    previous_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             world.run(seconds=0.3)
     finally:
-        signal.signal(signal.SIGINT, before)
-    found = world.dataset.committed()
-    assert found
-    assert sum(part is None for part in found.values()) <= 2
+        signal.signal(signal.SIGINT, previous_handler)
+    committed = world.dataset.committed()
+    assert committed
+    assert sum(part is None for part in committed.values()) <= 2
     world.run()
     assert_exactly_once(world)
 
 
 def test_error_rows_that_no_journal_knows_count_at_the_end(tmp_path: Path) -> None:
-    """Both the driver that met them and its journal are gone."""
+    """Both the driver that saw them and its journal are gone."""
     world = World(
         tmp_path, ["refuse" if number % 5 == 0 else f"prompt {number}" for number in range(80)], max_error_share=1.0
     )
@@ -315,34 +319,34 @@ def test_error_rows_that_no_journal_knows_count_at_the_end(tmp_path: Path) -> No
     assert world.dataset.manifest() is None
 
 
-def test_a_block_whose_answer_was_lost_is_not_sampled_again(tmp_path: Path) -> None:
-    """An attempt that finds its block committed takes the part that is there."""
+def test_a_block_whose_reply_was_lost_is_not_sampled_again(tmp_path: Path) -> None:
+    """An attempt that finds its block committed returns the existing part."""
     world = World(tmp_path, numbered(16))
     world.run()
-    asked = len(world.log())
+    lines_before = len(world.log())
     part = world.dataset.find(1, "f")
     sampler = Sampler(world.storage, partial(FakeBackend, str(tmp_path), 0.01))
 
-    async def again() -> None:
+    async def work_again() -> None:
         await sampler.start()
         result = await sampler.work(world.job, 1, "late", Hints())
-        assert (result.part, result.first) == (part, False)
+        assert (result.part, result.is_first) == (part, False)
 
-    asyncio.run(again())
-    assert [line for line in world.log()[asked:] if line.startswith("ask")] == []
+    asyncio.run(work_again())
+    assert [line for line in world.log()[lines_before:] if line.startswith("ask")] == []
 
 
 def test_actors_that_cannot_start_do_not_end_a_fleet_that_works(tmp_path: Path) -> None:
-    """One node is broken: its engines refuse to start; the others go on."""
+    """One node is broken and its engines refuse to start; the other engines continue."""
     world = World(tmp_path, numbered(160))
-    world.when(lambda: world.up() == 2 and parts_there(world) > 1, (tmp_path / "down").touch)
-    world.when((tmp_path / "down").exists, lambda: os.kill(world.started()[0], signal.SIGKILL))
+    world.when(lambda: world.engines_up() == 2 and count_parts(world) > 1, (tmp_path / "down").touch)
+    world.when((tmp_path / "down").exists, lambda: os.kill(world.started_pids()[0], signal.SIGKILL))
     world.run(seconds=0.5, replicas=2)
     assert_exactly_once(world)
 
 
 def test_an_engine_that_refuses_first_does_not_end_a_fleet_whose_others_start(tmp_path: Path) -> None:
-    """A broken node is quicker to say so than the others are to load a model."""
+    """A broken node refuses sooner than the other nodes load a model."""
     world = World(tmp_path, numbered(40))
     (tmp_path / "broken").write_text("3")
     world.run(replicas=3)
@@ -357,7 +361,7 @@ def test_a_config_that_every_engine_refuses_ends_a_fleet_of_several(tmp_path: Pa
         world.run(replicas=3)
 
 
-def test_an_engine_that_never_gets_up_is_given_up_and_told(tmp_path: Path) -> None:
+def test_an_engine_that_does_not_come_up_in_time_is_given_up_and_reported(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(20), engine_start_timeout_s=2, max_attempts=1)
     (tmp_path / "slow").touch()
     with pytest.raises(RunFailed, match=r"not up within sampling\.engine_start_timeout_s=2"):

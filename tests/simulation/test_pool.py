@@ -1,8 +1,9 @@
-"""Thousands of seeded schedules of a sampling night: every block is committed once, none is lost, none is stuck.
+"""Thousands of seeded schedules of faults: each block is committed once, none is lost or stuck.
 
-The world around the pool is simulated: a storage with put-if-absent, actors that are slow, hang, lose their engine to poison
-rows, vanish with their node or come late, attempts that commit after they were given up, and drivers that die and are
-replaced while the old actors go on. Time is simulated too, so that a night takes milliseconds.
+Everything around the pool is simulated: a storage with put-if-absent; actors that are slow, hang,
+lose their engine to poison rows, vanish with their node or start late; attempts that commit after
+they were given up; and drivers that die and are replaced while the old actors continue. Time is
+simulated too, so that a schedule takes milliseconds.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ ROWS = 20  # rows of a block
 
 
 class Storage:
-    """Parts by block: the attempt that wrote it and its error rows. `fenced`: whether a second create is refused."""
+    """Parts by block: the attempt that wrote each, and its error rows.
 
-    def __init__(self, fenced: bool = True) -> None:
+    Args:
+        is_fenced: refuse a second part of a block.
+    """
+
+    def __init__(self, is_fenced: bool = True) -> None:
         self.parts: dict[int, tuple[str, frozenset[int]]] = {}
         self.writes: defaultdict[int, int] = defaultdict(int)
-        self.fenced = fenced
+        self.is_fenced = is_fenced
 
     def create(self, block: int, attempt: str, errors: frozenset[int]) -> bool:
-        if self.fenced and block in self.parts:
+        if self.is_fenced and block in self.parts:
             return False
         self.writes[block] += 1
         self.parts[block] = (attempt, errors)
@@ -39,12 +44,12 @@ class Storage:
 
 @dataclass
 class Faults:
-    """How bad the night is; drawn from the seed."""
+    """Probabilities of faults, and the poison rows, drawn from the seed."""
 
     node_loss: float
     hang: float
     slow: float
-    lost_answer: float
+    lost_reply: float
     glitch: float
     driver_death: float
     poison: frozenset[tuple[int, int]]
@@ -52,113 +57,126 @@ class Faults:
 
 @dataclass
 class Actor:
+    """A simulated actor.
+
+    Attributes:
+        is_alive: its process exists.
+        is_silent: it sends no heartbeat, but its attempts may still commit.
+        is_stalled: it sends heartbeats but finishes nothing.
+        stuck_rows: rows in flight since it stalled.
+        finished: rows finished.
+        reported: rows finished at its latest heartbeat.
+    """
+
     name: str
-    alive: bool = True  # its process
-    hung: bool = False  # silent, but its attempts may still commit
-    stalled: bool = False  # answers heartbeats, finishes nothing
-    stuck: dict[object, tuple[int, ...]] = field(default_factory=dict)  # rows that it has hung on
+    is_alive: bool = True
+    is_silent: bool = False
+    is_stalled: bool = False
+    stuck_rows: dict[object, tuple[int, ...]] = field(default_factory=dict)
     finished: int = 0
-    heard_of: int = 0  # of what it has finished
+    reported: int = 0
     attempts: dict[int, Lease] = field(default_factory=dict)
 
 
 def rows_of(lease: Lease) -> tuple[int, ...]:
-    """Those that are given to the engine."""
+    """Return the rows that the engine gets."""
     return tuple(row for row in range(ROWS) if row not in lease.hints.poison)
 
 
 def in_order(lease: Lease) -> list[tuple[int, ...]]:
-    """The pieces of an attempt that is alone, as they are done one after the other."""
+    """Return the groups of rows that an exclusive attempt processes one after the other."""
     suspects = {row for piece in lease.hints.pieces for row in piece}
     return [tuple(row for row in rows_of(lease) if row not in suspects), *lease.hints.pieces]
 
 
-class Night:
-    """One schedule: a pool, its actors and everything that goes wrong."""
+class Schedule:
+    """One run of a pool with its actors, and everything that goes wrong."""
 
     def __init__(self, seed: int, storage: Storage | None = None) -> None:
         self.random = rng = random.Random(seed)
         self.blocks = rng.randint(1, 24)
         self.storage = storage or Storage()
-        quiet = rng.random() < 0.1
+        is_faultless = rng.random() < 0.1
         poison = frozenset(
             (rng.randrange(self.blocks), rng.randrange(ROWS)) for _ in range(rng.choice([0, 0, 0, 1, 1, 2, 3]))
         )
-        self.faults = Faults(*[0.0 if quiet else rng.random() * 0.15 for _ in range(5)], 0.0 if quiet else 0.02, poison)
+        self.faults = Faults(
+            *[0.0 if is_faultless else rng.random() * 0.15 for _ in range(5)], 0.0 if is_faultless else 0.02, poison
+        )
         self.limits = Limits(
             window=rng.randint(1, 4),
-            max_attempts=1000,  # how it ends is the matter of another test
+            max_attempts=1000,  # another test covers the end of a run that fails
             heartbeat_timeout_s=rng.uniform(5, 30),
             stall_timeout_s=rng.uniform(40, 80),
             lease_timeout_s=rng.uniform(60, 200),
         )
-        self.most = rng.randint(1, 6)
+        self.max_actors = rng.randint(1, 6)
         self.now, self.order, self.events = 0.0, 0, []
         self.actors: dict[str, Actor] = {}
-        self.born = self.drivers = 0
+        self.actor_count = self.drivers = 0
         self.committed_at: dict[int, float] = {}
-        self.accused: Counter[tuple[object, ...]] = Counter()  # rows that were alone when an engine hung
+        self.solo_hangs: Counter[tuple[object, ...]] = Counter()  # by block and row
         self.start_driver()
 
-    def at(self, delay: float, what: str, *about: object) -> None:
+    def schedule(self, delay: float, event: str, *arguments: object) -> None:
         self.order += 1
-        heapq.heappush(self.events, (self.now + delay, self.order, what, about))
+        heapq.heappush(self.events, (self.now + delay, self.order, event, arguments))
 
     # -- the driver
 
     def start_driver(self) -> None:
-        """A driver knows nothing but what is in storage. Old actors may go on for a while."""
+        """Replace the driver. The new one knows only the storage; old actors may continue."""
         self.drivers += 1
         self.pool = BlockPool([block for block in range(self.blocks) if block not in self.storage.parts], self.limits)
-        self.mine: set[str] = set()
-        self.at(1.0, "tick", self.drivers)
+        self.own_actors: set[str] = set()
+        self.schedule(1.0, "tick", self.drivers)
 
     def tick(self, driver: int) -> None:
         if driver != self.drivers or self.pool.finished:
             return
         if self.random.random() < self.faults.driver_death and self.drivers < 4:
-            for name in sorted(self.mine):  # they end with it, sooner or later
-                self.at(self.random.uniform(0, 60), "reap", name)
+            for name in sorted(self.own_actors):  # they end with their driver, sooner or later
+                self.schedule(self.random.uniform(0, 60), "reap", name)
             self.start_driver()
             return
-        for name in sorted(self.mine):
+        for name in sorted(self.own_actors):
             actor = self.actors[name]
-            if actor.alive and not actor.hung:
-                self.pool.heartbeat(name, actor.finished > actor.heard_of, self.now)
-                actor.heard_of = actor.finished
+            if actor.is_alive and not actor.is_silent:
+                self.pool.heartbeat(name, actor.finished > actor.reported, self.now)
+                actor.reported = actor.finished
         for name, _ in self.pool.silent(self.now):
             self.pool.leave(name)
             self.give_up(name)
         for name, reason in self.pool.stalled(self.now):
-            if stuck := self.actors[name].stuck:
-                self.pool.died(name, reason, stuck, hung=True)
-                self.accused.update((block, *rows) for block, rows in stuck.items() if len(rows) == 1)
+            if stuck_rows := self.actors[name].stuck_rows:
+                self.pool.engine_died(name, reason, stuck_rows, is_hang=True)
+                self.solo_hangs.update((block, *rows) for block, rows in stuck_rows.items() if len(rows) == 1)
             else:
                 self.pool.leave(name)
             self.give_up(name)
-        for lease in self.pool.overdue(self.now):
+        for lease in self.pool.expire(self.now):
             self.actors[lease.actor].attempts.pop(lease.number, None)
-        wanted = min(self.most, self.pool.unfinished)
-        for _ in range(wanted - len(self.mine)):
-            self.born += 1
-            name = f"actor-{self.born}"
+        useful = min(self.max_actors, self.pool.unfinished)
+        for _ in range(useful - len(self.own_actors)):
+            self.actor_count += 1
+            name = f"actor-{self.actor_count}"
             self.actors[name] = Actor(name)
-            self.mine.add(name)
-            self.at(self.random.expovariate(1 / 5), "ready", driver, name)
+            self.own_actors.add(name)
+            self.schedule(self.random.expovariate(1 / 5), "ready", driver, name)
         self.lease_all()
-        self.at(1.0, "tick", driver)
+        self.schedule(1.0, "tick", driver)
 
     def give_up(self, name: str) -> None:
-        self.mine.discard(name)
-        self.at(self.random.uniform(0, 60), "reap", name)
+        self.own_actors.discard(name)
+        self.schedule(self.random.uniform(0, 60), "reap", name)
 
     def ready(self, driver: int, name: str) -> None:
-        if driver == self.drivers and name in self.mine:
+        if driver == self.drivers and name in self.own_actors:
             self.pool.join(name, self.now)
             self.lease_all()
 
     def lease_all(self) -> None:
-        for name in sorted(self.mine):
+        for name in sorted(self.own_actors):
             if name in self.pool._actors:
                 while (lease := self.pool.take(name, self.now)) is not None:
                     actor = self.actors[name]
@@ -166,35 +184,35 @@ class Night:
                     delay = self.random.expovariate(1 / 10)
                     if self.random.random() < self.faults.slow:
                         delay *= 30
-                    self.at(delay, "work", self.drivers, name, lease)
+                    self.schedule(delay, "work", self.drivers, name, lease)
 
     # -- the actors
 
     def work(self, driver: int, name: str, lease: Lease) -> None:
-        """An attempt comes to its end, good or bad."""
+        """End an attempt, with a commit or with a fault."""
         actor, chance = self.actors[name], self.random.random
-        if not actor.alive or lease.number not in actor.attempts or actor.stalled:
+        if not actor.is_alive or lease.number not in actor.attempts or actor.is_stalled:
             return
         if chance() < self.faults.node_loss:
-            actor.alive = False
-            self.at(self.random.expovariate(1 / 3), "lost", driver, name)
+            actor.is_alive = False
+            self.schedule(self.random.expovariate(1 / 3), "lost", driver, name)
             return
         if chance() < self.faults.hang:
-            actor.hung, actor.stalled = (True, chance() < 0.5) if chance() < 0.5 else (False, True)
-            if actor.stalled:
-                actor.stuck = self.under_way(actor, lease)
+            actor.is_silent, actor.is_stalled = (True, chance() < 0.5) if chance() < 0.5 else (False, True)
+            if actor.is_stalled:
+                actor.stuck_rows = self.rows_in_flight(actor, lease)
                 return
         deadly = self.deadly_rows(actor, lease)
         if deadly and chance() < 0.3:
-            actor.stalled, actor.stuck = True, deadly
+            actor.is_stalled, actor.stuck_rows = True, deadly
             return
         if deadly:
-            actor.alive = False
-            self.at(self.random.expovariate(1 / 3), "died", driver, name, deadly)
+            actor.is_alive = False
+            self.schedule(self.random.expovariate(1 / 3), "died", driver, name, deadly)
             return
         if chance() < self.faults.glitch:
             actor.attempts.pop(lease.number)
-            self.at(0.1, "failed", driver, name, lease)
+            self.schedule(0.1, "failed", driver, name, lease)
             return
         block = lease.block
         assert isinstance(block, int)
@@ -202,70 +220,72 @@ class Night:
         self.committed_at.setdefault(block, self.now)
         actor.finished += ROWS
         actor.attempts.pop(lease.number)
-        if chance() < self.faults.lost_answer:
-            actor.alive = False  # between its commit and its answer
-            self.at(self.random.expovariate(1 / 3), "lost", driver, name)
+        if chance() < self.faults.lost_reply:
+            actor.is_alive = False  # between its commit and its reply
+            self.schedule(self.random.expovariate(1 / 3), "lost", driver, name)
         else:
-            self.at(self.random.expovariate(1), "answer", driver, block)
+            self.schedule(self.random.expovariate(1), "reply", driver, block)
 
-    def under_way(self, actor: Actor, lease: Lease) -> dict[object, tuple[int, ...]]:
-        """Rows at some moment of an attempt."""
-        if not lease.alone:
+    def rows_in_flight(self, actor: Actor, lease: Lease) -> dict[object, tuple[int, ...]]:
+        """Return the rows in flight at some moment of an attempt."""
+        if not lease.is_exclusive:
             return {other.block: rows_of(lease) for other in actor.attempts.values()}
         return {lease.block: self.random.choice([piece for piece in in_order(lease) if piece] or [()])}
 
     def deadly_rows(self, actor: Actor, lease: Lease) -> dict[object, tuple[int, ...]]:
-        """What was under way when the engine died of a poison row; empty where it did not."""
+        """Return the rows in flight when the engine dies of a poison row; empty if it does not."""
         poison = {row for row in rows_of(lease) if (lease.block, row) in self.faults.poison}
         if not poison:
             return {}
-        if not lease.alone:
+        if not lease.is_exclusive:
             return {other.block: rows_of(lease) for other in actor.attempts.values()}
         for piece in in_order(lease):
             if poison & set(piece):
-                done = set() if len(poison & set(piece)) > 1 else {row for row in piece if self.random.random() < 0.2}
-                return {lease.block: tuple(row for row in piece if row in poison or row not in done)}
-        raise AssertionError("a poison row is innocent or suspected")
+                finished = (
+                    set() if len(poison & set(piece)) > 1 else {row for row in piece if self.random.random() < 0.2}
+                )
+                return {lease.block: tuple(row for row in piece if row in poison or row not in finished)}
+        raise AssertionError("a poison row is in none of the groups")
 
-    # -- what the driver hears
+    # -- replies to the driver
 
-    def answer(self, driver: int, block: int) -> None:
+    def reply(self, driver: int, block: int) -> None:
         if driver == self.drivers:
             for lease in self.pool.committed(block):
-                if self.random.random() < 0.7:  # some hear too late that their attempt is futile
+                if self.random.random() < 0.7:  # others learn too late that their attempt is futile
                     self.actors[lease.actor].attempts.pop(lease.number, None)
             self.lease_all()
 
     def failed(self, driver: int, name: str, lease: Lease) -> None:
         if driver == self.drivers:
-            self.pool.fail(lease, "glitch")
+            self.pool.failed(lease, "glitch")
             self.lease_all()
 
     def lost(self, driver: int, name: str) -> None:
-        if driver == self.drivers and name in self.mine:
-            self.mine.discard(name)
+        if driver == self.drivers and name in self.own_actors:
+            self.own_actors.discard(name)
             self.pool.leave(name)
             self.lease_all()
 
-    def died(self, driver: int, name: str, under_way: dict[object, tuple[int, ...]]) -> None:
-        if driver == self.drivers and name in self.mine:
-            self.mine.discard(name)
-            self.pool.died(name, "segmentation fault", under_way)
+    def died(self, driver: int, name: str, rows: dict[object, tuple[int, ...]]) -> None:
+        if driver == self.drivers and name in self.own_actors:
+            self.own_actors.discard(name)
+            self.pool.engine_died(name, "segmentation fault", rows)
             self.lease_all()
 
     def reap(self, name: str) -> None:
-        self.actors[name].alive = False
+        self.actors[name].is_alive = False
 
-    # -- the whole night
+    # -- the whole schedule
 
     def run(self) -> None:
-        """Until nothing is to be done. Raises AssertionError where a promise is broken."""
+        """Process events until no block is left. Raises AssertionError if a promise is broken."""
         steps = 0
         while self.events:
-            self.now, _, what, about = heapq.heappop(self.events)
-            getattr(self, what)(*about)
+            self.now, _, event, arguments = heapq.heappop(self.events)
+            getattr(self, event)(*arguments)
             steps += 1
-            assert steps < 200_000, f"no progress: {self.pool.unfinished} blocks left at {self.now:.0f} s"
+            assert steps < 200_000, f"no progress: {self.pool.unfinished} blocks unfinished at {self.now:.0f} s"
         assert self.pool.finished
         self.check()
 
@@ -276,60 +296,62 @@ class Night:
             poison = {row for other, row in self.faults.poison if other == block}
             assert poison <= errors, "a poison row was sampled without its engine dying"
             for row in errors - poison:
-                assert self.accused[block, row] > 1, "a good row became an error row with no engine hanging on it twice"
+                assert self.solo_hangs[block, row] > 1, (
+                    "a good row became an error row although no engine hung on it twice"
+                )
 
 
 @pytest.mark.parametrize("tenth", range(10))
 def test_each_block_is_committed_once_and_none_is_lost_or_stuck(tenth: int) -> None:
     for seed in range(tenth, SCHEDULES, 10):
         try:
-            Night(seed).run()
+            Schedule(seed).run()
         except Exception as error:
             raise AssertionError(f"schedule {seed}: {error}") from error
 
 
-def test_the_nights_are_bad_enough() -> None:
-    """Deaths, late commits, stolen leases, poison and new drivers do occur in the schedules."""
-    nights = [Night(seed) for seed in range(300)]
-    for night in nights:
-        night.run()
-    assert sum(night.drivers > 1 for night in nights) > 30
-    assert sum(bool(night.faults.poison) for night in nights) > 100
-    assert sum(any(not actor.alive for actor in night.actors.values()) for night in nights) > 150
-    assert sum(night.born > night.most for night in nights) > 150
+def test_the_schedules_have_enough_faults() -> None:
+    """Deaths, late commits, stolen leases, poison rows and new drivers do occur."""
+    schedules = [Schedule(seed) for seed in range(300)]
+    for schedule in schedules:
+        schedule.run()
+    assert sum(schedule.drivers > 1 for schedule in schedules) > 30
+    assert sum(bool(schedule.faults.poison) for schedule in schedules) > 100
+    assert sum(any(not actor.is_alive for actor in schedule.actors.values()) for schedule in schedules) > 150
+    assert sum(schedule.actor_count > schedule.max_actors for schedule in schedules) > 150
 
 
 def test_a_commit_without_its_fence_is_caught() -> None:
-    """The same schedules over a storage that lets a late attempt overwrite: the invariant must fail."""
+    """The invariant fails if storage lets a late attempt overwrite a part."""
     caught = 0
     for seed in range(300):
         try:
-            Night(seed, Storage(fenced=False)).run()
+            Schedule(seed, Storage(is_fenced=False)).run()
         except AssertionError as error:
             caught += "committed twice" in str(error)
     assert caught > 20
 
 
 def test_a_pool_that_forgets_the_leases_of_the_dead_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losing leases must show up as a block that is stuck."""
-    monkeypatch.setattr(BlockPool, "_give_back", lambda self, block, *, first: None)
+    """Losing leases shows up as a block that is stuck."""
+    monkeypatch.setattr(BlockPool, "_requeue", lambda self, block, *, is_next: None)
 
-    def nights() -> None:
+    def run_schedules() -> None:
         for seed in range(50):
-            Night(seed).run()
+            Schedule(seed).run()
 
     with pytest.raises(AssertionError, match=r"lost|no progress"):
-        nights()
+        run_schedules()
 
 
-def test_a_block_that_fails_for_ever_ends_the_run_with_its_reason() -> None:
+def test_a_block_that_fails_forever_ends_the_run_with_its_reason() -> None:
     pool = BlockPool([0], Limits(max_attempts=3))
     pool.join("a", 0)
 
     def fail() -> None:
         lease = pool.take("a", 0)
         assert lease is not None
-        pool.fail(lease, "glitch")
+        pool.failed(lease, "glitch")
 
     fail()
     fail()

@@ -277,7 +277,7 @@ def test_a_worker_does_many_blocks_at_a_time_and_beats(folder: Path) -> None:
         return list(results)
 
     results = asyncio.run(work())
-    assert all(result.first for result in results)
+    assert all(result.is_first for result in results)
     together = facts_of([result.part for result in results])
     shutil.rmtree(folder / "run" / "pairs")
     assert build_pairs(make_config(folder), run, Progress()) == together
@@ -287,7 +287,7 @@ def test_a_late_attempt_learns_that_it_was_not_the_first(folder: Path) -> None:
     job, worker, _ = started(folder)
     first = asyncio.run(worker.work(job, 0, "a", Hints()))
     late = asyncio.run(worker.work(job, 0, "b", Hints()))
-    assert (first.first, late.first) == (True, False)
+    assert (first.is_first, late.is_first) == (True, False)
     assert late.part == first.part
 
 
