@@ -1,4 +1,4 @@
-"""Pair jobs done in this process, where the point is the pairs and not the fleet."""
+"""Pair jobs processed in this process, for tests of pairs and not of fleets."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from plad_dist.rundir import RunDir
 
 
 def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:
-    """In the place of the fleet's."""
+    """Replace the function of the same name in `plad_dist.pairing.build`, which runs a fleet."""
     build_in_process(jobs, PairWorker(*pair_worker_args(config, run)), run.storage, progress)
 
 
 def build_in_process(
     jobs: Sequence[tuple[PairJob, list[int]]], worker: PairWorker, storage: Storage, progress: Progress
 ) -> None:
-    """Do the missing blocks of every job one after the other, and write the manifests. Committed blocks are not read.
+    """Process the missing blocks of every job one after the other, and write the manifests.
+
+    Committed blocks are not read.
+
+    Args:
+        jobs: each job with the number of prompts in each of its blocks.
 
     Raises:
-        UserError: the worker cannot start, or what scores the responses is wrong.
-        RunFailed: a block failed, or a job has no pair at all; what is committed is kept.
+        UserError: the worker cannot start, or the scorer is wrong.
+        RunFailed: a block failed, or a job has no pair at all. Committed blocks are kept.
     """
     asyncio.run(_build_all(jobs, worker, storage, progress))
 

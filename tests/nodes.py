@@ -1,6 +1,7 @@
-"""A Ray cluster of several nodes on one machine, each in a network namespace of its own, with an address of its own.
+"""A Ray cluster of several nodes on one machine, each with its own network namespace and address.
 
-So a node can be killed, frozen or cut off from the network as a whole. Needs root and iproute2; see :func:`available`.
+So a whole node can be killed, frozen or cut off from the network. Needs root and iproute2; see
+:func:`available`.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from pathlib import Path
 from typing import Any
 
 _PORT = 6379
-# A node that does not answer is dead after about five seconds, where Ray waits for half a minute.
+# A silent node is dead after about five seconds; by default, Ray waits for half a minute.
 _ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
     "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,  # of this test alone
+    "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,  # for these clusters only
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "GLOO_SOCKET_IFNAME": "eth0",  # the name of the machine is the loopback address in every namespace
+    "GLOO_SOCKET_IFNAME": "eth0",  # the machine's name resolves to the loopback address
 }
 
 
 def available() -> str | None:
-    """Why namespaces cannot be used on this machine, None where they can."""
+    """Return why namespaces cannot be used on this machine, or None if they can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
         return "network namespaces need iproute2"
     probe = f"plad-probe-{os.getpid()}"
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
-    if made.returncode:
-        return f"no network namespaces here: {made.stderr.strip()}"
+    attempt = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True, check=False)
+    if attempt.returncode:
+        return f"no network namespaces here: {attempt.stderr.strip()}"
     subprocess.run(["ip", "netns", "delete", probe], check=False)
     return None
 
@@ -58,24 +59,28 @@ class Node:
             _ip("-n", name, "link", "set", device, "up")
 
     def command(self, *command: str) -> list[str]:
-        """A command that runs on this node."""
+        """Return a command that runs another one on this node."""
         return ["ip", "netns", "exec", self.name, *command]
 
     def pids(self) -> list[int]:
-        """Processes of this node."""
+        """Return the processes of this node."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def processes(self, word: str) -> list[int]:
-        """Those whose command line has a word in it."""
-        found = []
+        """Return the processes of this node whose command line contains a word."""
+        matches = []
         for pid in self.pids():
             with contextlib.suppress(OSError):
                 if word in Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "):
-                    found.append(pid)
-        return found
+                    matches.append(pid)
+        return matches
 
     def kill(self, *, quietly: bool = True) -> None:
-        """Every process of the node is gone. Quietly: its network first, so that the others learn nothing, as of a lost machine."""
+        """Kill every process of the node.
+
+        Args:
+            quietly: cut the network first, so that the other nodes learn nothing.
+        """
         if quietly:
             self.cut()
         self._send(signal.SIGKILL)
@@ -87,7 +92,7 @@ class Node:
         self._send(signal.SIGCONT)
 
     def cut(self) -> None:
-        """Nothing goes in or out."""
+        """Cut the node off from the network."""
         _ip("link", "set", self._outside, "down")
 
     def mend(self) -> None:
@@ -95,8 +100,8 @@ class Node:
 
     def remove(self) -> None:
         self._send(signal.SIGKILL)
-        until = time.monotonic() + 10
-        while self.pids() and time.monotonic() < until:
+        deadline = time.monotonic() + 10
+        while self.pids() and time.monotonic() < deadline:
             time.sleep(0.05)
         for command in (("link", "delete", self._outside), ("netns", "delete", self.name)):
             with contextlib.suppress(subprocess.CalledProcessError):
@@ -109,10 +114,10 @@ class Node:
 
 
 class Cluster:
-    """A head without work and nodes that come and go.
+    """A head without CPUs, and nodes that join and leave.
 
     Args:
-        folder: for logs.
+        folder: folder for the logs of the nodes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -128,13 +133,13 @@ class Cluster:
         self.address = f"{self.head.address}:{_PORT}"
 
     def add(self, cpus: int = 1) -> Node:
-        """One more node; it is there when this returns."""
+        """Add a node and wait until Ray runs on it."""
         node = self._new_node()
         self._start(node, f"--address={self.address}", f"--num-cpus={cpus}")
         return node
 
     def run(self, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
-        """The `plad` command on the head, its output at the end of a log."""
+        """Start a `plad` command on the head. Its output is appended to a log."""
         command = self.head.command(sys.executable, "-c", "from plad_dist.cli import main; main()", *arguments)
         with log.open("ab") as file:
             return subprocess.Popen(
@@ -143,7 +148,7 @@ class Cluster:
             )  # fmt: skip
 
     def drain(self, node: Node, seconds: int) -> None:
-        """Tell Ray that a node will leave after so many seconds."""
+        """Announce to Ray that a node will leave after some seconds."""
         code = (
             f"import ray; ray.init(address='{self.address}', logging_level='ERROR', log_to_driver=False); "
             "print(*(node['NodeID'] for node in ray.nodes() if node['Alive'] and "
@@ -151,10 +156,10 @@ class Cluster:
         )
         python = self.head.command(sys.executable, "-c", code)
         environment = os.environ | _ENVIRONMENT
-        found = subprocess.run(python, capture_output=True, text=True, check=True, timeout=120, env=environment)
-        name = found.stdout.split()[-1]
+        listing = subprocess.run(python, capture_output=True, text=True, check=True, timeout=120, env=environment)
+        node_id = listing.stdout.split()[-1]
         command = self.head.command(
-            str(Path(sys.executable).parent / "ray"), "drain-node", f"--address={self.address}", f"--node-id={name}",
+            str(Path(sys.executable).parent / "ray"), "drain-node", f"--address={self.address}", f"--node-id={node_id}",
             "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot",
             f"--deadline-remaining-seconds={seconds}",
         )  # fmt: skip
@@ -184,15 +189,14 @@ class Cluster:
         wait(lambda: "Ray runtime started" in path.read_text(), 120, f"{node.name} to start", every=0.2)
 
 
-def wait(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.05) -> Any:
-    """Wait until something is true and return it."""
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"waited {seconds:.0f} s for {what}"
+def wait(condition: Callable[[], Any], seconds: float, goal: str, every: float = 0.05) -> Any:
+    """Wait until a condition returns something true, and return that."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {goal}"
         time.sleep(every)
-    return found
+    return result
 
 
 def _ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout

@@ -1,7 +1,7 @@
-"""A night of sampling on a cluster of several nodes: engines, a node and the driver are killed.
+"""Sampling on a cluster of several nodes while engines, a node and the driver are killed.
 
-Real Ray nodes, real vLLM engines, real signals. After each blow the run goes on by itself or is run again; in the morning
-there is one sample where one was asked for, and what had been committed was not touched.
+Real Ray nodes, real vLLM engines, real signals. After each fault the run continues on its own, or
+is run again. At the end each prompt has exactly one sample, and no committed part was touched.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(2400)]
 PROMPTS = 1500
 
 
-class Night:
-    """A cluster of a head without work and two nodes, a run directory, and the driver at work."""
+class FaultyRun:
+    """A cluster of a head without CPUs and two nodes, a run directory, and a driver."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.root = folder, folder / "run"
@@ -58,6 +58,7 @@ class Night:
         return sorted((self.root / "samples" / role / "round-0").glob("part-*.arrow"))
 
     def stamps(self) -> dict[Path, tuple[bytes, int]]:
+        """Return the content and modification time of every committed part."""
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in self.root.rglob("part-*.arrow")}
 
     def log(self) -> str:
@@ -75,12 +76,13 @@ class Night:
         self.wait(lambda: len(self.parts()) >= goal)
 
     def processes(self, word: str) -> list[psutil.Process]:
-        found = []
+        """Return the live processes whose command line contains a word."""
+        processes = []
         for process in psutil.process_iter(["cmdline", "status"]):
             line = " ".join(process.info["cmdline"] or [])
             if word in line and process.info["status"] != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        return found
+                processes.append(process)
+        return processes
 
     def end(self) -> None:
         if self.driver is not None and self.driver.poll() is None:
@@ -89,64 +91,64 @@ class Night:
 
 
 @pytest.fixture(scope="module")
-def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
-    found = Night(tmp_path_factory.mktemp("night"))
-    assert plad("prepare", str(found.config), cwd=found.folder).returncode == 0
-    yield found
-    found.end()
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyRun]:
+    faulty_run = FaultyRun(tmp_path_factory.mktemp("run"))
+    assert plad("prepare", str(faulty_run.config), cwd=faulty_run.folder).returncode == 0
+    yield faulty_run
+    faulty_run.end()
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
-def morning(night: Night) -> dict[Path, tuple[bytes, int]]:
-    """Everything that was committed at any of the blows; when it is there, the run is finished."""
-    kept: dict[Path, tuple[bytes, int]] = {}
-    night.start_driver()
-    # While it starts, and no engine of its kind has ever been up.
-    night.wait(lambda: bool(night.processes("VLLM::EngineCore")))
-    night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
-    night.wait(lambda: night.log().count(" died (") >= 1, 120)
-    night.wait(lambda: len(night.parts()) >= 4)
+def parts_before_faults(run: FaultyRun) -> dict[Path, tuple[bytes, int]]:
+    """Cause all faults, complete the run, and return the parts committed before the last fault."""
+    stamps: dict[Path, tuple[bytes, int]] = {}
+    run.start_driver()
+    # The engine dies while it starts, before any engine of its fleet has been up.
+    run.wait(lambda: bool(run.processes("VLLM::EngineCore")))
+    run.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
+    run.wait(lambda: run.log().count(" died (") >= 1, 120)
+    run.wait(lambda: len(run.parts()) >= 4)
 
-    kept |= night.stamps()
-    night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
-    night.wait(lambda: night.log().count(" died (") >= 2, 120)
-    night.wait_for_more(4)
+    stamps |= run.stamps()
+    run.processes("VLLM::EngineCore")[0].send_signal(signal.SIGKILL)
+    run.wait(lambda: run.log().count(" died (") >= 2, 120)
+    run.wait_for_more(4)
 
-    kept |= night.stamps()
-    # An engine that is told to end ends all its requests at once, as if they were done.
-    night.processes("VLLM::EngineCore")[0].send_signal(signal.SIGTERM)
-    night.wait(lambda: night.log().count(" died (") >= 3, 120)
-    night.wait_for_more(4)
+    stamps |= run.stamps()
+    # An engine that receives SIGTERM ends all its requests at once, as if they had finished.
+    run.processes("VLLM::EngineCore")[0].send_signal(signal.SIGTERM)
+    run.wait(lambda: run.log().count(" died (") >= 3, 120)
+    run.wait_for_more(4)
 
-    kept |= night.stamps()
-    night.cluster.remove_node(night.nodes.pop(), allow_graceful=False)
-    night.nodes.append(night.add_node())
-    night.wait(lambda: night.log().count(" died (") >= 4, 300)
-    night.wait_for_more(4)
+    stamps |= run.stamps()
+    run.cluster.remove_node(run.nodes.pop(), allow_graceful=False)
+    run.nodes.append(run.add_node())
+    run.wait(lambda: run.log().count(" died (") >= 4, 300)
+    run.wait_for_more(4)
 
-    kept |= night.stamps()
-    assert night.driver is not None
-    os.kill(night.driver.pid, signal.SIGKILL)
-    night.driver.wait()
-    assert len(night.parts()) < PROMPTS // 8, "killed too late to prove anything"
-    kept |= night.stamps()
+    stamps |= run.stamps()
+    assert run.driver is not None
+    os.kill(run.driver.pid, signal.SIGKILL)
+    run.driver.wait()
+    assert len(run.parts()) < PROMPTS // 8, "killed too late to prove anything"
+    stamps |= run.stamps()
 
-    done = plad("sample", str(night.config), timeout=1500, cwd=night.folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return kept
+    completed = plad("sample", str(run.config), timeout=1500, cwd=run.folder)
+    assert completed.returncode == 0, completed.stderr[-4000:]
+    return stamps
 
 
-def test_what_was_committed_before_a_kill_is_byte_identical(morning: dict[Path, tuple[bytes, int]]) -> None:
-    assert len(morning) >= 10
-    for path, stamp in morning.items():
+def test_parts_committed_before_a_fault_stay_byte_identical(parts_before_faults: dict[Path, tuple[bytes, int]]) -> None:
+    assert len(parts_before_faults) >= 10
+    for path, stamp in parts_before_faults.items():
         assert (path.read_bytes(), path.stat().st_mtime_ns) == stamp, path
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_every_prompt_has_its_sample_exactly_once(night: Night, morning: Any, role: str) -> None:
+def test_every_prompt_has_its_sample_exactly_once(run: FaultyRun, parts_before_faults: Any, role: str) -> None:
     def read(folder: str) -> pa.Table:
-        files = sorted((night.root / folder).glob("part-*.arrow"))
+        files = sorted((run.root / folder).glob("part-*.arrow"))
         return pa.concat_tables(pa.ipc.open_file(path).read_all() for path in files)
 
     prompts = read("prompts")["prompt_id"].to_pylist()
@@ -155,19 +157,19 @@ def test_every_prompt_has_its_sample_exactly_once(night: Night, morning: Any, ro
     assert set(samples["sample_index"].to_pylist()) == {0}
     assert samples["error"].null_count == len(prompts)
     assert set(samples["finish_reason"].to_pylist()) <= {"stop", "length"}
-    whole = [64 if role == "teacher" else 2] * len(prompts)
-    cut = zip(samples["finish_reason"].to_pylist(), samples["num_tokens"].to_pylist(), whole, strict=True)
-    assert all(reason == "stop" or tokens == most for reason, tokens, most in cut), "a response was cut short"
+    max_tokens = 64 if role == "teacher" else 2
+    ends = zip(samples["finish_reason"].to_pylist(), samples["num_tokens"].to_pylist(), strict=True)
+    assert all(reason == "stop" or tokens == max_tokens for reason, tokens in ends), "a response was cut short"
 
 
-def test_verify_passes(night: Night, morning: Any) -> None:
-    checked = plad("verify", str(night.root))
+def test_verify_passes(run: FaultyRun, parts_before_faults: Any) -> None:
+    checked = plad("verify", str(run.root))
     assert checked.returncode == 0, checked.stderr
     assert "nothing is wrong" in checked.stdout
 
 
-def test_the_log_says_who_died_and_why(night: Night, morning: Any) -> None:
-    reasons = re.findall(r" died \((.*)\); its blocks are leased again", night.log())
+def test_the_log_reports_which_actor_died_and_why(run: FaultyRun, parts_before_faults: Any) -> None:
+    reasons = re.findall(r" died \((.*)\); its blocks are leased again", run.log())
     assert len(reasons) >= 4
     assert any("did not start" in reason for reason in reasons), reasons
     assert any("died without an error message" in reason for reason in reasons), reasons

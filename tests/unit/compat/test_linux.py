@@ -1,4 +1,4 @@
-"""Control groups from files laid out like the kernel's, and the redirected output of real processes."""
+"""Control groups from files like the kernel's, and the redirected output of real processes."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,21 @@ def test_the_head_sizes_on_cpus_are_the_ones_in_the_source() -> None:
 def test_vllm_reports_the_failure_of_another_process_in_these_words(file: str, message: str) -> None:
     assert message in source(file)
     assert internals.death_without_message(RuntimeError(message)) is not None
+
+
+def test_vllm_keeps_unfinished_requests_where_their_tokens_are_counted() -> None:
+    assert "self.request_states: dict[str, RequestState] = {}\n" in source("v1/engine/output_processor.py")
+    assert "def num_output_tokens(self) -> int:\n" in source("v1/engine/detokenizer.py")
+
+
+def test_tokens_of_all_unfinished_requests_are_counted() -> None:
+    def state(tokens: int | None) -> SimpleNamespace:
+        detokenizer = None if tokens is None else SimpleNamespace(num_output_tokens=lambda: tokens)
+        return SimpleNamespace(detokenizer=detokenizer)
+
+    states = {"a": state(3), "pooling": state(None), "b": state(4)}
+    llm = SimpleNamespace(output_processor=SimpleNamespace(request_states=states))
+    assert internals.tokens_in_flight(llm) == 7
 
 
 def test_an_error_of_this_process_is_its_own_root_cause() -> None:

@@ -1,4 +1,4 @@
-"""The engine's promises that need no model."""
+"""Promises of the engine that need no model."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ class FakeLlm:
         pass
 
 
-def test_a_change_of_weights_whose_asker_is_cancelled_ends_before_another_begins() -> None:
-    """Ray cancels what a lease asked for; the thread that starts the engine, and takes the memory, goes on."""
-    running, most, started = 0, 0, []
+def test_a_cancelled_change_of_weights_ends_before_the_next_one_starts() -> None:
+    """Ray cancels the request of a lease, but the thread that starts the engine continues."""
+    running, most_running, started = 0, 0, []
 
     def start(path: str) -> Any:
-        nonlocal running, most
+        nonlocal running, most_running
         running += 1
-        most = max(most, running)
+        most_running = max(most_running, running)
         time.sleep(0.2)
         running -= 1
         started.append(path)
         return FakeLlm()
 
-    async def work() -> None:
+    async def change_weights() -> None:
         engine = object.__new__(Engine)
-        engine.path, engine._llm, engine._restart, engine._start = "a", FakeLlm(), None, start  # type: ignore[method-assign]
+        engine.path, engine._llm, engine._restart = "a", FakeLlm(), None
+        engine._start = start  # type: ignore[method-assign]
         first = asyncio.create_task(engine.load_weights("b"))
         await asyncio.sleep(0.05)
         first.cancel()
@@ -39,5 +40,5 @@ def test_a_change_of_weights_whose_asker_is_cancelled_ends_before_another_begins
         assert engine.path == "c"
         await engine.load_weights("c")
 
-    asyncio.run(work())
-    assert (most, started) == (1, ["b", "c"])
+    asyncio.run(change_weights())
+    assert (most_running, started) == (1, ["b", "c"])
