@@ -13,7 +13,7 @@ def folders_without_entry(config: Config, run: RunDir) -> set[str]:
     """Return the folders with files in a run directory that the catalog does not account for.
 
     A dataset accounts for its own folder alone, as other datasets may be stored below it. A model
-    accounts for everything in its folders.
+    accounts for everything in its folders. Ray Train's own folder is left out.
     """
     shallow, deep = {".", "logs"}, set[str]()
     for product in products_of(config, run):
@@ -28,7 +28,9 @@ def folders_without_entry(config: Config, run: RunDir) -> set[str]:
     return {
         str(folder)
         for folder in folders
-        if str(folder) not in shallow and deep.isdisjoint(map(str, (folder, *folder.parents)))
+        if folder.parts[:1] != (".ray-train",)
+        and str(folder) not in shallow
+        and deep.isdisjoint(map(str, (folder, *folder.parents)))
     }
 
 
