@@ -2,8 +2,8 @@
 
 Each seed is an independent run from scratch (models, samples, pairs) in RUNS/seed-<seed>. Stages
 that are already complete there are not repeated. Outputs use the main decoding (`sampled`); the
-judge is ROUGE-L against the references. `win_rate_vs_seqkd` compares with the peer, sequence-level
-KD, which computes as many tokens from the same teacher's samples in the same run.
+judge is ROUGE-L against the references. `win_rate_vs_seqkd` compares with the control,
+sequence-level KD, which computes as many tokens from the same teacher samples in the same run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plad_dist.evaluation.over_seeds import Finished, over_seeds
+from plad_dist.evaluation.over_seeds import FinishedRun, over_seeds
 
 CONFIG, SEEDS = "examples/quickstart.yaml", (17, 18, 19)
 FIGURES = {
@@ -34,19 +34,20 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/quality", help="folder that holds the runs")
     arguments = parser.parse_args()
     started = time.monotonic()
-    runs = [_finished(seed, Path(arguments.runs)) for seed in SEEDS]
-    over = over_seeds(runs)
-    figures: dict[str, Any] = {name: over[figure].to_json() for name, figure in FIGURES.items()}
+    runs = [finished_run(seed, Path(arguments.runs)) for seed in SEEDS]
+    intervals = over_seeds(runs)
+    figures: dict[str, Any] = {name: intervals[figure].to_json() for name, figure in FIGURES.items()}
     figures |= {"seeds": len(runs), "prompts": len(runs[0].references)}
     figures |= {"minutes": round((time.monotonic() - started) / 60, 1)}
     print(json.dumps({"benchmark": "quality", **figures}, indent=None if arguments.json else 1))
 
 
-def _finished(seed: int, folder: Path) -> Finished:
+def finished_run(seed: int, folder: Path) -> FinishedRun:
+    """Run the quickstart with a seed, or what is missing of it, and return its measurements."""
     run_dir = f"{folder}/seed-{seed}"
     command = [sys.executable, "-c", "from plad_dist.cli import main; main()", "run", CONFIG]
     subprocess.run([*command, f"run.dir={run_dir}", f"run.seed={seed}"], check=True, stdout=sys.stderr)
-    return Finished(run_dir)
+    return FinishedRun(run_dir)
 
 
 if __name__ == "__main__":

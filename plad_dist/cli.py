@@ -16,6 +16,8 @@ from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
 
 if TYPE_CHECKING:
+    from plad_dist.evaluation.comparison import Comparison
+    from plad_dist.evaluation.document import Metrics
     from plad_dist.jobs import JobServer
     from plad_dist.rundir import RunDir
 
@@ -80,7 +82,7 @@ def _version(
 @app.command()
 def run(config: ConfigPath, overrides: Overrides = None) -> None:
     """Run all stages. Resumes where a run was left; skips what is committed."""
-    from plad_dist.evaluation.stage import last_round
+    from plad_dist.evaluation.rounds import last_round
     from plad_dist.pipeline import finished_metrics
 
     settings = load_config(config, overrides or [])
@@ -125,8 +127,8 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Write the report anew from the figures."""
-    from plad_dist.evaluation.stage import last_round
-    from plad_dist.evaluation.stage import report as write_report
+    from plad_dist.evaluation.report.stage import write_report
+    from plad_dist.evaluation.rounds import last_round
     from plad_dist.rundir import RunDir, check_same_run
 
     settings = load_config(config, overrides or [])
@@ -274,7 +276,8 @@ def study(
 ) -> None:
     """Run all variants of a config and compare them. What variants have in common is made once; resumes where it was left."""
     from plad_dist.evaluation.comparison import compare_runs
-    from plad_dist.evaluation.over_seeds import seeds_table, study_over_seeds
+    from plad_dist.evaluation.over_seeds import study_over_seeds
+    from plad_dist.evaluation.report.tables import seeds_table
     from plad_dist.reuse import take_over
     from plad_dist.rundir import RunDir
     from plad_dist.study import load_study
@@ -290,9 +293,9 @@ def study(
         _compared(compare_runs([config.run.dir for config in done]), str(folder / "compare.html"))
         seeds.append({name: config.run.dir for name, config in runs})
     if len(seeds) > 1:
-        rows, figures = study_over_seeds(seeds), folder.parent / "study.json"
-        figures.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        _print(seeds_table(rows))
+        variants, figures = study_over_seeds(seeds), folder.parent / "study.json"
+        figures.write_text(json.dumps([variant.to_json() for variant in variants], indent=1), encoding="utf-8")
+        _print(seeds_table(variants))
         typer.echo(f"\nAll figures: {figures}")
 
 
@@ -311,15 +314,16 @@ def push(
     typer.echo(f"Pushed: {upload(run_dir, repo, phase, public=public)}")
 
 
-def _compared(comparison: dict[str, object], output: str | None, as_json: bool = False) -> None:
+def _compared(comparison: Comparison, output: str | None, as_json: bool = False) -> None:
     from pathlib import Path
 
-    from plad_dist.evaluation.comparison import comparison_table, write_comparison
+    from plad_dist.evaluation.comparison import write_comparison
+    from plad_dist.evaluation.report.tables import comparison_table
 
     if output is not None:
         write_comparison(comparison, Path(output))
     if as_json:
-        typer.echo(json.dumps(comparison))
+        typer.echo(json.dumps(comparison.to_json()))
         return
     _print(comparison_table(comparison))
     if output is not None:
@@ -449,11 +453,11 @@ def _pipeline(config: Config, command: str | None = None, phase: str | None = No
         _fail("plad: interrupted. What was committed is kept; run the same command again to go on.", INTERRUPTED)
 
 
-def _show(metrics: dict[str, object], report: str) -> None:
-    from plad_dist.evaluation.report import metrics_table
+def _show(metrics: Metrics, report: str) -> None:
+    from plad_dist.evaluation.report.tables import metrics_table
 
     _print(metrics_table(metrics))
-    for sentence in metrics["verdict"]:  # type: ignore[attr-defined]
+    for sentence in metrics.verdict:
         typer.echo(f"- {sentence}")
     typer.echo(f"\nReport: {report}")
 

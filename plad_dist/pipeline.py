@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile
-from typing import Any
 
 from plad_dist.cluster import connected
 from plad_dist.config import Config
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.errors import UserError
-from plad_dist.evaluation.stage import evaluate, goes_on, is_evaluated, report, require_inputs
+from plad_dist.evaluation.document import Metrics, load_metrics
+from plad_dist.evaluation.report.stage import write_report
+from plad_dist.evaluation.rounds import continues_after
+from plad_dist.evaluation.stage import evaluate, is_evaluated, require_inputs
 from plad_dist.holders import Holder
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
@@ -68,7 +70,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
     yield steps.evaluate()
     yield steps.report()
     for number in range(1, config.rounds.most):
-        if not goes_on(config, run.at_round(number - 1)):
+        if not continues_after(config, run.at_round(number - 1)):
             return
         steps = replace(steps, run=run.at_round(number))
         yield steps.sample("sample", "student")
@@ -156,7 +158,7 @@ class _Steps:
             "evaluate",
             is_done=lambda: self.run.storage.read(self.run.report) is not None,
             require_inputs=lambda: finished_metrics(self.run),
-            work=lambda: report(self.config, self.run),
+            work=lambda: write_report(self.config, self.run),
             needs_ray=False,
         )
 
@@ -247,9 +249,9 @@ def _evaluate(config: Config, run: RunDir, progress: Progress) -> str:
     return str(run.root / run.metrics)
 
 
-def finished_metrics(run: RunDir) -> dict[str, Any]:
+def finished_metrics(run: RunDir) -> Metrics:
     """Return the figures of a round. Raise :class:`UserError` if it is not evaluated yet."""
-    metrics: dict[str, Any] | None = run.storage.read_json(run.metrics)
+    metrics = load_metrics(run)
     if metrics is None:
         raise UserError(f"{run.storage.url}: not evaluated yet; run `plad evaluate` first")
     return metrics

@@ -27,12 +27,11 @@ from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import FORMAT
+from plad_dist.systems import PLAD, System
 
 RUN_FILE = "run.yaml"
 TIMINGS = "logs/timings.json"
-PLAD = "plad"  # the system of the round's own student
 _SHOWN_KEYS = 10
-_FIGURES = {"systems", "main_decoding", "judges", "verdict", "settings"}
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,10 @@ class RunDir:
         """Return the pairs that are ranked during training but not trained on."""
         return Dataset(self.storage, f"eval/round-{self.round}/pairs", PAIRS)
 
-    def system_samples(self, system: str, decoding: str) -> Dataset:
+    def system_samples(self, system: System, decoding: str) -> Dataset:
         """Return the responses of a system to the held-out prompts."""
-        number = self.round if system == PLAD else round_of(system) or 0
-        name = PLAD if round_of(system) is not None else system
-        return Dataset(self.storage, f"eval/round-{number}/samples/{name}/{decoding}", SAMPLES)
+        number = self.round if system == PLAD else system.round or 0
+        return Dataset(self.storage, f"eval/round-{number}/samples/{system.kind}/{decoding}", SAMPLES)
 
     def candidates(self) -> Dataset:
         """Return the candidates: responses of the warm-up student to the held-out prompts."""
@@ -109,7 +107,7 @@ class RunDir:
         """Folder of the responses that were scored by their log-likelihood."""
         return f"eval/round-{self.round}/scored"
 
-    def scored(self, group: str, system: str) -> Dataset:
+    def scored(self, group: str, system: System) -> Dataset:
         """Return responses with their log-likelihoods.
 
         Args:
@@ -133,20 +131,6 @@ class RunDir:
 
     def _round_of(self, role: str) -> int:
         return self.round if role == "student" else 0
-
-    def figures(self) -> dict[str, Any] | None:
-        """Return the figures of the round, or None if it is not evaluated yet.
-
-        Raises:
-            RunFailed: the figures are damaged.
-        """
-        figures = self.storage.read_json(self.metrics)
-        if figures is not None and not (isinstance(figures, dict) and figures.keys() >= _FIGURES):
-            raise RunFailed(
-                f"{self.storage.url}/{self.metrics}: damaged: not the figures of an evaluation. Delete it and run "
-                "`plad evaluate` again, which rebuilds it from the samples"
-            )
-        return figures
 
     @property
     def metrics(self) -> str:

@@ -1,8 +1,7 @@
-"""A study: one config in several variants, each a run of its own; what they have in common is made once."""
+"""A study: variants of one config, each a run of its own. Common work is done once."""
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from plad_dist.config import Config, Decoding
 from plad_dist.config.section import Section
 from plad_dist.config_file import explain, load_config, override, parse_config, read_yaml
 from plad_dist.errors import UserError
-from plad_dist.rundir import PLAD
+from plad_dist.systems import PLAD
 from plad_dist.text_metrics import main_decoding
-
-logger = logging.getLogger("plad")
 
 
 class Study(Section):
@@ -30,79 +27,93 @@ class Study(Section):
 
     @field_validator("seeds")
     @classmethod
-    def _distinct(cls, value: list[int]) -> list[int]:
+    def _check_seeds(cls, value: list[int]) -> list[int]:
         if len(set(value)) < len(value):
             raise ValueError("a seed is given twice")
         return value
 
     @field_validator("variants")
     @classmethod
-    def _names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def _check_names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-                raise ValueError(f"name {name!r}: use letters, digits, '-', '_' and '.' alone")
+                raise ValueError(f"name {name!r}: use only letters, digits, '-', '_' and '.'")
         return value
 
 
 def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]]:
-    """The runs of a study by seed, each with the name of its variant.
+    """Return the runs of a study by seed, each with the name of its variant.
 
     Args:
-        overrides: `key=value` for every run, over what the file sets.
+        overrides: `key=value` for every run; they override the values of the file.
 
     Raises:
-        UserError: for anything wrong with the study or one of its configs.
+        UserError: the study or one of its configs is invalid.
     """
-    file = Path(path)
-    raw, known = read_yaml(file, "base, dir, variants"), ", ".join(Study.model_fields)
-    if "variants" not in raw and {"prompts", "student"} & raw.keys():
-        raise UserError(f"{path}: is the config of a run (`plad run`); a study has {known}")
-    if unknown := raw.keys() - Study.model_fields.keys():
-        raise UserError(f"{path}: {', '.join(map(str, sorted(unknown, key=str)))}: unknown key; a study has {known}")
-    try:
-        study = Study.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(explain(error, path)) from None
-    for name, changes in study.variants.items():
-        if own := {"run", "run.dir", *(["run.seed"] if study.seeds else [])} & changes.keys():
-            raise UserError(f"{path}: variant {name}: {min(own)}: is set for each run by the study's `dir` and `seeds`")
-    base = read_yaml(file.parent / study.base)
+    study = _read_study(path)
+    base = read_yaml(Path(path).parent / study.base)
     for argument in overrides:
         if argument.partition("=")[0] in ("run.dir", "run.seed"):
-            raise UserError(f"override {argument!r}: is set for each run by the study's `dir` and `seeds`")
-    found = []
+            raise UserError(f"override {argument!r}: set by the study's `dir` and `seeds` for each run; remove it")
     seeds: list[int | None] = [*study.seeds] or [None]
+    by_seed = []
     for seed in seeds:
         folder = f"{study.dir}/seed-{seed}" if seed is not None else study.dir
         runs = []
         for name, changes in study.variants.items():
-            keys = (
-                study.set | changes | ({"run.seed": seed} if seed is not None else {}) | {"run.dir": f"{folder}/{name}"}
-            )
+            own_seed = {"run.seed": seed} if seed is not None else {}
+            keys = study.set | changes | own_seed | {"run.dir": f"{folder}/{name}"}
             runs.append((name, parse_config(override(base, keys, overrides), f"{path}: variant {name}")))
-        found.append(runs)
-        for name, config in runs:
-            if _main_decoding(config) != _main_decoding(runs[0][1]):
-                raise UserError(
-                    f"{path}: variant {name}: its main decoding is not that of {runs[0][0]}, so that they could not be compared; give "
-                    "all the same `evaluation.decodings`"
-                )
-    return found
+        _check_common_decoding(path, runs)
+        by_seed.append(runs)
+    return by_seed
+
+
+def _read_study(path: str) -> Study:
+    raw, keys = read_yaml(Path(path), "base, dir, variants"), ", ".join(Study.model_fields)
+    if "variants" not in raw and {"prompts", "student"} & raw.keys():
+        raise UserError(f"{path}: is the config of a run (`plad run`); a study has {keys}")
+    if unknown := raw.keys() - Study.model_fields.keys():
+        raise UserError(f"{path}: {', '.join(map(str, sorted(unknown, key=str)))}: unknown key; a study has {keys}")
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(explain(error, path)) from None
+    reserved = {"run", "run.dir", *(["run.seed"] if study.seeds else [])}
+    for name, changes in study.variants.items():
+        if conflicts := reserved & changes.keys():
+            raise UserError(
+                f"{path}: variant {name}: {min(conflicts)}: set by the study's `dir` and `seeds` for each run; "
+                "remove it"
+            )
+    return study
+
+
+def _check_common_decoding(path: str, runs: list[tuple[str, Config]]) -> None:
+    """Raise :class:`UserError` if the variants have different main decodings."""
+    first_name, first = runs[0]
+    for name, config in runs:
+        if _main_decoding(config) != _main_decoding(first):
+            raise UserError(
+                f"{path}: variant {name}: its main decoding differs from that of {first_name}, so they cannot be "
+                "compared; give all variants the same `evaluation.decodings`"
+            )
 
 
 def _main_decoding(config: Config) -> tuple[str, Decoding]:
     decodings = config.decodings()
-    name = main_decoding(
-        [(PLAD, name) for name in decodings], {name: each.temperature for name, each in decodings.items()}
-    )
+    temperatures = {name: decoding.temperature for name, decoding in decodings.items()}
+    name = main_decoding([(PLAD, name) for name in decodings], temperatures)
     return name, decodings[name]
 
 
 def load_runs(path: str, overrides: list[str]) -> list[tuple[str, Config]]:
-    """The run of a config, by the file's name; of a study its variants with the first seed, as the seed changes no size.
+    """Return the run of a config, named like its file, or the variants of a study.
+
+    The variants have the first seed of the study, because the seed changes no size.
 
     Raises:
-        UserError: for anything wrong with the file.
+        UserError: the file is invalid.
     """
     if {"base", "variants"} <= read_yaml(Path(path)).keys():
         return load_study(path, overrides)[0]

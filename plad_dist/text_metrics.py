@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from plad_dist.systems import PLAD, System
+
 # Scripts written without spaces, whose characters count as words: Thai, Lao, Burmese, Khmer, Chinese, Japanese.
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]")
 
@@ -92,7 +94,7 @@ def wins(a_P: Scores, b_P: Scores) -> Scores:
     return np.where(np.isclose(a_P, b_P, rtol=0.0, atol=1e-9), 0.5, np.where(np.isnan(a_P - b_P), np.nan, a_P > b_P))
 
 
-Key = tuple[str, str]  # system, decoding
+Key = tuple[System, str]  # a system under a decoding
 
 
 @dataclass(frozen=True)
@@ -106,5 +108,5 @@ class Output:
 
 def main_decoding(scores: Collection[Key], temperatures: Mapping[str, float]) -> str:
     """`sampled` where there is one, else the hottest decoding of the distilled student (or of whoever is there)."""
-    names = [d for s, d in scores if s == "plad"] or [d for _, d in scores]
+    names = [d for s, d in scores if s == PLAD] or [d for _, d in scores]
     return "sampled" if "sampled" in names else max(names, key=lambda name: temperatures[name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +9,10 @@ import pyarrow as pa
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.store import Dataset, part_name
+from plad_dist.evaluation.metrics import compare
 from plad_dist.rundir import RunDir
+from plad_dist.systems import PLAD
+from plad_dist.text_metrics import Output
 from plad_dist.verify.run import verify
 
 
@@ -134,9 +136,9 @@ def no_figures(run: RunDir) -> None:
 
 
 def figures_without_responses(run: RunDir) -> None:
-    figures = {"main_decoding": "greedy", "judges": {}, "verdict": [], "settings": ""}
-    rows = [{"system": "plad", "decoding": "greedy"}]
-    run.storage.replace(run.metrics, json.dumps(figures | {"systems": rows}).encode())
+    outputs = {(PLAD, "greedy"): [Output("text", 1, finished=True)]}
+    metrics = compare(outputs, ["text"], temperatures={"greedy": 0.0}, resamples=100, seed=0)
+    run.storage.replace(run.metrics, metrics.to_bytes())
 
 
 def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:

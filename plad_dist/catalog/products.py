@@ -23,7 +23,8 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.data.store import Dataset
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
-from plad_dist.rundir import PLAD, RunDir, round_of
+from plad_dist.rundir import RunDir, round_of
+from plad_dist.systems import PLAD
 from plad_dist.text_metrics import main_decoding
 
 
@@ -269,11 +270,11 @@ class _Round:
         """Yield the responses of the systems that the round adds, under every decoding."""
         trained = trained_systems(self.config, self.run)
         for system in trained if self.run.round else systems_of(self.config, self.run):
-            model = self.teacher() if system == TEACHER else self.student()
-            recipe = recipes.TEACHER_SAMPLES if system == TEACHER else recipes.STUDENT_SAMPLES
+            model = self.teacher() if system.kind == "teacher" else self.student()
+            recipe = recipes.TEACHER_SAMPLES if system.kind == "teacher" else recipes.STUDENT_SAMPLES
             if system in trained:
                 recipe, model = recipes.EVALUATION, (_model_path(trained[system]),)
-            role = "teacher" if system == TEACHER else "student"
+            role = "teacher" if system.kind == "teacher" else "student"
             for decoding in self.config.system_decodings(system):
                 dataset = self.run.system_samples(system, decoding)
                 yield self._heldout(dataset, Purpose.RESPONSES, recipe, model, role)
@@ -307,7 +308,8 @@ class _Round:
         for judge in _stored_folders(self.run, self.run.scores_folder):
             if judge == "candidates":
                 continue
-            for system in _stored_folders(self.run, f"{self.run.scores_folder}/{judge}"):
+            stored = _stored_folders(self.run, f"{self.run.scores_folder}/{judge}")
+            for system in (system for system in systems_of(self.config, self.run) if str(system) in stored):
                 inputs = (self.run.system_samples(system, main).path, *self.teacher())
                 scores = self.run.scored(judge, system)
                 yield self._heldout(scores, Purpose.TEACHER_SCORES, recipes.EVALUATION, inputs, judge)

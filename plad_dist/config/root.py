@@ -19,6 +19,7 @@ from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Te
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
 from plad_dist.fingerprint import fingerprint
+from plad_dist.systems import WARMUP, System
 
 
 class Run(Section):
@@ -136,13 +137,13 @@ class Config(Section):
         sampled = self._student_decoding()
         return {"greedy": sampled.model_copy(update={"temperature": 0.0}), "sampled": sampled}
 
-    def system_decodings(self, system: str) -> dict[str, Decoding]:
+    def system_decodings(self, system: System) -> dict[str, Decoding]:
         """Return the decodings by name that one system is evaluated with.
 
         The warm-up student has additional ones, at lower temperatures.
         """
         decodings = self.decodings()
-        if system == "warmup":
+        if system == WARMUP:
             base = self._student_decoding()
             for temperature in self.evaluation.warmup_temperatures:
                 decodings[f"t{temperature:g}"] = base.model_copy(update={"temperature": temperature})

@@ -10,10 +10,11 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Manifest
 from plad_dist.errors import RunFailed
-from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
+from plad_dist.phases import SEQKD, TEACHER, phases_of, round_phase
 from plad_dist.planning.memory import checkpoint_bytes
 from plad_dist.planning.sizes import Device, ModelSize
-from plad_dist.rundir import PLAD, RunDir
+from plad_dist.rundir import RunDir
+from plad_dist.systems import System
 
 _BYTES_OF_A_TOKEN = 4 + 4.5  # its id, and its text
 _BYTES_OF_A_ROW = 200.0
@@ -44,8 +45,8 @@ class Workload:
     def heldout_answers(self, config: Config, role: str) -> int:
         """Answers of a role to held-out prompts: of every system that it is in every decoding, for candidates, and for held-out pairs."""
         training = config.training
-        trained = [SEQKD] * (training.seqkd is not None) + [PLAD] * config.rounds.most
-        systems = [WARMUP, *trained] if role == "student" else [TEACHER]
+        trained = [System("seqkd")] * (training.seqkd is not None) + [System("plad")] * config.rounds.most
+        systems = [System("warmup"), *trained] if role == "student" else [System("teacher")]
         answers = sum(len(config.system_decodings(system)) for system in systems)
         if role == "student":
             answers += config.candidates

@@ -24,6 +24,7 @@ from plad_dist.sampling.responders import (
     role_responders,
     student_responder,
 )
+from plad_dist.systems import TEACHER, WARMUP, System
 
 # Keep the seeds of held-out samples apart from those of training samples, which have the number of
 # their round.
@@ -76,14 +77,14 @@ def _requests_of_role(config: Config, run: RunDir, role: str, n: int) -> list[Da
     ]
     if run.round:  # the student of a later round was sampled as a system of the round before
         return requests
-    for output, decoding in _system_outputs(config, run, "teacher" if role == "teacher" else "warmup"):
+    for output, decoding in _system_outputs(config, run, TEACHER if role == "teacher" else WARMUP):
         requests.append(DatasetRequest(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
     if role == "student" and config.candidates:
         requests.append(DatasetRequest(heldout, run.candidates(), limit, config.candidates, _CANDIDATES_SEED))
     return requests
 
 
-def _system_outputs(config: Config, run: RunDir, system: str) -> list[tuple[Dataset, Decoding]]:
+def _system_outputs(config: Config, run: RunDir, system: System) -> list[tuple[Dataset, Decoding]]:
     """Return the datasets that the evaluation samples from one system, one for each decoding."""
     return [(run.system_samples(system, name), decoding) for name, decoding in config.system_decodings(system).items()]
 
@@ -91,7 +92,7 @@ def _system_outputs(config: Config, run: RunDir, system: str) -> list[tuple[Data
 # -- for the evaluation
 
 
-def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progress: Progress) -> None:
+def sample_systems(config: Config, run: RunDir, systems: dict[System, str], progress: Progress) -> None:
     """Sample the held-out prompts from trained students, and score the candidates under each.
 
     The students share actors, whose engines change weights from one student to the next.
@@ -101,17 +102,17 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
     """
     assignments: list[Assignment] = []
     heldout, limit = heldout_prompts(run.storage), config.evaluation.limit
-    for name, path in systems.items():
+    for system, path in systems.items():
         student = student_responder(config, path)
         requests = [
             DatasetRequest(heldout, output, limit, 1, _SYSTEM_SEED, decoding)
-            for output, decoding in _system_outputs(config, run, name)
+            for output, decoding in _system_outputs(config, run, system)
         ]
         if config.candidates:
             requests.append(
                 DatasetRequest(
                     heldout,
-                    run.scored("candidates", name),
+                    run.scored("candidates", system),
                     limit,
                     config.candidates,
                     _CANDIDATES_SEED,
@@ -124,7 +125,7 @@ def sample_systems(config: Config, run: RunDir, systems: dict[str, str], progres
 
 
 def score_by_teacher(
-    config: Config, run: RunDir, judge: str, responses: dict[str, Dataset], progress: Progress
+    config: Config, run: RunDir, judge: str, responses: dict[System, Dataset], progress: Progress
 ) -> None:
     """Compute the log-likelihoods of responses to the held-out prompts under the teacher.
 

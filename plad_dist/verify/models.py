@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from plad_dist.catalog.products import ModelEntry
 from plad_dist.data.models import model_marker, model_problems
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
+from plad_dist.evaluation.document import SystemRow, load_metrics
 from plad_dist.phases import round_phase
 from plad_dist.rundir import RunDir
 from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, step_name
@@ -31,24 +32,24 @@ def check_figures(run: RunDir, rounds: int) -> Iterator[str]:
     for number in range(rounds):
         at_round = run.at_round(number)
         try:
-            figures = at_round.figures()
+            metrics = load_metrics(at_round)
         except RunFailed:
             yield (
                 f"{at_round.metrics}: not valid JSON, or no figures. Delete it and run `plad evaluate` again, which "
                 "rebuilds it from the samples"
             )
             continue
-        for path in _missing_sources(at_round, figures["systems"]) if figures is not None else ():
+        for path in _missing_sources(at_round, metrics.systems) if metrics is not None else ():
             yield (
                 f"{path}: missing, though {at_round.metrics} was made from it. Restore it from a copy; or delete "
                 f"{at_round.metrics} and run again, which rebuilds both"
             )
 
 
-def _missing_sources(run: RunDir, rows: list[dict[str, str]]) -> Iterator[str]:
+def _missing_sources(run: RunDir, rows: Sequence[SystemRow]) -> Iterator[str]:
     """Yield the paths of missing responses and models that the rows of the figures refer to."""
     for row in rows:
-        path = run.system_samples(row["system"], row["decoding"]).path
+        path = run.system_samples(row.system, row.decoding).path
         if not run.storage.sizes(path):
             yield path
     phase = round_phase(run.round)

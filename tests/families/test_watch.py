@@ -52,7 +52,7 @@ def test_checkpoints_are_looked_at_while_training_goes_on(tmp_path: Path, addres
     assert all(step % 20 == 0 for step in steps)
     assert all(0 < probe["tokens"] <= 8 for probe in found["probes"])
     assert "watch round-0: step" in done.stderr
-    assert "What the student wrote during" in (root / "eval/round-0/report.html").read_text()
+    assert "Responses of the student during" in (root / "eval/round-0/report.html").read_text()
 
 
 def test_a_collapse_ends_the_round_early_and_says_so(tmp_path: Path, address: str) -> None:

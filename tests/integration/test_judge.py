@@ -18,6 +18,7 @@ from plad_dist.data.prompts import heldout_prompts, prepare
 from plad_dist.evaluation.judges import ask_judge, judge_answers
 from plad_dist.progress import Progress
 from plad_dist.rundir import open_run
+from plad_dist.systems import PLAD, SEQKD, WARMUP
 from plad_dist.text_metrics import Output
 from tests.conftest import tiny_config, write_prompts
 
@@ -92,12 +93,12 @@ def test_a_judge_is_asked_every_question_once(tmp_path: Path, local_ray: None) -
     bad = [Output(f"awful {number}", 2, True) for number in range(len(prompts))]
 
     def judged(config: Any) -> Any:
-        shown = {("plad", "warmup"): (good, bad), ("plad", "seqkd"): (good, bad)}
-        return ask_judge(config, run, "reader", config.evaluation.judges["reader"], prompts, shown, Progress())
+        responses = {(PLAD, WARMUP): (good, bad), (PLAD, SEQKD): (good, bad)}
+        return ask_judge(config, run, "reader", config.evaluation.judges["reader"], prompts, responses, Progress())
 
     found = judged(config)
-    assert found["plad", "warmup"].wins[:120].tolist() == [1.0] * 120
-    assert (found["plad", "seqkd"].asked, len(found["plad", "seqkd"].wins)) == (120, 200)
+    assert found[PLAD, WARMUP].wins[:120].tolist() == [1.0] * 120
+    assert (found[PLAD, SEQKD].prompts_asked, len(found[PLAD, SEQKD].wins)) == (120, 200)
     assert set(server.asked.values()) == {1}, "two systems that say the same are one question"
     assert server.asked.total() == 240
 

@@ -25,6 +25,7 @@ from plad_dist.evaluation.over_seeds import study_over_seeds
 from plad_dist.planning.workload import workload_of
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.job import sample_seed
+from plad_dist.systems import PLAD, SEQKD, TEACHER, WARMUP, System
 from tests.catalog import entries_without_folder, folders_without_entry
 from tests.conftest import plad, tiny_config, write_config, write_prompts
 
@@ -158,8 +159,8 @@ def test_every_prompt_has_its_sample_exactly_once(finished: Finished, role: str)
     assert all(value < 0 for value in samples["logprob"].to_pylist())
 
 
-@pytest.mark.parametrize(("role", "systems"), [("teacher", ["teacher"]), ("student", ["warmup", "seqkd", "plad"])])
-def test_the_plan_counts_the_answers_that_were_sampled(finished: Finished, role: str, systems: list[str]) -> None:
+@pytest.mark.parametrize(("role", "systems"), [("teacher", [TEACHER]), ("student", [WARMUP, SEQKD, PLAD])])
+def test_the_plan_counts_the_answers_that_were_sampled(finished: Finished, role: str, systems: list[System]) -> None:
     config = load_config(str(finished.config), [f"run.dir={finished.root}"])
     run = RunDir.of(config)
     answers = [run.system_samples(system, name) for system in systems for name in config.system_decodings(system)]
@@ -244,16 +245,20 @@ def test_the_figures_over_seeds_of_one_run_equal_those_of_its_report(finished: F
     metrics = json.loads((finished.root / "eval/round-0/metrics.json").read_text())
     root = str(finished.root)
     own, other = study_over_seeds([{"own": root, "other": root}])
-    assert own | {"variant": "other"} == other
+    assert (own.seeds, own.figures) == (other.seeds, other.figures)
     rows = {(row["system"], row["decoding"]): row for row in metrics["systems"]}
     for prefix, decoding in (("", "sampled"), ("greedy_", "greedy")):
         expected = rows["plad", decoding]
-        assert own[f"{prefix}rouge_l_plad"]["value"] == pytest.approx(expected["rouge_l"]["value"])
-        assert own[f"{prefix}win_rate_vs_warmup"]["value"] == pytest.approx(expected["win_rate_vs_warmup"]["value"])
-        assert own[f"{prefix}win_rate_vs_seqkd"]["value"] == pytest.approx(metrics["plad_vs_seqkd"][decoding]["value"])
+        assert own.figures[f"{prefix}rouge_l_plad"].value == pytest.approx(expected["rouge_l"]["value"])
+        assert own.figures[f"{prefix}win_rate_vs_warmup"].value == pytest.approx(
+            expected["win_rate_vs_warmup"]["value"]
+        )
+        assert own.figures[f"{prefix}win_rate_vs_seqkd"].value == pytest.approx(
+            metrics["plad_vs_seqkd"][decoding]["value"]
+        )
     ranking = metrics["ranking"]
     gain = ranking["after"]["pair_accuracy"] - ranking["before"]["pair_accuracy"]
-    assert own["pair_accuracy_gain"]["value"] == pytest.approx(gain)
+    assert own.figures["pair_accuracy_gain"].value == pytest.approx(gain)
 
 
 def test_systems_with_identical_responses_are_compared_once(finished: Finished, tmp_path: Path) -> None:
@@ -261,10 +266,10 @@ def test_systems_with_identical_responses_are_compared_once(finished: Finished, 
     alone, both = (
         compare_runs(paths) for paths in ([str(finished.root)], [str(finished.root), str(tmp_path / "again")])
     )
-    assert [row["system"] for row in both["systems"]] == ["teacher", "warmup", "seqkd", "plad"]
-    for single, merged in zip(alone["systems"], both["systems"], strict=True):
-        assert single | {"label": ""} == merged | {"label": ""}
-    with pytest.raises(UserError, match="again: is given twice"):
+    assert [row.system for row in both.systems] == [TEACHER, WARMUP, SEQKD, PLAD]
+    for row_alone, row_of_both in zip(alone.systems, both.systems, strict=True):
+        assert row_alone.model_copy(update={"label": row_of_both.label}) == row_of_both
+    with pytest.raises(UserError, match="again: given twice"):
         compare_runs([str(finished.root), *[str(tmp_path / "again")] * 2])
 
 
@@ -272,9 +277,10 @@ def test_runs_are_compared_under_the_requested_decoding(finished: Finished) -> N
     compared = compare_runs([str(finished.root)], "greedy")
     figures = json.loads((finished.root / "eval" / "round-0" / "metrics.json").read_bytes())
     own = {row["system"]: row["rouge_l"] for row in figures["systems"] if row["decoding"] == "greedy"}
-    assert compared["decoding"] == "greedy"
-    for row in compared["systems"]:
-        assert row["rouge_l"]["value"] == pytest.approx(own[row["system"]]["value"])
+    assert compared.decoding == "greedy"
+    for row in compared.systems:
+        assert row.rouge_l is not None
+        assert row.rouge_l.value == pytest.approx(own[str(row.system)]["value"])
     with pytest.raises(UserError, match="--decoding beam: run has greedy, sampled"):
         compare_runs([str(finished.root)], "beam")
 
@@ -289,7 +295,7 @@ def test_engines_with_swapped_weights_respond_like_the_model_of_those_weights(fi
     from plad_dist.data.templates import Renderer
 
     prompts = heldout_prompts(run.storage).read().slice(0, 40).to_pylist()
-    for system, folder in (("seqkd", "seqkd"), ("plad", "round-0")):
+    for system, folder in ((SEQKD, "seqkd"), (PLAD, "round-0")):
         model = AutoModelForCausalLM.from_pretrained(run.model(folder), dtype=torch.float32)
         renderer = Renderer(str(run.model(folder)), config.student)
         answers = run.system_samples(system, "greedy").read().to_pylist()

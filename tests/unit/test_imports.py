@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "plad_dist.devices",
         "plad_dist.resources",
         "plad_dist.progress",
+        "plad_dist.systems",
     ),
     ("plad_dist.reach", "plad_dist.text_metrics", "plad_dist.prometheus", "plad_dist.config.", "plad_dist.compat."),
     ("plad_dist.config_file", "plad_dist.phases", "plad_dist.harvest."),

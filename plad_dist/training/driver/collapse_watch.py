@@ -25,13 +25,13 @@ from plad_dist.data.prompts import heldout_prompts
 from plad_dist.data.templates import Messages
 from plad_dist.errors import first_line
 from plad_dist.fleet.placement import Placement
-from plad_dist.phases import WARMUP
 from plad_dist.progress import Progress
-from plad_dist.rundir import PLAD, RunDir, round_of
+from plad_dist.rundir import RunDir, round_of
 from plad_dist.sampling.backend import RefusedPromptError
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
+from plad_dist.systems import PLAD, WARMUP
 from plad_dist.text_metrics import Output, main_decoding, repetition, rouge_l, wins
 from plad_dist.training.checkpoints.scratch_dir import ScratchDir
 from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore

@@ -1,4 +1,4 @@
-"""What is compared, and where a comparison may be written."""
+"""Comparison of runs: which systems appear, and where the files may be written."""
 
 from __future__ import annotations
 
@@ -14,60 +14,63 @@ from plad_dist.evaluation.comparison import check_output
 from plad_dist.rundir import RunDir
 from plad_dist.text_metrics import Output
 from tests.conftest import tiny_config
+from tests.unit.evaluation.comparisons import compare_shares
 
 COMPARISON = json.dumps({"against": "a", "prompts_of_each": {}, "systems": []})
 
 
-def test_a_comparison_may_be_written_anew(tmp_path: Path) -> None:
+def test_a_comparison_may_replace_an_earlier_one(tmp_path: Path) -> None:
     check_output(str(tmp_path / "compare.html"))
     (tmp_path / "compare.json").write_text(COMPARISON)
     (tmp_path / "compare.html").write_text("<html>")
     check_output(str(tmp_path / "compare.html"))
-    kept = {file.name: file.read_text() for file in tmp_path.iterdir()}
-    assert kept == {"compare.json": COMPARISON, "compare.html": "<html>"}, "to ask is not to write"
+    files = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert files == {"compare.json": COMPARISON, "compare.html": "<html>"}, "the check writes nothing"
 
 
 @pytest.mark.parametrize(
-    ("output", "said"),
+    ("output", "problem"),
     [
         ("", "expected the name of a page"),
         ("figures.json", "expected the name of a page"),
-        ("run/eval/round-0/report.html", "lies in the run directory"),
-        ("other.html", "other.json is there and is no comparison"),
-        ("page.html", "page.html is there and is no comparison"),
+        ("run/eval/round-0/report.html", "inside the run directory"),
+        ("other.html", "other.json exists and is not a comparison"),
+        ("page.html", "page.html exists and is not a comparison"),
     ],
 )
-def test_files_of_other_kinds_are_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, said: str
+def test_files_of_another_kind_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, problem: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.yaml").touch()
     (tmp_path / "other.json").write_text('{"systems": []}')
-    (tmp_path / "page.html").write_text("mine")
-    with pytest.raises(UserError, match=said):
+    (tmp_path / "page.html").write_text("another page")
+    with pytest.raises(UserError, match=problem):
         check_output(output)
 
 
-def test_a_student_that_says_what_another_system_does_is_compared_all_the_same(
+def test_a_student_whose_responses_equal_those_of_another_system_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As greedy decoding may have it, where training has changed little."""
+    """Greedy responses may be identical if training has changed little."""
     raw = tiny_config(tmp_path)
     config = parse_config(raw, "test")
-    said = {"teacher": ["a b", "c d"], "warmup": ["a", "d"], "seqkd": ["a", "c d"], "plad": ["a", "d"]}
-    metrics = {"main_decoding": "sampled"}
+    texts = {"teacher": ["a b", "c d"], "warmup": ["a", "d"], "seqkd": ["a", "c d"], "plad": ["a", "d"]}
+    metrics = compare_shares({("plad", "sampled"): 0.5})
     runs = {
-        name: comparison._Run(name, config, RunDir.at(str(tmp_path / name)), metrics, ["p", "q"], ["a b", "c d"])
+        name: comparison._ComparedRun(
+            name, config, RunDir.at(str(tmp_path / name)), metrics, ["p", "q"], ["a b", "c d"]
+        )
         for name in ("one", "two")
     }
-    monkeypatch.setattr(comparison, "_opened", lambda path, name: runs[name])
+    monkeypatch.setattr(comparison, "_open_run", lambda path, name: runs[name])
     monkeypatch.setattr(
         comparison,
         "outputs_of",
-        lambda run, system, decoding: [Output(text, 1, finished=True) for text in said[system]],
+        lambda run, system, decoding: [Output(text, 1, finished=True) for text in texts[str(system)]],
     )
     compared = comparison.compare_runs([str(tmp_path / "one"), str(tmp_path / "two")], "greedy")
-    assert [row["label"] for row in compared["systems"]] == ["teacher", "warmup", "seqkd", "one"]
-    assert compared["against"] == "one"
-    assert compared["systems"][-1]["win_rate_vs_warmup"]["value"] == 0.5
+    assert [row.label for row in compared.systems] == ["teacher", "warmup", "seqkd", "one"]
+    assert compared.against == "one"
+    assert compared.to_json()["systems"][-1]["win_rate_vs_warmup"]["value"] == 0.5

@@ -1,4 +1,4 @@
-"""The report shows what was measured, runs nothing that a model wrote, and asks for nothing from outside."""
+"""The report shows the figures, never runs a model's text, and loads nothing over the network."""
 
 from __future__ import annotations
 
@@ -13,40 +13,45 @@ import pytest
 from rich.console import Console
 
 from plad_dist.config import Loss
-from plad_dist.evaluation.card import _hub_name
+from plad_dist.evaluation.document import Interval, Metrics, Ranking
+from plad_dist.evaluation.formatting import loss_phrase
 from plad_dist.evaluation.metrics import compare
-from plad_dist.evaluation.report import ReportData, loss_in_words, metrics_table, render_report
+from plad_dist.evaluation.report.card import _hub_name
+from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData, Watch, render_report
+from plad_dist.evaluation.report.tables import metrics_table
+from plad_dist.systems import PLAD, SEQKD, TEACHER, WARMUP, System
 from plad_dist.text_metrics import Output
 from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
-RANKING = {
-    "before": {"pair_accuracy": 0.4, "chosen_logp": -14.0, "rejected_logp": -11.0},
-    "after": {"pair_accuracy": 0.6, "chosen_logp": -13.0, "rejected_logp": -15.0},
-    "seqkd": {"pair_accuracy": 0.5, "chosen_logp": -12.0, "rejected_logp": -12.0},
-    "pairs": 512,
-}
+RANKING = Ranking.model_validate(
+    {
+        "before": {"pair_accuracy": 0.4, "chosen_logp": -14.0, "rejected_logp": -11.0},
+        "after": {"pair_accuracy": 0.6, "chosen_logp": -13.0, "rejected_logp": -15.0},
+        "seqkd": {"pair_accuracy": 0.5, "chosen_logp": -12.0, "rejected_logp": -12.0},
+        "pairs": 512,
+    }
+)
+ALL = (TEACHER, WARMUP, SEQKD, PLAD)
 CONFIG = """
 teacher: {scratch: {architecture: {model_type: llama, num_hidden_layers: 3, hidden_size: 128}}}
 student: {path: Qwen/Qwen3-0.6B, revision: main}
 prompts: {source: {type: files, paths: [prompts.jsonl]}}
 training: {round: {loss: {name: rank, margin: 1.0}}}
 """
-LOOK = CheckpointProbe(0, tokens=3.0, end_share=0.9, repetition=0.0, win_rate=0.5)
+PROBE = CheckpointProbe(0, tokens=3.0, end_share=0.9, repetition=0.0, win_rate=0.5)
 
 
-def make_metrics(systems: tuple[str, ...], reference: str | None, ranking: dict[str, Any] | None) -> dict[str, Any]:
-    texts = {"teacher": "a b c", "warmup": "a x y", "seqkd": "a b x", "plad": "a b c"}
-    outputs = {(s, d): [Output(texts[s], 3, s != "plad")] * 20 for s in systems for d in ("greedy", "sampled")}
-    outputs["warmup", "t0.5"] = [Output("a b y", 3, True)] * 20
+def make_metrics(systems: tuple[System, ...], reference: str | None, ranking: Ranking | None) -> Metrics:
+    texts = {TEACHER: "a b c", WARMUP: "a x y", SEQKD: "a b x", PLAD: "a b c"}
+    outputs = {(s, d): [Output(texts[s], 3, s != PLAD)] * 20 for s in systems for d in ("greedy", "sampled")}
+    outputs[WARMUP, "t0.5"] = [Output("a b y", 3, True)] * 20
     temperatures = {"greedy": 0.0, "sampled": 1.0, "t0.5": 0.5}
     return compare(outputs, [reference] * 20, temperatures=temperatures, resamples=100, seed=0, ranking=ranking)
 
 
 def make_report(
-    systems: tuple[str, ...] = ("teacher", "warmup", "seqkd", "plad"),
-    reference: str | None = "a b c",
-    ranking: dict[str, Any] | None = RANKING,
+    systems: tuple[System, ...] = ALL, reference: str | None = "a b c", ranking: Ranking | None = RANKING
 ) -> ReportData:
     steps = [{"step": s, "loss": 10.0 / s, "chosen_logp": -9.0, "tokens_per_s": 9000.0} for s in range(1, 900)]
     pairs = {"pair_accuracy": 0.5, "active_share": 0.9, "chosen_logp": -14.0, "rejected_logp": -11.0}
@@ -55,20 +60,19 @@ def make_report(
         metrics=make_metrics(systems, reference, ranking),
         curves={"warmup": steps, "round-0": [{**s, **pairs} for s in steps]},
         lengths={(s, "greedy"): [3, 4, 5] for s in systems},
-        examples=[{"prompt": EVIL, "reference": reference, "outputs": {"PLaD <b>": EVIL, "Teacher": ""}}] * 6,
+        examples=[Example(EVIL, reference, {PLAD: EVIL, TEACHER: ""})] * 6,
         config_yaml=CONFIG,
         versions={"vllm": "0.29.0"},
-        pairing={"pairs": 7421, "drops": {"teacher_truncated": 12, "identical": 340}, "teacher_win_share": 0.512},
+        pairing=PairingSummary(7421, {"teacher_truncated": 12, "identical": 340}, teacher_win_share=0.512),
         timings={"warmup": 55.2, "sample": 3725.0},
-        watched={"round-0": (CollapseRecord("f", LOOK, [LOOK], sound=0, collapse=f"it says {EVIL}"), 7)},
-        facts={"Teacher parameters": "0.86 million"},
+        watched={"round-0": Watch(CollapseRecord("f", PROBE, [PROBE], sound=0, collapse=f"it writes {EVIL}"), 7)},
     )
 
 
 def empty_report() -> ReportData:
     return dataclasses.replace(
-        make_report(("warmup", "plad"), None, {}),
-        curves={}, lengths={}, examples=[], config_yaml="", versions={}, pairing={}, timings={}, watched={}, facts={},
+        make_report((WARMUP, PLAD), None, None),
+        curves={}, lengths={}, examples=[], config_yaml="", versions={}, pairing=None, timings={}, watched={},
     )  # fmt: skip
 
 
@@ -100,7 +104,7 @@ def page() -> str:
     return render_report(make_report())
 
 
-def test_what_a_model_wrote_is_shown_and_never_run(page: str) -> None:
+def test_text_of_a_model_is_shown_and_never_run(page: str) -> None:
     parsed = _Page(page)
     assert parsed.open == []
     assert not [tag for tag, _ in parsed.tags if tag in ("script", "iframe", "object", "link", "base", "form")]
@@ -109,7 +113,7 @@ def test_what_a_model_wrote_is_shown_and_never_run(page: str) -> None:
     assert page.startswith("<!DOCTYPE html>")
 
 
-def test_the_page_asks_for_nothing_from_outside(page: str) -> None:
+def test_the_page_loads_nothing_over_the_network(page: str) -> None:
     for _, attrs in _Page(page).tags:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             assert (attrs.get(name) or "data:").startswith("data:")
@@ -129,11 +133,11 @@ def test_every_plot_is_an_svg_with_its_content_in_words(page: str) -> None:
     assert any("PLaD student, greedy 100.0" in (image["alt"] or "") for image in images)
 
 
-def test_all_parts_are_there(page: str) -> None:
+def test_the_page_shows_every_section(page: str) -> None:
     text = " ".join("".join(_Page(page).words).split())
     for expected in (
         "llama from scratch: 3 layers, 128 wide", "Qwen/Qwen3-0.6B@main", "rank, margin 1, anchor 1", "prompts.jsonl",
-        "0.86 million", "Calibration improved the student", "7,421 pairs", "51.2%", "teacher truncated", "340",
+        "Calibration improved the student", "7,421 pairs", "51.2%", "teacher truncated", "340",
         "512 held-out pairs", "-13.00", "1 h 02 min", "55.2 s", "0.29.0", "2 more examples", "median 9,000 tokens/s",
         "100.0 (high)", "empty",
     ):  # fmt: skip
@@ -146,26 +150,26 @@ def test_the_same_data_gives_the_same_bytes(page: str) -> None:
     assert render_report(make_report()) == page
 
 
-def test_missing_references_are_said_to_be_missing() -> None:
+def test_the_page_states_that_references_are_missing() -> None:
     text = "".join(_Page(render_report(make_report(reference=None))).words)
-    assert "No prompt has a reference: ROUGE, exact match and win rates by them are empty." in text
+    assert "No prompt has a reference, so ROUGE, exact match and the win rates based on them are empty." in text
     assert "Reference\n" not in text
 
 
 def test_a_run_without_control_or_ranking_is_reported() -> None:
-    text = "".join(_Page(render_report(make_report(("teacher", "warmup", "plad"), ranking=None))).words)
-    assert "There is no sequence-level KD of equal compute" in text
+    text = "".join(_Page(render_report(make_report((TEACHER, WARMUP, PLAD), ranking=None))).words)
+    assert "The run has no sequence-level KD of equal compute" in text
     assert "Seq-KD control" not in text
     assert "No held-out pairs were ranked." in text
 
 
-def test_empty_parts_are_no_error() -> None:
+def test_empty_sections_are_no_error() -> None:
     text = "".join(_Page(render_report(empty_report())).words)
     for expected in ("No training curves", "No examples", "No pairs", "No times", "No lengths", "No held-out pairs"):
         assert expected in text
 
 
-def test_the_config_is_found_beside_its_fingerprint() -> None:
+def test_the_config_is_read_beside_its_fingerprint() -> None:
     nested = "fingerprint: abc\nconfig:\n  student: {path: some/model}\n"
     page = render_report(dataclasses.replace(make_report(), config_yaml=nested))
     assert "<dt>Student</dt><dd>some/model</dd>" in page
@@ -181,16 +185,16 @@ def test_odd_values_in_logs_and_config_are_no_error() -> None:
     assert "Loss of warm-up" in render_report(report)
 
 
-def test_characters_that_hide_or_turn_text_are_named_and_long_texts_cut() -> None:
-    outputs = {"a": "abc\u202edef\x00\ud800", "b": "x" * 5000}
-    report = dataclasses.replace(make_report(), examples=[{"prompt": "p", "reference": None, "outputs": outputs}])
+def test_invisible_characters_and_direction_controls_are_named_and_long_texts_cut() -> None:
+    responses = {WARMUP: "abc\u202edef\x00\ud800", PLAD: "x" * 5000}
+    report = dataclasses.replace(make_report(), examples=[Example("p", None, responses)])
     page = render_report(report)
     assert page.encode("utf-8")
     assert "abc⟨U+202E⟩def⟨U+0000⟩⟨U+D800⟩" in page
     assert "(1000 more characters)" in page
 
 
-def printed(metrics: dict[str, Any]) -> str:
+def printed(metrics: Metrics) -> str:
     console = Console(width=80)
     with console.capture() as capture:
         console.print(metrics_table(metrics))
@@ -198,36 +202,36 @@ def printed(metrics: dict[str, Any]) -> str:
 
 
 def test_the_terminal_table_fits_80_columns_and_keeps_brackets() -> None:
-    metrics = make_metrics(("warmup", "plad"), "a b c", None)
-    for row in metrics["systems"]:
-        row["rouge_l"] = row["win_rate_vs_warmup"] = {"value": 0.611, "low": 0.575, "high": 0.647}
-    shown = printed(metrics)
+    metrics = make_metrics((WARMUP, PLAD), "a b c", None)
+    long = Interval(value=0.611, low=0.575, high=0.647)
+    rows = tuple(row.model_copy(update={"rouge_l": long, "win_rate_vs_warmup": long}) for row in metrics.systems)
+    shown = printed(metrics.model_copy(update={"systems": rows}))
     interval = r"61\.1 \[57\.5, 64\.7\]"
     assert re.search(rf"plad +sampled +{interval} +100\.0 +{interval} +3\.0 +100\.0", shown)
 
 
 def test_the_terminal_table_cuts_no_number_off() -> None:
-    assert "…" not in printed(make_metrics(("warmup", "plad"), "a b c", None))
+    assert "…" not in printed(make_metrics((WARMUP, PLAD), "a b c", None))
 
 
 def test_the_terminal_table_shows_missing_quality_as_a_dash() -> None:
-    shown = printed(make_metrics(("warmup", "plad"), None, None))
+    shown = printed(make_metrics((WARMUP, PLAD), None, None))
     assert re.search(r"plad +sampled +– +– +– +3\.0", shown)
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "phrase"),
     [
         ({"name": "rank"}, "rank, margin 1, anchor 1"),
         ({"name": "dpo"}, "dpo, beta 0.1, anchor 0"),
         ({"name": "simpo", "margin": 0.5}, "simpo, margin 0.5, beta 2, per token, anchor 0"),
     ],
 )
-def test_a_card_tells_the_numbers_that_the_loss_uses(loss: dict[str, Any], told: str) -> None:
-    assert loss_in_words(Loss(**loss)) == told
+def test_a_loss_is_shown_with_the_parameters_that_it_uses(loss: dict[str, Any], phrase: str) -> None:
+    assert loss_phrase(Loss(**loss)) == phrase
 
 
-def test_a_card_names_no_folder_as_the_base_model(tmp_path: Path) -> None:
-    """A hub refuses cards whose base model is none of its own."""
+def test_a_card_does_not_name_a_folder_as_the_base_model(tmp_path: Path) -> None:
+    """A hub refuses cards whose base model is not one of its repositories."""
     assert _hub_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert [_hub_name(name) for name in (None, str(tmp_path), "/mnt/models/student", "../student")] == [None] * 4

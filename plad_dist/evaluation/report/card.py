@@ -1,0 +1,54 @@
+"""The model card, ``README.md`` in the folder of a model: its origin, settings and quality."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from plad_dist.config import Config, Model
+from plad_dist.evaluation.document import Metrics
+from plad_dist.evaluation.formatting import loss_phrase, percent, with_interval
+
+
+def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], config_yaml: str) -> str:
+    """Return the card as Markdown, headed by the metadata of a hub.
+
+    It contains no secrets, because configs have no keys for secrets.
+    """
+    environment = Environment(  # noqa: S701 - Markdown, without text of models
+        loader=PackageLoader("plad_dist.evaluation.report"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update({"interval": with_interval, "percent": percent})
+    return environment.get_template("card.md.j2").render(
+        config=config,
+        metrics=metrics,
+        rows=metrics.rows_under(metrics.main_decoding).values(),
+        versions=versions,
+        config_yaml=config_yaml,
+        teachers={name: _origin(model) for name, model in config.all_teachers().items()},
+        student=_origin(config.student),
+        base=_hub_name(config.student.path),
+        loss=loss_phrase(config.training.round.loss),
+    )
+
+
+def _hub_name(path: str | None) -> str | None:
+    """Return the path if it is the name of a hub repository, which a card can link to."""
+    if path is None or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).exists():
+        return None
+    return path
+
+
+def _origin(model: Model) -> str:
+    if model.endpoint is not None:
+        return f"{model.endpoint.model}, behind an endpoint"
+    if model.path is not None:
+        return f"{model.path}{'@' + model.revision if model.revision else ''}"
+    assert model.scratch is not None
+    return f"{model.scratch.architecture['model_type']}, from scratch"
