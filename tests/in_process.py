@@ -62,6 +62,6 @@ async def _build_all(
                 progress.advance(prompts)
         finally:
             journal.flush()
-        known = [part for part in parts.values() if part is not None]
-        dataset.finish(len(units), fingerprint=job.fingerprint, facts=facts_of, known=known)
+        known_parts = [part for part in parts.values() if part is not None]
+        dataset.finish(len(units), fingerprint=job.fingerprint, facts=facts_of, known=known_parts)
     await worker.stop()

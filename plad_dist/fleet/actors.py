@@ -33,7 +33,7 @@ _CONCURRENT_CALLS = 1000  # of one actor: its leases, heartbeats and the stop
 
 @dataclass(frozen=True)
 class ActorLoss:
-    """Why an actor is lost, and what that says about its blocks.
+    """Loss of an actor: its reason, and whether its blocks are suspect.
 
     Attributes:
         rows_in_flight: unfinished rows of each block when its engine died or hung; a block without

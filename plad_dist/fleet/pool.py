@@ -68,7 +68,7 @@ class Lease(Generic[Block]):
 
     Attributes:
         number: unique in the pool, ascending with time.
-        hints: what earlier attempts revealed about the block.
+        hints: findings of earlier attempts at the block.
         is_exclusive: True if the actor may hold no other lease beside this one.
         since: start of the lease, shifted by the time for which the caller was delayed.
     """
@@ -100,7 +100,7 @@ class _Actor(Generic[Block]):
 
 @dataclass
 class _FailureRecord:
-    """What is known about a block of which an attempt has failed.
+    """Failures of a block, and the rows that may have caused them.
 
     Attributes:
         strikes: failures in a row that narrowed nothing.

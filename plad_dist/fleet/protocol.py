@@ -91,7 +91,7 @@ class BlockJob(Protocol):
 
 @dataclass(frozen=True)
 class Hints:
-    """What earlier attempts revealed about a block.
+    """Findings of earlier attempts at a block.
 
     Attributes:
         pieces: suspect rows, which may have killed or hung an engine. The actor processes all other

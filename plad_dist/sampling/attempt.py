@@ -30,7 +30,7 @@ logger = logging.getLogger("plad")
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What an attempt reads before it samples.
+    """Inputs of an attempt, read before it samples.
 
     Attributes:
         prompts: rows of the prompts dataset.

@@ -131,8 +131,8 @@ def test_one_actor_asks_each_prompt_once(tmp_path: Path) -> None:
     world = World(tmp_path, numbered(100))
     world.run()
     assert_exactly_once(world)
-    asked = Counter(line for line in world.log() if line.startswith("ask"))
-    assert set(asked.values()) == {1}
+    requests = Counter(line for line in world.log() if line.startswith("ask"))
+    assert set(requests.values()) == {1}
     assert "stop" in world.log(), "the engine was stopped, not only killed"
 
 

@@ -40,13 +40,13 @@ def test_the_output_of_a_process_is_read_back_from_the_file_that_it_goes_to(tmp_
         "print(redirected_output(2, 11), end='')\n"
     )
     with (tmp_path / "errors").open("wb") as errors:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=errors, text=True, check=True, cwd=ROOT
         )
-    assert done.stdout == "last words\n"
+    assert process.stdout == "last words\n"
 
 
 def test_output_that_goes_to_no_file_cannot_be_read_back() -> None:
     code = "from plad_dist.compat.linux import redirected_output; print(redirected_output(1))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "None\n"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert process.stdout == "None\n"

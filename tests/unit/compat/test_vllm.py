@@ -92,9 +92,9 @@ def test_another_version_is_refused_with_both_versions(monkeypatch: pytest.Monke
     (tmp_path / "vllm" / "engine" / "arg_utils.py").write_text("class EngineArgs:\n    weights: str\n")
     code = "from plad_dist.compat.vllm import engine_argument_names\nengine_argument_names()\n"
     environment = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[3]}"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert "relies on the fields of AsyncEngineArgs, which the installed vLLM" in done.stderr
-    assert f"expected vLLM {internals.EXPECTED_VERSION}" in done.stderr
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "relies on the fields of AsyncEngineArgs, which the installed vLLM" in process.stderr
+    assert f"expected vLLM {internals.EXPECTED_VERSION}" in process.stderr
 
 
 def test_the_expected_version_is_the_one_of_the_requirements() -> None:
