@@ -121,13 +121,13 @@ class RunDir:
         """Folder of the questions to judges and of their verdicts."""
         return f"eval/round-{self.round}/judges"
 
-    def judge_questions(self, judge: str, name: str) -> Dataset:
-        """Return questions to a judge. The name is a fingerprint of the judge and the questions."""
-        return Dataset(self.storage, f"{self.judges_folder}/{judge}/{name}/prompts", PROMPTS)
+    def judge_questions(self, judge: str, chunk: str) -> Dataset:
+        """Return a chunk of questions to a judge, named by a fingerprint of both."""
+        return Dataset(self.storage, f"{self.judges_folder}/{judge}/{chunk}/prompts", PROMPTS)
 
-    def judge_verdicts(self, judge: str, name: str) -> Dataset:
-        """Return the responses of a judge to the questions of the same name."""
-        return Dataset(self.storage, f"{self.judges_folder}/{judge}/{name}/answers", SAMPLES)
+    def judge_verdicts(self, judge: str, chunk: str) -> Dataset:
+        """Return the responses of a judge to a chunk of questions."""
+        return Dataset(self.storage, f"{self.judges_folder}/{judge}/{chunk}/answers", SAMPLES)
 
     def _round_of(self, role: str) -> int:
         return self.round if role == "student" else 0

@@ -295,8 +295,8 @@ class _Round:
         """Yield the stored questions to judges and their verdicts."""
         number, recipe, heldout = self.run.round, recipes.EVALUATION, heldout_prompts(self.run.storage)
         for judge in _stored_folders(self.run, self.run.judges_folder):
-            for name in _stored_folders(self.run, f"{self.run.judges_folder}/{judge}"):
-                questions, verdicts = self.run.judge_questions(judge, name), self.run.judge_verdicts(judge, name)
+            for chunk in _stored_folders(self.run, f"{self.run.judges_folder}/{judge}"):
+                questions, verdicts = self.run.judge_questions(judge, chunk), self.run.judge_verdicts(judge, chunk)
                 yield DatasetEntry(questions, Purpose.QUESTIONS, recipe, number, (heldout.path,), heldout)
                 inputs = (questions.path,)
                 yield DatasetEntry(verdicts, Purpose.VERDICTS, recipe, number, inputs, questions, None, 1, judge)
