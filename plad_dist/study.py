@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -12,8 +14,13 @@ from plad_dist.config import Config, Decoding
 from plad_dist.config.section import Section
 from plad_dist.config_file import explain, load_config, override, parse_config, read_yaml
 from plad_dist.errors import UserError
+from plad_dist.rundir import RunDir
 from plad_dist.systems import PLAD
 from plad_dist.text_metrics import main_decoding
+
+if TYPE_CHECKING:
+    from plad_dist.evaluation.comparison import Comparison
+    from plad_dist.evaluation.over_seeds import VariantFigures
 
 
 class Study(Section):
@@ -118,3 +125,46 @@ def load_runs(path: str, overrides: list[str]) -> list[tuple[str, Config]]:
     if {"base", "variants"} <= read_yaml(Path(path)).keys():
         return load_study(path, overrides)[0]
     return [(path, load_config(path, overrides))]
+
+
+def run_variants(
+    runs: Sequence[tuple[str, Config]], run_pipeline: Callable[[Config], object]
+) -> tuple[Comparison, Path]:
+    """Run the variants of one seed in order, and compare them.
+
+    A variant takes over the results that earlier variants have in common with it.
+
+    Args:
+        runs: the variants of one seed, as :func:`load_study` returns them.
+        run_pipeline: runs one config to its end.
+
+    Returns:
+        The comparison of the variants, and the folder of their runs.
+    """
+    from plad_dist.evaluation.comparison import compare_runs
+    from plad_dist.reuse import take_over
+
+    finished: list[Config] = []
+    for _, config in runs:
+        take_over(config, finished)
+        run_pipeline(config)
+        finished.append(config)
+    return compare_runs([config.run.dir for config in finished]), RunDir.of(finished[0]).root.parent
+
+
+def write_figures_over_seeds(seeds: Sequence[Sequence[tuple[str, Config]]]) -> tuple[list[VariantFigures], Path]:
+    """Compute the figures of every variant over all seeds, and write them to `study.json` in the study's folder.
+
+    Args:
+        seeds: finished runs, as :func:`load_study` returns them.
+
+    Returns:
+        The figures of each variant, and the path of the file.
+    """
+    from plad_dist.evaluation.over_seeds import study_over_seeds
+
+    variants = study_over_seeds([{name: config.run.dir for name, config in runs} for runs in seeds])
+    _, first = seeds[0][0]
+    path = RunDir.of(first).root.parent.parent / "study.json"
+    path.write_text(json.dumps([variant.to_json() for variant in variants], indent=1), encoding="utf-8")
+    return variants, path

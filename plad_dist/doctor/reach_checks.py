@@ -1,4 +1,4 @@
-"""What `plad doctor` looks at beyond a machine: storage, servers, and the environment that opens them."""
+"""Checks of what a machine reaches: storage and endpoints, and the tokens in its environment."""
 
 from __future__ import annotations
 
@@ -12,118 +12,134 @@ from pathlib import Path
 
 from plad_dist.config import Endpoint
 from plad_dist.data.storage import Storage
-from plad_dist.doctor.node_checks import PROBE, Finding, Node, StorageSite, fail, ok, warn
+from plad_dist.doctor.findings import Finding, fail, ok, warn
+from plad_dist.doctor.node import PROBE, Node, StorageSite
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.sampling.endpoint.connection import Connection
 
-_SEEN_WITHIN_S = 5.0  # file systems that nodes share show a new folder after a while
-_SHOWN = 5
+_VISIBLE_WITHIN_S = 5.0  # shared file systems show a new folder with a delay
+_MAX_LISTED = 5
 
 
-def storage(node: Node) -> Iterator[Finding]:
-    """Whether the run's storage can be written, refuses to overwrite, and is the one that the driver sees."""
-    for place in node.places:
-        if node.role == "member":
-            try:
-                is_seen = _is_seen(place.probes)
-            except (RunFailed, UserError) as error:
-                yield fail(f"{place.key}: {_cause(error, place)}", f"let {node.name} read and write {place.url}")
-                continue
-            if not is_seen:
-                yield fail(
-                    f"{place.key}: {place.url} is another folder here: what the driver has written is not in it",
-                    f"put {place.key} on a file system that all nodes share, and mount it at the same path on {node.name}",
-                )
-                continue
+def check_storage(node: Node) -> Iterator[Finding]:
+    """Check that storage can be written, refuses to overwrite, and is shared with the driver."""
+    for site in node.sites:
+        if node.role == "member" and (problem := _unshared(node, site)) is not None:
+            yield problem
+            continue
         try:
-            place.probes.check_writable()
+            site.probe_storage.check_writable()
         except UserError as error:
-            yield fail(f"{place.key}: {_cause(error, place)}", f"give {node.name} the right to write {place.url}, or use another place")  # fmt: skip
+            yield fail(
+                f"{site.key}: {_reason(error, site)}",
+                f"give {node.name} the right to write {site.url}, or use another location",
+            )
             continue
         shared = ", shared with the driver" if node.role == "member" else ""
-        yield ok(f"{place.key}: {place.url} can be written, refuses to overwrite{shared}")
+        yield ok(f"{site.key}: {site.url} can be written, refuses to overwrite{shared}")
 
 
-def _is_seen(probes: Storage) -> bool:
-    deadline = time.monotonic() + _SEEN_WITHIN_S
-    while probes.read(PROBE) is None:
+def _unshared(node: Node, site: StorageSite) -> Finding | None:
+    """Return a failure if a node cannot read what the driver has written."""
+    try:
+        is_shared = _appears(PROBE, site.probe_storage)
+    except (RunFailed, UserError) as error:
+        return fail(f"{site.key}: {_reason(error, site)}", f"let {node.name} read and write {site.url}")
+    if is_shared:
+        return None
+    return fail(
+        f"{site.key}: {site.url} is another folder on this node: it lacks the file that the driver has written",
+        f"put {site.key} on a file system that all nodes share, and mount it at the same path on {node.name}",
+    )
+
+
+def _appears(key: str, storage: Storage) -> bool:
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while storage.read(key) is None:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
     return True
 
 
-def _cause(error: Exception, place: StorageSite) -> str:
-    """A storage's message without the advice that fits a run, and without the folder that it was tried in."""
+def _reason(error: Exception, site: StorageSite) -> str:
+    """Return a storage's error without the advice for a run in progress, and without the name of
+    the probe folder."""
     text = str(error).removeprefix("run.dir: ").partition(". What is committed")[0]
-    return text.replace(f"/{place.probe}", "")
+    return text.replace(f"/{site.probe}", "")
 
 
-def endpoints(node: Node) -> Iterator[Finding]:
-    """Servers that the run asks. Costs nothing: they are asked for their models alone."""
-    if node.role == "driver":  # the nodes ask them
+def check_endpoints(node: Node) -> Iterator[Finding]:
+    """Check the servers that the run uses.
+
+    Only their lists of models are requested, which costs nothing.
+    """
+    if node.role == "driver":  # the nodes use the servers, not the driver
         return
-    yield from asyncio.run(_ask_all(node))
+    yield from asyncio.run(_check_all_endpoints(node))
 
 
-async def _ask_all(node: Node) -> list[Finding]:
-    return await asyncio.gather(*(_ask(node.name, key, endpoint) for key, endpoint in node.endpoints))
+async def _check_all_endpoints(node: Node) -> list[Finding]:
+    return await asyncio.gather(*(_check_endpoint(node.name, key, endpoint) for key, endpoint in node.endpoints))
 
 
 class _Server(Connection):
     async def models(self) -> tuple[int, list[str]]:
-        """The status of the answer, and the names in it."""
+        """Request the list of models, and return the HTTP status and the names in the list."""
         url = f"{self._endpoint.url}/models"
         async with self._connected().get(url, allow_redirects=False) as response:
-            raw, status = await response.read(), response.status
+            body, status = await response.read(), response.status
         with contextlib.suppress(ValueError, TypeError, LookupError):
-            return status, [self._clean(str(model["id"])) for model in json.loads(raw)["data"]]
+            return status, [self._clean(str(model["id"])) for model in json.loads(body)["data"]]
         return status, []
 
 
-async def _ask(node: str, key: str, endpoint: Endpoint) -> Finding:
-    server, variable = _Server(endpoint), endpoint.api_key_env
+async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
+    server = _Server(endpoint)
     try:
         if (problem := server.key_problem()) is not None:
-            return fail(f"{key}: {problem}", f"set {variable} in the environment of {node}, before Ray starts there")
+            remedy = f"set {endpoint.api_key_env} in the environment of {node} before Ray starts there"
+            return fail(f"{key}: {problem}", remedy)
         failure = await server.look()
-        if failure is None:
-            status, names = await server.models()
+        if failure is not None:
+            return fail(f"{key}: {endpoint.url}: {failure.text}", _endpoint_remedy(failure.status, node, key, endpoint))
+        status, names = await server.models()
     finally:
         await server.close()
-    if failure is not None:
-        what = f"{key}: {endpoint.url}: {failure.text}"
-        match failure.status:
-            case 401 | 403 if variable:
-                return fail(what, f"the key is refused: set {variable} on {node} to one that may use {endpoint.model}")
-            case 401 | 403:
-                return fail(
-                    what, f"name the variable that holds the key in {key}.api_key_env, and set it on every node"
-                )
-            case 0:
-                return fail(what, f"start the server, correct {key}.url, or let {node} reach it (DNS, proxy, firewall)")
-            case status if 300 <= status < 400:
-                return fail(what, f"give the final address in {key}.url: a key does not follow a redirect")
-            case _:
-                return fail(what, "the server is there and fails: look at its log")
     if names and endpoint.model not in names:
+        listed = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
         return warn(
             f"{key}: {endpoint.url} answers, but lists no model {endpoint.model!r}",
-            f"correct {key}.model; it lists {', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''}",
+            f"correct {key}.model; the server lists {listed}",
         )
-    listed = f"and lists {endpoint.model}" if names else f"but does not list its models (HTTP {status})"
-    return ok(f"{key}: {endpoint.url} answers {listed}")
+    listing = f"and lists {endpoint.model}" if names else f"but does not list its models (HTTP {status})"
+    return ok(f"{key}: {endpoint.url} answers {listing}")
 
 
-def environment(node: Node) -> Iterator[Finding]:
-    """Variables that contradict one another, or are missed."""
+def _endpoint_remedy(status: int, node: str, key: str, endpoint: Endpoint) -> str:
+    """Return the remedy for a server that answers with a status, or not at all (0)."""
+    match status:
+        case 401 | 403 if endpoint.api_key_env:
+            return f"the key is refused: set {endpoint.api_key_env} on {node} to a key for {endpoint.model}"
+        case 401 | 403:
+            return f"name the variable that holds the key in {key}.api_key_env, and set the variable on every node"
+        case 0:
+            return f"start the server, correct {key}.url, or let {node} reach it (DNS, proxy, firewall)"
+        case status if 300 <= status < 400:
+            return f"set {key}.url to the final address: a key is not sent on to the target of a redirect"
+        case _:
+            return "the server answers with an error; see its log"
+
+
+def check_environment(node: Node) -> Iterator[Finding]:
+    """Check the token of Ray, and report if models of the hub are fetched without a token."""
     if os.environ.get("RAY_AUTH_MODE") == "token":
         file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
         if os.environ.get("RAY_AUTH_TOKEN") or file.is_file():
-            yield ok("RAY_AUTH_MODE=token, and there is a token")
+            yield ok("RAY_AUTH_MODE=token, and a token is set")
         else:
             yield fail(
-                "RAY_AUTH_MODE=token, but there is no token",
+                "RAY_AUTH_MODE=token, but no token is set",
                 f"set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token, on {node.name}",
             )
     if node.hub_models:

@@ -1,22 +1,28 @@
-"""Shapes of models that configs often name, for planning where no hub answers. As their published `config.json` gives them."""
+"""Published configs of models that runs often name, for planning without the hub."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-def _llama(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, context: int) -> dict[str, Any]:
+def _llama(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, context: int
+) -> dict[str, Any]:
     return {
-        "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocabulary, "max_position_embeddings": context,
-        "tie_word_embeddings": False,
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+        "max_position_embeddings": context, "tie_word_embeddings": False,
     }  # fmt: skip
 
 
-def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, *, tied: bool) -> dict[str, Any]:
-    # Base models of most sizes have positions for four times what their chat models have; the larger number refuses nothing that goes.
+def _qwen2(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, *, tied: bool
+) -> dict[str, Any]:
+    # Base models of most sizes have four times the positions of their chat models. The larger
+    # number refuses no run that would work.
     return {
-        **_llama(hidden, inner, layers, heads, kv, vocabulary, 131_072), "model_type": "qwen2", "tie_word_embeddings": tied
+        **_llama(hidden, mlp, layers, heads, kv_heads, vocabulary, 131_072), "model_type": "qwen2",
+        "tie_word_embeddings": tied,
     }  # fmt: skip
 
 

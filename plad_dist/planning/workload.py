@@ -1,4 +1,4 @@
-"""How much a run has to do: prompts and tokens, as far as they are measured, given or bounded; and the disk that it fills."""
+"""Work of a run: numbers of prompts and tokens, as far as they are given, measured or bounded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.store import Dataset, Manifest
 from plad_dist.errors import RunFailed
-from plad_dist.phases import SEQKD, TEACHER, phases_of, round_phase
-from plad_dist.planning.memory import checkpoint_bytes
-from plad_dist.planning.sizes import Device, ModelSize
+from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
 from plad_dist.rundir import RunDir
 from plad_dist.systems import System
 
-_BYTES_OF_A_TOKEN = 4 + 4.5  # its id, and its text
-_BYTES_OF_A_ROW = 200.0
+_DEFAULT_PROMPT_TOKENS = 1024  # longest prompt if the config sets no limit
 
 
 @dataclass(frozen=True)
@@ -25,159 +22,154 @@ class Workload:
     """Counts of a run.
 
     Attributes:
-        prompts: to train on, None where nothing says how many; `sampled` are those that are sampled for pairs.
-        heldout: held-out prompts that systems answer.
-        prompt_tokens, response_tokens: means.
-        sources: where each of them is from, for the reader.
+        prompts: training prompts, None if their number is unknown.
+        sampled_prompts: the training prompts that are sampled for pairs.
+        heldout_prompts: held-out prompts that every system responds to.
+        prompt_tokens: mean length of a prompt.
+        response_tokens: mean length of a response by role.
+        sources: where each value comes from, for messages.
     """
 
     prompts: int | None
-    sampled: int | None
-    heldout: int
+    sampled_prompts: int | None
+    heldout_prompts: int
     prompt_tokens: float
     response_tokens: dict[str, float]
     sources: dict[str, str]
 
-    def sampled_tokens(self, config: Config, role: str) -> float:
-        """Tokens that a role writes for the pairs of one round."""
-        return (self.sampled or 0) * _sampling(config, role).n * self.response_tokens[role]
+    def sampled_responses(self, config: Config, role: str) -> int:
+        """Return the responses of a role for the pairs of one round."""
+        return (self.sampled_prompts or 0) * role_sampling(config, role).n
 
-    def heldout_answers(self, config: Config, role: str) -> int:
-        """Answers of a role to held-out prompts: of every system that it is in every decoding, for candidates, and for held-out pairs."""
+    def heldout_responses(self, config: Config, role: str) -> int:
+        """Return the responses of a role to held-out prompts.
+
+        They are those of each of its systems under each decoding, the candidates, and those for
+        held-out pairs.
+        """
         training = config.training
         trained = [System("seqkd")] * (training.seqkd is not None) + [System("plad")] * config.rounds.most
         systems = [System("warmup"), *trained] if role == "student" else [System("teacher")]
-        answers = sum(len(config.system_decodings(system)) for system in systems)
+        per_prompt = sum(len(config.system_decodings(system)) for system in systems)
         if role == "student":
-            answers += config.candidates
-        pairs = config.rounds.most if role == "student" else 1  # as they are sampled for pairs, one each
-        return self.heldout * (answers + pairs)
+            per_prompt += config.candidates
+        for_pairs = config.rounds.most if role == "student" else 1
+        return self.heldout_prompts * (per_prompt + for_pairs)
+
+    def generated_tokens(self, config: Config, role: str) -> float:
+        """Return the tokens that a role generates in the whole run."""
+        rounds = config.rounds.most if role == "student" else 1
+        responses = rounds * self.sampled_responses(config, role) + self.heldout_responses(config, role)
+        return responses * self.response_tokens[role]
 
     def trained_tokens(self, config: Config, name: str) -> float:
-        """Tokens that a phase computes. Where references are learnt, their length is taken for the teacher's."""
-        if name == SEQKD:  # of equal compute, as the trainer counts it
+        """Return the tokens that a phase computes.
+
+        References count with the teacher's response length.
+        """
+        if name == SEQKD:  # trains with the compute of round 0
             name = round_phase(0)
         phase = phases_of(config)[name]
-        answer = self.prompt_tokens + self.response_tokens["teacher"]
-        match name:
-            case "teacher":
-                rows, tokens = self.prompts, answer
-            case "warmup":
-                warmup = config.training.warmup
-                assert warmup is not None
-                rows, tokens = self.prompts, answer
-                if warmup.data == "teacher":  # every response with its prompt
-                    rows = (self.sampled or 0) * config.sampling.teacher.n
-            case _:
-                rows, tokens = self.sampled, self.group_tokens(config)
-        groups = phase.epochs * (rows or 0)
+        example = self.prompt_tokens + self.response_tokens["teacher"]
+        warmup = config.training.warmup
+        if name == WARMUP and warmup is not None and warmup.data == "teacher":
+            rows, tokens = self.sampled_responses(config, "teacher"), example  # each response with its prompt
+        elif name in (TEACHER, WARMUP):
+            rows, tokens = self.prompts or 0, example
+        else:
+            rows, tokens = self.sampled_prompts or 0, self.group_tokens(config)
+        groups = phase.epochs * rows
         if phase.max_steps:
             groups = min(groups, phase.max_steps * phase.batch_groups)
         return groups * tokens
 
     def group_tokens(self, config: Config) -> float:
-        """Tokens of a prompt and the responses in its pairs, each once."""
-        kept, sampling = config.pairing.kept_pairs, config.sampling
-        chosen = min(kept, sampling.teacher.n) * self.response_tokens["teacher"]
-        return self.prompt_tokens + chosen + min(kept, sampling.student.n) * self.response_tokens["student"]
+        """Return the tokens of a prompt and of the responses in its pairs, each counted once."""
+        pairs, sampling = config.pairing.kept_pairs, config.sampling
+        chosen = min(pairs, sampling.teacher.n) * self.response_tokens["teacher"]
+        return self.prompt_tokens + chosen + min(pairs, sampling.student.n) * self.response_tokens["student"]
 
 
 def workload_of(
     config: Config, prompts: int | None = None, prompt_tokens: float | None = None, response_tokens: float | None = None
 ) -> Workload:
-    """What is given goes before what the run directory has measured, and that before what the config bounds.
+    """Return the work of a run. Given values precede measured ones, which precede the bounds of the
+    config.
 
     Args:
-        prompts: of the data set; `sampling.limit` bounds how many of them are sampled.
+        prompts: number of prompts in the data set, of which at most `sampling.limit` are sampled.
     """
-    sources: dict[str, str] = {}
-    run = RunDir.of(config)
-    prepared, limit, given = _manifest(run), config.sampling.limit, prompts
-    if prompts is not None:
-        sources["prompts"] = "--prompts"
-    elif prepared is not None:
-        prompts, sources["prompts"] = prepared.rows, "the run directory"
-    elif isinstance(config.prompts.source, PythonFunctionsSource):
-        prompts, sources["prompts"] = config.prompts.source.limit, "prompts.source.limit"
-    elif limit is not None:
-        prompts, sources["prompts"] = limit, "sampling.limit; give --prompts where the data set has more"
-    else:
-        sources["prompts"] = "unknown: give --prompts"
-    sampled = prompts
+    run, sources = RunDir.of(config), dict[str, str]()
+    heldout = _heldout_prompts(config, run, prompts)
+    prompts, sources["prompts"] = _training_prompts(config, run, prompts)
+    limit, sampled = config.sampling.limit, prompts
     if prompts is not None and limit is not None:
         sampled, sources["sampled_prompts"] = min(prompts, limit), "sampling.limit"
     if prompt_tokens is not None:
         sources["prompt_tokens"] = "--prompt-tokens"
     else:
-        longest = config.prompts.max_tokens or 1024
-        prompt_tokens, sources["prompt_tokens"] = longest / 2, f"half of {longest:,}, the longest"
-    responses: dict[str, float] = {}
+        longest = config.prompts.max_tokens or _DEFAULT_PROMPT_TOKENS
+        prompt_tokens, sources["prompt_tokens"] = longest / 2, f"half of the maximum, {longest:,}"
+    lengths: dict[str, float] = {}
     for role in ("teacher", "student"):
-        key = f"response_tokens.{role}"
-        measured = _measured(run, role)
-        if response_tokens is not None:
-            responses[role], sources[key] = response_tokens, "--response-tokens"
-        elif measured is not None:
-            responses[role], sources[key] = measured, "the run directory"
-        else:
-            longest = _sampling(config, role).max_tokens
-            responses[role], sources[key] = longest / 2, f"half of {longest:,}, the longest"
-    return Workload(prompts, sampled, _heldout(config, run, given), prompt_tokens, responses, sources)
+        lengths[role], sources[f"response_tokens.{role}"] = _response_tokens(config, run, role, response_tokens)
+    return Workload(prompts, sampled, heldout, prompt_tokens, lengths, sources)
 
 
-def _sampling(config: Config, role: str) -> RoleSampling:
+def role_sampling(config: Config, role: str) -> RoleSampling:
+    """Return the sampling settings of a role."""
     return config.sampling.student if role == "student" else config.sampling.teacher
 
 
-def _heldout(config: Config, run: RunDir, prompts: int | None) -> int:
-    """Held-out prompts that are answered: those that there are, as far as that is known, up to the limit."""
+def _training_prompts(config: Config, run: RunDir, option: int | None) -> tuple[int | None, str]:
+    """Return the number of training prompts, None if it is unknown, and where it comes from."""
+    if option is not None:
+        return option, "--prompts"
+    if (manifest := _manifest(run)) is not None:
+        return manifest.rows, "the run directory"
+    if isinstance(config.prompts.source, PythonFunctionsSource):
+        return config.prompts.source.limit, "prompts.source.limit"
+    if config.sampling.limit is not None:
+        return config.sampling.limit, "sampling.limit; give --prompts if the data set has more"
+    return None, "unknown: give --prompts"
+
+
+def _heldout_prompts(config: Config, run: RunDir, option: int | None) -> int:
+    """Return the number of held-out prompts that are used: the known or assumed number, up to the
+    limit."""
     prepared, source = _manifest(run, heldout_prompts), config.prompts.source
     bound = config.evaluation.limit
     if prepared is not None:
         bound = prepared.rows
     elif isinstance(source, PythonFunctionsSource):
         bound = source.heldout_limit
-    elif config.prompts.heldout is None and prompts is not None:
-        bound = round(prompts * config.prompts.heldout_fraction)
+    elif config.prompts.heldout is None and option is not None:
+        bound = round(option * config.prompts.heldout_fraction)
     return min(config.evaluation.limit, bound)
+
+
+def _response_tokens(config: Config, run: RunDir, role: str, option: float | None) -> tuple[float, str]:
+    """Return the mean length of a role's responses, and where it comes from."""
+    if option is not None:
+        return option, "--response-tokens"
+    if (measured := _measured_response_tokens(run, role)) is not None:
+        return measured, "the run directory"
+    longest = role_sampling(config, role).max_tokens
+    return longest / 2, f"half of the maximum, {longest:,}"
 
 
 def _manifest(run: RunDir, prompts: Callable[[Storage], Dataset] = train_prompts) -> Manifest | None:
     try:
         return prompts(run.storage).manifest()
-    except RunFailed:  # damaged; the run itself says so
+    except RunFailed:  # damaged; the run itself reports it
         return None
 
 
-def _measured(run: RunDir, role: str) -> float | None:
-    """Mean tokens of the responses that a role has written in this run."""
+def _measured_response_tokens(run: RunDir, role: str) -> float | None:
+    """Return the mean length of the responses that a role has generated in this run, or None before
+    that."""
     try:
         manifest = run.samples(role).manifest()
     except RunFailed:
         return None
     return manifest.count("tokens") / manifest.rows if manifest is not None and manifest.rows else None
-
-
-def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], device: Device) -> dict[str, float]:
-    """Bytes of a run directory by kind, when the run is over, and one checkpoint more that is being written."""
-    rounds, training = config.rounds.most, config.training
-    row = _BYTES_OF_A_ROW + work.prompt_tokens * _BYTES_OF_A_TOKEN
-    samples = 0.0
-    for role, times in (("teacher", 1), ("student", rounds)):
-        samples += (times * (work.sampled or 0) * _sampling(config, role).n + work.heldout_answers(config, role)) * (
-            _BYTES_OF_A_ROW + work.response_tokens[role] * _BYTES_OF_A_TOKEN
-        )
-    kept = min(config.pairing.kept_pairs, config.sampling.teacher.n * config.sampling.student.n)
-    pair = work.prompt_tokens + sum(work.response_tokens.values())
-    pairs = (work.sampled or 0) * rounds * kept * (_BYTES_OF_A_ROW + pair * _BYTES_OF_A_TOKEN)
-    student, weight = sizes["student"], 4 if device == "cpu" else 2
-    models = weight * student.parameters * (rounds + (training.warmup is not None) + (training.seqkd is not None))
-    if training.teacher is not None:
-        models += weight * sizes["teacher"].parameters
-    checkpoints = one = 0.0
-    for name, phase in phases_of(config).items():
-        one = checkpoint_bytes(sizes["teacher" if name == TEACHER else "student"], training, device)
-        checkpoints += (phase.keep_checkpoints + (phase.evaluate_every is not None)) * one
-    return {
-        "prompts": (work.prompts or 0) * row, "samples": samples, "pairs": pairs, "checkpoints": checkpoints + one, "models": float(models)
-    }  # fmt: skip

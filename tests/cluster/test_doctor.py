@@ -1,4 +1,4 @@
-"""`plad doctor` over a real Ray cluster of two nodes, one of which stops answering."""
+"""`plad doctor` on a real Ray cluster of two nodes, one of which stops answering."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from plad_dist.config_file import parse_config
-from plad_dist.doctor import examine as doctor
-from plad_dist.doctor import node_checks
+from plad_dist.doctor import cluster as doctor_cluster
+from plad_dist.doctor import machine_checks
+from plad_dist.doctor.checks import NODE_CHECKS
+from plad_dist.doctor.examine import examine
+from plad_dist.doctor.node import HERE
+from plad_dist.doctor.report import merge_nodes
 from tests.tiny import sampling_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
@@ -21,45 +25,46 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory() as own:  # so that other clusters of this machine keep their `auto`
-        small = {"num_cpus": 1, "object_store_memory": 100 << 20, "temp_dir": own}
-        made = Cluster(initialize_head=True, head_node_args={**small, "gcs_server_port": 0, "include_dashboard": False})
-        made.add_node(**small)
-        yield made
-        made.shutdown()
+    with tempfile.TemporaryDirectory() as folder:  # so that `auto` still means another cluster of this machine
+        node = {"num_cpus": 1, "object_store_memory": 100 << 20, "temp_dir": folder}
+        head = {**node, "gcs_server_port": 0, "include_dashboard": False}
+        started = Cluster(initialize_head=True, head_node_args=head)
+        started.add_node(**node)
+        yield started
+        started.shutdown()
 
 
-def test_every_node_is_asked_compared_and_named(
+def test_every_node_is_checked_compared_and_named(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node_checks, "torch_facts", lambda: {"cuda": None, "devices": 0, "nccl": None})
+    monkeypatch.setattr(machine_checks, "torch_facts", lambda: {"cuda": None, "devices": 0, "nccl": None})
     config = parse_config(sampling_config(tmp_path, 20), "test")
-    found = doctor.examine(config, cluster.address)
-    assert [finding for finding in found if finding.state == "fail"] == []
-    members = {finding.node for finding in found} - {doctor.HERE, cluster.address}
+    findings = examine(config, cluster.address)
+    assert [finding for finding in findings if finding.state == "fail"] == []
+    members = {finding.node for finding in findings} - {HERE, cluster.address}
     assert len(members) == 2
-    for check in (*doctor.NODE_CHECKS, "same versions", "clock"):
+    for check in (*NODE_CHECKS, "same versions", "clock"):
         if check not in ("network", "endpoints", "environment"):
-            assert members <= {finding.node for finding in found if finding.check == check}, check
-    told = [finding for finding in found if finding.check == "storage" and finding.node in members]
-    assert all("shared with the driver" in finding.found for finding in told)
-    assert "2 nodes" in {finding.node for finding in doctor.folded(found)}
+            assert members <= {finding.node for finding in findings if finding.check == check}, check
+    storage = [finding for finding in findings if finding.check == "storage" and finding.node in members]
+    assert all("shared with the driver" in finding.text for finding in storage)
+    assert "2 nodes" in {finding.node for finding in merge_nodes(findings)}
     assert not (tmp_path / "run").exists()
 
 
-def test_a_node_that_is_frozen_fails_by_name_and_the_others_are_checked(
+def test_a_frozen_node_fails_by_name_and_the_other_nodes_are_checked(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (frozen,) = cluster.worker_nodes
     raylet = frozen.all_processes["raylet"][0].process.pid
-    monkeypatch.setattr(doctor, "NODE_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(doctor_cluster, "NODE_TIMEOUT_S", 60.0)
     os.kill(raylet, signal.SIGSTOP)
     try:
-        found = doctor.examine(None, cluster.address)
+        findings = examine(None, cluster.address)
     finally:
         os.kill(raylet, signal.SIGCONT)
-    (failed,) = [finding for finding in found if finding.state == "fail"]
-    assert (failed.check, frozen.node_id[:6] in failed.node) == ("cluster", True), failed
-    assert failed.remedy
-    assert [finding.node for finding in found if finding.check == "same versions"] != [failed.node]
-    assert any(finding.check == "clock" and finding.state == "ok" for finding in found)
+    (failure,) = [finding for finding in findings if finding.state == "fail"]
+    assert (failure.check, frozen.node_id[:6] in failure.node) == ("cluster", True), failure
+    assert failure.remedy
+    assert [finding.node for finding in findings if finding.check == "same versions"] != [failure.node]
+    assert any(finding.check == "clock" and finding.state == "ok" for finding in findings)

@@ -1,4 +1,5 @@
-"""Jobs on a real Ray head with its job server and token authentication: submitted, followed, stopped, resubmitted, finished."""
+"""Jobs on a real Ray head with token authentication: submitted, followed, stopped, resubmitted,
+finished."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Head]:
-    with head() as found:
-        yield found
+    with head() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(folder, raw)
 
 
-def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: Head, config: Path) -> None:
+def test_a_stopped_job_resumes_when_it_is_submitted_again(cluster: Head, config: Path) -> None:
     root = config.parent / "run"
     submitted = cluster.plad("submit", str(config), "--stage", "sample", "--address", cluster.url)
     assert submitted.returncode == 0, submitted.stderr
@@ -53,7 +54,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: He
         time.sleep(0.2)
     assert "RUNNING" in cluster.plad("status", job, "--address", cluster.url).stdout
     scraped = scrape(cluster)
-    kept = parts(root)
+    committed = parts(root)
     stopped = cluster.plad("stop", job, "--address", cluster.url)
     assert (stopped.returncode, "STOPPED" in stopped.stdout) == (0, True), stopped.stderr
     assert not (root / "samples" / "student" / "round-0" / "manifest.json").exists(), (
@@ -67,7 +68,7 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: He
     assert "sample: done" in followed.stdout
     for role in ("teacher", "student"):
         assert json.loads((root / "samples" / role / "round-0" / "manifest.json").read_text())["parts"]
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "a part was made twice"
+    assert {path: path.stat().st_mtime_ns for path in committed} == committed, "a part was written twice"
 
     jobs = cluster.plad("status", "--address", cluster.url).stdout
     assert "STOPPED" in jobs
@@ -80,21 +81,21 @@ def test_a_job_is_stopped_and_submitted_again_and_goes_on_to_its_end(cluster: He
 
 
 def parts(root: Path) -> dict[Path, int]:
-    """Committed parts with the times at which they were."""
+    """Return the committed parts with their times of modification."""
     return {path: path.stat().st_mtime_ns for path in (root / "samples").rglob("part-*.arrow")}
 
 
 def scrape(cluster: Head) -> str:
-    """What Prometheus would read, once it has the fleet's metrics."""
+    """Return the exported metrics, once they include those of the fleet."""
     text, deadline = "", time.monotonic() + 60
     while "ray_plad_rows_total" not in text and time.monotonic() < deadline:
         time.sleep(1)
-        with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
-            text = answer.read().decode()
+        with urllib.request.urlopen(cluster.metrics, timeout=10) as response:
+            text = response.read().decode()
     return text
 
 
-def test_a_wrong_token_is_refused_by_name(cluster: Head, config: Path) -> None:
+def test_a_wrong_token_is_refused_and_never_shown(cluster: Head, config: Path) -> None:
     refused = cluster.plad("submit", str(config), "--address", cluster.url, RAY_AUTH_TOKEN="wrong-token-0123456789")
     assert refused.returncode == 2
     assert "refuses this token: it is wrong, or has expired" in refused.stderr
@@ -102,14 +103,14 @@ def test_a_wrong_token_is_refused_by_name(cluster: Head, config: Path) -> None:
     assert "wrong-token" not in refused.stderr
 
 
-def test_no_token_is_asked_for(cluster: Head) -> None:
+def test_a_missing_token_is_requested(cluster: Head) -> None:
     environment = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH")}
-    asked = subprocess.run(
+    listed = subprocess.run(
         [sys.executable, "-c", "from plad_dist.cli import main; main()", "status", "--address", cluster.url],
         capture_output=True, text=True, timeout=120, check=False, env=environment,
     )  # fmt: skip
-    assert asked.returncode == 2
-    assert "wants a token: set RAY_AUTH_MODE=token" in asked.stderr
+    assert listed.returncode == 2
+    assert "requires a token; set RAY_AUTH_MODE=token" in listed.stderr
 
 
 def test_a_bad_config_fails_before_it_is_submitted(cluster: Head, config: Path) -> None:
@@ -124,7 +125,7 @@ def test_a_bad_config_fails_before_it_is_submitted(cluster: Head, config: Path) 
     assert "hf_secret" not in secret.stdout + secret.stderr
 
 
-def test_a_config_that_cannot_fit_is_refused_before_anything_is_held(cluster: Head, config: Path) -> None:
+def test_a_config_that_cannot_fit_is_refused_before_an_engine_starts(cluster: Head, config: Path) -> None:
     large = cluster.plad(
         "submit", str(config), "sampling.student.engine.kv_cache_memory_bytes=9000000000000", "--stage", "sample",
         f"run.dir={config.parent / 'large'}", "--address", cluster.url, "--follow",
@@ -135,7 +136,7 @@ def test_a_config_that_cannot_fit_is_refused_before_anything_is_held(cluster: He
     assert "is up" not in large.stdout
 
 
-def test_a_job_that_is_not_there_is_named(cluster: Head) -> None:
+def test_an_unknown_job_is_named(cluster: Head) -> None:
     for arguments in (["logs"], ["logs", "--follow"], ["status"], ["stop"]):
         missing = cluster.plad(*arguments, "plad-none-000000-1", "--address", cluster.url)
         assert missing.returncode == 2, missing.stderr
@@ -143,7 +144,7 @@ def test_a_job_that_is_not_there_is_named(cluster: Head) -> None:
         assert "Traceback" not in missing.stderr
 
 
-def test_what_was_wrong_on_the_cluster_comes_back_with_its_exit_code(cluster: Head, config: Path) -> None:
+def test_a_job_with_bad_input_ends_the_command_with_exit_code_2(cluster: Head, config: Path) -> None:
     failed = cluster.plad(
         "submit", str(config), "prompts.source.paths=[/nowhere/prompts.jsonl]", f"run.dir={config.parent / 'other'}",
         "--stage", "sample", "--address", cluster.url, "--follow",
@@ -153,28 +154,28 @@ def test_what_was_wrong_on_the_cluster_comes_back_with_its_exit_code(cluster: He
 
 
 def test_wrong_addresses_and_dead_heads_are_named(config: Path) -> None:
-    with head(cpus=1) as found:
-        wrong = found.plad("status", "--address", "http://127.0.0.1:9")
+    with head(cpus=1) as running:
+        wrong = running.plad("status", "--address", "http://127.0.0.1:9")
         assert (wrong.returncode, "no Ray dashboard answers there" in wrong.stderr) == (2, True), wrong.stderr
-        odd = found.plad("status", "--address", "localhost:8265")
+        odd = running.plad("status", "--address", "localhost:8265")
         assert (odd.returncode, "expected the dashboard's URL" in odd.stderr) == (2, True), odd.stderr
-        job = found.plad(
-            "submit", str(config), "--stage", "sample", f"run.dir={config.parent / 'dead'}", "--address", found.url
+        job = running.plad(
+            "submit", str(config), "--stage", "sample", f"run.dir={config.parent / 'dead'}", "--address", running.url
         )
         assert job.returncode == 0, job.stderr
         name = re.search(r"Submitted: (\S+)", job.stdout)[1]
-        command = ["logs", name, "--follow", "--address", found.url]
+        command = ["logs", name, "--follow", "--address", running.url]
         with (config.parent / "followed.log").open("w") as log:
             following = subprocess.Popen(
                 [sys.executable, "-c", "from plad_dist.cli import main; main()", *command],
-                stdout=log, stderr=subprocess.PIPE, text=True, env=found.environment,
+                stdout=log, stderr=subprocess.PIPE, text=True, env=running.environment,
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while "begins" not in (config.parent / "followed.log").read_text():
-            assert time.monotonic() < deadline, "the job said nothing"
+            assert time.monotonic() < deadline, "the job has logged nothing"
             time.sleep(0.5)
-        found.kill()
-        _, said = following.communicate(timeout=180)
-        assert following.returncode == 1, said
-        assert "does not answer any more" in said
-        assert "submit the same config again" in said
+        running.kill()
+        _, stderr = following.communicate(timeout=180)
+        assert following.returncode == 1, stderr
+        assert "does not answer any more" in stderr
+        assert "submit the same config again" in stderr

@@ -165,7 +165,7 @@ def test_the_plan_counts_the_answers_that_were_sampled(finished: Finished, role:
     run = RunDir.of(config)
     answers = [run.system_samples(system, name) for system in systems for name in config.system_decodings(system)]
     datasets = [run.heldout_samples(role), *answers, *([run.candidates()] if role == "student" else [])]
-    assert workload_of(config).heldout_answers(config, role) == sum(
+    assert workload_of(config).heldout_responses(config, role) == sum(
         dataset.require("sample").rows for dataset in datasets
     )
 

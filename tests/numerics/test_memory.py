@@ -12,8 +12,8 @@ import torch
 
 from plad_dist.config_file import parse_config
 from plad_dist.devices import GIB
-from plad_dist.planning.memory import training_memory
 from plad_dist.planning.sizes import size_of
+from plad_dist.planning.training_memory import training_memory
 from plad_dist.training.worker.loop import Worker
 from tests.numerics.workers import config_with_pairs, job_of, make_run, start
 from tests.tiny import make_random_model

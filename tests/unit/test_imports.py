@@ -50,7 +50,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plad_dist.status", "plad_dist.verify.", "plad_dist.study", "plad_dist.push"),
     ("plad_dist.planning.",),
     ("plad_dist.preflight", "plad_dist.cluster"),
-    ("plad_dist.doctor.", "plad_dist.pipeline", "plad_dist.jobs"),
+    ("plad_dist.doctor.", "plad_dist.pipeline", "plad_dist.jobs", "plad_dist.terminal"),
     ("plad_dist.cli",),
     ("ray_jobs.", "benchmarks."),
 )

@@ -1,4 +1,4 @@
-"""What can be said of jobs without a cluster: logs are shown once, bad configs and addresses are refused at once."""
+"""Jobs without a cluster: logs are shown once, bad configs and addresses are refused at once."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from plad_dist.errors import UserError
 from plad_dist.jobs import JobServer, _Log, job_table, load_submitted
 
 
-def test_a_log_that_is_sent_again_from_its_beginning_is_shown_once() -> None:
+def test_a_log_that_is_sent_again_is_shown_once() -> None:
     shown: list[str] = []
     log = _Log(shown.append)
     for pieces in (["one\ntwo\n"], ["one\n", "two\nth"], [], ["one\ntwo\nthree\n", "four\n"]):
-        log.begin()
+        log.restart()
         for piece in pieces:
             log.add(piece)
     assert "".join(shown) == "one\ntwo\nthree\nfour\n"
 
 
-def test_jobs_that_others_submitted_are_shown_too() -> None:
+def test_the_table_shows_jobs_without_metadata() -> None:
     jobs = [SimpleNamespace(submission_id="raysubmit_1", status="RUNNING", metadata=None, start_time=None)]
-    assert job_table(jobs, "http://there:8265").row_count == 1
+    assert job_table(jobs, "http://host:8265").row_count == 1
 
 
 @pytest.mark.parametrize("override", ["run.sed=3", "run.dir=relative/folder"])
-def test_a_bad_config_is_refused_before_a_cluster_is_asked(override: str) -> None:
+def test_a_bad_config_is_refused_without_a_cluster(override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
         load_submitted("examples/quickstart.yaml", [override])
     assert load_submitted("examples/quickstart.yaml", ["run.dir=/mnt/run"]).run.dir == "/mnt/run"
 
 
-def test_a_server_that_is_no_ray_is_a_wrong_address(tmp_path: Path) -> None:
+def test_the_address_of_another_server_is_refused(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
