@@ -1,4 +1,4 @@
-"""Everything about a run's inputs that can be known to be wrong before a process is started."""
+"""Checks of a run's inputs, before anything is written or started."""
 
 from __future__ import annotations
 
@@ -20,41 +20,47 @@ from plad_dist.sampling.engine_placement import engines_use_gpus
 
 logger = logging.getLogger("plad")
 
+# A check raises UserError. The prefix, a config key or empty, precedes the error's message.
+Check = tuple[str, Callable[[], object]]
+
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
-    """Raise :class:`UserError` for everything that is found wrong with the inputs, in one message. Writes nothing.
+    """Raise :class:`UserError` with all problems of a run's inputs in one message. Writes nothing.
 
     Args:
-        all_rows: read every prompt; otherwise the first of each source, since `prepare` reads them all.
-        command: the one that is to run; empty for all. Those that make no model need no file system.
+        all_rows: read every prompt. Otherwise only the first prompt of each source is read, since
+            `prepare` reads all.
+        command: the command that is about to run, None for all. Commands that create no model work
+            on an object store too; the others need a file system.
     """
     if command not in ("prepare", "sample", "pair"):
         _ = run.root
     check_same_run(config, run)
-    problems: dict[str, None] = {}  # each once, in order
-    for key, check in _checks(config, run):
+    problems: dict[str, None] = {}  # an ordered set
+    for prefix, check in _checks(config, run):
         try:
             check()
         except UserError as error:
-            problems[f"{key}{error}"] = None
+            problems[f"{prefix}{error}"] = None
     if len(problems) > 1:
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(problems))
     if problems:
         raise UserError(*problems)
     if all_rows and train_prompts(run.storage).manifest() is None:
-        said = check_prompts(config, all_rows=True)  # with the tokenizers of the models, which are there
-        if said:
-            logger.info("prompts: %s", said)
+        summary = check_prompts(config, all_rows=True)  # last, because it needs the tokenizers of sound models
+        if summary:
+            logger.info("prompts: %s", summary)
 
 
 def check_engines(config: Config) -> None:
-    """Raise :class:`UserError` for engine arguments that vLLM does not take, or that hold a secret."""
+    """Raise :class:`UserError` for engine arguments that vLLM does not accept, or that contain a
+    secret."""
     for key, arguments in _engine_arguments(config):
         check_engine_args(arguments, key)
 
 
 def _engine_arguments(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Engine arguments by the key that they stand at."""
+    """Yield the engine arguments of a config with their keys."""
     yield "sampling.teacher.engine", config.sampling.teacher.engine
     yield "sampling.student.engine", config.sampling.student.engine
     for name, teacher in config.teachers.items():
@@ -65,13 +71,13 @@ def _engine_arguments(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"evaluation.judges.{name}.sampling.engine", judge.sampling.engine
 
 
-def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Of what is named in the config, cheap ones first. Each raises :class:`UserError` for one thing; its key goes before."""
+def _checks(config: Config, run: RunDir) -> Iterator[Check]:
+    """Yield the checks of everything that a config names, cheap ones first."""
     from plad_dist.pairing.scores import check_scorer
     from plad_dist.training.model.deepspeed_config import check_deepspeed, check_optimizers
     from plad_dist.training.worker.trackers import check_trackers
 
-    yield "", partial(_check_place, run)
+    yield "", partial(_check_run_dir, run)
     yield "", partial(reused_run, config)
     yield "", partial(check_optimizers, config.training.deepspeed, config.training)
     yield "", partial(check_trackers, config.training.trackers)
@@ -81,7 +87,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     for name, judge in config.evaluation.judges.items():
         yield from _judge_checks(f"evaluation.judges.{name}", judge)
     models = config.named_models()
-    if train_prompts(run.storage).manifest() is not None:  # the rest was checked when the run began
+    if train_prompts(run.storage).manifest() is not None:  # the run has started, and checked the rest then
         for key, model in models.items():
             if model.path is not None:
                 yield f"{key}.path: ", partial(check_local_model, model.path)
@@ -92,7 +98,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[tuple[str, Callable[[], obj
     for key, model in models.items():
         yield from _model_checks(key, model)
     if config.student.path is not None:
-        yield "", partial(_check_trained, config.student, "student")
+        yield "", partial(_check_student_rope, config.student)
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
@@ -106,19 +112,19 @@ def _check_scratch(scratch: ScratchModel) -> None:
             raise UserError(f"scratch.architecture: {error}") from None
 
 
-def _check_trained(model: Model, key: str) -> None:
-    """What would be found only when everything is sampled. What is wrong with the model as such is told by others."""
+def _check_student_rope(student: Model) -> None:
+    """Check the student's rotary embeddings, which training would refuse only after sampling."""
     from plad_dist.training.model.attention import check_rope
 
-    path = str(model.path)
+    path = str(student.path)
     try:
-        settings = load_model_config(path, model)
-    except UserError:
+        settings = load_model_config(path, student)
+    except UserError:  # the checks of the model report it
         return
-    check_rope(settings, context_length(path, model), key)
+    check_rope(settings, context_length(path, student), "student")
 
 
-def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[tuple[str, Callable[[], object]]]:
+def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[Check]:
     from plad_dist.evaluation.judges import load_template
     from plad_dist.pairing.reward import open_reward_model
 
@@ -129,18 +135,20 @@ def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Ite
         yield from _model_checks(f"{key}.model", judge.model)
 
 
-def _check_place(run: RunDir) -> None:
-    """Raise :class:`UserError` for a folder that cannot be written, without writing. Stores show it when they are used."""
+def _check_run_dir(run: RunDir) -> None:
+    """Raise :class:`UserError` for a folder that cannot be written, without writing.
+
+    Object stores are not checked.
+    """
     root = run.storage.local_root
-    if root is not None and not os.access(
-        next(path for path in (root, *root.parents) if path.exists()), os.W_OK | os.X_OK
-    ):
-        raise UserError(
-            f"run.dir: {root}: cannot be written; use another one, or give this user the right to write there"
-        )
+    if root is None:
+        return
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run.dir: {root}: cannot be written; use another folder, or give this user write access")
 
 
-def _model_checks(key: str, model: Model) -> Iterator[tuple[str, Callable[[], object]]]:
+def _model_checks(key: str, model: Model) -> Iterator[Check]:
     if model.template is not None:
         yield "", partial(compile_template, model.template, key)
     if model.scratch is not None:

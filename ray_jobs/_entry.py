@@ -1,4 +1,5 @@
-"""What the entry scripts share: `--config` and overrides, handed to the `plad` command."""
+"""Shared main function of the entry scripts: `--config` and overrides become arguments of the
+`plad` command."""
 
 import argparse
 import os
@@ -6,7 +7,10 @@ import sys
 
 
 def main(*commands: str) -> None:
-    """Run `plad` commands, one after the other, on the cluster that the job was submitted to. Exit codes are those of `plad`."""
+    """Run `plad` commands one after the other, on the cluster that received the job.
+
+    Exit codes are those of `plad`.
+    """
     parser = argparse.ArgumentParser(description=f"plad {', then plad '.join(commands)} as a Ray job")
     parser.add_argument("--config", required=True, help="the run's YAML file, as seen from the cluster")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set")
@@ -16,14 +20,15 @@ def main(*commands: str) -> None:
         from plad_dist.cli import main as plad
     except ModuleNotFoundError as error:
         sys.stderr.write(
-            f"plad: {sys.executable} on the cluster has no {error.name}: install plad-dist there, or start Ray with the PATH of the "
-            "environment that has it\n"
+            f"plad: {sys.executable} on the cluster has no {error.name}: install plad-dist there, or start Ray with "
+            "the PATH of an environment that has it\n"
         )
         sys.exit(2)
-    wanted = os.environ.get("PLAD_VERSION", __version__)
-    if wanted != __version__:
+    submitted_version = os.environ.get("PLAD_VERSION", __version__)
+    if submitted_version != __version__:
         sys.stderr.write(
-            f"plad: submitted by plad-dist {wanted}, the cluster has {__version__}: use one version on both\n"
+            f"plad: submitted by plad-dist {submitted_version}, but the cluster has {__version__}: use one version on "
+            "both\n"
         )
         sys.exit(2)
     os.environ.setdefault("RAY_ADDRESS", "auto")

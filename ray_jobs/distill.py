@@ -1,4 +1,7 @@
-"""Run the whole pipeline: `ray job submit -- python ray_jobs/distill.py --config CONFIG [KEY=VALUE ...]`."""
+"""Run all stages.
+
+`ray job submit -- python ray_jobs/distill.py --config CONFIG [KEY=VALUE ...]`
+"""
 
 from _entry import main
 

@@ -1,4 +1,7 @@
-"""Sample and compare the systems: `ray job submit -- python ray_jobs/evaluate.py --config CONFIG [KEY=VALUE ...]`."""
+"""Sample the systems on the held-out prompts and compare them.
+
+`ray job submit -- python ray_jobs/evaluate.py --config CONFIG [KEY=VALUE ...]`
+"""
 
 from _entry import main
 

@@ -1,4 +1,7 @@
-"""Build the pairs: `ray job submit -- python ray_jobs/pair.py --config CONFIG [KEY=VALUE ...]`."""
+"""Build the pairs.
+
+`ray job submit -- python ray_jobs/pair.py --config CONFIG [KEY=VALUE ...]`
+"""
 
 from _entry import main
 

@@ -1,4 +1,7 @@
-"""Read the prompts and sample teacher and student: `ray job submit -- python ray_jobs/sample.py --config CONFIG [KEY=VALUE ...]`."""
+"""Read the prompts, and sample the teacher and the student.
+
+`ray job submit -- python ray_jobs/sample.py --config CONFIG [KEY=VALUE ...]`
+"""
 
 from _entry import main
 

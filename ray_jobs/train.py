@@ -1,4 +1,7 @@
-"""Train the phases that are not trained yet: `ray job submit -- python ray_jobs/train.py --config CONFIG [KEY=VALUE ...]`."""
+"""Train the phases that are not trained yet.
+
+`ray job submit -- python ray_jobs/train.py --config CONFIG [KEY=VALUE ...]`
+"""
 
 from _entry import main
 
