@@ -1,4 +1,4 @@
-"""Who may connect to whom under a set of network policies."""
+"""Decisions of network policies: which pod may connect to which."""
 
 from __future__ import annotations
 
@@ -10,53 +10,57 @@ Objects = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Peer:
-    """A pod with its labels, and the namespace that it is in; the run's own is `plad`."""
+    """A pod by its labels and its namespace; the run's namespace is `plad`."""
 
     labels: dict[str, str]
     namespace: str = "plad"
 
 
 def may_connect(objects: Objects, source: Peer, target: Peer, port: int, protocol: str = "TCP") -> bool:
-    """Whether the policies of the run's namespace let a connection out of its source and into its target."""
-    out = _allowed(objects, "egress", source, target, port, protocol)
-    return out and _allowed(objects, "ingress", target, source, port, protocol)
+    """Return True if the policies of the run's namespace let a connection leave its source and
+    enter its target."""
+    may_leave = _allowed(objects, "egress", source, target, port, protocol)
+    return may_leave and _allowed(objects, "ingress", target, source, port, protocol)
 
 
-def _allowed(objects: Objects, way: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
-    """One way. Where no policy selects a pod everything is allowed, as it is for pods of other namespaces."""
+def _allowed(objects: Objects, direction: str, pod: Peer, other: Peer, port: int, protocol: str) -> bool:
+    """Return True if one direction is allowed.
+
+    Pods without a policy, and those of other namespaces, allow all.
+    """
     policies = [item["spec"] for item in objects if item["kind"] == "NetworkPolicy"]
-    chosen = [
+    selecting = [
         spec
         for spec in policies
         if pod.namespace == "plad"
-        and way.capitalize() in spec["policyTypes"]
+        and direction.capitalize() in spec["policyTypes"]
         and _matches(spec["podSelector"], pod.labels)
     ]
-    rules = [rule for spec in chosen for rule in spec.get(way) or []]
-    return not chosen or any(_allows(rule, way, other, port, protocol) for rule in rules)
+    rules = [rule for spec in selecting for rule in spec.get(direction) or []]
+    return not selecting or any(_allows(rule, direction, other, port, protocol) for rule in rules)
 
 
-def _allows(rule: dict[str, Any], way: str, other: Peer, port: int, protocol: str) -> bool:
+def _allows(rule: dict[str, Any], direction: str, other: Peer, port: int, protocol: str) -> bool:
     ports = rule.get("ports")
     if ports and not any(item["port"] == port and item["protocol"] == protocol for item in ports):
         return False
-    peers = rule.get("from" if way == "ingress" else "to")
-    return peers is None or any(_is(peer, other) for peer in peers)
+    peers = rule.get("from" if direction == "ingress" else "to")
+    return peers is None or any(_selects(peer, other) for peer in peers)
 
 
-def _is(peer: dict[str, Any], source: Peer) -> bool:
+def _selects(peer: dict[str, Any], pod: Peer) -> bool:
     assert set(peer) <= {"podSelector", "namespaceSelector"}
     if "namespaceSelector" in peer:
-        if not _matches(peer["namespaceSelector"], {"kubernetes.io/metadata.name": source.namespace}):
+        if not _matches(peer["namespaceSelector"], {"kubernetes.io/metadata.name": pod.namespace}):
             return False
-    elif source.namespace != "plad":
+    elif pod.namespace != "plad":
         return False
-    return _matches(peer.get("podSelector", {}), source.labels)
+    return _matches(peer.get("podSelector", {}), pod.labels)
 
 
 def _matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    wanted = selector.get("matchLabels", {})
-    if any(labels.get(key) != value for key, value in wanted.items()):
+    required = selector.get("matchLabels", {})
+    if any(labels.get(key) != value for key, value in required.items()):
         return False
     expressions = selector.get("matchExpressions", [])
     assert all(item["operator"] == "In" for item in expressions)

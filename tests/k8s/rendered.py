@@ -1,4 +1,4 @@
-"""Overlays as `kubectl kustomize` renders them, and what the tests ask of them."""
+"""Overlays as `kubectl kustomize` renders them, and functions that read them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Objects = list[dict[str, Any]]
 
 
 def kustomize(folder: Path) -> Objects:
-    """The objects of a kustomization. Skips the test where there is no kubectl."""
+    """Return the objects of a kustomization. Skips the test if kubectl is missing."""
     if shutil.which("kubectl") is None:
         pytest.skip("needs kubectl, whose kustomize renders the overlays")
-    done = subprocess.run(
+    result = subprocess.run(
         ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False, timeout=60
     )
-    assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    assert result.returncode == 0, result.stderr
+    return [document for document in yaml.safe_load_all(result.stdout) if document]
 
 
 @cache
@@ -43,12 +43,12 @@ def _text(overlay: str) -> str:
 
 
 def render(overlay: str) -> Objects:
-    """The objects of an overlay: a copy, which a test may change."""
+    """Return the objects of an overlay, as a copy that a test may change."""
     return list(yaml.safe_load_all(_text(overlay)))
 
 
 def render_on_top(overlay: str, components: Sequence[str], folder: Path) -> Objects:
-    """An overlay with components as a user adds them, in a kustomization of their own over it."""
+    """Return an overlay with components, added as a user does: in another kustomization over it."""
     to_k8s = os.path.relpath(K8S, folder.resolve())
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -65,11 +65,11 @@ def of_kind(objects: Objects, kind: str) -> Objects:
 
 
 def cluster_of(objects: Objects) -> dict[str, Any]:
-    """The RayCluster's spec: of the RayJob, or of the cluster that stays."""
-    found = [item["spec"]["rayClusterSpec"] for item in of_kind(objects, "RayJob")]
-    found += [item["spec"] for item in of_kind(objects, "RayCluster")]
-    assert len(found) == 1
-    return dict(found[0])
+    """Return the spec of the RayCluster: that of the RayJob, or of the long-lived cluster."""
+    specs = [item["spec"]["rayClusterSpec"] for item in of_kind(objects, "RayJob")]
+    specs += [item["spec"] for item in of_kind(objects, "RayCluster")]
+    assert len(specs) == 1
+    return dict(specs[0])
 
 
 def config_text(objects: Objects) -> str:
@@ -83,11 +83,11 @@ def config_of(objects: Objects) -> Config:
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod as it comes to be, by its template and what the operator adds to it.
+    """A pod, with what the operator adds to its template.
 
     Attributes:
         kind: head, worker or submitter.
-        containers: all of them, the autoscaler's among the head's.
+        containers: all containers, including the autoscaler in the head.
     """
 
     name: str
@@ -109,14 +109,14 @@ def pods_of(objects: Objects) -> Iterator[Pod]:
         yield _pod("submitter", "submitter", job["spec"]["submitterPodTemplate"], {}, [])
 
 
-def _pod(name: str, kind: str, template: dict[str, Any], labels: dict[str, str], more: Objects) -> Pod:
+def _pod(name: str, kind: str, template: dict[str, Any], labels: dict[str, str], sidecars: Objects) -> Pod:
     spec = template["spec"]
-    containers = [*spec["containers"], *spec.get("initContainers", []), *more]
+    containers = [*spec["containers"], *spec.get("initContainers", []), *sidecars]
     return Pod(name, kind, {**template["metadata"]["labels"], **labels}, spec, containers)
 
 
 def amount(quantity: str | int) -> float:
-    """A Kubernetes quantity as a number."""
+    """Return a Kubernetes quantity as a number."""
     text = str(quantity)
     for suffix, factor in (("Ki", 2**10), ("Mi", 2**20), ("Gi", 2**30), ("Ti", 2**40), ("m", 1e-3)):
         if text.endswith(suffix):
@@ -125,13 +125,13 @@ def amount(quantity: str | int) -> float:
 
 
 def resource(group: dict[str, Any], name: str) -> float:
-    """What a pod of a worker group asks for of a resource."""
+    """Return the amount of a resource that a pod of a worker group requests."""
     containers = group["template"]["spec"]["containers"]
     return sum(amount(container["resources"]["requests"].get(name, 0)) for container in containers)
 
 
 def fewest_and_most(cluster: dict[str, Any], name: str) -> tuple[float, float]:
-    """Of a resource over all workers, as the cluster shrinks and grows."""
+    """Return the least and the largest amount of a resource over all workers of a cluster."""
     groups = cluster["workerGroupSpecs"]
     return (
         sum(resource(group, name) * group["minReplicas"] for group in groups),

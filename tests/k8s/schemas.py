@@ -1,4 +1,5 @@
-"""Objects against their schemas, unknown fields refused: Kubernetes' own, and those of custom resource definitions."""
+"""Validation of objects by the schemas of Kubernetes and of custom resource definitions; unknown
+fields are refused."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ import kubernetes_validate
 import pytest
 import yaml
 
-# Of KubeRay and Kueue, in a folder beside the repository.
+# The definitions of KubeRay and Kueue are in a folder beside the repository.
 CRDS = Path(__file__).parents[3] / "shared" / "k8s-crds"
 KUBERNETES = "1.31"
 
-_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+_STRING_MAP = {"type": "object", "additionalProperties": {"type": "string"}}
 _METADATA = {
     "type": "object",
     "properties": {
         "name": {"type": "string"},
         "namespace": {"type": "string"},
-        "labels": _TEXTS,
-        "annotations": _TEXTS,
+        "labels": _STRING_MAP,
+        "annotations": _STRING_MAP,
     },
     "required": ["name"],
     "additionalProperties": False,
@@ -30,18 +31,18 @@ _METADATA = {
 
 
 def is_custom(item: dict[str, Any]) -> bool:
-    """Whether an object is KubeRay's or Kueue's."""
+    """Return True if an object is of KubeRay or Kueue."""
     return item["apiVersion"].partition("/")[0] in ("ray.io", "kueue.x-k8s.io")
 
 
 def problem_of(item: dict[str, Any]) -> str | None:
-    """What is wrong with an object; None where nothing is."""
+    """Return why an object is invalid, or None if it is valid."""
     try:
         if is_custom(item):
             jsonschema.Draft202012Validator(_schema(item["apiVersion"], item["kind"])).validate(item)
         else:
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
-    except jsonschema.ValidationError as error:  # those of kubernetes_validate are such, too
+    except jsonschema.ValidationError as error:  # kubernetes_validate raises a subclass
         return f"{item['kind']} {item['metadata']['name']}: {'.'.join(map(str, error.absolute_path))}: {error.message}"
     return None
 
@@ -62,13 +63,14 @@ def _schema(api_version: str, kind: str) -> dict[str, Any]:
 
 
 def _strict(schema: Any) -> Any:
-    """An OpenAPI schema as a JSON schema that refuses what it does not name, as `kubectl apply` does."""
+    """Return an OpenAPI schema as a JSON schema that refuses unknown fields, as `kubectl apply`
+    does."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     strict = {
-        # Names of fields under `properties` may be anything, also a keyword's.
+        # A field under `properties` may have the name of a keyword.
         key: {name: _strict(item) for name, item in value.items()} if key == "properties" else _strict(value)
         for key, value in schema.items()
         if key not in ("default", "description", "enum", "required") and not key.startswith("x-")

@@ -1,4 +1,7 @@
-"""The image is built from the locks, by a user without rights, from what is in the repository. It is not built here."""
+"""The Dockerfile installs from the lock files and runs without root.
+
+These tests read it and build no image.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +20,46 @@ TARGETS = ["cpu", "gpu"]
 
 
 def stages() -> dict[str, list[str]]:
-    """The instructions of every stage by its name, each on one line, comments left out."""
+    """Return the instructions of every stage by name, each on one line, without comments."""
     lines = [line for line in TEXT.splitlines() if not line.lstrip().startswith("#")]
-    found: dict[str, list[str]] = {}
+    instructions: dict[str, list[str]] = {}
     name = ""
     for line in re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines():
         if line.startswith("FROM "):
             name = line.split()[-1]
         if name and line.strip():
-            found.setdefault(name, []).append(line)
-    return found
+            instructions.setdefault(name, []).append(line)
+    return instructions
 
 
 def ancestry(target: str) -> list[str]:
-    """The instructions of a stage and of those that it is built on."""
-    (first, *rest) = stages()[target]
+    """Return the instructions of a stage, after those of the stages that it is built on."""
+    (first, *instructions) = stages()[target]
     parent = first.split()[1]
-    return [*(ancestry(parent) if parent in stages() else []), *rest]
+    return [*(ancestry(parent) if parent in stages() else []), *instructions]
 
 
-def test_the_linter_finds_nothing() -> None:
+def test_the_linter_reports_nothing() -> None:
     linter = Path(sys.executable).parent / "hadolint"
     if not linter.exists():
-        pytest.skip("needs hadolint, which the development lock has for Linux on x86-64")
-    done = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+        pytest.skip("needs hadolint, which the development lock provides for Linux on x86-64")
+    result = subprocess.run([linter, ROOT / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_there_is_a_target_for_each_kind_of_machine() -> None:
+def test_each_kind_of_machine_has_a_target() -> None:
     assert set(TARGETS) < set(stages())
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_it_runs_as_a_user_without_rights(target: str) -> None:
+def test_the_image_runs_as_a_user_without_rights(target: str) -> None:
     users = [line for line in ancestry(target) if line.startswith("USER ")]
     assert users[-1] == "USER 1000:1000"
     assert any("useradd --uid 1000 " in line for line in ancestry(target))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_it_is_installed_from_its_lock_as_the_makefile_installs(target: str) -> None:
+def test_the_image_is_installed_from_its_lock_like_the_makefile(target: str) -> None:
     steps = "\n".join(ancestry(f"build-{target}"))
     assert f"COPY requirements/{target}.txt requirements/" in steps
     assert re.search(rf"uv pip sync .*requirements/{target}\.txt", steps)
@@ -73,7 +76,7 @@ def test_it_is_installed_from_its_lock_as_the_makefile_installs(target: str) -> 
     )
 
 
-def test_versions_are_pinned_and_those_of_the_package() -> None:
+def test_versions_are_pinned_and_match_the_package() -> None:
     assert f'org.opencontainers.image.version="{plad_dist.__version__}"' in TEXT
     lock = (ROOT / "requirements" / "lock").read_text()
     python = re.search(r"ARG PYTHON_IMAGE=python:(\d+\.\d+)\.\d+-slim-\w+\n", TEXT)
@@ -83,7 +86,7 @@ def test_versions_are_pinned_and_those_of_the_package() -> None:
     assert bases - set(stages()) == {"${PYTHON_IMAGE}"}
 
 
-def test_nothing_is_fetched_or_told_beside_the_locks() -> None:
+def test_the_build_fetches_nothing_but_the_locks_and_holds_no_secret() -> None:
     for instructions in stages().values():
         for line in instructions:
             assert not line.startswith("ADD "), line
@@ -92,16 +95,19 @@ def test_nothing_is_fetched_or_told_beside_the_locks() -> None:
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps a path from the build: the last pattern that fits decides."""
-    verdict = False
+    """Return True if .dockerignore keeps a path out of the build.
+
+    The last pattern that matches decides.
+    """
+    is_ignored = False
     for pattern in (ROOT / ".dockerignore").read_text().split("\n"):
         bare = pattern.removeprefix("!")
         if pattern and not pattern.startswith("#") and (bare == "*" or path == bare or path.startswith(f"{bare}/")):
-            verdict = not pattern.startswith("!")
-    return verdict
+            is_ignored = not pattern.startswith("!")
+    return is_ignored
 
 
-def test_all_that_is_copied_is_there_and_reaches_the_build() -> None:
+def test_everything_that_is_copied_exists_and_reaches_the_build() -> None:
     copies = [
         line for steps in stages().values() for line in steps if line.startswith("COPY ") and "--from" not in line
     ]
@@ -113,8 +119,8 @@ def test_all_that_is_copied_is_there_and_reaches_the_build() -> None:
     assert all(ignored(path) for path in (".git", ".venv", "runs", "tests", "requirements/dev.txt"))
 
 
-def test_the_package_finds_all_that_its_build_needs_in_the_image() -> None:
-    """`force-include` and the metadata name files that hatchling reads."""
+def test_the_files_that_the_packages_build_needs_are_in_the_image() -> None:
+    """Hatchling reads the files that `force-include` and the metadata name."""
     project = (ROOT / "pyproject.toml").read_text()
     steps = "\n".join(ancestry("build-gpu"))
     for name in ("README.md", "LICENSE", "ds_configs"):

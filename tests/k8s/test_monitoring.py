@@ -1,4 +1,4 @@
-"""Dashboard and alerts ask for metrics that the code exports, and say what to do."""
+"""The dashboard and the alerts use metrics that the code exports, and alerts tell what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = FLEET | TRAINING | RUN
 
 
 def exported() -> set[str]:
-    """Names as Prometheus has them."""
+    """Return the names of all metrics as Prometheus stores them."""
     names = set()
     for name, (kind, _) in METRICS.items():
         endings = ["_total"] if kind is Counter else ["_bucket", "_sum", "_count"] if kind is Histogram else [""]
@@ -29,13 +29,13 @@ def exported() -> set[str]:
     return names
 
 
-def asked(expressions: list[str]) -> set[str]:
+def queried(expressions: list[str]) -> set[str]:
     return {name for text in expressions for name in re.findall(r"\bray_plad_\w+", text)}
 
 
 def dashboard() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text())
-    return found
+    board: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text())
+    return board
 
 
 RUNBOOK = Path("docs/runbook.md").read_text()
@@ -48,21 +48,22 @@ def alerts() -> list[dict[str, Any]]:
 
 def test_every_metric_of_the_dashboard_is_exported_and_every_exported_one_is_shown() -> None:
     expressions = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
-    assert asked(expressions) <= exported()
+    assert queried(expressions) <= exported()
     shown = {name for name in METRICS if any(f"ray_plad_{name}" in text for text in expressions)}
     assert shown == set(METRICS)
 
 
 def test_every_metric_of_the_alerts_is_exported() -> None:
-    assert asked([rule["expr"] for rule in alerts()]) <= exported()
+    assert queried([rule["expr"] for rule in alerts()]) <= exported()
 
 
-def test_alerts_cover_what_can_go_wrong_and_say_what_to_do() -> None:
-    found = {rule["alert"]: rule for rule in alerts()}
-    assert set(found) >= {
-        "PladRunFailed", "PladNoProgress", "PladErrorRows", "PladDiverged", "PladManyRecoveries", "PladEnginesDie", "PladDiskFills",
+def test_alerts_cover_the_known_faults_and_tell_what_to_do() -> None:
+    rules = {rule["alert"]: rule for rule in alerts()}
+    assert set(rules) >= {
+        "PladRunFailed", "PladNoProgress", "PladErrorRows", "PladDiverged", "PladManyRecoveries", "PladEnginesDie",
+        "PladDiskFills",
     }  # fmt: skip
-    for rule in found.values():
+    for rule in rules.values():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         assert len(rule["annotations"]["description"]) > 60
@@ -70,12 +71,12 @@ def test_alerts_cover_what_can_go_wrong_and_say_what_to_do() -> None:
 
 
 def test_panels_do_not_overlap_and_have_titles_and_descriptions() -> None:
-    taken: set[tuple[int, int]] = set()
+    covered: set[tuple[int, int]] = set()
     for panel in dashboard()["panels"]:
-        place = panel["gridPos"]
-        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
-        assert not cells & taken, panel["title"]
-        taken |= cells
+        area = panel["gridPos"]
+        cells = {(area["x"] + x, area["y"] + y) for x in range(area["w"]) for y in range(area["h"])}
+        assert not cells & covered, panel["title"]
+        covered |= cells
         assert panel["title"]
         assert panel["type"] == "row" or panel["description"]
 
@@ -84,11 +85,11 @@ def test_panels_do_not_overlap_and_have_titles_and_descriptions() -> None:
 def test_head_and_workers_of_every_overlay_are_scraped(overlay: str, tmp_path: Path) -> None:
     objects = render_on_top(overlay, ["monitoring"], tmp_path)
     (monitor,) = of_kind(objects, "PodMonitor")
-    wanted, (endpoint,) = monitor["spec"]["selector"]["matchLabels"], monitor["spec"]["podMetricsEndpoints"]
+    selected, (endpoint,) = monitor["spec"]["selector"]["matchLabels"], monitor["spec"]["podMetricsEndpoints"]
     cluster = cluster_of(objects)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]
-        assert wanted.items() <= pod["metadata"]["labels"].items()
+        assert selected.items() <= pod["metadata"]["labels"].items()
         ports = [port["name"] for container in pod["spec"]["containers"] for port in container.get("ports", [])]
         assert endpoint["port"] in ports
     boards = [

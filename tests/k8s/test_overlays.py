@@ -1,4 +1,5 @@
-"""What `kubectl apply -k` would send is valid, fits the config that it runs, and needs nothing that is not there."""
+"""The objects of every overlay are valid, fit the config that they run, and refer to nothing that
+is missing."""
 
 from __future__ import annotations
 
@@ -39,12 +40,13 @@ from tests.tiny import make_random_model
 
 ON_CPUS = ["cpu-smoke"]
 ON_GPUS = [name for name in OVERLAYS if name not in ON_CPUS]
-# Made by the user, as the components' comments say; by Kubernetes in every namespace.
+# The user creates the secrets, as the components' comments describe. Kubernetes creates the config
+# map.
 SECRETS_OF_THE_USER = {"plad-endpoint", "plad-hub", "plad-s3"}
 CONFIG_MAPS_OF_KUBERNETES = {"kube-root-ca.crt"}
 
 
-def test_all_overlays_are_here() -> None:
+def test_all_overlays_are_tested() -> None:
     assert OVERLAYS == ["cpu-smoke", "kueue", "long-lived", "multi-node-spot", "single-node-8gpu"]
 
 
@@ -61,18 +63,18 @@ def test_every_object_is_valid(overlay: str, custom: bool) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_components_can_be_added_to_any_overlay(tmp_path: Path, overlay: str) -> None:
-    components = [name for name in COMPONENTS if name != "storage-pvc"]  # which the overlays have
+    components = [name for name in COMPONENTS if name != "storage-pvc"]  # the overlays include it
     objects = render_on_top(overlay, components, tmp_path)
     assert [problem for item in objects if (problem := problem_of(item))] == []
     names = {"OPENAI_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"}
     for pod in pods_of(objects):
         if pod.kind != "submitter":
             assert names <= {item["name"] for item in pod.spec["containers"][0]["env"]}, pod.name
-    assert of_kind(objects, "PodTemplate") == []  # only a source of the parts
-    assert_all_that_is_named_is_there(objects)
+    assert of_kind(objects, "PodTemplate") == []  # templates of the components are not applied
+    assert_references_exist(objects)
 
 
-def test_the_kustomization_of_the_readme_is_one(tmp_path: Path) -> None:
+def test_the_kustomization_in_the_readme_works(tmp_path: Path) -> None:
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "k8s" / "README.md").read_text(), re.DOTALL)
     to_root = os.path.relpath(ROOT, tmp_path.resolve())
     (tmp_path / "kustomization.yaml").write_text(text.replace("../plad-dist", to_root))
@@ -83,7 +85,7 @@ def test_the_kustomization_of_the_readme_is_one(tmp_path: Path) -> None:
     assert {item["metadata"]["namespace"] for item in objects} == {"distil"}
     images = {item["image"] for pod in pods_of(objects) for item in pod.containers if "image" in item}
     assert images == {f"registry.example.com/plad-dist:{plad_dist.__version__}"}
-    assert_all_that_is_named_is_there(objects)
+    assert_references_exist(objects)
 
 
 def test_an_unknown_field_is_refused() -> None:
@@ -98,10 +100,10 @@ def test_an_unknown_field_is_refused() -> None:
     ):
         (item, *_) = of_kind(render("kueue"), kind)
         assert problem_of(item) is None
-        place: Any = item
+        section: Any = item
         for key in path:
-            place = place[key]
-        place["tpyo"] = "x"
+            section = section[key]
+        section["tpyo"] = "x"
         assert "tpyo" in (problem_of(item) or ""), (kind, path)
 
 
@@ -111,7 +113,7 @@ def test_a_value_of_another_type_is_refused() -> None:
     assert "is not of type 'string'" in (problem_of(job) or "")
 
 
-def test_a_cluster_that_stays_has_the_pods_of_the_job_and_no_job() -> None:
+def test_a_long_lived_cluster_has_the_pods_of_a_job_and_no_job() -> None:
     assert of_kind(render("long-lived"), "RayJob") == []
     assert cluster_of(render("long-lived")) == cluster_of(render("single-node-8gpu"))
 
@@ -120,7 +122,7 @@ def test_a_cluster_that_stays_has_the_pods_of_the_job_and_no_job() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_ray_is_of_one_version(overlay: str) -> None:
+def test_ray_has_one_version_everywhere(overlay: str) -> None:
     version = cluster_of(render(overlay))["rayVersion"]
     for lock in ("cpu", "gpu"):
         assert f"\nray=={version}\n" in (ROOT / "requirements" / f"{lock}.txt").read_text()
@@ -129,34 +131,35 @@ def test_ray_is_of_one_version(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_container_has_the_image_of_this_version(overlay: str) -> None:
-    wanted = plad_dist.__version__ + ("-cpu" if overlay in ON_CPUS else "")
+    expected = plad_dist.__version__ + ("-cpu" if overlay in ON_CPUS else "")
     images = {item["image"] for pod in pods_of(render(overlay)) for item in pod.containers if "image" in item}
-    assert {image.rpartition(":")[2] for image in images} == {wanted}
+    assert {image.rpartition(":")[2] for image in images} == {expected}
     assert len(images) == 1
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_entry_point_is_in_the_image(overlay: str) -> None:
     for job in of_kind(render(overlay), "RayJob"):
-        found = re.fullmatch(r"python /opt/plad-dist/(ray_jobs/\w+\.py) --config (\S+)", job["spec"]["entrypoint"])
-        assert found
-        assert (ROOT / found[1]).is_file()
+        match = re.fullmatch(r"python /opt/plad-dist/(ray_jobs/\w+\.py) --config (\S+)", job["spec"]["entrypoint"])
+        assert match
+        assert (ROOT / match[1]).is_file()
         assert "WORKDIR /opt/plad-dist\n" in (ROOT / "Dockerfile").read_text()
         (head, *_) = pods_of(render(overlay))
         (mount,) = [item for item in head.spec["containers"][0]["volumeMounts"] if item["name"] == "config"]
-        assert found[2] == f"{mount['mountPath']}/run.yaml"
+        assert match[2] == f"{mount['mountPath']}/run.yaml"
 
 
 # -- sizes
 
 
 def disagreement(objects: Objects) -> str | None:
-    """How the GPUs that the worker groups ask for differ from those that the config needs; None where they agree."""
-    from plad_dist.planning.needs import gpu_needs
+    """Return how the GPUs of the worker groups differ from those that the config needs, or None if
+    they agree."""
+    from plad_dist.planning.engines import gpu_needs
 
-    asked, needed = fewest_and_most(cluster_of(objects), GPU), gpu_needs(config_of(objects))
-    if asked != needed:
-        return f"the groups have {asked[0]:g} to {asked[1]:g} GPUs, the config needs {needed[0]} to {needed[1]}"
+    available, needed = fewest_and_most(cluster_of(objects), GPU), gpu_needs(config_of(objects))
+    if available != needed:
+        return f"the groups have {available[0]:g} to {available[1]:g} GPUs, the config needs {needed[0]} to {needed[1]}"
     return None
 
 
@@ -192,7 +195,8 @@ def test_every_engine_fits_into_a_pod(overlay: str) -> None:
 
 
 def cpus_needed(config: Config) -> float:
-    """Of training, of both roles' engines at once, of pairing, whichever is most."""
+    """Return the CPUs of training, of both roles' engines together, or of pairing, whichever are
+    most."""
     roles = (config.sampling.teacher, config.sampling.student)
     engines = sum(role.cpus * (1 if role.replicas == "auto" else role.replicas) for role in roles)
     training = config.training.workers[1] * config.training.cpus_per_worker
@@ -206,7 +210,7 @@ def test_on_cpus_the_groups_have_the_cpus_that_the_config_needs_and_no_gpu(overl
     assert fewest_and_most(cluster, "cpu")[0] >= cpus_needed(config_of(render(overlay)))
 
 
-def test_the_quota_holds_the_run_at_its_largest() -> None:
+def test_the_quota_covers_the_run_at_its_largest_size() -> None:
     objects = render("kueue")
     (queue,) = of_kind(objects, "ClusterQueue")
     (group,) = queue["spec"]["resourceGroups"]
@@ -230,13 +234,14 @@ def test_the_quota_holds_the_run_at_its_largest() -> None:
     assert labels["kueue.x-k8s.io/queue-name"] in {item["metadata"]["name"] for item in of_kind(objects, "LocalQueue")}
     classes = {item["metadata"]["name"] for item in of_kind(objects, "WorkloadPriorityClass")}
     assert labels["kueue.x-k8s.io/priority-class"] in classes
-    # Kueue refuses a job that is not elastic and scales, or that leaves its cluster behind. It suspends and starts it itself.
+    # Kueue refuses a job that scales without being elastic, or that keeps its cluster. Kueue
+    # suspends and resumes jobs.
     assert job["metadata"]["annotations"] == {"kueue.x-k8s.io/elastic-job": "true"}
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     assert "suspend" not in job["spec"]
 
 
-def test_runs_that_share_queues_bring_none_of_the_clusters(tmp_path: Path) -> None:
+def test_runs_that_share_queues_define_no_queue_of_the_cluster(tmp_path: Path) -> None:
     objects = render_on_top("kueue", ["shared-queues"], tmp_path)
     kinds = {item["kind"] for item in objects if item["apiVersion"].startswith("kueue.")}
     assert kinds == {"LocalQueue"}
@@ -249,8 +254,9 @@ def test_runs_that_share_queues_bring_none_of_the_clusters(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_config_is_valid_where_its_models_and_data_are_there(tmp_path: Path, overlay: str) -> None:
-    """As `plad validate` checks it, with small models and a few prompts in the place of its own."""
+def test_the_config_is_valid_if_its_models_and_data_exist(tmp_path: Path, overlay: str) -> None:
+    """The check is that of `plad validate`, with small models and a few prompts in place of the
+    config's own."""
     raw = yaml.safe_load(config_text(render(overlay)))
     assert raw["run"]["dir"].startswith("/runs/")
     raw["run"]["dir"] = str(tmp_path / "run")
@@ -262,8 +268,8 @@ def test_the_config_is_valid_where_its_models_and_data_are_there(tmp_path: Path,
         names = [value for key, value in prompts["source"].items() if key.endswith("_column")]
         rows = "".join(json.dumps(dict.fromkeys(names, f"Say {row}")) + "\n" for row in range(200))
         (tmp_path / "prompts.jsonl").write_text(rows)
-        kept = {key: value for key, value in prompts["source"].items() if key.endswith("_column")}
-        prompts["source"] = {"type": "files", "paths": [str(tmp_path / "prompts.jsonl")], **kept}
+        columns = {key: value for key, value in prompts["source"].items() if key.endswith("_column")}
+        prompts["source"] = {"type": "files", "paths": [str(tmp_path / "prompts.jsonl")], **columns}
         prompts |= {"heldout": None, "heldout_fraction": 0.4}
     config = parse_config(raw, overlay)
     check_inputs(config, RunDir.of(config), all_rows=True)
@@ -284,25 +290,25 @@ def test_the_smoke_test_runs_the_quickstart() -> None:
     assert ours == example
 
 
-# -- nothing is missing
+# -- references between objects
 
 
-def assert_all_that_is_named_is_there(objects: Objects) -> None:
-    there = {kind: {item["metadata"]["name"] for item in of_kind(objects, kind)} for kind in ("ConfigMap", "Secret",
-             "PersistentVolumeClaim", "ServiceAccount")}  # fmt: skip
-    there["Secret"] |= SECRETS_OF_THE_USER
-    there["ConfigMap"] |= CONFIG_MAPS_OF_KUBERNETES
+def assert_references_exist(objects: Objects) -> None:
+    kinds = ("ConfigMap", "Secret", "PersistentVolumeClaim", "ServiceAccount")
+    existing = {kind: {item["metadata"]["name"] for item in of_kind(objects, kind)} for kind in kinds}
+    existing["Secret"] |= SECRETS_OF_THE_USER
+    existing["ConfigMap"] |= CONFIG_MAPS_OF_KUBERNETES
     for pod in pods_of(objects):
-        assert pod.spec["serviceAccountName"] in there["ServiceAccount"]
+        assert pod.spec["serviceAccountName"] in existing["ServiceAccount"]
         names = [volume["name"] for volume in pod.spec["volumes"]]
         assert len(names) == len(set(names)), pod.name
         for volume in pod.spec["volumes"]:
             sources = [volume, *volume.get("projected", {}).get("sources", [])]
             for source in sources:
                 if "configMap" in source:
-                    assert source["configMap"]["name"] in there["ConfigMap"], volume
+                    assert source["configMap"]["name"] in existing["ConfigMap"], volume
                 if "persistentVolumeClaim" in source:
-                    assert source["persistentVolumeClaim"]["claimName"] in there["PersistentVolumeClaim"]
+                    assert source["persistentVolumeClaim"]["claimName"] in existing["PersistentVolumeClaim"]
                 assert "secret" not in source
         for container in pod.containers:
             mounts = container["volumeMounts"]
@@ -312,13 +318,13 @@ def assert_all_that_is_named_is_there(objects: Objects) -> None:
             assert len(variables) == len(set(variables))
             for item in container["env"]:
                 if "valueFrom" in item:
-                    assert item["valueFrom"]["secretKeyRef"]["name"] in there["Secret"]
+                    assert item["valueFrom"]["secretKeyRef"]["name"] in existing["Secret"]
             assert "envFrom" not in container
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_all_that_is_named_is_made_or_known_to_be_the_users(overlay: str) -> None:
-    assert_all_that_is_named_is_there(render(overlay))
+def test_every_reference_is_to_an_object_of_the_overlay_or_of_the_user(overlay: str) -> None:
+    assert_references_exist(render(overlay))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -1,4 +1,5 @@
-"""The pods of a run are locked down, ask for what they use, and leave as Ray wants it."""
+"""The pods of a run are locked down, request what they use, and drain their Ray node before they
+end."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"sk-[A-Za-z0-9]{8}|hf_[A-Za-z0-9]{8}|AKIA[A-Z0-9]{12}|-----BEGIN|eyJ[A-Za-z0-9_-]{10}")
 OPERATOR = Peer({"app.kubernetes.io/component": "kuberay-operator"}, "kuberay-system")
 PROMETHEUS = Peer({"app.kubernetes.io/name": "prometheus"}, "monitoring")
-NAMES, OUTSIDE = Peer({"k8s-app": "kube-dns"}, "kube-system"), Peer({}, "outside")
+DNS, OUTSIDE = Peer({"k8s-app": "kube-dns"}, "kube-system"), Peer({}, "outside")
 STRANGERS = [Peer({}), Peer({"app": "other"}), Peer({"app.kubernetes.io/component": "ray"}), Peer({}, "other")]
 
 pods = pytest.mark.parametrize(
@@ -39,16 +40,16 @@ pods = pytest.mark.parametrize(
 
 
 def pods_of_kind(overlay: str, kind: str) -> list[Pod]:
-    found = [pod for pod in pods_of(render(overlay)) if pod.kind == kind]
-    assert found or (kind == "submitter" and overlay == "long-lived")
-    return found
+    matching = [pod for pod in pods_of(render(overlay)) if pod.kind == kind]
+    assert matching or (kind == "submitter" and overlay == "long-lived")
+    return matching
 
 
 # -- locked down
 
 
 @pods
-def test_no_container_is_root_or_can_become_it(overlay: str, kind: str) -> None:
+def test_no_container_is_root_or_can_become_root(overlay: str, kind: str) -> None:
     for pod in pods_of_kind(overlay, kind):
         security = pod.spec["securityContext"]
         assert security["runAsNonRoot"] is True
@@ -65,7 +66,7 @@ def test_no_container_is_root_or_can_become_it(overlay: str, kind: str) -> None:
 
 
 @pods
-def test_no_container_but_the_autoscaler_is_given_a_token_of_the_kubernetes_api(overlay: str, kind: str) -> None:
+def test_only_the_autoscaler_has_a_token_of_the_kubernetes_api(overlay: str, kind: str) -> None:
     accounts = {item["metadata"]["name"]: item for item in of_kind(render(overlay), "ServiceAccount")}
     for pod in pods_of_kind(overlay, kind):
         assert pod.spec["automountServiceAccountToken"] is False
@@ -79,7 +80,7 @@ def test_no_container_but_the_autoscaler_is_given_a_token_of_the_kubernetes_api(
         assert holders == ({"autoscaler"} if any(item["name"] == "autoscaler" for item in pod.containers) else set())
 
 
-def test_the_shell_on_the_volume_is_a_pod_like_those_of_the_runs() -> None:
+def test_the_shell_pod_is_as_restricted_as_the_pods_of_a_run() -> None:
     shell = yaml.safe_load(Path("k8s/shell.yaml").read_text())
     assert problem_of(shell) is None
     objects = render("single-node-8gpu")
@@ -95,13 +96,13 @@ def test_the_shell_on_the_volume_is_a_pod_like_those_of_the_runs() -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_overlay_gives_no_rights(overlay: str) -> None:
+def test_no_overlay_grants_rights(overlay: str) -> None:
     kinds = {item["kind"] for item in render(overlay)}
     assert not kinds & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Secret"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_secret_is_in_clear(overlay: str) -> None:
+def test_no_secret_is_in_plain_text(overlay: str) -> None:
     for pod in pods_of(render(overlay)):
         for container in pod.containers:
             for item in container["env"]:
@@ -111,7 +112,7 @@ def test_no_secret_is_in_clear(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_ray_asks_for_a_token_and_publishes_nothing(overlay: str) -> None:
+def test_ray_requires_a_token_and_publishes_nothing(overlay: str) -> None:
     cluster = cluster_of(render(overlay))
     assert cluster["authOptions"] == {"mode": "token"}
     head = cluster["headGroupSpec"]
@@ -132,13 +133,13 @@ def test_every_pod_of_the_run_is_closed_to_strangers(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_pods_of_a_run_reach_what_they_need(overlay: str) -> None:
+def test_the_pods_of_a_run_reach_what_they_need_and_nothing_else(overlay: str) -> None:
     objects = render(overlay)
     by_kind = {pod.kind: Peer(pod.labels) for pod in pods_of(objects)}
     head, worker = by_kind["head"], by_kind["worker"]
     assert all(may_connect(objects, a, b, port) for a, b in ((head, worker), (worker, head)) for port in (6379, 23456))
     for pod in (head, worker):
-        assert may_connect(objects, pod, NAMES, 53, "UDP")
+        assert may_connect(objects, pod, DNS, 53, "UDP")
         assert may_connect(objects, pod, OUTSIDE, 443)
         assert not may_connect(objects, pod, OUTSIDE, 80)
     assert may_connect(objects, OPERATOR, head, 8265)
@@ -161,11 +162,11 @@ def test_the_head_is_not_evicted(overlay: str) -> None:
     assert budget["spec"]["selector"]["matchLabels"].items() <= head.labels.items()
 
 
-# -- what they ask for
+# -- resources
 
 
 @pods
-def test_every_container_has_requests_and_limits_and_its_memory_is_its_own(overlay: str, kind: str) -> None:
+def test_every_container_has_requests_equal_to_its_limits_except_for_cpu(overlay: str, kind: str) -> None:
     for pod in pods_of_kind(overlay, kind):
         for container in pod.containers:
             resources = container["resources"]
@@ -182,12 +183,12 @@ def test_every_folder_on_the_node_has_a_limit(overlay: str, kind: str) -> None:
             if "emptyDir" in volume:
                 assert "sizeLimit" in volume["emptyDir"], (pod.name, volume)
                 disk += amount(volume["emptyDir"]["sizeLimit"]) * ("medium" not in volume["emptyDir"])
-        asked = pod.spec["containers"][0]["resources"]["requests"].get("ephemeral-storage")
-        assert asked is None or amount(asked) > disk
+        request = pod.spec["containers"][0]["resources"]["requests"].get("ephemeral-storage")
+        assert request is None or amount(request) > disk
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_object_store_fits_into_shared_memory_and_that_into_the_container(overlay: str) -> None:
+def test_the_object_store_fits_into_shared_memory_and_shared_memory_into_the_container(overlay: str) -> None:
     cluster = cluster_of(render(overlay))
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         spec = group["template"]["spec"]
@@ -205,7 +206,7 @@ def test_no_work_runs_on_the_head(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_pods_with_gpus_are_let_onto_their_nodes(overlay: str) -> None:
+def test_pods_with_gpus_tolerate_the_taint_of_gpu_nodes(overlay: str) -> None:
     for group in cluster_of(render(overlay))["workerGroupSpecs"]:
         spec = group["template"]["spec"]
         if GPU in spec["containers"][0]["resources"]["limits"]:
@@ -213,7 +214,7 @@ def test_pods_with_gpus_are_let_onto_their_nodes(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", ["multi-node-spot", "kueue"])
-def test_groups_that_grow_start_with_their_fewest(overlay: str) -> None:
+def test_groups_that_scale_start_at_their_smallest_size(overlay: str) -> None:
     cluster = cluster_of(render(overlay))
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["autoscalerOptions"]["version"] == "v2"
@@ -223,54 +224,57 @@ def test_groups_that_grow_start_with_their_fewest(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name not in ("multi-node-spot", "kueue")])
-def test_other_groups_stay_as_they_are(overlay: str) -> None:
+def test_other_groups_do_not_scale(overlay: str) -> None:
     cluster = cluster_of(render(overlay))
     assert "enableInTreeAutoscaling" not in cluster
     assert all(g["replicas"] == g["minReplicas"] == g["maxReplicas"] for g in cluster["workerGroupSpecs"])
 
 
-# -- how they leave
+# -- shutdown
 
 
-def notice_of(overlay: str) -> tuple[str, dict[str, Any]]:
-    """The command of a worker's pod that is told to go, and the pod's spec."""
+def stop_hook(overlay: str) -> tuple[str, dict[str, Any]]:
+    """Return the command that a worker's pod runs before it ends, and the pod's spec."""
     (worker, *_) = pods_of_kind(overlay, "worker")
     (*_, command) = worker.spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     return command, worker.spec
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_pod_has_the_time_that_it_tells_ray(overlay: str) -> None:
-    command, spec = notice_of(overlay)
-    asking, remaining, waiting = (
+def test_a_pod_stays_as_long_as_it_promises_ray(overlay: str) -> None:
+    command, spec = stop_hook(overlay)
+    drain_timeout, deadline, wait = (
         int(re.search(pattern, command)[1])  # type: ignore[index]
         for pattern in (r"timeout (\d+)", r"--deadline-remaining-seconds (\d+)", r"sleep (\d+)")
     )
-    assert remaining == waiting
-    assert asking + waiting < spec["terminationGracePeriodSeconds"] == 120
+    assert deadline == wait
+    assert drain_timeout + wait < spec["terminationGracePeriodSeconds"] == 120
 
 
-@pytest.mark.parametrize(("node", "rc", "says"), [("ab12", 0, True), ("ab12", 1, True), (None, 0, False)])
-def test_a_pod_that_is_told_to_go_tells_ray_which_node_goes(
-    tmp_path: Path, node: str | None, rc: int, says: bool
+@pytest.mark.parametrize(("node", "exit_code", "drains"), [("ab12", 0, True), ("ab12", 1, True), (None, 0, False)])
+def test_a_pod_that_ends_drains_its_ray_node_first(
+    tmp_path: Path, node: str | None, exit_code: int, drains: bool
 ) -> None:
-    """With processes and commands made up. Where Ray does not answer or is not there, nothing is waited for."""
+    """The processes and commands are fakes.
+
+    If Ray does not answer or does not run, the pod does not wait.
+    """
     for number, arguments in enumerate(
         (["bash"], ["raylet", "--x=1", f"--node_id={node}", "--y=2"] if node else ["x"])
     ):
         (tmp_path / "proc" / str(number)).mkdir(parents=True)
         (tmp_path / "proc" / str(number) / "cmdline").write_bytes(b"".join(f"{a}\0".encode() for a in arguments))
     (tmp_path / "bin").mkdir()
-    for name, code in (("ray", rc), ("sleep", 0)):
+    for name, code in (("ray", exit_code), ("sleep", 0)):
         script = tmp_path / "bin" / name
-        script.write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" >>{tmp_path}/said\nexit {code}\n')
+        script.write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@" >>{tmp_path}/calls\nexit {code}\n')
         script.chmod(0o755)
-    command = notice_of("multi-node-spot")[0].replace("/proc/", f"{tmp_path}/proc/")
+    command = stop_hook("multi-node-spot")[0].replace("/proc/", f"{tmp_path}/proc/")
     environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "RAY_ADDRESS": "head:6379"}
     subprocess.run(["bash", "-c", command], check=True, timeout=20, env=environment)
-    said = (tmp_path / "said").read_text().splitlines() if (tmp_path / "said").exists() else []
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     drain = [
         "ray", "drain-node", "--address", "head:6379", "--node-id", "ab12", "--reason", "DRAIN_NODE_REASON_PREEMPTION",
         "--reason-message", "its pod was told to go", "--deadline-remaining-seconds", "90",
     ]  # fmt: skip
-    assert said == (drain if says else []) + (["sleep", "90"] if says and rc == 0 else [])
+    assert calls == (drain if drains else []) + (["sleep", "90"] if drains and exit_code == 0 else [])
