@@ -1,4 +1,4 @@
-"""Functions of a Python file with the first sentence of their docstrings; nothing is imported or run."""
+"""Parser of Python files: functions and the first sentences of their docstrings. No code is run."""
 
 from __future__ import annotations
 
@@ -11,61 +11,65 @@ from pathlib import Path
 
 from plad_dist.harvest.descriptions import describe, function_name
 
-INDENTED_DOCSTRING = re.compile(rb'^[ \t]+[rRuU]?"""', re.MULTILINE)
-
-
 MAX_FILE_BYTES = 1_000_000
+_INDENTED_DOCSTRING = re.compile(rb'^[ \t]+[rRuU]?"""', re.MULTILINE)
+
+DescribedName = tuple[str, str]  # description and name of a function
 
 
-Pair = tuple[str, str]  # description, name
+@dataclass(frozen=True, slots=True)
+class NamedFunction:
+    """One row of the harvest.
+
+    Attributes:
+        description: first sentence of the docstring, as lower-case words.
+        name: name of the function, as lower-case words.
+        package: top-level package.
+    """
+
+    description: str
+    name: str
+    package: str
 
 
-def read_files(paths: list[Path]) -> tuple[list[Pair], int]:
-    """(pairs of description and name in the files, files that could not be read)."""
-    pairs: list[Pair] = []
-    skipped = 0
+def parse_files(paths: list[Path]) -> tuple[list[DescribedName], int]:
+    """Return descriptions and names of functions in files, and the number of unreadable files."""
+    functions: list[DescribedName] = []
+    unreadable = 0
     for path in paths:
         try:
-            pairs += _read_file(path)
+            functions += _parse_file(path)
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-            skipped += 1
-    return pairs, skipped
+            unreadable += 1
+    return functions, unreadable
 
 
-def _read_file(path: Path) -> list[Pair]:
+def _parse_file(path: Path) -> list[DescribedName]:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError("too large")
     code = path.read_bytes()
-    if b"def " not in code or not INDENTED_DOCSTRING.search(code):
+    if b"def " not in code or not _INDENTED_DOCSTRING.search(code):
         return []
-    pairs = []
-    for function in _functions(ast.parse(code)):
+    functions = []
+    for function in _function_definitions(ast.parse(code)):
         name = function_name(function.name)
         description = describe(ast.get_docstring(function, clean=False) or "") if name else None
         if name and description and description.replace(" ", "") != name.replace(" ", ""):
-            pairs.append((description, name))
-    return pairs
+            functions.append((description, name))
+    return functions
 
 
-def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function of a module, in the order of the text."""
+def _function_definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield every function of a module, in the order of the text."""
     statements: list[ast.AST] = [tree]
     while statements:
         statement = statements.pop()
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
             yield statement
-        for part in ("finalbody", "orelse", "cases", "handlers", "body"):
-            statements.extend(reversed(getattr(statement, part, [])))
-
-
-@dataclass(frozen=True, slots=True)
-class NamedFunction:
-    """One function: what it does, and what its author called it."""
-
-    description: str  # lower-cased words
-    name: str  # lower-cased words
-    package: str  # top-level package
+        for field in ("finalbody", "orelse", "cases", "handlers", "body"):
+            statements.extend(reversed(getattr(statement, field, [])))
 
 
 def digest(text: str) -> str:
+    """Return the hexadecimal SHA-256 of a text, such as a file name with undecodable bytes."""
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,7 +1,8 @@
-"""Real text that every Python installation carries: functions, named by their one-line descriptions.
+"""Prompt source `python_functions`: names and descriptions of installed Python functions.
 
-The standard library and the site-packages of the running interpreter are parsed with :mod:`ast`; nothing in them is
-imported or run. A row is the first sentence of a docstring and the name of its function, both as lower-cased words.
+The standard library and the site-packages of the running interpreter are parsed with :mod:`ast`;
+none of their code is imported or run. A row is the first sentence of a docstring and the name of
+its function, both as lower-case words.
 """
 
 from __future__ import annotations
@@ -25,33 +26,40 @@ from plad_dist.config import PythonFunctionsSource
 from plad_dist.errors import UserError
 from plad_dist.harvest.cache import cache_path, read_cache, write_cache
 from plad_dist.harvest.descriptions import NearDuplicates
-from plad_dist.harvest.parsing import NamedFunction, Pair, digest, read_files
+from plad_dist.harvest.parsing import DescribedName, NamedFunction, digest, parse_files
 
 logger = logging.getLogger(__name__)
 
 MIN_HELDOUT = 10
-PACKAGE_SHARE_PERCENT = 15  # of the training rows, at most, from one package
-CHUNK_FILES = 16  # files in a task of one process
+MAX_PACKAGE_SHARE_PERCENT = 15  # share of the training rows from one package
+FILES_PER_TASK = 16
 PROCESSES = min(os.cpu_count() or 1, 32)
-Packages = dict[str, list[Path]]  # their files
 SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "testing", "tests"}
+
+Packages = dict[str, list[Path]]  # files by top-level package
 
 
 def harvest(
     source: PythonFunctionsSource, seed: int, cache_dir: Path | None = None
 ) -> tuple[list[NamedFunction], list[NamedFunction]]:
-    """(training rows, held-out rows), both shuffled by the seed, with no description in common, nor nearly so.
+    """Return training and held-out rows, both shuffled by the seed.
 
-    The rows depend on the installation and the source alone, not on the number of processes; only `source.seconds`,
-    where it strikes, makes them depend on speed, with a warning. They are kept in `cache_dir` (default: `plad-dist` in
-    the user's cache folder). Raises :class:`UserError` where the packages have too few functions.
+    No training row is a near duplicate of a held-out row. The rows depend only on the installation
+    and the source, not on the number of processes. If the harvest is stopped by `source.seconds`,
+    they also depend on the speed of the machine, which is logged as a warning.
+
+    Args:
+        cache_dir: folder of the cache; None for `plad-dist` in the user's cache folder.
+
+    Raises:
+        UserError: the packages have too few described functions.
     """
     roots = _roots()
     path = cache_path(source, roots, cache_dir)
     cached = read_cache(path)
-    train, heldout, complete = (*cached, True) if cached else _collect(source, roots)
-    _check(source, len(train), len(heldout), complete)
-    if complete and not cached:
+    train, heldout, is_complete = (*cached, True) if cached else _collect(source, roots)
+    _check_counts(source, len(train), len(heldout), is_complete)
+    if is_complete and not cached:
         write_cache(path, train, heldout)
     shuffler = random.Random(seed)  # noqa: S311
     shuffler.shuffle(train)
@@ -60,75 +68,82 @@ def harvest(
 
 
 def _collect(source: PythonFunctionsSource, roots: list[Path]) -> tuple[list[NamedFunction], list[NamedFunction], bool]:
-    """(training rows, held-out rows, whether there was time for all of it)."""
+    """Return training rows, held-out rows, and True if the harvest ended before the time limit."""
     deadline = time.monotonic() + source.seconds
     packages = _packages(roots)
-    reserved = {name: packages.pop(name) for name in list(packages) if name in source.heldout_packages}
+    heldout_packages = {name: packages.pop(name) for name in list(packages) if name in source.heldout_packages}
     train: list[NamedFunction] = []
-    found: list[NamedFunction] = []
-    complete = True
-    # `fork`: the other methods import the caller's main module, with all it needs, in every process. The children only
-    # parse text, so they take no lock that a thread of the caller could hold; one that hangs is ended at the deadline.
+    heldout: list[NamedFunction] = []
+    is_complete = True
+    # Other start methods than `fork` import the caller's main module with all its dependencies in
+    # every process. The children only parse text, so they need no lock that a thread of the caller
+    # could hold; a child that hangs is killed at the deadline.
     with multiprocessing.get_context("fork").Pool(PROCESSES, _start_worker) as pool:
         try:
-            found.extend(_parsed(pool, reserved, deadline, full=()))
+            heldout.extend(_parse(pool, heldout_packages, deadline, full=()))
             full: set[str] = set()
-            near = NearDuplicates(row.description for row in _balanced(found, source.heldout_limit))
-            train.extend(_take(_parsed(pool, packages, deadline, full), near, source.limit, full))
+            near = NearDuplicates(row.description for row in _balanced(heldout, source.heldout_limit))
+            train.extend(_select(_parse(pool, packages, deadline, full), near, source.limit, full))
         except multiprocessing.TimeoutError:
-            complete = False
-            late = (
-                "prompts.source.seconds=%d are over; which %d training rows were found depended on the machine's speed"
+            is_complete = False
+            logger.warning(
+                "prompts.source.seconds=%d are over; which %d training rows were found depended on the machine's speed",
+                source.seconds,
+                len(train),
             )
-            logger.warning(late, source.seconds, len(train))
-    return train, _balanced(found, source.heldout_limit), complete
+    return train, _balanced(heldout, source.heldout_limit), is_complete
 
 
-def _take(rows: Iterator[NamedFunction], near: NearDuplicates, limit: int, full: set[str]) -> Iterator[NamedFunction]:
-    """The first `limit` rows that are not near. A package that has its share of them goes into `full`."""
+def _select(rows: Iterator[NamedFunction], near: NearDuplicates, limit: int, full: set[str]) -> Iterator[NamedFunction]:
+    """Yield the first `limit` rows that are not near duplicates.
+
+    A package that has reached its share of the rows is added to `full`.
+    """
     counts: Counter[str] = Counter()
     for row in itertools.islice((row for row in rows if row.description not in near), limit):
         counts[row.package] += 1
-        if counts[row.package] * 100 >= limit * PACKAGE_SHARE_PERCENT:
+        if counts[row.package] * 100 >= limit * MAX_PACKAGE_SHARE_PERCENT:
             full.add(row.package)
         yield row
 
 
 def _balanced(rows: list[NamedFunction], limit: int) -> list[NamedFunction]:
-    """At most `limit` rows, taken from the packages in turn so that a large one does not dominate."""
+    """Return at most `limit` rows, taken from the packages in turn so that none dominates."""
     by_package: dict[str, list[NamedFunction]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: digest(row.description)):
         by_package[row.package].append(row)
     return [row for turn in itertools.zip_longest(*by_package.values()) for row in turn if row][:limit]
 
 
-def _check(source: PythonFunctionsSource, train: int, heldout: int, complete: bool) -> None:
+def _check_counts(source: PythonFunctionsSource, train: int, heldout: int, is_complete: bool) -> None:
+    """Raise :class:`UserError` if there are too few training or held-out rows."""
     names = ", ".join(source.heldout_packages)
-    late = "" if complete else f" within prompts.source.seconds={source.seconds}, which may be too few"
+    limit = "" if is_complete else f" within prompts.source.seconds={source.seconds}, which may be too few"
     if heldout < MIN_HELDOUT or not train:
         raise UserError(
             f"prompts.source.heldout_packages: found {heldout} described functions in {names} and {train} in all other "
-            f"packages{late}; expected at least {MIN_HELDOUT} and 1. Name some installed top-level packages that have "
-            "docstrings, such as asyncio, email and logging, and leave others for training."
+            f"packages{limit}; expected at least {MIN_HELDOUT} and 1. Name some installed top-level packages that have "
+            "docstrings, such as asyncio, email and logging, and leave other packages for training"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the files
+# ------------------------------------------------------------------------- files and processes
 
 
 def _roots() -> list[Path]:
-    """Folders of top-level packages: the standard library (of the base install, in a venv), then site-packages."""
+    """Return the folders of top-level packages: standard library, then site-packages."""
     return list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
 
 
 def _packages(roots: list[Path]) -> Packages:
-    """Python files of every top-level package, root by root; in a root, packages and their files go by their hash.
+    """Return the Python files of every top-level package, root by root.
 
-    So a limit takes an even choice of them rather than the first ones of the alphabet.
+    Within a root, packages and files are sorted by hash, so that a limit leaves an even choice and
+    does not cut the end of the alphabet.
     """
     files: Packages = {}
     for root in roots:
-        here: dict[str, list[Path]] = defaultdict(list)
+        files_of_root: dict[str, list[Path]] = defaultdict(list)
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
             if Path(folder) == root:
@@ -136,54 +151,57 @@ def _packages(roots: list[Path]) -> Packages:
             for name in names:
                 if name.endswith(".py"):
                     path = Path(folder, name)
-                    here[path.relative_to(root).parts[0].removesuffix(".py")].append(path)
-        for package in sorted(here, key=digest):
-            found = sorted(here[package], key=lambda path: digest(path.relative_to(root).as_posix()))
-            files.setdefault(package, []).extend(found)
+                    files_of_root[path.relative_to(root).parts[0].removesuffix(".py")].append(path)
+        for package in sorted(files_of_root, key=digest):
+            paths = sorted(files_of_root[package], key=lambda path: digest(path.relative_to(root).as_posix()))
+            files.setdefault(package, []).extend(paths)
     return files
 
 
-def _parsed(pool: Pool, packages: Packages, deadline: float, full: Container[str]) -> Iterator[NamedFunction]:
-    """Rows of the packages in the order given, whichever process is first, the first one of each description.
+def _parse(pool: Pool, packages: Packages, deadline: float, full: Container[str]) -> Iterator[NamedFunction]:
+    """Yield the rows of packages, the first row of each description.
 
-    A package is left once it is in `full`. Raises :class:`multiprocessing.TimeoutError` at the deadline.
+    The order is that of the packages, independent of which process finishes first.
+
+    Args:
+        full: packages to skip. The caller may add to it during the iteration.
+
+    Raises:
+        multiprocessing.TimeoutError: the deadline has passed.
     """
     tasks = (
-        (package, files[start : start + CHUNK_FILES])
+        (package, files[start : start + FILES_PER_TASK])
         for package, files in packages.items()
-        for start in range(0, len(files), CHUNK_FILES)
+        for start in range(0, len(files), FILES_PER_TASK)
         if package not in full
     )
-    skipped = 0
+    total_unreadable = 0
     seen: set[str] = set()
-    running: deque[tuple[str, AsyncResult[tuple[list[Pair], int]]]] = deque()
+    running: deque[tuple[str, AsyncResult[tuple[list[DescribedName], int]]]] = deque()
     while True:
         running.extend(
-            (package, pool.apply_async(read_files, (files,)))
+            (package, pool.apply_async(parse_files, (files,)))
             for package, files in itertools.islice(tasks, 4 * PROCESSES - len(running))
         )
         if not running:
             break
         package, task = running.popleft()
-        left = deadline - time.monotonic()
-        if left <= 0:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
             raise multiprocessing.TimeoutError
-        pairs, unreadable = task.get(left)
-        skipped += unreadable
-        for description, name in pairs:
+        functions, unreadable = task.get(remaining_s)
+        total_unreadable += unreadable
+        for description, name in functions:
             if package not in full and description not in seen:
                 seen.add(description)
                 yield NamedFunction(description, name, package)
-    if skipped:
-        logger.info("skipped %d files that are too large or cannot be parsed", skipped)
+    if total_unreadable:
+        logger.info("skipped %d files that are too large or cannot be parsed", total_unreadable)
 
 
 def _start_worker() -> None:
-    """Make a forked process fit for parsing, and for being ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends it so, whatever handlers the caller has set
+    """Prepare a forked process for parsing and for its termination by the pool."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool sends it; the caller may have set a handler
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # of the code that is parsed, such as invalid escapes
-    gc.disable()  # syntax trees have no cycles; looking for them takes a third of the time
-
-
-# ----------------------------------------------------------------------------------------------------------- the text
+    warnings.simplefilter("ignore")  # warnings about the parsed code, such as invalid escapes
+    gc.disable()  # syntax trees have no cycles, and the search for cycles takes a third of the time

@@ -1,4 +1,4 @@
-"""Harvesting named functions from installed packages, here from made-up ones."""
+"""Harvest of named functions, here from generated packages instead of the installed ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACES = ["mailbox", "archive", "cluster", "session", "catalogue"]
 
 
 def functions(package: str, rows: int) -> str:
-    """A module with so many functions, each with a description of its own."""
+    """Return a module with `rows` functions, each with a different description."""
     choices = itertools.islice(itertools.product(VERBS, NOUNS, PLACES), rows)
     return "\n".join(
         f'def {verb}_{noun}_{place}():\n    """{verb.title()} {package} {noun} near {package}{place} {verb}{noun}."""\n'
@@ -39,9 +39,9 @@ def functions(package: str, rows: int) -> str:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder of packages: `held` with 30 functions, `first` with 40 and `second` with 5."""
+    """Create the only folder of packages: `heldout` has 30 functions, `first` 40, `second` 5."""
     root = tmp_path / "packages"
-    for package, rows in {"held": 30, "first": 40, "second": 5}.items():
+    for package, rows in {"heldout": 30, "first": 40, "second": 5}.items():
         add(root, f"{package}/__init__.py", functions(package, rows))
     monkeypatch.setattr(module, "_roots", lambda: [root])
     return root
@@ -55,15 +55,15 @@ def add(root: Path, name: str, text: str | bytes) -> None:
 
 def source(**changes: object) -> PythonFunctionsSource:
     return PythonFunctionsSource.model_validate(
-        {"type": "python_functions", "limit": 1000, "heldout_packages": ["held"], **changes}
+        {"type": "python_functions", "limit": 1000, "heldout_packages": ["heldout"], **changes}
     )
 
 
-def described(rows: list[NamedFunction]) -> dict[str, str]:
+def names_by_description(rows: list[NamedFunction]) -> dict[str, str]:
     return {row.description: row.name for row in rows}
 
 
-# ---------------------------------------------------------------------------------------------------------- the text
+# --------------------------------------------------------------------------------------- text
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def described(rows: list[NamedFunction]) -> dict[str, str]:
         ("do_a_thing_with_six_words", "do a thing with six words"),
     ],
 )
-def test_names_are_split_into_lower_cased_words(identifier: str, words: str) -> None:
+def test_names_are_split_into_lower_case_words(identifier: str, words: str) -> None:
     assert function_name(identifier) == words
 
 
@@ -86,7 +86,7 @@ def test_names_are_split_into_lower_cased_words(identifier: str, words: str) -> 
     "identifier",
     ["__init__", "test_reads", "_test_reads", "testReads", "x", "_", "a_b", "zu_früh", "one_two_three_four_five_six_7"],
 )
-def test_names_that_are_no_good_answer_are_dropped(identifier: str) -> None:
+def test_useless_names_are_dropped(identifier: str) -> None:
     assert function_name(identifier) is None
 
 
@@ -122,11 +122,11 @@ def test_descriptions_are_the_first_sentence_in_plain_words(docstring: str, word
         ":param rows: many of them",
     ],
 )
-def test_descriptions_that_are_no_plain_sentence_are_dropped(docstring: str) -> None:
+def test_descriptions_that_are_not_plain_sentences_are_dropped(docstring: str) -> None:
     assert describe(docstring) is None
 
 
-# ------------------------------------------------------------------------------------------------- the harvested rows
+# --------------------------------------------------------------------------- harvested rows
 
 
 def test_functions_of_classes_branches_and_functions_are_found(root: Path, tmp_path: Path) -> None:
@@ -150,25 +150,25 @@ def count_unread_messages():
 '''
     add(root, "second/boxes.py", code)
     train, _ = harvest(source(), 1, tmp_path)
-    found = {row.name for row in train if row.package == "second"} - set(described_names("second", 5))
-    assert found == {"open lid", "shut lid", "inner part"}
+    names = {row.name for row in train if row.package == "second"} - set(generated_names("second", 5))
+    assert names == {"open lid", "shut lid", "inner part"}
 
 
-def described_names(package: str, rows: int) -> list[str]:
+def generated_names(package: str, rows: int) -> list[str]:
     return [line[4:-3].replace("_", " ") for line in functions(package, rows).splitlines() if line.startswith("def")]
 
 
 def test_held_out_packages_are_never_trained_on(root: Path, tmp_path: Path) -> None:
     train, heldout = harvest(source(), 1, tmp_path)
-    assert Counter(row.package for row in heldout) == {"held": 30}
+    assert Counter(row.package for row in heldout) == {"heldout": 30}
     assert Counter(row.package for row in train) == {"first": 40, "second": 5}
-    assert not described(train).keys() & described(heldout).keys()
+    assert not names_by_description(train).keys() & names_by_description(heldout).keys()
 
 
 def test_near_duplicates_of_held_out_rows_are_not_trained_on(root: Path, tmp_path: Path) -> None:
     add(
         root,
-        "held/extra.py",
+        "heldout/extra.py",
         'def find_root():\n    """Find the root of the tree."""\n'
         'def walk():\n    """Visit all green nodes under one old parent in some fixed order."""\n',
     )
@@ -181,26 +181,26 @@ def test_near_duplicates_of_held_out_rows_are_not_trained_on(root: Path, tmp_pat
         'def other():\n    """Visit all nodes of the large graph in order."""\n',
     )
     train, heldout = harvest(source(), 1, tmp_path)
-    assert {"find root", "walk"} <= set(described(heldout).values())
-    assert {"find root", "find it", "go", "other"} & set(described(train).values()) == {"other"}
+    assert {"find root", "walk"} <= set(names_by_description(heldout).values())
+    assert {"find root", "find it", "go", "other"} & set(names_by_description(train).values()) == {"other"}
 
 
 def test_near_duplicates_are_found_exactly() -> None:
     chooser = random.Random(5)
     pool = [" ".join(chooser.choices("abcdefghijklmnopqrstuvwxyz"[:14], k=chooser.randint(3, 12))) for _ in range(400)]
-    held, others = pool[:80], pool[80:]
-    near = NearDuplicates(held)
+    indexed, candidates = pool[:80], pool[80:]
+    near = NearDuplicates(indexed)
 
-    def slowly(description: str) -> bool:
+    def is_near_duplicate(description: str) -> bool:
         words = set(description.split())
         return any(
             len(words & set(other.split())) >= 0.8 * len(words | set(other.split()))
             or words - STOP_WORDS == set(other.split()) - STOP_WORDS
-            for other in held
+            for other in indexed
         )
 
-    expected = [slowly(description) for description in others]
-    assert [description in near for description in others] == expected
+    expected = [is_near_duplicate(description) for description in candidates]
+    assert [description in near for description in candidates] == expected
     assert 0 < sum(expected) < len(expected)
 
 
@@ -212,22 +212,22 @@ def test_a_description_has_one_name(root: Path, tmp_path: Path) -> None:
 
 def test_limits_hold_and_no_package_dominates(root: Path, tmp_path: Path) -> None:
     add(root, "third/__init__.py", functions("third", 40))
-    add(root, "held_small/__init__.py", functions("held_small", 6))
-    changes = {"limit": 100, "heldout_limit": 14, "heldout_packages": ["held", "held_small"]}
+    add(root, "heldout_small/__init__.py", functions("heldout_small", 6))
+    changes = {"limit": 100, "heldout_limit": 14, "heldout_packages": ["heldout", "heldout_small"]}
     train, heldout = harvest(source(**changes), 1, tmp_path)
-    assert Counter(row.package for row in heldout) == {"held": 8, "held_small": 6}
+    assert Counter(row.package for row in heldout) == {"heldout": 8, "heldout_small": 6}
     assert Counter(row.package for row in train) == {"first": 15, "third": 15, "second": 5}
 
 
 def test_the_seed_decides_the_order_and_nothing_else(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = harvest(source(), 1, tmp_path / "a")
+    first = harvest(source(), 1, tmp_path / "a")
     monkeypatch.setattr(module, "PROCESSES", 3)
-    assert harvest(source(), 1, tmp_path / "b") == once
-    for kept, other in zip(once, harvest(source(), 2, tmp_path / "a"), strict=True):
-        assert kept != other
-        assert set(kept) == set(other)
+    assert harvest(source(), 1, tmp_path / "b") == first
+    for rows, reshuffled in zip(first, harvest(source(), 2, tmp_path / "a"), strict=True):
+        assert rows != reshuffled
+        assert set(rows) == set(reshuffled)
 
 
 def test_code_is_never_executed(root: Path, tmp_path: Path) -> None:
@@ -235,11 +235,11 @@ def test_code_is_never_executed(root: Path, tmp_path: Path) -> None:
     run = f"open({str(trace)!r}, 'w').close()\n"
     add(root, "second/active.py", f'{run}def is_parsed(x={run.strip()}):\n    """Tell that this was parsed."""\n')
     train, _ = harvest(source(), 1, tmp_path)
-    assert described(train)["tell that this was parsed"] == "is parsed"
+    assert names_by_description(train)["tell that this was parsed"] == "is parsed"
     assert not trace.exists()
 
 
-def test_unfit_files_and_test_folders_are_passed_over(root: Path, tmp_path: Path) -> None:
+def test_unreadable_files_and_test_folders_are_skipped(root: Path, tmp_path: Path) -> None:
     expected = harvest(source(), 1, tmp_path / "a")
     good = 'def unwanted_thing():\n    """Be of no use at all."""\n'
     add(root, "second/broken.py", good + "def (:\n")
@@ -252,57 +252,57 @@ def test_unfit_files_and_test_folders_are_passed_over(root: Path, tmp_path: Path
     assert harvest(source(), 1, tmp_path / "b") == expected
 
 
-def test_too_few_held_out_rows_name_the_packages(root: Path, tmp_path: Path) -> None:
+def test_the_error_about_too_few_held_out_rows_names_the_packages(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"heldout_packages: found 5 described functions in second, absent"):
         harvest(source(heldout_packages=["second", "absent"]), 1, tmp_path)
 
 
 def test_no_training_rows_are_an_error(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 in all other packages"):
-        harvest(source(heldout_packages=["held", "first", "second"]), 1, tmp_path)
+        harvest(source(heldout_packages=["heldout", "first", "second"]), 1, tmp_path)
 
 
 def test_rows_found_in_time_are_used_but_not_cached(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parsed = module._parsed
+    parse = module._parse
 
     def late(*args: object, **kwargs: object) -> Iterator[NamedFunction]:
-        yield from itertools.islice(parsed(*args, **kwargs), 30)  # type: ignore[arg-type]
-        if not kwargs:  # the held-out packages are in time
+        yield from itertools.islice(parse(*args, **kwargs), 30)  # type: ignore[arg-type]
+        if not kwargs:  # the held-out packages are parsed in time
             raise multiprocessing.TimeoutError
 
-    monkeypatch.setattr(module, "_parsed", late)
+    monkeypatch.setattr(module, "_parse", late)
     train, heldout = harvest(source(), 1, tmp_path / "cache")
     assert (len(train), len(heldout)) == (30, 30)
     assert "prompts.source.seconds=120 are over" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 
-def test_no_time_at_all_is_an_error_that_says_so(root: Path, tmp_path: Path) -> None:
+def test_the_error_names_a_time_limit_that_is_too_short(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="seconds=0, which may be too few"):
         harvest(source().model_copy(update={"seconds": 0}), 1, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- the cache
+# -------------------------------------------------------------------------------------- cache
 
 
-def test_cached_rows_are_used_and_changed_sources_harvest_anew(
+def test_cached_rows_are_used_unless_the_source_or_the_packages_changed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    once = harvest(source(), 1)
+    first = harvest(source(), 1)
     add(root, "second/more.py", 'def one_more():\n    """Add one more to them."""\n')
-    assert harvest(source(), 1) == once
-    assert len(harvest(source(limit=1001), 1)[0]) == len(once[0]) + 1
+    assert harvest(source(), 1) == first
+    assert len(harvest(source(limit=1001), 1)[0]) == len(first[0]) + 1
     add(root, "second-2.0.dist-info/METADATA", "")
-    assert len(harvest(source(), 1)[0]) == len(once[0]) + 1
+    assert len(harvest(source(), 1)[0]) == len(first[0]) + 1
     assert {path.parent.name for path in (tmp_path / "cache").rglob("*.gz")} == {"plad-dist"}
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "text", "rows"])
 def test_a_damaged_cache_is_rebuilt(root: Path, tmp_path: Path, damage: str) -> None:
-    once = harvest(source(), 1, tmp_path)
+    first = harvest(source(), 1, tmp_path)
     (cache,) = tmp_path.glob("*.gz")
     sound = cache.read_bytes()
     match damage:
@@ -315,19 +315,19 @@ def test_a_damaged_cache_is_rebuilt(root: Path, tmp_path: Path, damage: str) -> 
         case "rows":
             with gzip.open(cache, "wt") as file:
                 file.write('["1", 2]\n["a", "b"]\n')
-    assert harvest(source(), 1, tmp_path) == once
+    assert harvest(source(), 1, tmp_path) == first
     assert read_cache(cache) is not None
     assert list(tmp_path.glob("*.gz")) == [cache]
 
 
-def test_an_unwritable_cache_is_done_without(root: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_does_not_stop_the_harvest(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     train, heldout = harvest(source(), 1, tmp_path / "file" / "cache")
     assert len(train) == 45
     assert len(heldout) == 30
 
 
-def test_names_and_descriptions_may_be_asked_for_by_each_other(
+def test_prompts_can_ask_for_names_or_for_descriptions(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -339,4 +339,4 @@ def test_names_and_descriptions_may_be_asked_for_by_each_other(
             (prompt.messages[0]["content"], prompt.reference) for _, prompt in Selection(parse_config(raw, "test"))
         ]
     assert len(rows["name"]) == 75
-    assert rows["description"] == [(answer, asked) for asked, answer in rows["name"]]
+    assert rows["description"] == [(reference, prompt) for prompt, reference in rows["name"]]
