@@ -1,4 +1,4 @@
-"""Parser of config files: strict YAML, overrides, and errors with the key and the expected value."""
+"""Parser of config files: strict YAML, overrides, and errors with key and expected value."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...")
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
-        given = "an empty file" if raw is None else _shown(raw)
-        raise UserError(f"{path}: expected a mapping of sections ({expected}), got {given}")
+        content = "an empty file" if raw is None else _shown(raw)
+        raise UserError(f"{path}: expected a mapping of sections ({expected}), got {content}")
     return raw
 
 
@@ -155,7 +155,7 @@ def _set_key(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
     section[leaf] = _unaliased(value)
 
 
-# Names that pydantic adds to the location of an error for the member of a union. They are no keys.
+# Names that pydantic adds to the location of an error for the member of a union. They are not keys.
 _SOURCE_TYPES = ("files", "dataset", "python_functions")
 _JUDGE_TYPES = ("reward_model", "teacher_likelihood", "llm")
 _VALUE_TYPES = re.compile(r"int|float|str|bool|constrained-\w+|(literal|list|tuple|dict)\[.*")
@@ -174,7 +174,7 @@ _EXPECTED = {
 def _location(item: Any) -> tuple[list[str], bool]:
     """Return the key of a validation error, and whether its value may be of several types."""
     keys: list[str] = []
-    several_types = False
+    has_several_types = False
     parts = [str(part) for part in item["loc"]]
     for index, part in enumerate(parts):
         parent = keys[-1:]
@@ -184,15 +184,15 @@ def _location(item: Any) -> tuple[list[str], bool]:
         if part in _JUDGE_TYPES and keys[-2:-1] == ["judges"] and not is_key:
             continue
         if _VALUE_TYPES.fullmatch(part) and parent != ["teachers"] and not is_key:
-            several_types = True
+            has_several_types = True
             continue
         keys.append(part)
-    return keys, several_types
+    return keys, has_several_types
 
 
 def _problem_lines(item: Any) -> list[str]:
     """Return the lines for one validation error: key, expected value and given value."""
-    location, several_types = _location(item)
+    location, has_several_types = _location(item)
     key = ".".join(location)
     match item["type"]:
         case "extra_forbidden":
@@ -209,7 +209,7 @@ def _problem_lines(item: Any) -> list[str]:
         case "union_tag_not_found":
             return [f"{key}.type: missing; it has no default"]
     expected = _EXPECTED.get(item["type"])
-    if several_types and (names := _type_names(location)):  # one line for all members of the union
+    if has_several_types and (names := _type_names(location)):  # one line for all members of the union
         expected = " or ".join(names)
     message = item["msg"].replace("Input should be", "expected")
     message = f"expected {expected}" if expected else re.sub("expected (greater|less)", r"expected a value \1", message)
@@ -238,8 +238,8 @@ def _suggestion(location: list[str]) -> str:
     """Return the end of the message for an unknown key: a similar key, or the known ones."""
     parent, name = location[:-1], location[-1]
     paths = [path.split(".") for path, _ in schema_fields()]
-    known = sorted({path[-1] for path in paths if _is_below(path, parent)} - {name, "*"})
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    known_keys = sorted({path[-1] for path in paths if _is_below(path, parent)} - {name, "*"})
+    close = difflib.get_close_matches(name, known_keys, n=1, cutoff=0.75)
     if close:
         return f"; did you mean `{close[0]}`?"
     # The same name in another section, at best below the section it was written in.
@@ -248,10 +248,10 @@ def _suggestion(location: list[str]) -> str:
         below = [path for path in elsewhere if path[: len(parent)] == parent]
         names = [f"`{'.'.join(path)}`" for path in (below or elsewhere)[:3]]
         return f"; did you mean {' or '.join(names)}?"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, known_keys, n=1, cutoff=0.6)
     if close:
         return f"; did you mean `{close[0]}`?"
-    return f"; known keys: {', '.join(known)}" if known else ""
+    return f"; known keys: {', '.join(known_keys)}" if known_keys else ""
 
 
 def _is_below(path: list[str], parent: list[str]) -> bool:

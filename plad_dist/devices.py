@@ -1,4 +1,4 @@
-"""What devices can do, from their makers' data sheets."""
+"""Memory, speed and bandwidth of GPUs, from their data sheets."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU.
+    """A type of GPU.
 
     Attributes:
-        name: as users type it.
-        marks: words of the names that drivers and Ray give it.
-        memory: bytes that CUDA reports in all.
+        name: name on the command line.
+        driver_words: words that identify it in the names that drivers and Ray report.
+        memory: total memory in bytes, as CUDA reports it.
         flops: dense bfloat16 peak in FLOP/s.
-        bandwidth: of its memory, in bytes a second.
+        bandwidth: memory bandwidth in bytes per second.
     """
 
     name: str
-    marks: tuple[str, ...]
+    driver_words: tuple[str, ...]
     memory: float
     flops: float
     bandwidth: float
 
 
-# Of those that share a word the larger one first: a name that does not say which may mean either.
+# Of two types with the same word, the larger one comes first: it is assumed if a name is ambiguous.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -47,10 +47,13 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """The kind of the GPU that a driver, or Ray, calls so; None where it is not known, as for a slice of one."""
+    """Return the type of a GPU by the name that a driver or Ray reports.
+
+    None if the type is unknown or the device is a slice of a GPU (MIG).
+    """
     words = re.split(r"[\s_:-]+", name.upper())
     if any("MIG" in word for word in words):
         return None
     if "A100" in words and any(word.startswith("40G") for word in words):
         return GPUS["a100-40g"]
-    return next((gpu for gpu in GPUS.values() if any(mark in words for mark in gpu.marks)), None)
+    return next((gpu for gpu in GPUS.values() if any(word in words for word in gpu.driver_words)), None)

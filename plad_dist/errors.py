@@ -1,21 +1,25 @@
-"""The two ways in which a command ends badly. Both are shown as one message, never as a traceback."""
+"""The two errors with which a command ends. Both are shown as one message, without a traceback.
+
+Raise :class:`UserError` if the user can fix the cause before anything is written, and
+:class:`RunFailed` if something happened during the run. Use `assert` for invariants of the code.
+"""
 
 
 class UserError(ValueError):
-    """Something that the user gave is wrong; nothing was written. Exit code 2.
+    """An input of the user is wrong, and nothing was written. Exit code 2.
 
-    The message names the file, row or key, says what was expected, and what to do.
+    The message names the file, row or key, and states what was expected and what to do.
     """
 
 
 class RunFailed(RuntimeError):
-    """A run that was started could not be finished. Exit code 1.
+    """A run could not be finished. Exit code 1.
 
-    The message says what happened, what was kept, and what to do.
+    The message states what happened, what was kept, and what to do.
     """
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
+    """Return the first line of an error message, or the class name of an error without message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """Fingerprints of named fields: what decides the content of a run, a dataset or a model.
 
-Two fingerprints are equal exactly if their kind and all their fields are. The format number is part of
-each, so that a version that derives something in another way never takes old data for its own.
+Two fingerprints are equal exactly if their kind and all their fields are equal. Each includes the
+format number, so that a version that derives something differently does not accept old data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Progress of a stage with rates and remaining time: a live line on a terminal, now and then a plain line in a log."""
+"""Progress of a stage with rates and remaining time: a live line on a terminal, else log lines."""
 
 from __future__ import annotations
 
@@ -10,76 +10,93 @@ logger = logging.getLogger("plad")
 
 
 class Progress:
-    """Counts rows of one stage at a time.
+    """Progress of one stage at a time, in units such as rows.
 
     Args:
-        every_s: seconds between plain lines where the output is no terminal.
+        every_s: seconds between log lines if the output is not a terminal.
     """
 
     def __init__(self, every_s: float = 10.0) -> None:
         self._live = sys.stderr.isatty()
         self._every = 0.5 if self._live else every_s
         self._shown = False
-        self._moved = time.monotonic()
+        self._last_progress = time.monotonic()
 
     @property
     def idle_s(self) -> float:
-        """Seconds since something was begun or done."""
-        return time.monotonic() - self._moved
+        """Seconds since the last progress, or since the start of the stage."""
+        return time.monotonic() - self._last_progress
 
     def start(self, stage: str, total: int, unit: str) -> None:
-        """Begin a count of `total` units."""
-        self._stage, self._total, self._unit = stage, total, unit
-        self._done = self._tokens = 0
-        self._note = ""
-        self._started = self._last = self._moved = time.monotonic()
+        """Start a stage.
 
-    def set(self, done: int, tokens: int, note: str) -> None:
-        """`done` units are done in all; a resumed count starts where it was left."""
-        if self._done == 0:
-            self._done, self._tokens = done - 1, tokens
+        Args:
+            stage: name of the stage.
+            total: number of units of the stage.
+            unit: plural name of the units.
+        """
+        self._stage, self._total, self._unit = stage, total, unit
+        self._completed = self._tokens = 0
+        self._note = ""
+        self._started = self._last_shown = self._last_progress = time.monotonic()
+
+    def set(self, completed: int, tokens: int, note: str) -> None:
+        """Set the count. Rates ignore the units that were completed before the first call.
+
+        Args:
+            completed: units that are completed in total.
+            tokens: tokens of these units.
+            note: text beside the count.
+        """
+        if self._completed == 0:
+            self._completed, self._tokens = completed - 1, tokens
             self._first = time.monotonic()
-            self._before_first, self._tokens_before_first = done - 1, tokens
+            self._before_first, self._tokens_before_first = completed - 1, tokens
         self._note = f", {note}"
-        self.advance(done - self._done, tokens - self._tokens)
+        self.advance(completed - self._completed, tokens - self._tokens)
 
     def advance(self, count: int, tokens: int = 0) -> None:
-        """`count` more units are done."""
-        if self._done == 0 and count:  # rates leave out the start of engines and workers
+        """Add to the count.
+
+        Args:
+            count: units that were completed.
+            tokens: tokens of these units.
+        """
+        if self._completed == 0 and count:  # rates exclude the start of engines and workers
             self._first = time.monotonic()
             self._before_first, self._tokens_before_first = count, tokens
         if count:
-            self._moved = time.monotonic()
-        self._done += count
+            self._last_progress = time.monotonic()
+        self._completed += count
         self._tokens += tokens
         self.tick()
-        if self._done >= self._total:
+        if self._completed >= self._total:
             self._show()
             self.end_line()
 
     def note(self, text: str) -> None:
-        """What is shown beside the count."""
+        """Set the text beside the count."""
         self._note = f", {text}" if text else ""
 
     def tick(self) -> None:
-        """Show the state if it is time to."""
-        if time.monotonic() - self._last >= self._every:
+        """Show the progress if it is due."""
+        if time.monotonic() - self._last_shown >= self._every:
             self._show()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Log a separate line."""
         self.end_line()
         logger.info("%s", text)
 
     def end_line(self) -> None:
-        """Leave the live line as it stands."""
+        """End the live line, so that other output starts on a new one."""
         if self._shown:
             sys.stderr.write("\n")
             self._shown = False
 
     def _show(self) -> None:
-        self._last = time.monotonic()
-        text = f"{self._stage}: {self._done:,}/{self._total:,} {self._unit}{self._note}{self._rates()}"
+        self._last_shown = time.monotonic()
+        text = f"{self._stage}: {self._completed:,}/{self._total:,} {self._unit}{self._note}{self._rates()}"
         if self._live:
             sys.stderr.write(f"\r\x1b[2K{text}")
             sys.stderr.flush()
@@ -88,20 +105,20 @@ class Progress:
             logger.info("%s", text)
 
     def _rates(self) -> str:
-        if not self._done:
+        if not self._completed:
             return f", waiting for the first after {time.monotonic() - self._started:.0f} s"
         seconds = time.monotonic() - self._first
-        counted = self._done - self._before_first
+        counted = self._completed - self._before_first
         if seconds < 0.5 or counted <= 0:
             return ""
         rate = counted / seconds
-        left = (self._total - self._done) / rate
+        remaining_s = (self._total - self._completed) / rate
         new_tokens = self._tokens - self._tokens_before_first
         tokens = f", {new_tokens / seconds:,.0f} tokens/s" if new_tokens else ""
-        return f", {rate:,.1f}/s{tokens}, about {_duration(left)} left"
+        return f", {rate:,.1f}/s{tokens}, about {_duration(remaining_s)} left"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+def _duration(total_seconds: float) -> str:
+    minutes, seconds = divmod(round(total_seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,6 +1,7 @@
-"""Prometheus metrics of a run, exported by Ray's own agent on every node (`ray.util.metrics`).
+"""Prometheus metrics of a run, exported by Ray's agent on every node (`ray.util.metrics`).
 
-Prometheus sees them as ``ray_plad_<name>``, counters with ``_total`` after it, histograms with ``_bucket``, ``_sum`` and ``_count``.
+Prometheus scrapes them as ``ray_plad_<name>``. Counters get the suffix ``_total``, histograms
+``_bucket``, ``_sum`` and ``_count``.
 """
 
 from __future__ import annotations
@@ -18,60 +19,68 @@ from plad_dist.progress import Progress
 
 RUN = {
     "run_up": (Gauge, "1 while a command works on the run."),
-    "idle_seconds": (Gauge, "Seconds since anything was begun or done."),
-    "disk_free_bytes": (Gauge, "Free bytes where the run directory lies."),
+    "idle_seconds": (Gauge, "Seconds since the last progress of the run."),
+    "disk_free_bytes": (Gauge, "Free bytes on the disk of the run directory."),
 }
-_SECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
-_EVERY_S = 5.0
+_BUCKETS_S = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+_UPDATE_EVERY_S = 5.0
 
 
 class MetricSet:
-    """Some of the tables above, with the same tags."""
+    """Metrics with common tags.
+
+    Args:
+        table: class and description of every metric, by its name without the prefix `plad_`.
+        tags: values of the tags.
+    """
 
     def __init__(self, table: dict[str, tuple[Any, str]], tags: dict[str, str]) -> None:
         self._metrics = {}
         for name, (kind, description) in table.items():
-            arguments = (_SECONDS,) if kind is Histogram else ()
+            arguments = (_BUCKETS_S,) if kind is Histogram else ()
             metric = kind(f"plad_{name}", description, *arguments, tag_keys=tuple(tags))
             self._metrics[name] = metric.set_default_tags(tags)
 
     def add(self, name: str, value: float = 1.0) -> None:
-        """To a counter."""
+        """Increase a counter."""
         if value > 0:
             self._metrics[name].inc(value)
 
     def set(self, name: str, value: float) -> None:
-        """A gauge."""
+        """Set a gauge."""
         self._metrics[name].set(value)
 
     def observe(self, name: str, value: float) -> None:
-        """In a histogram."""
+        """Add a value to a histogram."""
         self._metrics[name].observe(value)
 
 
 @contextmanager
 def run_metrics(root: Path | None, progress: Progress) -> Iterator[None]:
-    """Tell that a command works on a run, whether it gets on, and how full its disk is, for as long as the block runs.
+    """Export the metrics `RUN` from a thread while the block runs.
 
-    A run does not depend on being watched: what cannot be told is left out.
+    A metric that cannot be measured is left out, because a run must not depend on its monitoring.
+
+    Args:
+        root: local run directory, or None for a run on an object store.
     """
-    metrics, over = MetricSet(RUN, {"run": root.name if root else ""}), threading.Event()
+    metrics, is_over = MetricSet(RUN, {"run": root.name if root else ""}), threading.Event()
 
-    def tell() -> None:
+    def update() -> None:
         while True:
             metrics.set("run_up", 1)
             metrics.set("idle_seconds", progress.idle_s)
             if root is not None:
                 with suppress(OSError):
                     metrics.set("disk_free_bytes", shutil.disk_usage(root).free)
-            if over.wait(_EVERY_S):
+            if is_over.wait(_UPDATE_EVERY_S):
                 return
 
-    thread = threading.Thread(target=tell, name="run-metrics", daemon=True)
+    thread = threading.Thread(target=update, name="run-metrics", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
-        thread.join(timeout=5)  # a disk that does not answer holds nobody up
+        is_over.set()
+        thread.join(timeout=5)  # do not wait for a disk that does not respond
         metrics.set("run_up", 0)

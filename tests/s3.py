@@ -1,4 +1,4 @@
-"""An S3 server of this process, and a bucket for each test."""
+"""Fixtures: an S3 server in this process, and a bucket for each test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def environment(server: str) -> dict[str, str]:
-    """What a process needs to reach the server."""
+    """Return the environment variables with which a process reaches the server."""
     return {
         "AWS_ENDPOINT_URL": server,
         "AWS_ALLOW_HTTP": "true",
@@ -22,18 +22,22 @@ def environment(server: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
+    """Yield the URL of the server."""
     from moto.server import ThreadedMotoServer
 
-    found = ThreadedMotoServer(port=0)
-    found.start()
-    found._server.app = _one_at_a_time(found._server.app)
-    host, port = found.get_host_and_port()
+    moto = ThreadedMotoServer(port=0)
+    moto.start()
+    moto._server.app = _serialised(moto._server.app)
+    host, port = moto.get_host_and_port()
     yield f"http://{host}:{port}"
-    found.stop()
+    moto.stop()
 
 
-def _one_at_a_time(app: Any) -> Any:
-    """A conditional put is atomic on a real store; moto looks and writes in two steps."""
+def _serialised(app: Any) -> Any:
+    """Return an app that handles one request at a time.
+
+    A conditional put is atomic on a real store, but moto checks and writes in two steps.
+    """
     lock = threading.Lock()
 
     def locked(environ: Any, respond: Any) -> Any:
@@ -45,7 +49,7 @@ def _one_at_a_time(app: Any) -> Any:
 
 @pytest.fixture
 def bucket(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """A URI in a new bucket."""
+    """Return a URI in a new bucket."""
     import boto3
 
     for name, value in environment(server).items():

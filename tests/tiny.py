@@ -1,4 +1,4 @@
-"""Small models on the spot and a config that samples them, for tests and benchmarks of sampling."""
+"""Small random models and a config that samples them, for tests and benchmarks of sampling."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SHAPE = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 1,
-    "num_attention_heads": 1,  # of width 32, the smallest that vLLM's CPU attention takes
+    "num_attention_heads": 1,  # of width 32, the smallest that vLLM's CPU attention supports
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
 
 
 def make_random_model(folder: Path, seed: int = 0, vocab_size: int = 320, **shape: Any) -> Path:
-    """A model with random weights; its answers seldom end by themselves."""
+    """Write a model with random weights, whose responses rarely end before the token limit."""
     rows = [{"prompt_id": "0", "messages": [{"role": "user", "content": "larger of 1 and 2 is 30 4 5 6 7 8 9"}]}]
     scratch = ScratchModel(architecture=SHAPE | shape, vocab_size=vocab_size)
     make_model(scratch, pa.Table.from_pylist(rows, schema=PROMPTS), "random", seed, folder)
@@ -33,7 +33,7 @@ def make_random_model(folder: Path, seed: int = 0, vocab_size: int = 320, **shap
 
 
 def sampling_config(folder: Path, prompts: int, *, block_size: int = 16, max_tokens: int = 16) -> dict[str, Any]:
-    """A run that only samples: two random models, numbered prompts."""
+    """Return the config of a run that can only sample: two random models and numbered prompts."""
     with (folder / "prompts.jsonl").open("w") as file:
         for row in range(prompts):
             file.write(json.dumps({"prompt": f"larger of {row} and {row * 7 % 31}", "answer": f"it is {row}"}) + "\n")

@@ -1,4 +1,4 @@
-"""The documentation says what the code does."""
+"""Checks of the documentation against the code."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_configuration_reference_is_current() -> None:
     check = [sys.executable, str(ROOT / "docs" / "generate_configuration.py"), "--check"]
-    done = subprocess.run(check, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
-def test_links_inside_the_documentation_lead_somewhere(page: str) -> None:
+def test_links_inside_the_documentation_have_targets(page: str) -> None:
     path = ROOT / page
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
         assert (path.parent / target).exists(), f"{page}: {target}"

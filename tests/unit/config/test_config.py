@@ -1,4 +1,4 @@
-"""The config: everything wrong is refused before anything starts, by name, with what to do."""
+"""Configs: every error is found before a run starts, and names the key and the remedy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_example_is_valid(path: Path) -> None:
         assert load_config(path).run.dir
 
 
-def test_a_config_survives_being_written_and_read() -> None:
+def test_a_config_is_unchanged_after_writing_and_reading() -> None:
     config = parse_config(MINIMAL, "x")
     assert parse_config(config.model_dump(mode="json"), "x") == config
 
@@ -84,11 +84,12 @@ def test_a_config_survives_being_written_and_read() -> None:
         ),
         (
             {"training": {"warmup": {}}},
-            "prompts.source.reference_column: missing; training.warmup.data is `references`: set the column, or `data: teacher`",
+            "prompts.source.reference_column: missing; training.warmup.data is `references`: "
+            "set the column, or `data: teacher`",
         ),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_the_error_names_the_key_and_the_expected_value(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = write(tmp_path, MINIMAL | change)
     with pytest.raises(UserError) as error:
         load_config(path)
@@ -113,7 +114,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], message:
         ({"student": "/models/x"}, 'student: expected a section (a mapping of keys); got "/models/x"'),
     ],
 )
-def test_what_is_wrong_is_one_line_with_its_whole_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_an_error_is_one_line_with_the_whole_key(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(write(tmp_path, MINIMAL | change))
     assert message in str(error.value)
@@ -121,14 +122,14 @@ def test_what_is_wrong_is_one_line_with_its_whole_key(tmp_path: Path, change: di
 
 
 @pytest.mark.parametrize("text", ["run: &a [*a]", "[" * 3000])
-def test_yaml_within_itself_is_refused(tmp_path: Path, text: str) -> None:
+def test_yaml_that_contains_itself_or_is_nested_too_deeply_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match="nested too deeply, or an alias contains itself"):
         load_config(path)
 
 
-def test_an_override_of_a_section_that_is_shared_by_alias_sets_it_alone(tmp_path: Path) -> None:
+def test_an_override_of_an_aliased_section_changes_that_section_alone(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         write(tmp_path, MINIMAL).read_text()
@@ -139,7 +140,7 @@ def test_an_override_of_a_section_that_is_shared_by_alias_sets_it_alone(tmp_path
     assert (config.training.round.optimizer.lr, config.training.seqkd.optimizer.lr) == (0.5, 1e-3)
 
 
-def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 problems"):
         load_config(write(tmp_path, MINIMAL | {"samplng": {}, "run": {"dir": ""}}))
 
@@ -153,12 +154,12 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )
-def test_yaml_that_is_no_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_yaml_that_is_not_a_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(write(tmp_path, text))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such config file"):
         load_config(tmp_path / "nothing.yaml")
 
@@ -170,7 +171,7 @@ def test_overrides_set_keys_and_read_their_values_as_yaml(tmp_path: Path) -> Non
     assert (config.run.seed, config.training.round.optimizer.lr, config.sampling.teacher.stop) == (3, 1e-4, ["a"])
 
 
-def test_a_template_may_be_given_as_an_override(tmp_path: Path) -> None:
+def test_a_template_can_be_an_override(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL), ["teacher.template={{ messages[0].content }} ="])
     assert config.teacher.template == "{{ messages[0].content }} ="
 
@@ -188,7 +189,7 @@ def test_operational_keys_do_not_change_the_fingerprint() -> None:
     assert parse_config(MINIMAL | {"run": {"dir": "somewhere", "seed": 1}}, "x").fingerprint() != config.fingerprint()
 
 
-def test_engine_arguments_may_come_and_go_where_there_were_none() -> None:
+def test_adding_operational_engine_arguments_does_not_change_the_fingerprint() -> None:
     config = parse_config(MINIMAL, "x")
     sampling = {"teacher": {"engine": {"max_num_seqs": 32}}}
     assert parse_config(MINIMAL | {"sampling": sampling}, "x").fingerprint() == config.fingerprint()
@@ -198,13 +199,13 @@ def test_engine_arguments_may_come_and_go_where_there_were_none() -> None:
 
 def test_keys_inside_an_operational_section_are_operational() -> None:
     assert is_operational("sampling.teacher.engine.max_num_seqs")
-    assert not is_operational("sampling.teacher.engine.quantization"), "it decides what is sampled"
+    assert not is_operational("sampling.teacher.engine.quantization"), "it changes the samples"
     assert not is_operational("sampling.teacher.temperature")
     assert operational_keys() <= {path for path, _ in schema_fields()}
 
 
 @given(st.floats(1e-9, 1.0), st.integers(1, 10**6), st.integers(0, 2**31 - 1))
-def test_numbers_come_through_unchanged(lr: float, batch: int, seed: int) -> None:
+def test_numbers_are_parsed_unchanged(lr: float, batch: int, seed: int) -> None:
     raw = MINIMAL | {
         "run": {"dir": "x", "seed": seed},
         "training": {"round": {"batch_groups": batch, "optimizer": {"lr": lr}}},
@@ -217,7 +218,7 @@ def test_numbers_come_through_unchanged(lr: float, batch: int, seed: int) -> Non
     )
 
 
-def test_what_a_run_directory_keeps_of_its_config_is_a_config(tmp_path: Path) -> None:
+def test_the_stored_config_of_a_run_directory_can_be_loaded(tmp_path: Path) -> None:
     config = load_config("examples/quickstart.yaml", [f"run.dir={tmp_path}"])
     (tmp_path / "run.yaml").write_bytes(run_document(config))
     assert load_config(tmp_path / "run.yaml") == config
