@@ -166,9 +166,9 @@ class Work:
         from safetensors import safe_open
 
         from plad_dist.config import Decoding, Model
+        from plad_dist.data.dataset import Dataset
         from plad_dist.data.schemas import PROMPTS as SCHEMA
         from plad_dist.data.storage import Storage
-        from plad_dist.data.store import Dataset
         from plad_dist.data.templates import Renderer
         from plad_dist.sampling.job import sample_seed
 

@@ -33,9 +33,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import part_name
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Journal, part_name
 
 FINGERPRINT = "benchmark"
 UNKNOWN = 500  # parts missing from the journal
@@ -72,7 +73,7 @@ def commit_and_read(folder: Path, repeats: int, parts: int = 400) -> dict[str, f
             threads.map(lambda k: data.commit(k, tables[k % 8], fingerprint=FINGERPRINT, attempt="a")[0], range(parts))
         )
     commit_rate = parts / (time.perf_counter() - begun)
-    data.finish(parts, fingerprint=FINGERPRINT, facts={}, known=committed)
+    data.finish(parts, fingerprint=FINGERPRINT, facts={}, known_parts=committed)
     size = sum(part.bytes for part in committed)
     files = [str(folder / "samples" / part.name) for part in committed]
     seconds: dict[str, list[float]] = {"store": [], "pyarrow": []}
@@ -144,7 +145,7 @@ def samples(seed: int, rows: int = 512) -> pa.Table:
 def resume_seconds(folder: Path, parts: int) -> float:
     """Leave parts as a killed driver does, resume in a new process and return its seconds."""
     data = Dataset(Storage(str(folder)), "many", SAMPLES)
-    journal = Journal(data, FINGERPRINT)
+    journal = data.journal(FINGERPRINT)
     tables = [samples(seed) for seed in range(4)]
     counts = {"errors": 0, "tokens": 3}
     small, _ = data.commit(0, tables[0].slice(0, 1), fingerprint=FINGERPRINT, attempt="a", counts=counts)
@@ -166,7 +167,7 @@ def resume(folder: Path, parts: int) -> float:
     begun = time.perf_counter()
     found = data.resume(FINGERPRINT)
     assert len(found) == parts
-    data.finish(parts, fingerprint=FINGERPRINT, facts={}, known=[part for part in found.values() if part])
+    data.finish(parts, fingerprint=FINGERPRINT, facts={}, known_parts=[part for part in found.values() if part])
     return round(time.perf_counter() - begun, 3)
 
 

@@ -206,9 +206,9 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
         changes: job fields that replace the values for one CPU.
     """
     from plad_dist.config import Loss, Model, Optimizer, Phase
+    from plad_dist.data.dataset import Dataset
     from plad_dist.data.schemas import PAIRS as SCHEMA
     from plad_dist.data.storage import Storage
-    from plad_dist.data.store import Dataset
     from plad_dist.training.batches.groups import DataSpec
     from plad_dist.training.job import PhaseJob
     from plad_dist.training.model.deepspeed_config import load_deepspeed
@@ -216,7 +216,7 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
     storage = Storage(str(folder))
     pairs = Dataset(storage, "pairs", SCHEMA)
     part, _ = pairs.commit(0, _table(rows), fingerprint="b", attempt="a", counts={"groups": len(rows)})
-    pairs.finish(1, fingerprint="b", facts={}, known=[part])
+    pairs.finish(1, fingerprint="b", facts={}, known_parts=[part])
     optimizer = Optimizer(lr=LR, betas=BETAS, eps=EPS, schedule="constant", warmup_share=0.0, clip_norm=1.0)
     loss = Loss(name="rank", margin=MARGIN, mle_weight=0.0)
     job = PhaseJob(

@@ -14,7 +14,7 @@ from plad_dist.holders import Holder
 from plad_dist.planning.fit import check_fits
 from plad_dist.planning.hardware import Hardware, hardware_of_nodes
 from plad_dist.progress import Progress
-from plad_dist.reach import silent
+from plad_dist.reach import ray_problem
 from plad_dist.rundir import RunDir
 
 logger = logging.getLogger("plad")
@@ -54,7 +54,7 @@ def _connect(config: Config) -> None:
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address and (problem := silent(address)) is not None:
+    if address and (problem := ray_problem(address)) is not None:
         raise UserError(f"cluster.address: {address}: no Ray cluster responds ({problem})")
     try:
         if address:

@@ -28,7 +28,7 @@ from plad_dist import __version__
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.reach import unreachable
+from plad_dist.reach import connection_problem
 from plad_dist.resources import resource
 from plad_dist.rundir import RunDir
 
@@ -355,7 +355,7 @@ def _reachable(address: str) -> str:
         host, is_url = None, False
     if not host or not is_url:
         raise UserError(f"--address {address}: expected the dashboard's URL, such as http://host:8265")
-    if (problem := unreachable(host, port)) is not None:
+    if (problem := connection_problem(host, port)) is not None:
         raise UserError(f"{_no_answer(address)} ({problem})")
     return address
 

@@ -1,4 +1,4 @@
-"""Whether something listens at an address, asked before libraries that would wait for it for minutes."""
+"""Connection checks of addresses, made before libraries that would wait for minutes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import socket
 from urllib.parse import urlsplit
 
 _CONNECT_S = 10.0
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(
-    (0, 0, 0, 4, 0, 0, 0, 0, 0)
-)  # RFC 9113, 3.4: with empty settings
-_SETTINGS = 4
+# Client connection preface of HTTP/2 (RFC 9113, 3.4) with an empty SETTINGS frame.
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_SETTINGS = 4  # type of a SETTINGS frame, in the fourth byte of its header
 
 
-def unreachable(host: str, port: int) -> str | None:
-    """Why no connection can be had, None where one can."""
+def connection_problem(host: str, port: int) -> str | None:
+    """Return why a TCP connection fails, or None if it succeeds."""
     try:
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
     except OSError as error:
@@ -23,14 +22,17 @@ def unreachable(host: str, port: int) -> str | None:
 
 
 def is_grpc(host: str, port: int) -> bool:
-    """Whether a server that listens begins a connection of HTTP/2 in clear, as gRPC's do, Ray's among them; or says nothing yet."""
+    """Return True if a server speaks unencrypted HTTP/2, as Ray's gRPC servers do, or is silent.
+
+    A server that is slow to respond is therefore not ruled out.
+    """
     try:
         with socket.create_connection((host, port), timeout=_CONNECT_S) as connection:
             connection.settimeout(_CONNECT_S)
             connection.sendall(_PREFACE)
             head = b""
-            while len(head) < 4 and (more := connection.recv(4 - len(head))):
-                head += more
+            while len(head) < 4 and (received := connection.recv(4 - len(head))):
+                head += received
     except TimeoutError:
         return True
     except OSError:
@@ -38,17 +40,21 @@ def is_grpc(host: str, port: int) -> bool:
     return len(head) == 4 and head[3] == _SETTINGS
 
 
-def silent(address: str) -> str | None:
-    """Why no Ray listens at an address; None where one may, or it names no place. Ray itself would wait for many minutes."""
+def ray_problem(address: str) -> str | None:
+    """Return why no Ray cluster can be reached at an address, or None if one may be.
+
+    Ray itself would wait for many minutes. An address without host and port, such as `auto`, is not
+    checked.
+    """
     try:
         parts = urlsplit(address if "://" in address else f"ray://{address}")
         host, port = parts.hostname, parts.port
     except ValueError as error:
         return str(error)
-    if not host or not port:  # `auto`
+    if not host or not port:
         return None
-    if (problem := unreachable(host, port)) is not None:
+    if (problem := connection_problem(host, port)) is not None:
         return problem
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true") and not is_grpc(host, port):
-        return "what listens there is no Ray"
+        return "the server at this address is not Ray"
     return None

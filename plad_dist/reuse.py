@@ -14,7 +14,7 @@ from typing import Any
 from plad_dist.catalog.products import DatasetEntry, ModelEntry, products_of
 from plad_dist.catalog.recipes import ROUND, is_decisive, recipes_decided_by
 from plad_dist.config import Config, flatten
-from plad_dist.data.storage import sync_tree
+from plad_dist.data.storage import fsync_tree
 from plad_dist.errors import UserError
 from plad_dist.rundir import RUN_FILE, RunDir, load_run, run_document
 
@@ -51,7 +51,7 @@ def take_over(config: Config, earlier: list[Config]) -> None:
         names = dict.fromkeys(product.recipe.name for product in shared)
         outcome = f"{count} files taken over: {', '.join(names)}"
         (draft / RUN_FILE).write_bytes(run_document(config))
-        sync_tree(draft)
+        fsync_tree(draft)
         if not _put_in_place(draft, run.root):
             outcome = "nothing taken over: another command has started the run in the meantime"
     else:

@@ -21,10 +21,10 @@ from plad_dist import __version__
 from plad_dist.catalog.recipes import RECIPES, recipes_decided_by
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.config_file import parse_config, yaml_reason
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import FORMAT
 from plad_dist.systems import PLAD, System
@@ -278,7 +278,7 @@ def _shown(values: dict[str, Any], key: str) -> str:
 def _is_in_use(key: str, run: RunDir) -> bool:
     """Return True if a step has started that depends on a config key, directly or indirectly."""
     first = min(recipe.order for recipe in recipes_decided_by(key))
-    return any(run.storage.holds(path) for recipe in RECIPES if recipe.order >= first for path in recipe.traces)
+    return any(run.storage.exists(path) for recipe in RECIPES if recipe.order >= first for path in recipe.traces)
 
 
 def load_run(path: str) -> StoredRun:

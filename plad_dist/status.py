@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from plad_dist.catalog.products import DatasetEntry, FiguresEntry, ModelEntry, Purpose, products_of
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.manifest import MANIFEST, Manifest
 from plad_dist.data.models import model_marker, weights_problems
+from plad_dist.data.parts import Part
 from plad_dist.data.prompts import rows_by_block
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import MANIFEST, Dataset, Manifest, Part
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RunDir, load_run
 from plad_dist.training.checkpoints.store import CheckpointStore

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import part_name
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import SAMPLES
-from plad_dist.data.store import Dataset, part_name
 from plad_dist.evaluation.metrics import compare
 from plad_dist.rundir import RunDir
 from plad_dist.systems import PLAD
@@ -149,4 +150,4 @@ def rewrite(run: RunDir, fingerprint: str, table: pa.Table) -> None:
     dataset.commit(1, table, fingerprint=fingerprint, attempt="b")
     blocks = len(train_prompts(run.storage).require("prepare").parts)
     known = dataset.committed_parts()
-    dataset.finish(blocks, fingerprint="f", facts={}, known=known.values())
+    dataset.finish(blocks, fingerprint="f", facts={}, known_parts=known.values())

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from plad_dist.config import Config
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Journal
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import Hints
 from plad_dist.pairing.build import pair_worker_args
@@ -53,7 +52,7 @@ async def _build_all(
     progress.start("pair", sum(prompts for blocks in missing for _, prompts in blocks), "prompts")
     for (job, units), parts, blocks in zip(jobs, committed, missing, strict=True):
         dataset = job.dataset(storage)
-        journal = Journal(dataset, job.fingerprint)
+        journal = dataset.journal(job.fingerprint)
         try:
             for block, prompts in blocks:
                 result = await worker.work(job, block, uuid.uuid4().hex, Hints())
@@ -63,5 +62,5 @@ async def _build_all(
         finally:
             journal.flush()
         known_parts = [part for part in parts.values() if part is not None]
-        dataset.finish(len(units), fingerprint=job.fingerprint, facts=facts_of, known=known_parts)
+        dataset.finish(len(units), fingerprint=job.fingerprint, facts=facts_of, known_parts=known_parts)
     await worker.stop()

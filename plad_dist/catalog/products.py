@@ -19,9 +19,9 @@ from plad_dist.catalog import recipes
 from plad_dist.catalog.recipes import Recipe
 from plad_dist.catalog.systems import systems_of, trained_systems
 from plad_dist.config import Config
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS
-from plad_dist.data.store import Dataset
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
 from plad_dist.rundir import RunDir, round_of
 from plad_dist.systems import PLAD

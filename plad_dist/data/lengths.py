@@ -1,4 +1,4 @@
-"""Prompts too long for a model that is to answer them."""
+"""Detection and truncation of prompts that are too long for a model that responds to them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,44 @@ from plad_dist.errors import UserError
 
 @dataclass(frozen=True)
 class _Limit:
-    """One model, and the longest prompt in its tokens.
+    """The longest prompt that one model takes.
 
     Attributes:
-        teacher: the teacher that it is, None for the student, which answers every prompt.
+        name: config section and path of the model, for messages.
+        teacher: name of the teacher, or None for the student, which responds to every prompt.
+        renderer: renderer of the model's prompts.
+        max_tokens: length of the longest prompt in tokens of the model.
     """
 
     name: str
     teacher: str | None
     renderer: Renderer
-    tokens: int
+    max_tokens: int
 
     def lengths(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Tokens of prompts as the model sees them. Raises :class:`UserError` naming the row that it cannot render."""
+        """Return the lengths of rendered prompts in tokens.
+
+        Raises:
+            UserError: the model's template cannot render a row. The message names the row.
+        """
         try:
             return [len(ids) for ids in self.renderer.prompt_ids([prompt.messages for prompt in prompts])]
         except UserError as error:
             if len(prompts) == 1:
-                raise UserError(f"{prompts[0].where}: {self.name}: {error}") from None
+                raise UserError(f"{prompts[0].location}: {self.name}: {error}") from None
             return [self.lengths([prompt])[0] for prompt in prompts]
 
 
-def _answers(teacher: str | None, prompt: Prompt) -> bool:
-    """Whether a teacher, or the student, is asked a prompt."""
+def _responds_to(teacher: str | None, prompt: Prompt) -> bool:
+    """Return True if a teacher, or the student (None), responds to a prompt."""
     return teacher is None or teacher == (prompt.teacher or "teacher")
 
 
 class Lengths:
-    """Measures prompts with every pretrained model that answers them.
+    """Measures prompts with every pretrained model that responds to them.
 
-    Models yet to be made have no tokenizer: prompts are rendered for them, no more. Servers have neither.
+    Scratch models have no tokenizer yet, so prompts are only rendered for them. Nothing is checked
+    for endpoints, which have neither a tokenizer nor a template here.
     """
 
     def __init__(self, config: Config) -> None:
@@ -55,42 +63,55 @@ class Lengths:
             for name, teacher, model in models
             if model.path is not None
         ]
-        self._unmade = [
+        # A teacher with the student's template needs no check: the student gets its prompts too.
+        self._scratch_models = [
             (name, teacher, compile_template(model.template or "", name))
             for name, teacher, model in models
             if model.scratch is not None and (teacher is None or model.template != config.student.template)
-        ]  # the student answers what teachers do
+        ]
 
     def check_rendering(self, prompts: Sequence[Prompt]) -> None:
-        """Raise :class:`UserError` naming a row that the template of a model yet to be made cannot render."""
-        for name, teacher, template in self._unmade:
+        """Check that the templates of scratch models can render prompts.
+
+        Raises:
+            UserError: a template cannot render a row. The message names the row.
+        """
+        for name, teacher, template in self._scratch_models:
             for prompt in prompts:
-                if _answers(teacher, prompt):
+                if _responds_to(teacher, prompt):
                     try:
                         render(template, prompt.messages, name)
                     except UserError as error:
-                        raise UserError(f"{prompt.where}: {error}") from None
+                        raise UserError(f"{prompt.location}: {error}") from None
 
     def over_long(self, prompts: Sequence[Prompt]) -> dict[int, str]:
-        """Index of every prompt that is too long, with how long it is for which model."""
-        found: dict[int, str] = {}
+        """Return the indices of prompts that are too long.
+
+        The value is a phrase with the length of the prompt, the model and its limit.
+        """
+        excesses: dict[int, str] = {}
         for limit in self._limits:
-            indices = [index for index, prompt in enumerate(prompts) if _answers(limit.teacher, prompt)]
+            indices = [index for index, prompt in enumerate(prompts) if _responds_to(limit.teacher, prompt)]
             lengths = limit.lengths([prompts[index] for index in indices])
             for index, tokens in zip(indices, lengths, strict=True):
-                if tokens > limit.tokens:
-                    found.setdefault(index, f"{tokens:,} tokens for {limit.name}, at most {limit.tokens:,} fit")
-        return found
+                if tokens > limit.max_tokens:
+                    text = f"{tokens:,} tokens for {limit.name}, at most {limit.max_tokens:,} fit"
+                    excesses.setdefault(index, text)
+        return excesses
 
     def truncated(self, prompt: Prompt) -> Prompt:
-        """The prompt with as much of its last message as fits. Raises :class:`UserError` where not one character does."""
-        *before, last = prompt.messages
+        """Return the prompt with its last message cut at the end until it fits every model.
+
+        Raises:
+            UserError: the prompt does not fit even with one character of its last message.
+        """
+        *earlier, last = prompt.messages
 
         def cut(length: int) -> Prompt:
-            return replace(prompt, messages=[*before, {**last, "content": last["content"][:length]}])
+            return replace(prompt, messages=[*earlier, {**last, "content": last["content"][:length]}])
 
-        # The tokens of a text that grows by a character may be fewer by some, so what is found fits, and may be a little
-        # shorter than the longest that does.
+        # A longer text can have fewer tokens, so the bisection finds a length that fits but perhaps
+        # not the longest one.
         fits, too_long = 0, len(last["content"])
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -99,9 +120,10 @@ class Lengths:
             else:
                 fits = middle
         if not fits:
+            excess = self.over_long([cut(0)]).get(0, "no room for a character")
             raise UserError(
-                f"{prompt.where}: even with its last message cut to nothing the prompt has "
-                f"{self.over_long([cut(0)]).get(0, 'no room for a character')}. Shorten it, or set prompts.over_long to drop."
+                f"{prompt.location}: even with an empty last message the prompt has {excess}; shorten the other "
+                "messages, or set prompts.over_long to drop"
             )
         return cut(fits)
 

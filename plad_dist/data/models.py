@@ -1,4 +1,4 @@
-"""Models as folders: those that a run makes, with a marker of what they were made of, and pretrained ones."""
+"""Model folders: pretrained models, and models that a run creates and marks with a fingerprint."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from plad_dist.config import Model
-from plad_dist.data.storage import sync, sync_tree
+from plad_dist.data.storage import fsync, fsync_tree
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 
 MARKER = "plad.json"
-_IDENTIFYING = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
-_PIECES, _PIECE_BYTES = 32, 1 << 20
-_HEADER_BYTES = 100_000_000  # the format's own limit
+_IDENTIFYING_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+_SAMPLES, _SAMPLE_BYTES = 32, 1 << 20
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
 def commit_model(temporary: Path, final: Path, input_fingerprint: str, facts: dict[str, Any]) -> None:
-    """Put a finished model folder in its place; its marker says what it was made of. The same model, if there, stays."""
+    """Move a finished model folder to its final place, with a marker that states its fingerprint.
+
+    A model with the same fingerprint that is already there stays; another one is replaced.
+    """
     (temporary / MARKER).write_text(json.dumps({"fingerprint": input_fingerprint, "facts": facts}, indent=1))
-    sync_tree(temporary)
+    fsync_tree(temporary)
     if model_fingerprint(final) == input_fingerprint:
         shutil.rmtree(temporary)
         return
@@ -33,11 +36,14 @@ def commit_model(temporary: Path, final: Path, input_fingerprint: str, facts: di
         final.rename(stale)
         shutil.rmtree(stale, ignore_errors=True)
     temporary.rename(final)
-    sync(final.parent)
+    fsync(final.parent)
 
 
 def model_marker(folder: Path) -> dict[str, Any] | None:
-    """`fingerprint` and `facts` of a model that a run made, None where there is no complete one."""
+    """Return `fingerprint` and `facts` of a model that a run created.
+
+    None if the model is missing or incomplete, or if no run created it.
+    """
     try:
         marker = json.loads((folder / MARKER).read_bytes())
         return {"fingerprint": str(marker["fingerprint"]), "facts": dict(marker["facts"])}
@@ -46,65 +52,72 @@ def model_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def model_fingerprint(folder: Path) -> str | None:
-    """What a model that a run made was made of, None where there is no complete one."""
+    """Return the fingerprint of a model that a run created; None as for :func:`model_marker`."""
     marker = model_marker(folder)
     return str(marker["fingerprint"]) if marker else None
 
 
 def model_identity(path: str, settings: Model) -> str:
-    """Fingerprint of a model: what it was made of where a run made it, else its name, revision and files.
+    """Return the fingerprint of any model.
 
-    Weights are told by their sizes and by samples of their bytes: a model that was trained on differs nearly everywhere.
+    For a model that a run created, it is the marker's fingerprint, otherwise a hash of path,
+    revision and files. Large files are hashed by their size and samples of their bytes, which
+    suffices for weights: training changes nearly all of them.
     """
     folder = Path(path).expanduser()
     input_fingerprint = model_fingerprint(folder)
     if input_fingerprint is not None:
         return input_fingerprint
-    files = sorted(file for file in folder.iterdir() if file.suffix in _IDENTIFYING) if folder.is_dir() else []
-    contents = {file.name: _content(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+    files = sorted(file for file in folder.iterdir() if file.suffix in _IDENTIFYING_SUFFIXES) if folder.is_dir() else []
+    contents = {file.name: _file_hash(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files}
     return fingerprint("pretrained model", path=path, revision=settings.revision, files=contents)
 
 
 @lru_cache(maxsize=4096)
-def _content(file: str, size: int, changed: int) -> str:
-    """Hash of a file: of all of a small one, of pieces all over a large one."""
+def _file_hash(file: str, size: int, mtime_ns: int) -> str:
+    """Return the hash of a small file, or of evenly spaced samples of a large one.
+
+    The modification time only distinguishes versions of a file in the cache.
+    """
+    is_sampled = size > _SAMPLES * _SAMPLE_BYTES
     digest = hashlib.sha256(str(size).encode())
     with Path(file).open("rb") as data:
-        for piece in range(_PIECES if size > _PIECES * _PIECE_BYTES else 1):
-            data.seek(piece * (size // _PIECES))
-            digest.update(data.read(_PIECE_BYTES if size > _PIECES * _PIECE_BYTES else -1))
+        for sample in range(_SAMPLES if is_sampled else 1):
+            data.seek(sample * (size // _SAMPLES))
+            digest.update(data.read(_SAMPLE_BYTES if is_sampled else -1))
     return digest.hexdigest()
 
 
 def resolve_model(settings: Model) -> str:
-    """Absolute path of a pretrained model's folder where there is one, its hub name otherwise."""
+    """Return the absolute path of a pretrained model, or its hub name if it is not local."""
     path = Path(str(settings.path)).expanduser()
     return str(path.absolute()) if path.exists() else str(settings.path)
 
 
 def check_local_model(model: str) -> None:
-    """Raise :class:`UserError` for a path that is not a model folder; hub names are left to the hub."""
+    """Raise :class:`UserError` if a path is not a model folder. Names on a hub are not checked."""
     path = Path(model).expanduser()
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not path.exists():
         if looks_like_path:
-            raise UserError(f"{model}: no such model folder on this machine; a name on a hub is OWNER/NAME")
+            raise UserError(f"{model}: no such model folder on this machine; a model on a hub is named OWNER/NAME")
         return
     if not (path / "config.json").is_file():
         raise UserError(f"{model}: not a model folder: it has no config.json")
 
 
 def check_weights(model: str) -> None:
-    """Raise :class:`UserError` for a local model folder without whole weights. Pickled weights are not loaded."""
+    """Raise :class:`UserError` if a local model folder lacks complete safetensors weights."""
     path = Path(model).expanduser()
     if path.is_dir() and (problems := weights_problems(path)):
         raise UserError(
-            f"{model}: {'; '.join(problems)}. Copy the model anew; weights in other formats are not loaded, convert them first"
+            f"{model}: {'; '.join(problems)}. Copy the model again; convert weights in other formats to safetensors, "
+            "because nothing else is loaded"
         )
 
 
 def weights_problems(folder: Path) -> list[str]:
-    """What is wrong with the weights that would be loaded from a model folder, by the headers of their files."""
+    """Return the problems of the weights in a model folder, found from the headers of the files."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).exists() and index.is_file():
@@ -112,37 +125,37 @@ def weights_problems(folder: Path) -> list[str]:
             names = sorted(set(map(str, json.loads(index.read_bytes())["weight_map"].values())))
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return [f"{index.name}: damaged"]
-    problems = [f"{name}: {problem}" for name in names if (problem := _harm(folder / name)) is not None]
+    problems = [f"{name}: {problem}" for name in names if (problem := _safetensors_problem(folder / name)) is not None]
     if problems == [f"{names[0]}: missing"]:
-        others = [file.name for file in folder.glob("*.safetensors")]
-        if not others:
+        unlisted = [file.name for file in folder.glob("*.safetensors")]
+        if not unlisted:
             return ["has no *.safetensors weights"]
-        return [f"has neither {names[0]} nor {index.name}, only {', '.join(sorted(others)[:3])}"]
+        return [f"has neither {names[0]} nor {index.name}, only {', '.join(sorted(unlisted)[:3])}"]
     return problems
 
 
 def model_problems(folder: Path) -> list[str]:
-    """What is wrong with a finished model: its weights, by their headers, its config and its tokenizer."""
+    """Return the problems of a finished model: its weight headers, config and tokenizer."""
     problems = weights_problems(folder)
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            sound = isinstance(json.loads((folder / name).read_bytes()), dict)
+            is_sound = isinstance(json.loads((folder / name).read_bytes()), dict)
         except FileNotFoundError:
             problems.append(f"{name}: missing")
             continue
         except (OSError, ValueError):
-            sound = False
-        problems += [] if sound else [f"{name}: damaged"]
+            is_sound = False
+        problems += [] if is_sound else [f"{name}: damaged"]
     return problems
 
 
-def _harm(file: Path) -> str | None:
-    """What the size and the header of a safetensors file say against it."""
+def _safetensors_problem(file: Path) -> str | None:
+    """Return the problem of a safetensors file by its size and header, or None."""
     try:
         size = file.stat().st_size
         with file.open("rb") as data:
             length = int.from_bytes(data.read(8), "little")
-            header = json.loads(data.read(min(length, _HEADER_BYTES)))
+            header = json.loads(data.read(min(length, _MAX_HEADER_BYTES)))
         ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
     except FileNotFoundError:
         return "missing"
@@ -151,13 +164,17 @@ def _harm(file: Path) -> str | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return "not a safetensors file"
     if not ends:
-        return "has no tensors in it"
+        return "has no tensors"
     expected = 8 + length + max(ends)
-    return None if size == expected else f"has {size:,} bytes, its header says {expected:,}"
+    return None if size == expected else f"has {size:,} bytes, but {expected:,} according to its header"
 
 
 def load_model_config(model: str, settings: Model) -> Any:
-    """The transformers config of a model. Raises :class:`UserError` where there is none."""
+    """Return the transformers config of a model.
+
+    Raises:
+        UserError: the config cannot be loaded.
+    """
     from transformers import AutoConfig
 
     check_local_model(model)
@@ -165,30 +182,33 @@ def load_model_config(model: str, settings: Model) -> Any:
         return AutoConfig.from_pretrained(
             model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except Exception as error:  # noqa: BLE001 - config classes have errors of their own for bad values
-        kind = (
-            "not a model that"
+    except Exception as error:  # noqa: BLE001 - config classes raise their own errors for bad values
+        problem = (
+            "transformers cannot load this model"
             if Path(model).expanduser().is_dir()
-            else "no folder here, and not a model of the hub that"
+            else "neither a local folder nor a model on the hub that transformers can load"
         )
-        raise UserError(f"{model}: {kind} transformers can load: {first_line(error)}") from None
+        raise UserError(f"{model}: {problem}: {first_line(error)}") from None
 
 
 def context_length(model: str, settings: Model) -> int:
-    """Tokens that a model may see: the config's limit, or the model's own."""
-    own = getattr(load_model_config(model, settings).get_text_config(), "max_position_embeddings", None)
-    return int(min(value for value in (settings.max_length, own, 1 << 20) if value))
+    """Return the largest sequence length in tokens, limited by the config and by the model."""
+    positions = getattr(load_model_config(model, settings).get_text_config(), "max_position_embeddings", None)
+    return int(min(length for length in (settings.max_length, positions, 1 << 20) if length))
 
 
 def vocabulary_size(config: Any) -> int:
-    """Tokens that a model with a transformers config has embeddings for."""
+    """Return the number of tokens for which a model has embeddings, by its transformers config."""
     return int(config.get_text_config().vocab_size)
 
 
 def head_size(config: Any) -> int | None:
-    """Width of an attention head of a model with a transformers config; None where it has none, or not one."""
+    """Return the width of an attention head by a transformers config.
+
+    None if the model has no attention heads, or heads of several widths.
+    """
     text = config.get_text_config()
     try:
         return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):  # layers without heads, or that differ
+    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):
         return None

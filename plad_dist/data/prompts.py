@@ -1,7 +1,7 @@
-"""Stage `prepare`: prompts from their source into the run directory, training and held-out rows apart, as a stream.
+"""Stage `prepare`: stream prompts from their sources into the training and the held-out dataset.
 
-Blocks are committed as they fill. A second attempt reads the sources again and compares: what is committed already must
-be what it would write.
+A block is committed as soon as it is full. A resumed stage reads the sources again and compares:
+every committed block must hold the rows that the stage would write now.
 """
 
 from __future__ import annotations
@@ -18,40 +18,43 @@ from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.config import Config, PythonFunctionsSource, is_operational
+from plad_dist.config import Config, FilesSource, PythonFunctionsSource, is_operational
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.files import expand, local_bytes
+from plad_dist.data.manifest import Manifest
+from plad_dist.data.parts import Part, part_name
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
-from plad_dist.data.sources import FilesSource, Prompt, read_prompts
+from plad_dist.data.sources import Prompt, read_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Manifest, Part, part_name
 from plad_dist.errors import UserError
 from plad_dist.fingerprint import fingerprint
 
 logger = logging.getLogger("plad")
 
-_READ_FIRST_BYTES = 256 << 20
-_SAY_EVERY_S = 30.0
+_MAX_BYTES_READ_TWICE = 256 << 20
+_LOG_EVERY_S = 30.0
 
 
 def train_prompts(storage: Storage) -> Dataset:
-    """Prompts that are trained on and sampled for pairs."""
+    """Return the dataset of the prompts that pairs are sampled for and models are trained on."""
     return Dataset(storage, "prompts", PROMPTS)
 
 
 def heldout_prompts(storage: Storage) -> Dataset:
-    """Prompts that only the evaluation sees."""
+    """Return the dataset of the prompts that only the evaluation and the collapse watch use."""
     return Dataset(storage, "eval/prompts", PROMPTS)
 
 
 def prepare(config: Config, storage: Storage) -> dict[str, int]:
     """Write both prompt datasets and return their row counts.
 
-    The manifests' `facts` hold `content`, the SHA-256 of (prompt_id, reference, teacher) of all rows in order, the counts
-    of `duplicates`, `over_long` and `truncated` prompts, and those `dropped` by reason.
+    The `facts` of a manifest hold `content`, the SHA-256 of (prompt_id, reference, teacher) of all
+    rows in order; the numbers of `duplicates`, `over_long` and `truncated` prompts; and the numbers
+    of prompts `dropped`, by reason.
 
     Raises:
-        UserError: for bad prompts, and for sources that are not what they were when the run began.
+        UserError: a prompt is invalid, or a source changed since the run started.
     """
     datasets = {TRAIN: train_prompts(storage), HELDOUT: heldout_prompts(storage)}
     if not all(dataset.manifest() for dataset in datasets.values()):
@@ -62,62 +65,69 @@ def prepare(config: Config, storage: Storage) -> dict[str, int]:
 
 def _write(config: Config, datasets: dict[str, Dataset]) -> None:
     writers = {name: _Writer(dataset, config) for name, dataset in datasets.items()}
-    # A bad row may be the last one of a terabyte, so rows are committed before all are read. Files that are soon read are
-    # read twice instead: what is wrong with them is said before anything is written, and may be mended in the config.
-    if not any(writer.resumed for writer in writers.values()) and _is_soon_read(config):
+    # Large sources are committed while they are read. Small ones are read twice instead, so that
+    # every problem is reported before anything is written and can still be fixed in the config.
+    if not any(writer.is_resumed for writer in writers.values()) and _are_sources_small(config):
         check_prompts(config, all_rows=True)
-    selection, last = Selection(config), 0.0
+    selection, last_log = Selection(config), 0.0
     for name, prompt in selection:
         writers[name].add(prompt)
-        # From the first prompt on: a harvest tells how it goes itself, and gives its first one when it is done.
-        last = last or time.monotonic()
-        if time.monotonic() - last > _SAY_EVERY_S:
-            last = time.monotonic()
-            logger.info("prepare: %s prompts taken", f"{sum(counts['rows'] for counts in selection.counts.values()):,}")
+        # The clock starts at the first prompt, because a harvest reports itself before that.
+        last_log = last_log or time.monotonic()
+        if time.monotonic() - last_log > _LOG_EVERY_S:
+            last_log = time.monotonic()
+            rows = sum(counts["rows"] for counts in selection.counts.values())
+            logger.info("prepare: %s prompts read", f"{rows:,}")
     for name, writer in writers.items():
         writer.finish(selection.counts[name])
-    if said := selection.summary():
-        logger.info("prompts: %s", said)
+    if summary := selection.summary():
+        logger.info("prompts: %s", summary)
 
 
-def _is_soon_read(config: Config) -> bool:
+def _are_sources_small(config: Config) -> bool:
     total = 0
     for key, source in _sources(config):
         size = local_bytes(expand(source.paths, key)) if isinstance(source, FilesSource) else None
         if size is None:
             return False
         total += size
-    return total <= _READ_FIRST_BYTES
+    return total <= _MAX_BYTES_READ_TWICE
 
 
 def _sources(config: Config) -> list[tuple[str, Any]]:
-    named = [("prompts.source", config.prompts.source), ("prompts.heldout", config.prompts.heldout)]
-    return [(key, source) for key, source in named if source is not None]
+    """Return the configured sources with their config keys."""
+    sources = [("prompts.source", config.prompts.source), ("prompts.heldout", config.prompts.heldout)]
+    return [(key, source) for key, source in sources if source is not None]
 
 
 def check_prompts(config: Config, *, all_rows: bool) -> str | None:
-    """Raise the errors of :func:`prepare` without writing anything. Returns what it would tell of the rows, where it has read all.
+    """Raise the errors of :func:`prepare` without writing anything.
 
     Args:
-        all_rows: read all rows; otherwise the first of each source. Python functions are not harvested for it.
+        all_rows: read all rows; otherwise only the first row of each source. Python functions are
+            never harvested here.
+
+    Returns:
+        The summary that :func:`prepare` would log; None if it would log none, or if only the first
+        rows were read.
     """
     Router(config)
     if all_rows and not isinstance(config.prompts.source, PythonFunctionsSource):
         selection = Selection(config)
-        _exhaust(selection)
+        _consume(selection)
         return selection.summary()
     for key, source in _sources(config):
         if not isinstance(source, PythonFunctionsSource):
-            _exhaust(islice(read_prompts(source, key), None if all_rows else 1))
+            _consume(islice(read_prompts(source, key), None if all_rows else 1))
     return None
 
 
-def _exhaust(rows: Iterable[Any]) -> None:
+def _consume(rows: Iterable[Any]) -> None:
     deque(rows, maxlen=0)
 
 
 def teacher_blocks(manifest: Manifest) -> dict[str, list[int]]:
-    """The blocks of each teacher that has some; all are `teacher`'s where there is a single one."""
+    """Return the blocks of every teacher that has any. A single teacher is named `teacher`."""
     blocks: dict[str, list[int]] = {}
     for block, part in enumerate(manifest.parts):
         names = [name.removeprefix("teacher.") for name in part.counts if name.startswith("teacher.")]
@@ -126,16 +136,19 @@ def teacher_blocks(manifest: Manifest) -> dict[str, list[int]]:
 
 
 def _input_fingerprint(config: Config) -> str:
-    """Fingerprint of what decides which rows are taken from the sources, and how. Their content is in the facts."""
+    """Return the fingerprint of everything in the config that decides which rows are kept, and how.
+
+    It does not cover the content of the sources, whose hash is in the manifest's facts.
+    """
     prompts = {
         key: value for key, value in config.flat().items() if key.startswith("prompts.") and not is_operational(key)
     }
     teachers = {name: {"share": teacher.share, "filter": teacher.filter} for name, teacher in config.teachers.items()}
-    # Models whose tokenizers say which prompts are too long.
-    measured = [model for model in (*config.all_teachers().values(), config.student) if model.path is not None]
+    # The tokenizers of these models decide which prompts are too long.
+    models = [model for model in (*config.all_teachers().values(), config.student) if model.path is not None]
     lengths = [
         {"path": model.path, "revision": model.revision, "template": model.template, "max_length": model.max_length}
-        for model in measured
+        for model in models
     ]
     return fingerprint("prompts", keys=prompts, seed=config.run.seed, teachers=teachers, lengths=lengths)
 
@@ -143,60 +156,67 @@ def _input_fingerprint(config: Config) -> str:
 class _Writer:
     """Writes one dataset block by block.
 
-    A block has the prompts of one teacher. Blocks are numbered in the order in which they are full, those that are left
-    at the end in the order in which they were begun.
+    A block holds the prompts of one teacher. Blocks are numbered in the order in which they fill;
+    the unfilled blocks at the end follow in the order in which they were opened.
     """
 
     def __init__(self, dataset: Dataset, config: Config) -> None:
-        self._dataset, self._block_size, self._input_fingerprint = (
-            dataset,
-            config.prompts.block_size,
-            _input_fingerprint(config),
-        )
+        self._dataset, self._block_size = dataset, config.prompts.block_size
+        self._input_fingerprint = _input_fingerprint(config)
         self._attempt = uuid.uuid4().hex
-        self._there = self._parts_to_keep()
+        self._committed = self._committed_earlier()
         self._open: dict[str | None, list[Prompt]] = {}
-        self._known: list[Part] = []
+        self._new_parts: list[Part] = []
         self._blocks = 0
         self._content = hashlib.sha256()
 
-    def _parts_to_keep(self) -> set[int]:
-        """Blocks that an earlier attempt committed. Those of another config, of which nothing was made yet, are deleted."""
-        there = set(self._dataset.committed())
+    def _committed_earlier(self) -> set[int]:
+        """Return the blocks that an earlier attempt committed.
+
+        Blocks of another config are deleted, unless the dataset is complete: as long as it is not,
+        nothing is derived from them.
+        """
+        blocks = set(self._dataset.committed())
         if (
-            not there
+            not blocks
             or self._dataset.manifest() is not None
-            or self._dataset.origin(min(there)) == self._input_fingerprint
+            or self._dataset.origin(min(blocks)) == self._input_fingerprint
         ):
-            return there
-        logger.info("prepare: what was begun in %s with another config is begun anew", self._dataset.path)
-        for block in there:
+            return blocks
+        logger.info("prepare: %s was started with another config; starting over", self._dataset.path)
+        for block in blocks:
             self._dataset.storage.delete(f"{self._dataset.path}/{part_name(block)}")
         return set()
 
     @property
-    def resumed(self) -> bool:
-        """Whether something was committed by an earlier attempt."""
-        return bool(self._there)
+    def is_resumed(self) -> bool:
+        """True if an earlier attempt committed blocks."""
+        return bool(self._committed)
 
     def add(self, prompt: Prompt) -> None:
+        """Add a prompt to the open block of its teacher, and commit the block if it is full."""
         rows = self._open.setdefault(prompt.teacher, [])
         rows.append(prompt)
         if len(rows) == self._block_size:
             self._commit(prompt.teacher)
 
     def finish(self, counts: Counter[str]) -> None:
+        """Commit the open blocks and write the manifest.
+
+        Args:
+            counts: counts of the selection for this dataset.
+        """
         for teacher in list(self._open):
             self._commit(teacher)
-        if beyond := [block for block in self._there if block >= self._blocks]:
-            raise self._changed(min(beyond))
+        if surplus := [block for block in self._committed if block >= self._blocks]:
+            raise self._sources_changed(min(surplus))
         facts = {name: counts[name] for name in ("duplicates", "over_long", "truncated")}
         dropped = {name.removeprefix("dropped."): n for name, n in counts.items() if n and name.startswith("dropped.")}
         self._dataset.finish(
             self._blocks,
             fingerprint=self._input_fingerprint,
             facts={"content": self._content.hexdigest(), **facts, "dropped": dropped},
-            known=self._known,
+            known_parts=self._new_parts,
         )
 
     def _commit(self, teacher: str | None) -> None:
@@ -205,7 +225,7 @@ class _Writer:
         for row in rows:
             self._content.update(json.dumps([row.prompt_id, row.reference, row.teacher]).encode() + b"\n")
         table = _table(rows)
-        if block not in self._there:
+        if block not in self._committed:
             part, first = self._dataset.commit(
                 block,
                 table,
@@ -214,23 +234,23 @@ class _Writer:
                 counts={"references": sum(row.reference is not None for row in rows)}
                 | ({} if teacher is None else {f"teacher.{teacher}": len(rows)}),
             )
-            self._known.append(part)
+            self._new_parts.append(part)
             if first:
                 return
-        if not self._is_committed(block, table):
-            raise self._changed(block)
+        if not self._is_committed_as(block, table):
+            raise self._sources_changed(block)
 
-    def _is_committed(self, block: int, table: pa.Table) -> bool:
-        """Whether the rows of a committed block are those of a table."""
+    def _is_committed_as(self, block: int, table: pa.Table) -> bool:
+        """Return True if a committed block has this fingerprint and the rows of a table."""
         data = self._dataset.storage.view(f"{self._dataset.path}/{part_name(block)}")
         return self._dataset.origin(block) == self._input_fingerprint and bool(
             pa.ipc.open_file(pa.BufferReader(data)).read_all().equals(table)
         )
 
-    def _changed(self, block: int) -> UserError:
+    def _sources_changed(self, block: int) -> UserError:
         return UserError(
-            f"{self._dataset.storage.url}/{self._dataset.path}/{part_name(block)}: holds other rows than the prompt sources "
-            "give now: they, or the config, changed since the run began. Restore them, or use another run.dir."
+            f"{self._dataset.url}/{part_name(block)}: its rows differ from those that the prompt sources yield now: "
+            "the sources, or the config, changed since the run started; restore them, or use another run.dir"
         )
 
 
@@ -248,26 +268,30 @@ def _table(rows: list[Prompt]) -> pa.Table:
 
 
 def rows_by_block(manifest: Manifest, limit: int | None) -> list[int]:
-    """Prompts of each block that are sampled.
+    """Return the number of prompts to sample in each block, without trailing blocks that have none.
 
-    A limit takes the first prompts of every teacher in proportion to what each has, so it may cut one block of each short.
+    A limit takes the first prompts of every teacher, in proportion to the prompts of each teacher,
+    so it can cut one block of each teacher short.
+
+    Args:
+        limit: number of prompts in total, or None for all.
     """
     blocks_of = teacher_blocks(manifest)
     if limit is None or limit >= manifest.rows:
         return [part.rows for part in manifest.parts]
     shares = _shares(limit, [sum(manifest.parts[block].rows for block in blocks) for blocks in blocks_of.values()])
     rows = [0] * len(manifest.parts)
-    for blocks, left in zip(blocks_of.values(), shares, strict=True):
+    for blocks, share in zip(blocks_of.values(), shares, strict=True):
         for block in blocks:
-            rows[block] = min(manifest.parts[block].rows, left)
-            left -= rows[block]
+            rows[block] = min(manifest.parts[block].rows, share)
+            share -= rows[block]
     while rows and not rows[-1]:
         rows.pop()
     return rows
 
 
 def _shares(total: int, sizes: list[int]) -> list[int]:
-    """`total` in proportion to the sizes, in whole numbers that add up to it: the largest remainders are rounded up."""
+    """Divide a total in proportion to sizes, by the largest remainder method."""
     exact = [total * size / sum(sizes) for size in sizes]
     shares = [int(share) for share in exact]
     order = sorted(range(len(sizes)), key=lambda index: (shares[index] - exact[index], index))

@@ -1,4 +1,4 @@
-"""Arrow schemas of the datasets in a run directory. Columns may be added, never lost or changed."""
+"""Arrow schemas of the datasets in a run directory. Columns are added, never removed or changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROMPTS = pa.schema(
         ),
         pa.field("reference", pa.string()),
         pa.field("meta", pa.string()),
-        pa.field("teacher", pa.string()),  # which of several teachers answers it; null where there is one
+        pa.field("teacher", pa.string()),  # the teacher that responds; null if the run has only one
     ]
 )
 
@@ -47,12 +47,12 @@ PAIRS = pa.schema(
         pa.field("rejected_text", pa.string(), nullable=False),
         pa.field("chosen_score", pa.float64()),
         pa.field("rejected_score", pa.float64()),
-        pa.field("rejected_logprob", pa.float64()),  # as the engine reported it, of the rejected_token_ids
+        pa.field("rejected_logprob", pa.float64()),  # of rejected_token_ids, as the engine reported it
         pa.field("round", pa.int32(), nullable=False),
     ]
 )
 
-# Log-likelihoods of the pairs' responses by the student before calibration, row for row of the pairs.
+# Log-likelihoods of the pairs under the student before calibration, row by row.
 INITIAL_LOGPS = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
@@ -62,6 +62,6 @@ INITIAL_LOGPS = pa.schema(
 )
 
 
-def is_answer(sample: Mapping[str, Any]) -> bool:
-    """Whether a row of samples is an answer to learn from: it came to its end, and says something."""
+def is_usable_response(sample: Mapping[str, Any]) -> bool:
+    """Return True if a sample can be trained on: it is finished and its text is not blank."""
     return sample["finish_reason"] == "stop" and bool(sample["text"].strip())

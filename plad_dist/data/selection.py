@@ -1,4 +1,4 @@
-"""What becomes of every row of the prompt sources: which set it is in, which teacher answers it, whether it is kept."""
+"""Selection of prompts: training or held-out set, teacher, duplicates and over-long prompts."""
 
 from __future__ import annotations
 
@@ -20,98 +20,109 @@ from plad_dist.errors import UserError
 from plad_dist.harvest.python_functions import harvest
 
 TRAIN, HELDOUT = "train", "heldout"
-_BATCH = 512  # rows that are looked up and tokenized at a time
+_BATCH_ROWS = 512  # rows that are deduplicated and tokenized at a time
 Row = tuple[str, Prompt]  # TRAIN or HELDOUT, and the prompt
 
 
 class Selection:
-    """The prompts of a run that are kept, in the order of their sources, each with its set. Read once, as a stream.
+    """Stream of the prompts that a run keeps, each with its set, in the order of the sources.
 
-    Memory grows by 8 bytes a prompt, the hashes that duplicates are found by.
+    It can be iterated only once. Memory grows by 8 bytes per prompt, for the hashes that detect
+    duplicates.
 
     Attributes:
-        counts: of each set so far: `rows` that are kept, `references` among them, `duplicates`, `over_long`, `truncated`, and `dropped.` by reason.
+        counts: counts of each set so far: kept `rows`, `references` among them, `duplicates`,
+            `over_long` and `truncated` prompts, and dropped prompts as `dropped.` and the reason.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._route, self._lengths = Router(config), Lengths(config)
-        self._seen, self._held = HashSet(), HashSet()
+        self._router, self._lengths = Router(config), Lengths(config)
+        self._seen, self._heldout = HashSet(), HashSet()
         self.counts: dict[str, Counter[str]] = {TRAIN: Counter(), HELDOUT: Counter()}
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises :class:`UserError` for a bad row, and where no prompts are left to train on or to evaluate with."""
+        """Yield the set and the prompt of every kept row.
+
+        Raises:
+            UserError: a row is invalid, or a set has no prompts.
+        """
         rows = _rows(self._config)
-        while batch := list(islice(rows, _BATCH)):
-            kept = self._without_duplicates(self._without_heldout(batch))
+        while batch := list(islice(rows, _BATCH_ROWS)):
+            unique = self._without_duplicates(self._without_heldout(batch))
             if self._config.teachers:
-                kept = [(name, replace(prompt, teacher=self._route(prompt))) for name, prompt in kept]
-            for name, prompt in self._without_over_long(kept):
+                unique = [(name, replace(prompt, teacher=self._router.teacher_of(prompt))) for name, prompt in unique]
+            for name, prompt in self._without_over_long(unique):
                 self.counts[name]["rows"] += 1
                 self.counts[name]["references"] += prompt.reference is not None
                 yield name, prompt
         for name, key in ((TRAIN, "prompts.source"), (HELDOUT, "prompts.heldout")):
             if not self.counts[name]["rows"]:
-                raise UserError(self._none_left(name, key))
+                raise UserError(self._empty_set_message(name, key))
 
-    def _none_left(self, name: str, key: str) -> str:
-        """Why a set has no prompts, and what to do."""
-        what = "training" if name == TRAIN else "held-out"
+    def _empty_set_message(self, name: str, key: str) -> str:
+        """Return why a set has no prompts, and what to do."""
+        kind = "training" if name == TRAIN else "held-out"
         if set(self.counts[name]) == {"dropped.heldout"}:
-            return f"{key}: no {what} prompts are left: prompts.heldout has them all. Give it other prompts"
+            return f"{key}: no {kind} prompts remain: prompts.heldout has all of them; use other held-out prompts"
         if dropped := [
             f"{n:,} {key.removeprefix('dropped.')}" for key, n in self.counts[name].items() if "dropped" in key
         ]:
-            return f"{key}: no {what} prompts are left, all are dropped: {', '.join(dropped)}; see prompts.duplicates and .over_long"
-        other = self.counts[HELDOUT if name == TRAIN else TRAIN]["rows"]
-        if self._config.prompts.heldout is not None or not other:
-            return f"{key}: no {what} prompts; give more rows"
+            return (
+                f"{key}: no {kind} prompts remain, all were dropped: {', '.join(dropped)}; see prompts.duplicates and "
+                "prompts.over_long"
+            )
+        rows = self.counts[HELDOUT if name == TRAIN else TRAIN]["rows"]
+        if self._config.prompts.heldout is not None or not rows:
+            return f"{key}: no {kind} prompts; add rows"
         return (
-            f"prompts.heldout_fraction: {self._config.prompts.heldout_fraction:g} of these {other:,} rows leaves no {what} prompts; "
-            "give more rows, set another fraction, or prompts.heldout"
+            f"prompts.heldout_fraction: {self._config.prompts.heldout_fraction:g} of {rows:,} rows leaves no {kind} "
+            "prompts; add rows, set another fraction, or set prompts.heldout"
         )
 
     def _without_heldout(self, rows: list[Row]) -> list[Row]:
-        """Training rows that `prompts.heldout`, which is read before them, has too are left out."""
+        """Drop training rows that are also in `prompts.heldout`, which is read before them."""
         if self._config.prompts.heldout is None:
             return rows
         hashes = _hashes(rows)
-        heldout = np.array([name == HELDOUT for name, _ in rows])
-        self._held.add(hashes[heldout])
-        out = ~heldout & self._held.holds(hashes)
-        self.counts[TRAIN]["dropped.heldout"] += int(out.sum())
-        return [row for row, left_out in zip(rows, out, strict=True) if not left_out]
+        is_heldout = np.array([name == HELDOUT for name, _ in rows])
+        self._heldout.add(hashes[is_heldout])
+        is_dropped = ~is_heldout & self._heldout.contains(hashes)
+        self.counts[TRAIN]["dropped.heldout"] += int(is_dropped.sum())
+        return [row for row, dropped in zip(rows, is_dropped, strict=True) if not dropped]
 
     def _without_duplicates(self, rows: list[Row]) -> list[Row]:
-        kept = []
-        for (name, prompt), new in zip(rows, self._seen.add(_hashes(rows)), strict=True):
-            if not new:
+        """Count duplicates, and apply `prompts.duplicates` to them."""
+        unique = []
+        for (name, prompt), is_new in zip(rows, self._seen.add(_hashes(rows)), strict=True):
+            if not is_new:
                 self.counts[name]["duplicates"] += 1
                 match self._config.prompts.duplicates:
                     case "fail":
                         raise UserError(
-                            f"{prompt.where}: this prompt was there before, word for word. Remove it, or set "
-                            "prompts.duplicates to keep or drop."
+                            f"{prompt.location}: repeats an earlier prompt word for word; remove it, or set "
+                            "prompts.duplicates to keep or drop"
                         )
                     case "drop":
                         self.counts[name]["dropped.duplicates"] += 1
                         continue
-            kept.append((name, prompt))
-        return kept
+            unique.append((name, prompt))
+        return unique
 
     def _without_over_long(self, rows: list[Row]) -> list[Row]:
+        """Count over-long prompts, and apply `prompts.over_long` to them."""
         prompts = [prompt for _, prompt in rows]
         self._lengths.check_rendering(prompts)
-        too_long = self._lengths.over_long(prompts)
-        kept = []
+        excesses = self._lengths.over_long(prompts)
+        fitting = []
         for index, (name, prompt) in enumerate(rows):
-            if index in too_long:
+            if index in excesses:
                 self.counts[name]["over_long"] += 1
                 match self._config.prompts.over_long:
                     case "fail":
                         raise UserError(
-                            f"{prompt.where}: the prompt has {too_long[index]}. Shorten it, or set prompts.over_long to "
-                            "drop or truncate (prompts.max_tokens sets the limit)."
+                            f"{prompt.location}: the prompt has {excesses[index]}; shorten it, or set "
+                            "prompts.over_long to drop or truncate (prompts.max_tokens sets the limit)"
                         )
                     case "drop":
                         self.counts[name]["dropped.over_long"] += 1
@@ -119,53 +130,65 @@ class Selection:
                     case "truncate":
                         self.counts[name]["truncated"] += 1
                         prompt = self._lengths.truncated(prompt)
-            kept.append((name, prompt))
-        return kept
+            fitting.append((name, prompt))
+        return fitting
 
     def summary(self) -> str | None:
-        """What is not as the sources have it, and whether anything will tell how good outputs are, in words; None where all is well."""
+        """Return a log line on duplicate, over-long and dropped prompts, or None if all is normal.
+
+        It also warns if neither references nor judges can measure the quality of responses.
+        """
         total = self.counts[TRAIN] + self.counts[HELDOUT]
-        prompts, done = self._config.prompts, {"keep": "kept", "drop": "dropped", "truncate": "truncated"}
-        said = [
-            (total["duplicates"], f"duplicates {done.get(prompts.duplicates)}"),
-            (total["over_long"], f"over-long {done.get(prompts.over_long)}"),
-            (total["dropped.heldout"], "left out of training because prompts.heldout has them"),
+        prompts, participles = self._config.prompts, {"keep": "kept", "drop": "dropped", "truncate": "truncated"}
+        changes = [
+            (total["duplicates"], f"duplicates {participles.get(prompts.duplicates)}"),
+            (total["over_long"], f"over-long {participles.get(prompts.over_long)}"),
+            (total["dropped.heldout"], "dropped from training because prompts.heldout has them"),
         ]
-        told = [f"{count:,} {what}" for count, what in said if count]
+        phrases = [f"{count:,} {change}" for count, change in changes if count]
         if not self.counts[HELDOUT]["references"] and not self._config.evaluation.judges:
-            told.append(
-                "no held-out prompt has a reference and evaluation.judges is empty, so that nothing will tell how good outputs are"
+            phrases.append(
+                "no held-out prompt has a reference and evaluation.judges is empty, so nothing can measure the quality "
+                "of responses"
             )
-        return ", ".join(told) or None
+        return ", ".join(phrases) or None
 
 
 class Router:
-    """Gives every prompt one of several teachers, by their filters and shares."""
+    """Assigns one of several teachers to every prompt, by their filters and shares."""
 
     def __init__(self, config: Config) -> None:
         self._seed = config.run.seed
         self._teachers = [
-            (name, teacher.share, _compiled(teacher.filter, f"teachers.{name}.filter"))
+            (name, teacher.share, _compile_filter(teacher.filter, f"teachers.{name}.filter"))
             for name, teacher in config.teachers.items()
         ]
 
-    def __call__(self, prompt: Prompt) -> str:
-        """Raises :class:`UserError` naming the row that no teacher takes, or on which a filter fails."""
-        takers = [(name, share) for name, share, takes in self._teachers if takes(prompt)]
-        if not takers:
+    def teacher_of(self, prompt: Prompt) -> str:
+        """Return the name of the teacher that responds to a prompt.
+
+        Raises:
+            UserError: no teacher's filter accepts the prompt, or a filter fails on it. The message
+                names the row.
+        """
+        candidates = [(name, share) for name, share, accepts in self._teachers if accepts(prompt)]
+        if not candidates:
             raise UserError(
-                f"{prompt.where}: no teacher takes this prompt. Give one of the teachers a wider `filter`, or none."
+                f"{prompt.location}: no teacher's `filter` accepts this prompt; widen the filter of a teacher or "
+                "remove it"
             )
-        # Apart from the hash that holds prompts out: held-out prompts are shared out like all others.
-        left = _unit_hash(self._seed, f"teacher\0{prompt.prompt_id}") * sum(share for _, share in takers)
-        for name, share in takers:
-            left -= share
-            if left < 0:
+        # This hash is independent of the one that holds prompts out, so the shares also hold for
+        # held-out prompts.
+        position = _unit_hash(self._seed, f"teacher\0{prompt.prompt_id}") * sum(share for _, share in candidates)
+        for name, share in candidates:
+            position -= share
+            if position < 0:
                 return name
-        return takers[-1][0]  # float error
+        return candidates[-1][0]  # rounding error
 
 
-def _compiled(filter: str | None, key: str) -> Callable[[Prompt], bool]:
+def _compile_filter(filter: str | None, key: str) -> Callable[[Prompt], bool]:
+    """Return a predicate of prompts from a teacher's filter, a Jinja expression."""
     if filter is None:
         return lambda _: True
     try:
@@ -173,21 +196,24 @@ def _compiled(filter: str | None, key: str) -> Callable[[Prompt], bool]:
     except jinja2.TemplateError as error:
         raise UserError(f"{key}: {filter!r}: not a valid Jinja expression: {error}") from None
 
-    def takes(prompt: Prompt) -> bool:
+    def accepts(prompt: Prompt) -> bool:
         row: dict[str, Any] = {"messages": prompt.messages, "reference": prompt.reference, "meta": prompt.meta}
         try:
             return bool(expression(row))
         except JINJA_ERRORS as error:
             raise UserError(
-                f"{prompt.where}: {key}: {filter!r}: {error}. `meta` has {', '.join(prompt.meta)}; "
-                "prompts.source.meta_columns adds to it."
+                f"{prompt.location}: {key}: {filter!r}: {error}; `meta` has {', '.join(prompt.meta)}, and "
+                "prompts.source.meta_columns adds to it"
             ) from None
 
-    return takes
+    return accepts
 
 
 def _rows(config: Config) -> Iterator[Row]:
-    """All rows of the sources. Those of `prompts.heldout` come first: the training set is kept clear of them."""
+    """Yield all rows of the sources.
+
+    The rows of `prompts.heldout` come first, because they are dropped from the training set.
+    """
     prompts, seed = config.prompts, config.run.seed
     if prompts.heldout is not None:
         yield from ((HELDOUT, prompt) for prompt in read_prompts(prompts.heldout, "prompts.heldout"))
@@ -195,16 +221,16 @@ def _rows(config: Config) -> Iterator[Row]:
         train, heldout = harvest(prompts.source, seed)
         for name, functions in ((TRAIN, train), (HELDOUT, heldout if prompts.heldout is None else [])):
             for index, item in enumerate(functions):
-                asked, answer = item.description, item.name
+                content, reference = item.description, item.name
                 if prompts.source.answer == "description":
-                    asked, answer = answer, asked
-                messages = [{"role": "user", "content": asked}]
-                where, meta = f"python_functions: row {index}", {"package": item.package}
-                yield name, make_prompt("python_functions", index, where, messages, answer, meta)
+                    content, reference = reference, content
+                messages = [{"role": "user", "content": content}]
+                location, meta = f"python_functions: row {index}", {"package": item.package}
+                yield name, make_prompt("python_functions", index, location, messages, reference, meta)
         return
     share = prompts.heldout_fraction if prompts.heldout is None else 0.0
     for prompt in read_prompts(prompts.source):
-        # By content, so that equal prompts are on one side.
+        # The hash covers the content alone, so equal prompts are in the same set.
         yield (HELDOUT if _unit_hash(seed, f"{prompt.content:016x}") < share else TRAIN), prompt
 
 
@@ -213,4 +239,5 @@ def _hashes(rows: list[Row]) -> Any:
 
 
 def _unit_hash(seed: int, name: str) -> float:
+    """Return a number in [0, 1) that depends on the seed and the name alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8]) / 2**64

@@ -1,4 +1,4 @@
-"""A folder on a file system or an object store, with the few operations that the product needs."""
+"""Storage: a folder on a file system or an object store, with atomic writes and put-if-absent."""
 
 from __future__ import annotations
 
@@ -25,14 +25,17 @@ from obstore.store import LocalStore, from_url
 from plad_dist.errors import RunFailed, UserError
 
 _REMOTE_SCHEMES = ("s3", "gs", "az")
-_PIECE = 8 << 20
+_COMMITTED_IS_KEPT = ". What is committed is kept"
+_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder, local or remote. Cheap to pickle; credentials come from the environment and are never kept.
+    """A local or remote folder.
 
-    Every operation raises :class:`RunFailed` with the storage's own reason where it cannot be carried out.
+    Keys are paths relative to the folder. An operation that fails raises :class:`RunFailed` with
+    the cause that the storage reports; only "not found" means that an object is absent. Credentials
+    come from the environment and are never stored or pickled.
 
     Attributes:
         url: a path or a file://, s3://, gs:// or az:// URI.
@@ -42,14 +45,14 @@ class Storage:
 
     @cached_property
     def local_root(self) -> Path | None:
-        """The folder on this machine's file system, or None for an object store."""
+        """Folder on this machine's file system, or None for an object store."""
         parsed = urlparse(self.url)
         if parsed.scheme in ("", "file") or len(parsed.scheme) == 1:
             return Path(unquote(parsed.path) if parsed.scheme == "file" else self.url).expanduser().absolute()
         if parsed.scheme not in _REMOTE_SCHEMES or not parsed.netloc:
             raise UserError(f"run.dir: {self.url!r}: expected a path or a file://, s3://, gs:// or az:// URI")
         if parsed.password or parsed.query:
-            raise UserError("run.dir: secrets are not kept in configs; give credentials through the environment")
+            raise UserError("run.dir: a config must not contain secrets; pass credentials in the environment")
         return None
 
     @cached_property
@@ -59,7 +62,7 @@ class Storage:
         try:
             return from_url(self.url)
         except BaseError as error:
-            raise UserError(f"run.dir: {self.url}: {reason(error)}") from None
+            raise UserError(f"run.dir: {self.url}: {innermost_cause(error)}") from None
 
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
@@ -68,8 +71,8 @@ class Storage:
         self.__dict__.update(state)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Write a new object in one atomic step. Returns False, and writes nothing, where there already is one."""
-        with self._explained(key, "written"):
+        """Write a new object in one atomic step. Return False, and write nothing, if it exists."""
+        with self._failure_explained(key, "written"):
             if self.local_root is not None:
                 return write_durably(self.local_root / key, data, os.link)
             try:
@@ -80,53 +83,56 @@ class Storage:
         return True
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write an object atomically, over the old one if there is one."""
-        with self._explained(key, "written"):
+        """Write an object atomically, overwriting an existing one."""
+        with self._failure_explained(key, "written"):
             if self.local_root is not None:
                 write_durably(self.local_root / key, data, os.replace)
                 return
             obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
 
     def upload(self, key: str, file: Path) -> None:
-        """Write an object of any size from a file, over the old one if there is one."""
-        with self._explained(key, "written"):
+        """Write an object of any size from a file, overwriting an existing one."""
+        with self._failure_explained(key, "written"):
             if self.local_root is None:
-                # S3 takes ten thousand parts of one object.
-                obstore.put(self._store, key, file, chunk_size=max(_PIECE, file.stat().st_size // 9_000 + 1))
+                # S3 accepts at most 10,000 parts per multipart upload.
+                obstore.put(self._store, key, file, chunk_size=max(_CHUNK_BYTES, file.stat().st_size // 9_000 + 1))
                 return
             path = self.local_root / key
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             try:
                 shutil.copyfile(file, temporary)
-                sync(temporary)
+                fsync(temporary)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-            sync(path.parent)
+            fsync(path.parent)
 
     def download(self, key: str, file: Path) -> None:
-        """Write an object into a file."""
-        with self._explained(key, "read"), file.open("wb") as out:
-            for piece in obstore.get(self._store, key).stream(min_chunk_size=_PIECE):
-                out.write(piece)
+        """Write the bytes of an object to a file."""
+        with self._failure_explained(key, "read"), file.open("wb") as out:
+            for chunk in obstore.get(self._store, key).stream(min_chunk_size=_CHUNK_BYTES):
+                out.write(chunk)
 
     def checksum(self, key: str) -> str | None:
-        """Hexadecimal XXH3 checksum of an object of any size, None where there is none."""
-        with self._explained(key, "read"):
+        """Return the hexadecimal XXH3 checksum of an object, or None if it does not exist.
+
+        The object can be of any size: its bytes are streamed.
+        """
+        with self._failure_explained(key, "read"):
             digest = xxhash.xxh3_128()
             try:
                 if self.local_root is not None:
                     return file_checksum(self.local_root / key)
-                for piece in obstore.get(self._store, key).stream(min_chunk_size=_PIECE):
-                    digest.update(piece)
+                for chunk in obstore.get(self._store, key).stream(min_chunk_size=_CHUNK_BYTES):
+                    digest.update(chunk)
             except (NotFoundError, FileNotFoundError):
                 return None
             return digest.hexdigest()
 
     def delete_folder(self, folder: str) -> None:
-        """Remove all objects in a folder and below it."""
-        with self._explained(folder, "deleted"):
+        """Delete all objects in a folder and below it."""
+        with self._failure_explained(folder, "deleted"):
             if self.local_root is not None:
                 shutil.rmtree(self.local_root / folder, ignore_errors=True)
                 return
@@ -134,16 +140,16 @@ class Storage:
                 obstore.delete(self._store, [item["path"] for item in page])
 
     def delete(self, key: str) -> None:
-        """Remove an object, if it is there."""
-        with self._explained(key, "deleted"), contextlib.suppress(NotFoundError, FileNotFoundError):
+        """Delete an object if it exists."""
+        with self._failure_explained(key, "deleted"), contextlib.suppress(NotFoundError, FileNotFoundError):
             if self.local_root is not None:
                 (self.local_root / key).unlink()
             else:
                 obstore.delete(self._store, key)
 
     def read(self, key: str) -> bytes | None:
-        """The bytes of an object, None where there is none. Makes no folder."""
-        with self._explained(key, "read"):
+        """Return the bytes of an object, or None if it does not exist. Creates no folder."""
+        with self._failure_explained(key, "read"):
             try:
                 if self.local_root is not None:
                     return (self.local_root / key).read_bytes()
@@ -152,10 +158,13 @@ class Storage:
                 return None
 
     def view(self, key: str) -> Any:
-        """The bytes of an object as a buffer, memory-mapped where it is a local file; None where there is none."""
+        """Return the bytes of an object as a buffer, or None if it does not exist.
+
+        The buffer of a local file is memory-mapped.
+        """
         if self.local_root is None:
             return self.read(key)
-        with self._explained(key, "read"):
+        with self._failure_explained(key, "read"):
             try:
                 with pa.memory_map(str(self.local_root / key)) as file:
                     return file.read_buffer()
@@ -163,7 +172,11 @@ class Storage:
                 return None
 
     def read_json(self, key: str) -> Any:
-        """The decoded JSON object, None where there is none. Raises :class:`RunFailed` where it is damaged."""
+        """Return the parsed JSON document at a key, or None if it does not exist.
+
+        Raises:
+            RunFailed: the object is not valid JSON.
+        """
         data = self.read(key)
         if data is None:
             return None
@@ -175,78 +188,93 @@ class Storage:
             ) from None
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of the objects directly in a folder, by name; folders in it have a trailing slash and no bytes."""
+        """Return the sizes in bytes of the objects directly in a folder, by name.
+
+        Subfolders are listed with a trailing slash and size 0.
+        """
         if self.local_root is not None and not (self.local_root / folder).is_dir():
             return {}
-        with self._explained(folder, "listed"):
+        with self._failure_explained(folder, "listed"):
             listing = obstore.list_with_delimiter(self._store, f"{folder}/" if folder else None, return_arrow=False)
-        found = {item["path"].rpartition("/")[2]: item["size"] for item in listing["objects"]}
-        return found | {f"{path.rstrip('/').rpartition('/')[2]}/": 0 for path in listing["common_prefixes"]}
+        objects = {item["path"].rpartition("/")[2]: item["size"] for item in listing["objects"]}
+        return objects | {f"{path.rstrip('/').rpartition('/')[2]}/": 0 for path in listing["common_prefixes"]}
 
-    def holds(self, path: str) -> bool:
-        """Whether there is an object or a folder with something in it at a path."""
+    def exists(self, path: str) -> bool:
+        """Return True if a path is an object, or a folder that is not empty."""
         if self.local_root is not None:
             return (self.local_root / path).exists()
         return path.rpartition("/")[2] in self.sizes(path.rpartition("/")[0]) or bool(self.sizes(path))
 
     def check_writable(self) -> None:
-        """Raise :class:`UserError` unless an object can be written and removed, and a second `create` is refused."""
+        """Check that objects can be written and deleted, and that a second `create` is refused.
+
+        Raises:
+            UserError: the storage cannot hold a run.
+        """
         key = f".writable-{uuid.uuid4().hex}"
         try:
             self.replace(key, b"")
-            refused = not self.create(key, b"")
+            is_refused = not self.create(key, b"")
             self.delete(key)
         except RunFailed as error:
-            cause = str(error).partition(": cannot be ")[2].partition(". What is committed")[0]
+            cause = str(error).partition(": cannot be ")[2].partition(_COMMITTED_IS_KEPT)[0]
             raise UserError(f"run.dir: {self.url}: cannot be {cause}") from None
-        if not refused:
+        if not is_refused:
             raise UserError(
-                f"run.dir: {self.url}: does not refuse to create an object that is there (conditional put), without "
-                "which two writers could overwrite one another; use a store that does"
+                f"run.dir: {self.url}: the store overwrites existing objects although a conditional put forbids it, so "
+                "two writers could overwrite each other; use a store that supports conditional puts"
             )
 
     @contextmanager
-    def _explained(self, key: str, done: str) -> Iterator[None]:
+    def _failure_explained(self, key: str, participle: str) -> Iterator[None]:
+        """Turn storage errors into a message that names the object, the operation and the cause."""
         try:
             yield
         except (BaseError, OSError) as error:
             raise RunFailed(
-                f"{self.url}/{key}: cannot be {done}: {reason(error)}. What is committed is kept; run again when it can be."
+                f"{self.url}/{key}: cannot be {participle}: {innermost_cause(error)}{_COMMITTED_IS_KEPT}; "
+                "fix the cause and run again"
             ) from None
 
 
 def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
-    """Write a file that is whole or not there, also after a loss of power. False where `put` finds one there.
+    """Write a file that exists completely or not at all, even after a power loss.
 
-    The bytes are on the disk before they get their name: file systems that several nodes share may keep what a lost node
-    has written in that node's memory.
+    The bytes are flushed to the disk before the file gets its name, because a shared file system
+    may keep the writes of a node in that node's memory, where they are lost with the node.
+
+    Args:
+        put: gives the temporary file (first argument) its final name: `os.link` or `os.replace`.
+
+    Returns:
+        False if `put` refuses to overwrite an existing file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
-        sync(temporary)
+        fsync(temporary)
         put(temporary, path)
     except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    fsync(path.parent)
     return True
 
 
 def file_checksum(path: Path) -> str:
-    """Hexadecimal XXH3 checksum of a file."""
+    """Return the hexadecimal XXH3 checksum of a file."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def sync(*paths: Path) -> None:
-    """Wait until files, or the names in folders, are on the disk."""
+def fsync(*paths: Path) -> None:
+    """Flush files, or the entries of folders, to the disk."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -255,16 +283,16 @@ def sync(*paths: Path) -> None:
             os.close(handle)
 
 
-def sync_tree(folder: Path) -> None:
-    """Wait until all that is in a folder is on the disk."""
-    sync(*folder.rglob("*"), folder)
+def fsync_tree(folder: Path) -> None:
+    """Flush everything in a folder to the disk."""
+    fsync(*folder.rglob("*"), folder)
 
 
-def reason(error: Exception) -> str:
-    """The innermost cause that a store gives, on one line."""
+def innermost_cause(error: Exception) -> str:
+    """Return the innermost cause of a storage error, on one line of at most 300 characters."""
     text = " ".join(str(error).split())
-    for inner in re.findall(r'(?:message|kind): "?([^,"{}]+)', text):
-        if "error" not in inner.lower():
-            text = f"{inner} ({text[:160]})"
+    for cause in re.findall(r'(?:message|kind): "?([^,"{}]+)', text):
+        if "error" not in cause.lower():
+            text = f"{cause} ({text[:160]})"
             break
     return text[:300] or type(error).__name__

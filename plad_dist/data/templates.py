@@ -1,4 +1,4 @@
-"""Prompts and responses as token ids, for sampling and for training alike."""
+"""Rendering of prompts and responses to token ids, shared by sampling and training."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 
 Messages = list[dict[str, str]]
-_ANSWER = "answer-b1946ac9"  # what no template has of itself
+_PROBE_RESPONSE = "answer-b1946ac9"  # a text that no template contains
 
 
 class Renderer:
-    """Turns messages into the token ids that one model sees, and responses into the ids that it should write.
+    """Turns prompts and responses into the token ids of one model.
 
     Args:
-        model: folder or hub name of the model whose tokenizer is used.
-        settings: the model's config section, for its template and revision.
-        answers: the model writes responses. A model that reads them is given messages with the response among them.
+        model: folder or hub name of the model, whose tokenizer is used.
+        settings: config section of the model, for its template and revision.
+        generates: True for a model that generates responses. False for a model that reads
+            conversations with their responses, such as a reward model.
 
     Raises:
-        UserError: no tokenizer there, no template in it where one is needed, or no end-of-sequence token to answer with.
+        UserError: the tokenizer cannot be loaded, has no chat template although the config has no
+            template, or has no end-of-sequence token although the model generates.
     """
 
-    def __init__(self, model: str, settings: Model, *, answers: bool = True) -> None:
-        self.model, self._answers = model, answers
+    def __init__(self, model: str, settings: Model, *, generates: bool = True) -> None:
+        self.model, self._generates = model, generates
         self.tokenizer = load_tokenizer(model, settings)
         self._template, self._revision = settings.template, settings.revision
         self._jinja = compile_template(settings.template or "", model)
@@ -42,28 +44,31 @@ class Renderer:
                 f"{model}: its tokenizer has no chat template. Set `template` beside `path`, for example "
                 "template: '{{ messages[-1].content }}'"
             )
-        if answers and self.tokenizer.eos_token_id is None:
-            raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so no response could ever end")
+        if generates and self.tokenizer.eos_token_id is None:
+            raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so a response could never end")
 
     def prompt_ids(self, prompts: Sequence[Messages]) -> list[list[int]]:
-        """Token ids of prompts, each ending where its response begins. Special tokens appear once."""
+        """Return the token ids of prompts, with special tokens once. The response follows."""
         texts = [self._render(messages) for messages in prompts]
-        # A text that begins with its special token already gets no second one.
+        # A chat template adds the special tokens itself, and so may a template of the config.
         bos = self.tokenizer.bos_token
-        bare = [self._template is not None and not (bos and text.startswith(bos)) for text in texts]
-        with_special = iter(self._encode([text for text, add in zip(texts, bare, strict=True) if add], True))
-        without = iter(self._encode([text for text, add in zip(texts, bare, strict=True) if not add], False))
-        return [next(with_special if add else without) for add in bare]
+        needs_special = [self._template is not None and not (bos and text.startswith(bos)) for text in texts]
+        with_special = iter(self._encode([text for text, add in zip(texts, needs_special, strict=True) if add], True))
+        without = iter(self._encode([text for text, add in zip(texts, needs_special, strict=True) if not add], False))
+        return [next(with_special if add else without) for add in needs_special]
 
     def response_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of finished responses, the token that ends them included."""
+        """Return the token ids of finished responses, with the token that ends them."""
         return [[*ids, self.end_id] for ids in self._encode(texts, False)]
 
-    def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
         encoded: list[list[int]] = self.tokenizer(
-            list(texts), add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
         )["input_ids"]
         return encoded
 
@@ -72,76 +77,84 @@ class Renderer:
             return render(self._jinja, messages, self.model)
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._answers, tokenize=False)
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._generates, tokenize=False)
             )
         except JINJA_ERRORS as error:
-            raise _cannot_render(messages, self.model, error) from None
+            raise _rendering_error(messages, self.model, error) from None
 
     @property
     def identity(self) -> str:
-        """Fingerprint of how texts become tokens."""
+        """Fingerprint of the mapping from texts to tokens."""
         return fingerprint("tokenizer", vocabulary=self.tokenizer.get_vocab(), end_id=self.end_id)
 
     @cached_property
     def end_id(self) -> int:
-        """The token that ends a response: the one of :attr:`end_ids` that the chat template puts there, else end-of-sequence.
+        """Token that ends a response.
 
-        Chat models are often trained to end a turn by another token than their tokenizer's end-of-sequence.
+        It is the first token in :attr:`end_ids` that the chat template puts after a response,
+        otherwise end-of-sequence. Many chat models end a turn with another token than the
+        end-of-sequence of their tokenizer.
         """
         eos = int(self.tokenizer.eos_token_id)
         if self._template is not None:
             return eos
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE_RESPONSE}]
         try:
             text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
         except JINJA_ERRORS:
             return eos
-        after = self._encode([text.rpartition(_ANSWER)[2]], False)[0]
-        return next((token for token in after if token in self.end_ids), eos)
+        suffix = self._encode([text.rpartition(_PROBE_RESPONSE)[2]], False)[0]
+        return next((token for token in suffix if token in self.end_ids), eos)
 
     @cached_property
     def end_ids(self) -> set[int]:
-        """Every token with which the model ends a response: generation configs may name several."""
+        """All tokens that can end a response: a generation config may list several."""
         from transformers import GenerationConfig
 
         try:
-            named = GenerationConfig.from_pretrained(self.model, revision=self._revision).eos_token_id
+            configured = GenerationConfig.from_pretrained(self.model, revision=self._revision).eos_token_id
         except OSError as error:
             if (Path(self.model) / "generation_config.json").is_file():
                 raise UserError(f"{self.model}/generation_config.json: cannot be read: {first_line(error)}") from None
-            named = None
+            configured = None
         return {
             int(self.tokenizer.eos_token_id),
-            *(named if isinstance(named, list) else [named] if named is not None else []),
+            *(configured if isinstance(configured, list) else [configured] if configured is not None else []),
         }
 
 
 def compile_template(template: str, model: str) -> jinja2.Template:
-    """A model's template over `messages`, sandboxed. Raises :class:`UserError` where it is none."""
+    """Compile a model's template over `messages` in a sandbox.
+
+    Raises:
+        UserError: the template is invalid, or uses another variable than `messages`.
+    """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(template))
         if unknown := names - {"messages"} - environment.globals.keys():
-            raise UserError(f"template of {model}: there is no {', '.join(sorted(unknown))}; it is given `messages`")
+            raise UserError(
+                f"template of {model}: unknown variable {', '.join(sorted(unknown))}; the only variable is `messages`"
+            )
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise UserError(f"template of {model}: not a valid Jinja template: {error}") from None
 
 
 def render(template: jinja2.Template, messages: Messages, model: str) -> str:
-    """The text of a prompt. Raises :class:`UserError` where the model's template cannot render it."""
+    """Return the text of a prompt. Raise :class:`UserError` if the template cannot render it."""
     try:
         return template.render(messages=messages)
     except JINJA_ERRORS as error:
-        raise _cannot_render(messages, model, error) from None
+        raise _rendering_error(messages, model, error) from None
 
 
-def _cannot_render(messages: Messages, model: str, error: Exception) -> UserError:
+def _rendering_error(messages: Messages, model: str, error: Exception) -> UserError:
     return UserError(f"template of {model}: cannot render {messages!r:.80}: {error}")
 
 
 def load_tokenizer(model: str, settings: Model) -> Any:
-    """The tokenizer of a model. Raises :class:`UserError` where there is none."""
+    """Return the tokenizer of a model. Raise :class:`UserError` if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     check_local_model(model)
@@ -149,5 +162,5 @@ def load_tokenizer(model: str, settings: Model) -> Any:
         return AutoTokenizer.from_pretrained(
             model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except Exception as error:  # noqa: BLE001 - it reads the model's config too, whose classes have errors of their own
-        raise UserError(f"{model}: no usable tokenizer there: {first_line(error)}") from None
+    except Exception as error:  # noqa: BLE001 - config classes, which it reads too, raise their own errors
+        raise UserError(f"{model}: its tokenizer cannot be loaded: {first_line(error)}") from None

@@ -20,7 +20,7 @@ from plad_dist.doctor.findings import Finding, fail, ok, run_check
 from plad_dist.doctor.node import HERE, Node
 from plad_dist.errors import first_line
 from plad_dist.planning.hardware import hardware_of_nodes
-from plad_dist.reach import silent
+from plad_dist.reach import ray_problem
 
 logger = logging.getLogger("plad")
 
@@ -56,7 +56,7 @@ def check_cluster(
             "one of its pods",
         )
         return
-    if (problem := silent(address)) is not None:
+    if (problem := ray_problem(address)) is not None:
         yield fail(f"no Ray cluster answers there: {problem}", _START_REMEDY)
         return
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")

@@ -11,9 +11,9 @@ from plad_dist import phases
 from plad_dist.catalog.systems import trained_systems
 from plad_dist.config import Config
 from plad_dist.config.evaluation import REFERENCE_JUDGES
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import model_marker
 from plad_dist.data.prompts import heldout_prompts, rows_by_block
-from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed
 from plad_dist.evaluation.document import HeldoutFigures, Ranking
 from plad_dist.evaluation.scores import Candidates, score_system

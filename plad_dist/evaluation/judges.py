@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.sources import JINJA_ERRORS
-from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.evaluation.metrics import compared_pairs
 from plad_dist.evaluation.scores import Judgement, Preferences
@@ -27,7 +27,7 @@ from plad_dist.fingerprint import fingerprint
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.systems import System
-from plad_dist.text_metrics import Key, Output, Scores
+from plad_dist.text_metrics import Output, Scores, SystemDecoding
 
 _VARIABLES = {"messages", "reference", "first", "second"}
 _VERDICT = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
@@ -43,7 +43,7 @@ def judge_all(
     config: Config,
     run: RunDir,
     prompts: Prompts,
-    outputs: Mapping[Key, Sequence[Output]],
+    outputs: Mapping[SystemDecoding, Sequence[Output]],
     main: str,
     previous: System,
     progress: Progress,
@@ -80,8 +80,8 @@ def judge_all(
 
 
 def _reward_scores(
-    config: Config, name: str, judge: RewardJudge, prompts: Prompts, outputs: Mapping[Key, Sequence[Output]]
-) -> dict[Key, Scores]:
+    config: Config, name: str, judge: RewardJudge, prompts: Prompts, outputs: Mapping[SystemDecoding, Sequence[Output]]
+) -> dict[SystemDecoding, Scores]:
     """Score all responses with one worker that loads the model once.
 
     NaN for conversations over the model's length.
@@ -122,8 +122,13 @@ def _score(judge: RewardJudge, key: str, answers: list[Any]) -> tuple[list[float
 
 
 def _teacher_scores(
-    config: Config, run: RunDir, name: str, outputs: Mapping[Key, Sequence[Output]], main: str, progress: Progress
-) -> dict[Key, Scores]:
+    config: Config,
+    run: RunDir,
+    name: str,
+    outputs: Mapping[SystemDecoding, Sequence[Output]],
+    main: str,
+    progress: Progress,
+) -> dict[SystemDecoding, Scores]:
     """Return the teacher's mean log-likelihood per token of responses under the main decoding."""
     from plad_dist.sampling.stage import score_by_teacher
 

@@ -30,13 +30,13 @@ from plad_dist.evaluation.statistics import (
 )
 from plad_dist.evaluation.verdict import verdict
 from plad_dist.systems import PLAD, SEQKD, TEACHER, WARMUP, System
-from plad_dist.text_metrics import Key, Output, Scores, main_decoding, wins
+from plad_dist.text_metrics import Output, Scores, SystemDecoding, main_decoding, wins
 
 _BIASED = 0.1  # distance of a judge's first-position share from one half that counts as biased
 
 
 def compare(
-    outputs: Mapping[Key, Sequence[Output]],
+    outputs: Mapping[SystemDecoding, Sequence[Output]],
     references: Sequence[str | None],
     *,
     temperatures: Mapping[str, float],
@@ -95,7 +95,7 @@ def compare(
     return metrics.model_copy(update={"verdict": verdict(metrics)})
 
 
-def _reference_judgements(scores: Mapping[Key, SystemScores]) -> dict[str, Judgement]:
+def _reference_judgements(scores: Mapping[SystemDecoding, SystemScores]) -> dict[str, Judgement]:
     return {
         name: Judgement("reference", {key: getattr(system_scores, name) for key, system_scores in scores.items()})
         for name in REFERENCE_JUDGES
@@ -116,7 +116,7 @@ class _Comparison:
         main: name of the main decoding.
     """
 
-    scores: Mapping[Key, SystemScores]
+    scores: Mapping[SystemDecoding, SystemScores]
     judges: Mapping[str, Judgement]
     judge: str
     main: str
@@ -137,7 +137,7 @@ class _Comparison:
 
     # -- systems
 
-    def row(self, key: Key, temperature: float) -> SystemRow:
+    def row(self, key: SystemDecoding, temperature: float) -> SystemRow:
         scores, baseline = self.scores[key], self._baseline(key)
         return SystemRow(
             system=key[0],
@@ -153,7 +153,7 @@ class _Comparison:
             win_rate_vs_warmup=self.rate(key, baseline) if baseline else None,
         )
 
-    def _baseline(self, key: Key) -> Key | None:
+    def _baseline(self, key: SystemDecoding) -> SystemDecoding | None:
         """Return the warm-up student under the same decoding.
 
         Its additional temperatures are compared with the warm-up student under the main decoding.
@@ -180,19 +180,19 @@ class _Comparison:
             },
         )
 
-    def _rouge_l_difference(self, a: Key, b: Key) -> Interval | None:
+    def _rouge_l_difference(self, a: SystemDecoding, b: SystemDecoding) -> Interval | None:
         return self.interval(self.scores[a].rouge_l - self.scores[b].rouge_l)
 
     # -- judges
 
-    def rate(self, a: Key, b: Key) -> Interval | None:
+    def rate(self, a: SystemDecoding, b: SystemDecoding) -> Interval | None:
         """Return the win rate of a over b by the main judge, or None if it did not compare them."""
         if a not in self.scores or b not in self.scores:
             return None
         wins_P = self._wins(a, b, self.judge)
         return None if wins_P is None else self.interval(wins_P)
 
-    def _wins(self, a: Key, b: Key, judge: str) -> Scores | None:
+    def _wins(self, a: SystemDecoding, b: SystemDecoding, judge: str) -> Scores | None:
         judgement = self.judges[judge]
         if judgement.scores is not None:
             scores = judgement.scores

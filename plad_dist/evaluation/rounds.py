@@ -27,7 +27,7 @@ def last_round(config: Config, run: RunDir) -> RunDir:
     """Return the run at the last of its consecutive evaluated rounds, or at the first round."""
     number = 0
     while number + 1 < config.rounds.most and continues_after(config, run.at_round(number)):
-        if not run.storage.holds(run.at_round(number + 1).metrics):
+        if not run.storage.exists(run.at_round(number + 1).metrics):
             break
         number += 1
     return run.at_round(number)

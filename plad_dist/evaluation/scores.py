@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from plad_dist.systems import System
-from plad_dist.text_metrics import Key, Output, Scores, exact_match, repetition, rouge_l, rouge_n
+from plad_dist.text_metrics import Output, Scores, SystemDecoding, exact_match, repetition, rouge_l, rouge_n
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Judgement:
     """Verdicts of one judge: scores of single responses, or preferences under the main decoding."""
 
     kind: str
-    scores: Mapping[Key, Scores] | None = None
+    scores: Mapping[SystemDecoding, Scores] | None = None
     preferences: Mapping[tuple[System, System], Preferences] | None = None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from plad_dist.data.store import part_name
+from plad_dist.data.parts import part_name
 from plad_dist.fleet.placement import Placement
 from plad_dist.fleet.protocol import BlockJob
 

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.manifest import Manifest
+from plad_dist.data.parts import Part
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Journal, Manifest, Part
 from plad_dist.errors import RunFailed
 from plad_dist.fleet.fleet import Fleet, Task
 from plad_dist.fleet.protocol import BlockJob, BlockResult
@@ -34,7 +36,7 @@ class OutputDataset:
     def __init__(self, job: BlockJob, units: Sequence[int], storage: Storage) -> None:
         self.job, self.units = job, units
         self.dataset: Dataset = job.dataset(storage)
-        self.journal = Journal(self.dataset, job.fingerprint)
+        self.journal = self.dataset.journal(job.fingerprint)
         self.parts: dict[int, Part | None] = self.dataset.resume(job.fingerprint)
         self.started = time.monotonic()
         self.examples: list[str] = []
@@ -97,7 +99,7 @@ class OutputDataset:
             return facts(parts) | {"seconds": seconds}
 
         return self.dataset.finish(
-            len(self.units), fingerprint=self.job.fingerprint, known=self._known_parts(), facts=checked_facts
+            len(self.units), fingerprint=self.job.fingerprint, known_parts=self._known_parts(), facts=checked_facts
         )
 
     def _known_parts(self) -> list[Part]:
@@ -167,7 +169,7 @@ class OutputDatasets:
     def keep_journals(self) -> None:
         """Write the last entries of the journals of all incomplete datasets, if storage allows."""
         for output in self._incomplete.values():
-            output.journal.keep()
+            output.journal.try_flush()
 
 
 def _errors(part: Part) -> int:

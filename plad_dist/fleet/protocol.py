@@ -34,8 +34,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import Part
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed
 
 BlockKey = tuple[str, int]  # path of the dataset in the run directory, number of the block

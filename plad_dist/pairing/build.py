@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from plad_dist.config import Config, Model, Pairing, flatten, is_operational
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import context_length, model_identity, resolve_model
+from plad_dist.data.parts import Part
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Part
 from plad_dist.data.templates import Renderer
 from plad_dist.fingerprint import fingerprint
 from plad_dist.pairing.pairs import facts_of

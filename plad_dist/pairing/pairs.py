@@ -11,8 +11,8 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from plad_dist.config import Pairing
+from plad_dist.data.parts import Part
 from plad_dist.data.schemas import PAIRS
-from plad_dist.data.store import Part
 from plad_dist.data.templates import Messages, Renderer
 from plad_dist.errors import RunFailed
 from plad_dist.pairing.answer import Answer, Scorer

@@ -29,7 +29,7 @@ def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer,
     if labels != 1:
         raise UserError(f"{key}: {path}: expected a classifier with one output, it has {labels}")
     check_weights(path)
-    return Renderer(path, model, answers=False), context_length(path, model)
+    return Renderer(path, model, generates=False), context_length(path, model)
 
 
 def as_model(settings: RewardModel) -> Model:

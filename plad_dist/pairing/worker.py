@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from plad_dist.config import Model, Pairing
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import context_length
+from plad_dist.data.parts import Part
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Part
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockJob, BlockResult, Heartbeat, Hints

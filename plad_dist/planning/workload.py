@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from plad_dist.config import Config, PythonFunctionsSource, RoleSampling
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.manifest import Manifest
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Manifest
 from plad_dist.errors import RunFailed
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
 from plad_dist.rundir import RunDir

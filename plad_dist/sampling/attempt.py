@@ -15,9 +15,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from plad_dist.data.schemas import SAMPLES, is_answer
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import Part
+from plad_dist.data.schemas import SAMPLES, is_usable_response
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Part
 from plad_dist.errors import RunFailed
 from plad_dist.fleet.protocol import BlockKey, BlockResult, Hints
 from plad_dist.sampling.backend import Backend, Completion, RefusedPromptError, Response
@@ -132,7 +133,7 @@ class BlockAttempt:
             "tokens": sum(sample["num_tokens"] for sample in samples),
             "prompt_tokens": sum(sample["prompt_tokens"] for sample in samples),
             "errors": sum(sample["error"] is not None for sample in samples),
-            "finished": sum(is_answer(sample) for sample in samples),
+            "finished": sum(is_usable_response(sample) for sample in samples),
         }
         if self._spool is not None:
             cost = self._inputs.lost_cost + sum(sample["cost"] for sample in samples)

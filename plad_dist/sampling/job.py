@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plad_dist.config import Decoding
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.schemas import PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
 
 
 @dataclass(frozen=True)

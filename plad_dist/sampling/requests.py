@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from plad_dist.config import Config, Decoding
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.manifest import Manifest
 from plad_dist.data.prompts import rows_by_block, teacher_blocks
-from plad_dist.data.store import Dataset, Manifest
 from plad_dist.fingerprint import fingerprint
 from plad_dist.fleet.fleet import Assignment
 from plad_dist.rundir import RunDir

@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling, Teacher
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import model_identity, resolve_model
-from plad_dist.data.store import Dataset
 from plad_dist.fleet.fleet import Assignment, Fleet
 from plad_dist.fleet.placement import Placement
 from plad_dist.rundir import RunDir, require_model

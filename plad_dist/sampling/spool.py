@@ -26,8 +26,9 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import part_name
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, part_name
 
 logger = logging.getLogger("plad")
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from plad_dist.config import Config, Decoding, LlmJudge
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import heldout_prompts, train_prompts
-from plad_dist.data.store import Dataset
 from plad_dist.fleet.driver import run_fleets
 from plad_dist.fleet.fleet import Assignment
 from plad_dist.progress import Progress

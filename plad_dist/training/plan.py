@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from plad_dist.config import Config, Model, Phase
+from plad_dist.data.manifest import Manifest
 from plad_dist.data.models import context_length, load_model_config, model_fingerprint, model_identity, vocabulary_size
 from plad_dist.data.prompts import train_prompts
-from plad_dist.data.store import Manifest
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import fingerprint

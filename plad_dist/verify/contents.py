@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.manifest import MANIFEST
 from plad_dist.data.prompts import rows_by_block
-from plad_dist.data.store import MANIFEST, Dataset
 from plad_dist.errors import RunFailed
 from plad_dist.verify.result import DatasetResult
 

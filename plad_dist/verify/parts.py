@@ -10,21 +10,11 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from plad_dist.catalog.products import DatasetEntry
+from plad_dist.data.dataset import DAMAGED, Dataset
+from plad_dist.data.journal import JOURNAL
+from plad_dist.data.manifest import MANIFEST, DamagedManifest, Manifest
+from plad_dist.data.parts import DamagedPart, Part, check_part, open_part, part_block, read_header
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import (
-    DAMAGED,
-    JOURNAL,
-    MANIFEST,
-    DamagedManifest,
-    DamagedPart,
-    Dataset,
-    Manifest,
-    Part,
-    check_part,
-    open_part,
-    part_block,
-    part_facts,
-)
 from plad_dist.errors import RunFailed
 from plad_dist.verify.result import DatasetResult
 
@@ -106,7 +96,7 @@ def _add_part_checks(result: DatasetResult, checks: list[_PartCheck], manifest: 
         if check.fingerprint and check.fingerprint != expected:
             result.add_problem(
                 check.name,
-                f"{check.name}: made by another config or of other inputs: fingerprint {check.fingerprint[:12]}, "
+                f"{check.name}: made by another config or from other inputs: fingerprint {check.fingerprint[:12]}, "
                 f"expected {expected[:12]}",
             )
 
@@ -133,8 +123,8 @@ def _check_part(dataset: Dataset, name: str, listed: Part | None) -> _PartCheck:
             return check
         if listed is not None:
             check_part(listed, data)
-        facts, check.rows = part_facts(data)
-        check.fingerprint = facts.fingerprint
+        header = read_header(data)
+        check.rows, check.fingerprint = header.rows, header.fingerprint
         schema = open_part(data).schema
         if dataset.schema != _ANY_COLUMNS and not schema.equals(dataset.schema, check_metadata=False):
             check.problems.append(f"its columns are not those of {dataset.path}: {', '.join(schema.names)}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plad_dist.data.store import DAMAGED, Dataset, Manifest
+from plad_dist.data.dataset import DAMAGED, Dataset
+from plad_dist.data.manifest import Manifest
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RunDir, load_run
 from plad_dist.training.checkpoints.store import CheckpointStore
@@ -60,7 +61,7 @@ def _readable_manifest(dataset: Dataset) -> Manifest | None:
 
 def _delete_figures(run: RunDir, path: str) -> list[str]:
     """Delete the figures and the report of a round, of which a dataset is to be rebuilt."""
-    keys = [key for key in (run.metrics, run.report) if run.storage.holds(key)]
+    keys = [key for key in (run.metrics, run.report) if run.storage.exists(key)]
     for key in keys:
         run.storage.delete(key)
     return [f"{key}: deleted, because it was made from {path}" for key in keys]

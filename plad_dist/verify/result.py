@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from plad_dist.catalog.products import DatasetEntry
-from plad_dist.data.store import Dataset
+from plad_dist.data.dataset import Dataset
 
 
 @dataclass(kw_only=True)

@@ -190,8 +190,8 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
             replicas_not_a_number,
             ["1 problem", 'sampling.student.replicas: expected a whole number or `auto`; got "many"'],
         ),
-        (weights_cut, ["student.path: ", "model.safetensors: not a safetensors file", "Copy the model anew"]),
-        (prompts_empty, ["prompts.jsonl", "no prompts in it"]),
+        (weights_cut, ["student.path: ", "model.safetensors: not a safetensors file", "Copy the model again"]),
+        (prompts_empty, ["prompts.jsonl", "no prompts;"]),
         (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has answer, prompt"]),
         (model_missing, ["student.path: ", "nowhere", "no such model folder"]),
         (not_a_model, ["not a model folder", "config.json"]),
@@ -290,7 +290,7 @@ def test_a_config_without_held_out_prompts_is_refused(
     folder, raw = tiny
     code, printed = command("validate", str(write_config(folder, raw)), "prompts.heldout_fraction=0")
     assert code == 2
-    assert "prompts.heldout_fraction: 0 of these 600 rows leaves no held-out prompts" in printed
+    assert "prompts.heldout_fraction: 0 of 600 rows leaves no held-out prompts" in printed
 
 
 def test_all_conflicts_between_keys_are_reported_at_once(
@@ -369,7 +369,7 @@ def test_keys_of_steps_that_have_not_started_may_change(
     ("template", "message"),
     [
         ("{{ messages[-1", "template of student: not a valid Jinja template"),
-        ("{{ messags[-1].content }}", "template of student: there is no messags; it is given `messages`"),
+        ("{{ messags[-1].content }}", "template of student: unknown variable messags; the only variable is `messages`"),
     ],
 )
 def test_an_unusable_template_is_refused_before_anything_is_read(

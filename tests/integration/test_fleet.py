@@ -19,9 +19,9 @@ import ray
 
 from plad_dist.config import Config, Decoding
 from plad_dist.config_file import parse_config
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.driver import run_fleets
 from plad_dist.fleet.fleet import Assignment, Fleet

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.schemas import INITIAL_LOGPS
-from plad_dist.data.store import Dataset
 from plad_dist.rundir import RunDir
 from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.records.metrics_file import read_metrics

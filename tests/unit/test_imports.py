@@ -163,6 +163,6 @@ def test_an_upward_import_is_reported(statement: str) -> None:
 
 def test_a_circle_is_reported() -> None:
     texts = sources()
-    texts["plad_dist.data.schemas"] += "\nfrom plad_dist.data.store import Dataset\n"
+    texts["plad_dist.data.schemas"] += "\nfrom plad_dist.data.dataset import Dataset\n"
     texts["plad_dist.data.storage"] += "\nfrom plad_dist.data.schemas import PROMPTS\n"
     assert circle(texts) is not None

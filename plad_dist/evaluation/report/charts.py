@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from plad_dist.evaluation.document import Calibration, Interval, SystemCalibration
 from plad_dist.evaluation.formatting import phase_phrase, system_title
 from plad_dist.systems import Kind, System
-from plad_dist.text_metrics import Key
+from plad_dist.text_metrics import SystemDecoding
 
 LogRecord = Mapping[str, Any]  # one line of a phase's metrics.jsonl
 
@@ -138,7 +138,7 @@ def quality_pictures(quality: Sequence[QualityPoint]) -> list[Picture]:
     return pictures
 
 
-def length_picture(lengths: Mapping[Key, Sequence[int]]) -> Picture | None:
+def length_picture(lengths: Mapping[SystemDecoding, Sequence[int]]) -> Picture | None:
     """Return the chart of response lengths, by system and decoding; None without responses."""
     rows = []
     for (system, decoding), tokens in lengths.items():

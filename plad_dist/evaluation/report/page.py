@@ -22,7 +22,7 @@ from plad_dist.evaluation.report import charts
 from plad_dist.evaluation.report.charts import LogRecord, QualityPoint
 from plad_dist.evaluation.report.templating import render_page
 from plad_dist.systems import PLAD, SEQKD, WARMUP, System
-from plad_dist.text_metrics import Key
+from plad_dist.text_metrics import SystemDecoding
 from plad_dist.training.records.collapse import CollapseRecord
 
 _EXAMPLES_SHOWN = 4  # further examples are folded
@@ -98,7 +98,7 @@ class ReportData:
     title: str
     metrics: Metrics
     curves: Mapping[str, Sequence[LogRecord]]
-    lengths: Mapping[Key, Sequence[int]]
+    lengths: Mapping[SystemDecoding, Sequence[int]]
     examples: Sequence[Example]
     config_yaml: str
     versions: Mapping[str, str]

@@ -10,7 +10,7 @@ from plad_dist.catalog.products import DatasetEntry, Purpose, datasets_of
 from plad_dist.catalog.systems import systems_of
 from plad_dist.config import Config, LlmJudge
 from plad_dist.data.models import model_marker
-from plad_dist.data.store import Part
+from plad_dist.data.parts import Part
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.heldout import evaluated_prompts, model_step

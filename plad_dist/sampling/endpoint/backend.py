@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from plad_dist.config import Decoding, Model
-from plad_dist.data.store import Dataset
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.templates import Messages, compile_template, render
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import StopStageError

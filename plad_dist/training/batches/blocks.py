@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from plad_dist.data.schemas import is_answer
+from plad_dist.data.schemas import is_usable_response
 from plad_dist.errors import RunFailed
 
 Row = dict[str, Any]
@@ -54,7 +54,7 @@ class ResponseRows:
         self._prompts, self._samples = prompts, samples.select(["prompt_id", "text"])
         self._prompt_rows = {prompt_id: row for row, prompt_id in enumerate(prompts["prompt_id"].to_pylist())}
         rows = samples.select(["text", "finish_reason"]).to_pylist()
-        self._row_indices = np.array([index for index, row in enumerate(rows) if is_answer(row)], np.int64)
+        self._row_indices = np.array([index for index, row in enumerate(rows) if is_usable_response(row)], np.int64)
 
     def rows(self, number: int) -> list[Row]:
         sample = self._samples.slice(int(self._row_indices[number]), 1).to_pylist()[0]

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from plad_dist.config import Loss, Model
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import load_model_config, vocabulary_size
+from plad_dist.data.parts import part_name
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import PairRows, group_starts
 from plad_dist.training.batches.building import pair_groups

@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plad_dist.config import Model
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import load_model_config, vocabulary_size
+from plad_dist.data.parts import Part, part_name
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS, PAIRS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Part, part_name
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import GroupRows, PairRows, ReferenceRows, ResponseRows, Row

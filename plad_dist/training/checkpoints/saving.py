@@ -123,7 +123,7 @@ class Checkpoints:
         self._pending = None
         if self._rank and self._saved is not None:
             key, until = self._store.key(self._saved), time.monotonic() + _COMMIT_TIMEOUT_S
-            while not self._store.storage.holds(key) and self._attempt.superseded() is None:
+            while not self._store.storage.exists(key) and self._attempt.superseded() is None:
                 if time.monotonic() > until:
                     raise RunFailed(f"{self._store.storage.url}/{key} did not come: the first worker does not answer")
                 time.sleep(_POLL_S)

@@ -113,7 +113,7 @@ class CheckpointStore:
                 continue
             if found is not None:
                 return found, damaged
-        aside = [step for step in steps if self.storage.holds(f"{self.key(step)}{_ASIDE}")]
+        aside = [step for step in steps if self.storage.exists(f"{self.key(step)}{_ASIDE}")]
         if damaged or aside:  # training must not begin anew without a word
             why = "; ".join(damaged.values()) or f"those of the steps {', '.join(map(str, aside))} were set aside"
             raise RunFailed(
@@ -161,7 +161,7 @@ class CheckpointStore:
 
     def is_committed(self, step: int) -> bool:
         """Whether there is a checkpoint of a step."""
-        return self.storage.holds(self.key(step))
+        return self.storage.exists(self.key(step))
 
     def alteration(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
         """The first of these files, or of all, whose bytes are not those that were committed. None for none. Reads every byte."""

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from plad_dist.config import ScratchModel
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import commit_model, model_fingerprint
-from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 

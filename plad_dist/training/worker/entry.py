@@ -23,5 +23,5 @@ def train_jobs(settings: dict[str, Any]) -> None:
                 # A broken connection, mostly: whoever died broke it, and is to be seen first.
                 time.sleep(_AFTER_A_DEATH_S)
                 raise
-            if from_rank_zero(partial(job.storage.holds, job.stopped_key)):
+            if from_rank_zero(partial(job.storage.exists, job.stopped_key)):
                 return

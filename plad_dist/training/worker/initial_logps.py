@@ -16,9 +16,10 @@ import pyarrow as pa
 import torch
 import torch.distributed as dist
 
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import model_identity
+from plad_dist.data.parts import Part
 from plad_dist.data.schemas import INITIAL_LOGPS
-from plad_dist.data.store import Dataset, Part
 from plad_dist.fingerprint import fingerprint
 from plad_dist.training.batches.groups import DataSpec, fit, group_counts, open_groups
 from plad_dist.training.batches.micro_batch import Group
@@ -73,7 +74,7 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
                 initial_logps.commit(block, table, fingerprint=input_fingerprint, attempt=uuid.uuid4().hex)[0]
             )
     if first:
-        initial_logps.finish(len(manifest.parts), fingerprint=input_fingerprint, facts={}, known=written)
+        initial_logps.finish(len(manifest.parts), fingerprint=input_fingerprint, facts={}, known_parts=written)
     dist.barrier()
     return spec
 

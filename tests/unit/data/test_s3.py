@@ -1,4 +1,4 @@
-"""The shard store on a real S3 server: the fence of a conditional put, whole datasets, a run directory as a URI."""
+"""Datasets and run directories on an S3 server, with conditional puts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from plad_dist.config_file import parse_config
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset, Journal
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import check_same_run, open_run
 from plad_dist.status import status_table
@@ -26,7 +26,7 @@ def rows(*values: int) -> pa.Table:
     return pa.table({"x": list(values)}, schema=SCHEMA)
 
 
-def test_of_two_writers_of_a_block_exactly_one_wins_and_the_other_learns_it(bucket: str) -> None:
+def test_exactly_one_of_two_writers_of_a_block_wins_and_the_other_learns_it(bucket: str) -> None:
     data = Dataset(Storage(bucket), "numbers", SCHEMA)
     start, results = threading.Barrier(2), dict[tuple[int, int], bool]()
 
@@ -46,17 +46,17 @@ def test_of_two_writers_of_a_block_exactly_one_wins_and_the_other_learns_it(buck
     assert data.read()["x"].to_pylist() == [int(results[1, block]) for block in range(20)]
 
 
-def test_a_retry_of_ones_own_commit_is_a_win(bucket: str) -> None:
-    """The answer to a put may be lost on the way: the second try finds the part there, of the same attempt."""
+def test_a_retry_of_an_own_commit_counts_as_the_first_commit(bucket: str) -> None:
+    """The response to a put can be lost: the retry then finds the part of the same attempt."""
     data = Dataset(Storage(bucket), "numbers", SCHEMA)
     first = data.commit(0, rows(1), fingerprint="f", attempt="a")
     assert data.commit(0, rows(1), fingerprint="f", attempt="a") == first
     assert data.commit(0, rows(2), fingerprint="f", attempt="b") == (first[0], False)
 
 
-def test_a_resume_knows_what_is_committed_from_names_and_the_journal(bucket: str) -> None:
+def test_a_resumed_writer_knows_the_committed_parts_from_names_and_the_journal(bucket: str) -> None:
     data = Dataset(Storage(bucket), "numbers", SCHEMA)
-    journal = Journal(data, "f")
+    journal = data.journal("f")
     parts = [data.commit(block, rows(block), fingerprint="f", attempt="a")[0] for block in range(5)]
     for part in parts[:3]:
         journal.add(part)
@@ -65,7 +65,7 @@ def test_a_resume_knows_what_is_committed_from_names_and_the_journal(bucket: str
     assert data.finish(5, fingerprint="f", facts={}).parts == parts
 
 
-def test_a_run_directory_may_be_a_uri(bucket: str, tmp_path: Path) -> None:
+def test_a_run_directory_can_be_a_uri(bucket: str, tmp_path: Path) -> None:
     write_prompts(tmp_path, 100)
     raw: dict[str, Any] = tiny_config(tmp_path)
     raw["run"]["dir"] = bucket
@@ -82,7 +82,7 @@ def test_a_run_directory_may_be_a_uri(bucket: str, tmp_path: Path) -> None:
     assert [item.state for item in checked] == ["complete", "complete"]
 
 
-def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
+def test_the_error_names_a_missing_bucket(bucket: str) -> None:
     storage = Storage("s3://no-such-bucket/run")
     with pytest.raises(RunFailed, match=r"s3://no-such-bucket/run/x: cannot be written"):
         storage.replace("x", b"1")
@@ -90,7 +90,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket: str) -> None:
         storage.check_writable()
 
 
-def test_no_secret_is_in_a_message_or_a_pickle(bucket: str) -> None:
+def test_messages_and_pickles_contain_no_secret(bucket: str) -> None:
     import pickle
 
     storage = Storage(bucket)

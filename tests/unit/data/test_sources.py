@@ -1,4 +1,4 @@
-"""Prompt sources: every row read as it is, as a stream, and what is wrong named by file, row and column."""
+"""Prompt sources: rows are streamed unchanged, and errors name file, row and column."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(folder: Path, text: str, name: str = "p.jsonl") -> Path:
 
 
 def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Rows in a file of the kind that its name says."""
+    """Write rows in the format that the name of the file implies."""
     if path.name.endswith(".gz"):
         plain = write_as(path.with_suffix(""), rows)
         path.write_bytes(gzip.compress(plain.read_bytes()))
@@ -70,25 +70,25 @@ def contents(prompts: Iterator[Prompt]) -> list[tuple[str, str | None]]:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_all_kinds_of_files_give_the_same_prompts(tmp_path: Path, name: str) -> None:
+def test_all_file_formats_give_the_same_prompts(tmp_path: Path, name: str) -> None:
     rows = [*ROWS, *({"prompt": f"q{row}", "answer": f"a{row}"} for row in range(3000))]
     path = write_as(tmp_path / name, rows)
     assert contents(read_prompts(source(path))) == [(row["prompt"], row["answer"]) for row in rows]
 
 
-def test_nulls_are_references_that_are_not_there(tmp_path: Path) -> None:
+def test_nulls_are_missing_references(tmp_path: Path) -> None:
     for name in ("p.jsonl", "p.parquet", "p.arrow"):
         path = write_as(tmp_path / name, [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": None}])
         assert contents(read_prompts(source(path))) == [("a", "b"), ("c", None)]
 
 
-def test_prompt_ids_are_those_of_earlier_versions_and_differ(tmp_path: Path) -> None:
+def test_prompt_ids_are_those_of_earlier_versions_and_unique(tmp_path: Path) -> None:
     first, second = read_prompts(
         source(write(tmp_path, '{"prompt": "a", "answer": ""}\n\n{"prompt": "ü", "answer": ""}'))
     )
     assert first.prompt_id == "ff6145e97fa21ee652921207"
     assert second.prompt_id == "1066fb54d001d8c91d6dbc13"
-    assert (second.meta, second.where) == ({"source": "p.jsonl", "row": 2}, f"{tmp_path}/p.jsonl:3")
+    assert (second.meta, second.location) == ({"source": "p.jsonl", "row": 2}, f"{tmp_path}/p.jsonl:3")
     assert len({prompt.prompt_id for prompt in read_prompts(source(write_prompts(tmp_path, 50)))}) == 50
 
 
@@ -101,7 +101,7 @@ def test_globs_are_read_in_sorted_order_and_every_file_once(tmp_path: Path) -> N
     assert [text for text, _ in contents(read_prompts(everything))] == ["a", "b", "sub/a"]
 
 
-def test_equal_rows_of_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+def test_equal_rows_of_files_with_the_same_name_have_different_ids(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder, '{"prompt": "a", "answer": "b"}')
@@ -110,13 +110,13 @@ def test_equal_rows_of_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -
     assert first.content == second.content
 
 
-def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path: Path) -> None:
+def test_a_name_with_brackets_can_be_a_file(tmp_path: Path) -> None:
     assert contents(read_prompts(source(write(tmp_path, '{"prompt": "a", "answer": "b"}', "p[1].jsonl")))) == [
         ("a", "b")
     ]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> None:
     path = tmp_path / "p.csv"
     path.write_bytes(b"\xef\xbb\xbfprompt,answer\r\na,b\r\n\r\nc,d\r\n")
     assert contents(read_prompts(source(path))) == [("a", "b"), ("c", "d")]
@@ -125,10 +125,13 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"p\.jsonl: no prompts in it"),
-        ('{"prompt": "a", "answer": ""}\n{"prompt": ', r"p\.jsonl:2: not valid JSON.*expected one JSON object a line"),
+        ("", r"p\.jsonl: no prompts;"),
+        (
+            '{"prompt": "a", "answer": ""}\n{"prompt": ',
+            r"p\.jsonl:2: not valid JSON.*expected one JSON object per line",
+        ),
         ("[" * 100_000, r"p\.jsonl:1: not valid JSON"),
-        ('{"prompt": "\\ud83d", "answer": ""}', r"p\.jsonl:1: holds half of a surrogate pair"),
+        ('{"prompt": "\\ud83d", "answer": ""}', r"p\.jsonl:1: contains half of a surrogate pair"),
         ("[1]", r"p\.jsonl:1: expected a JSON object, got list"),
         ('{"question": "a"}', r"p\.jsonl:1: no column 'prompt'; it has question\. Set prompts\.source\.prompt_column"),
         ('{"prompt": "a"}', r"p\.jsonl:1: no column 'answer'"),
@@ -137,7 +140,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> Non
         ('{"prompt": "a", "answer": 3}', r"p\.jsonl:1: 'answer': expected a string or null, got 3"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_the_error_names_a_bad_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(read_prompts(source(write(tmp_path, text))))
 
@@ -145,22 +148,22 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", r"p\.csv: no prompts in it"),
-        (b"prompt,answer\n", r"p\.csv: no prompts in it"),
+        (b"", r"p\.csv: no prompts;"),
+        (b"prompt,answer\n", r"p\.csv: no prompts;"),
         (b"prompt,answer\na,b\na,b,c\n", r"p\.csv: row 1 \(counted from 0\): has 3 fields, the header has 2 columns"),
         (b'prompt,answer\na,b\na,"b\n', r"p\.csv:3: not valid CSV: unexpected end of data"),
         (b"prompt,answer\na,b\na,\xff\n", r"p\.csv:3: not UTF-8 text .*convert"),
         (b"prompt,answer\na,b\n,b\n", r"p\.csv: row 1 \(counted from 0\): 'prompt': expected a non-empty string"),
     ],
 )
-def test_a_bad_row_of_csv_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+def test_the_error_names_a_bad_row_of_csv(tmp_path: Path, text: bytes, message: str) -> None:
     (tmp_path / "p.csv").write_bytes(text)
     with pytest.raises(UserError, match=message):
         list(read_prompts(source(tmp_path / "p.csv")))
 
 
 @pytest.mark.parametrize("name", ["p.parquet", "p.arrow", "stream.arrow"])
-def test_a_bad_row_of_a_table_is_named_and_counted_from_0(tmp_path: Path, name: str) -> None:
+def test_the_error_names_a_bad_row_of_a_table_counted_from_0(tmp_path: Path, name: str) -> None:
     path = write_as(tmp_path / name, [*ROWS, {"prompt": "", "answer": ""}])
     with pytest.raises(UserError, match=r"row 2 \(counted from 0\): 'prompt': expected a non-empty string, got ''"):
         list(read_prompts(source(path)))
@@ -172,14 +175,14 @@ def test_a_bad_row_of_a_table_is_named_and_counted_from_0(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".gz", ".parquet", ".arrow"))])
-def test_a_truncated_file_is_named(tmp_path: Path, name: str) -> None:
+def test_the_error_names_a_truncated_file(tmp_path: Path, name: str) -> None:
     path = write_as(tmp_path / name, [{"prompt": f"{row * 7919:x}", "answer": "b"} for row in range(2000)])
     path.write_bytes(path.read_bytes()[:-2500])
-    with pytest.raises(UserError, match=rf"{name}: not a readable [a-z.]+ file: .*Is it whole"):
+    with pytest.raises(UserError, match=rf"{name}: not a readable [a-z.]+ file: .*check that it is complete"):
         list(read_prompts(source(path)))
 
 
-def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes('{"prompt": "a"}\n'.encode("utf-16"))
     with pytest.raises(UserError, match=r"p\.jsonl:1: not UTF-8 text"):
         list(read_prompts(source(tmp_path / "p.jsonl")))
@@ -194,7 +197,7 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         ([{"role": "user"}], "expected a non-empty list"),
     ],
 )
-def test_bad_messages_are_named(tmp_path: Path, messages: Any, message: str) -> None:
+def test_bad_messages_are_refused(tmp_path: Path, messages: Any, message: str) -> None:
     path = write(tmp_path, json.dumps({"m": messages, "answer": "x"}))
     with pytest.raises(UserError, match=message):
         list(read_prompts(source(path, messages_column="m")))
@@ -205,24 +208,24 @@ def test_bad_messages_are_named(tmp_path: Path, messages: Any, message: str) -> 
     [
         ("none.jsonl", "no such prompts file"),
         ("*.none", "no file matches"),
-        ("p.txt", "unknown kind '.txt'"),
-        ("p.parquet.gz", "unknown kind '.parquet.gz'"),
+        ("p.txt", "unknown format '.txt'"),
+        ("p.parquet.gz", "unknown format '.parquet.gz'"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, name: str, message: str) -> None:
+def test_missing_and_unknown_files_are_refused(tmp_path: Path, name: str, message: str) -> None:
     for path in ("p.txt", "p.parquet.gz"):
         write(tmp_path, "x", path)
     with pytest.raises(UserError, match=message):
         list(read_prompts(source(tmp_path / name)))
 
 
-def test_uris_of_no_known_store_are_refused() -> None:
+def test_uris_of_unknown_stores_are_refused() -> None:
     for uri in ("http://host/p.jsonl", "s3://bucket", "s3://key:secret@bucket/p.jsonl"):
         with pytest.raises(UserError, match=r"prompts\.source\.paths: .*expected a path, or s3://"):
             list(read_prompts(source(uri)))
 
 
-def test_a_template_makes_the_prompt_of_several_columns(tmp_path: Path) -> None:
+def test_a_template_builds_the_prompt_from_several_columns(tmp_path: Path) -> None:
     path = write(tmp_path, json.dumps({"title": "T", "body": "B", "lang": "de", "n": 3}))
     options = {"template": "{{ title }}: {{ body }}", "meta_columns": ["lang", "n"], "reference_column": None}
     (prompt,) = read_prompts(source(path, **options))
@@ -243,12 +246,12 @@ def test_a_template_makes_the_prompt_of_several_columns(tmp_path: Path) -> None:
         ({"meta_columns": ["lang"]}, r"p\.jsonl:1: no column 'lang'.*Set prompts\.source\.meta_columns"),
     ],
 )
-def test_bad_columns_are_named_by_their_key(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_the_error_about_a_bad_column_names_the_key(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         list(read_prompts(source(write(tmp_path, '{"prompt": "a", "answer": "b"}'), **options)))
 
 
-def test_an_answered_conversation_gives_its_last_turn_as_the_reference(tmp_path: Path) -> None:
+def test_the_last_response_of_a_conversation_is_the_reference(tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
@@ -256,28 +259,28 @@ def test_an_answered_conversation_gives_its_last_turn_as_the_reference(tmp_path:
     ]
     rows = [{"m": [*turns, {"role": "assistant", "content": "ha"}]}, {"m": turns}]
     path = write(tmp_path, "".join(json.dumps(row) + "\n" for row in rows))
-    found = list(read_prompts(source(path, messages_column="m", reference_column="m")))
-    assert [(prompt.messages, prompt.reference) for prompt in found] == [(turns, "ha"), (turns, None)]
+    prompts = list(read_prompts(source(path, messages_column="m", reference_column="m")))
+    assert [(prompt.messages, prompt.reference) for prompt in prompts] == [(turns, "ha"), (turns, None)]
     with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.*reference_column to m too"):
         list(read_prompts(source(path, messages_column="m", reference_column=None)))
-    with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.* Leave that out$"):
+    with pytest.raises(UserError, match=r"jsonl:1: 'm': ends with the assistant's turn.* remove that turn$"):
         list(read_prompts(source(path, messages_column="m", reference_column=None, reference_template="x")))
     answer = {"role": "assistant", "content": "a"}
-    for said in ([answer], [*turns[:2], answer]):
-        path = write(tmp_path, json.dumps({"m": said}))
-        with pytest.raises(UserError, match="expected a turn of somebody else before"):
+    for conversation in ([answer], [*turns[:2], answer]):
+        path = write(tmp_path, json.dumps({"m": conversation}))
+        with pytest.raises(UserError, match="expected a turn of another role before"):
             list(read_prompts(source(path, messages_column="m", reference_column="m")))
 
 
-def test_a_blank_reference_is_none(tmp_path: Path) -> None:
+def test_a_blank_reference_is_a_missing_reference(tmp_path: Path) -> None:
     path = write(tmp_path, "prompt,answer\na,\nb, \nc,d\n", "rows.csv")
     assert [prompt.reference for prompt in read_prompts(source(path, reference_column="answer"))] == [None, None, "d"]
 
 
-# ------------------------------------------------------------------------------------------------------------ data sets
+# ---------------------------------------------------------------------------------- data sets
 
 
-def test_a_data_set_gives_the_same_prompts_however_it_is_kept(tmp_path: Path) -> None:
+def test_a_data_set_gives_the_same_prompts_in_every_storage_format(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_list(ROWS)
     (tmp_path / "files").mkdir()
     rows.to_parquet(tmp_path / "files" / "train-00000.parquet")
@@ -290,8 +293,8 @@ def test_a_data_set_gives_the_same_prompts_however_it_is_kept(tmp_path: Path) ->
         assert prompts[1].meta == {"source": f"{name}:train", "row": 1}
 
 
-def test_one_configuration_is_read_of_a_copy_as_parquet(tmp_path: Path) -> None:
-    """As the hub keeps them: a folder a configuration, in it a folder a split."""
+def test_one_configuration_of_a_parquet_copy_is_read(tmp_path: Path) -> None:
+    """The hub has one folder per configuration, and in it one folder per split."""
     for place, rows in {"pairs/train": ROWS, "pairs/test": ROWS[:1], "scores/train": [{"score": 1}]}.items():
         (tmp_path / "hub" / place).mkdir(parents=True)
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / place / "0000.parquet")
@@ -312,7 +315,7 @@ def test_one_configuration_is_read_of_a_copy_as_parquet(tmp_path: Path) -> None:
         ("broken", {}, r"prompts\.source: .*broken: cannot be read as a data set"),
     ],
 )
-def test_a_bad_data_set_is_named(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
+def test_the_error_names_a_bad_data_set(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "several")
     for folder in ("files", "broken", "scripted"):
@@ -325,12 +328,12 @@ def test_a_bad_data_set_is_named(tmp_path: Path, name: str, options: dict[str, A
         list(read_prompts(DatasetSource(type="dataset", name=str(path) if path.exists() else name, **options)))
 
 
-# -------------------------------------------------------------------------------------------------------- object stores
+# ------------------------------------------------------------------------------ object stores
 
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bytes], None]]:
-    """Puts objects into s3://prompts on a local server."""
+    """Return a function that puts objects into s3://prompts on a local server."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()
     try:
@@ -352,43 +355,43 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, bytes], N
         server.stop()
 
 
-def test_files_on_an_object_store_are_read_like_local_ones(
+def test_files_on_an_object_store_are_read_like_local_files(
     tmp_path: Path, bucket: Callable[[str, bytes], None]
 ) -> None:
     rows = [*ROWS, *({"prompt": f"q{row}", "answer": f"a{row}"} for row in range(3000))]
     for name in KINDS:
         path = write_as(tmp_path / name, rows)
         bucket(f"data/{name}", path.read_bytes())
-        there = list(read_prompts(source(f"s3://prompts/data/{name}")))
-        here = list(read_prompts(source(path)))
-        assert [prompt.prompt_id for prompt in there] == [prompt.prompt_id for prompt in here]
-        assert contents(iter(there)) == contents(iter(here))
+        remote = list(read_prompts(source(f"s3://prompts/data/{name}")))
+        local = list(read_prompts(source(path)))
+        assert [prompt.prompt_id for prompt in remote] == [prompt.prompt_id for prompt in local]
+        assert contents(iter(remote)) == contents(iter(local))
 
 
-def test_globs_on_an_object_store_are_those_of_a_file_system(bucket: Callable[[str, bytes], None]) -> None:
+def test_globs_match_on_an_object_store_as_on_a_file_system(bucket: Callable[[str, bytes], None]) -> None:
     for name in ("a", "b", "sub/c", "sub/deep/d"):
         bucket(f"tree/{name}.jsonl", json.dumps({"prompt": name, "answer": ""}).encode())
 
-    def found(pattern: str) -> list[str]:
+    def matches(pattern: str) -> list[str]:
         return [text for text, _ in contents(read_prompts(source(f"s3://prompts/{pattern}")))]
 
-    assert found("tree/*.jsonl") == ["a", "b"]
-    assert found("tree/*/*.jsonl") == ["sub/c"]
-    assert found("tree/**/*.jsonl") == ["a", "b", "sub/c", "sub/deep/d"]
+    assert matches("tree/*.jsonl") == ["a", "b"]
+    assert matches("tree/*/*.jsonl") == ["sub/c"]
+    assert matches("tree/**/*.jsonl") == ["a", "b", "sub/c", "sub/deep/d"]
     with pytest.raises(UserError, match=r"no file matches 's3://prompts/tree/\*\.csv'"):
-        found("tree/*.csv")
+        matches("tree/*.csv")
     with pytest.raises(UserError, match=r"s3://prompts/tree/none\.jsonl: no such prompts file"):
-        found("tree/none.jsonl")
+        matches("tree/none.jsonl")
     bucket("tree/broken.jsonl", b"{}\n{")
     with pytest.raises(UserError, match=r"s3://prompts/tree/broken\.jsonl:1: no column 'prompt'"):
-        found("tree/broken.jsonl")
+        matches("tree/broken.jsonl")
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet", "p.arrow"])
-def test_no_file_is_held_in_memory(tmp_path: Path, name: str) -> None:
+def test_files_are_not_held_in_memory(tmp_path: Path, name: str) -> None:
     path = write_as(tmp_path / name, [{"prompt": f"{row} {'x' * 2000}", "answer": ""} for row in range(10_000)])
     allocated = pa.total_allocated_bytes()
     tracemalloc.start()
@@ -405,13 +408,13 @@ def test_no_file_is_held_in_memory(tmp_path: Path, name: str) -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=30), max_size=20))
-def test_a_hash_set_says_of_every_hash_whether_it_is_new(batches: list[list[int]]) -> None:
+def test_a_hash_set_reports_for_every_hash_if_it_is_new(batches: list[list[int]]) -> None:
     hashes, seen = HashSet(), set[int]()
     for batch in batches:
-        given_hashes = np.array(batch, dtype=np.uint64)
-        assert hashes.holds(given_hashes).tolist() == [item in seen for item in batch]
+        batch_hashes = np.array(batch, dtype=np.uint64)
+        assert hashes.contains(batch_hashes).tolist() == [item in seen for item in batch]
         new = [item not in seen | set(batch[:index]) for index, item in enumerate(batch)]
-        assert hashes.add(given_hashes).tolist() == new
+        assert hashes.add(batch_hashes).tolist() == new
         seen |= set(batch)
     assert sum(map(len, hashes._runs)) == len(seen), "8 bytes each"
     assert len(hashes._runs) <= 1 + len(seen).bit_length()

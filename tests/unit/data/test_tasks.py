@@ -1,4 +1,4 @@
-"""The data sets of the paper's tasks in the form in which the hub has them, and the examples that read them."""
+"""Data sets of the paper's tasks in the schemas of the hub, and the examples that read them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ TLDR = [
 ]
 COMPARISONS = [
     {
-        "info": {"id": "t3_1", "post": "It sleeps all day.", "title": "My cat", "subreddit": "cats", "site": None, "article": None},
+        "info": {
+            "id": "t3_1", "post": "It sleeps all day.", "title": "My cat", "subreddit": "cats",
+            "site": None, "article": None,
+        },
         "summaries": [
             {"text": " A cat.", "policy": "sup1", "note": None},
             {"text": " My cat sleeps.", "policy": "ref", "note": None},
@@ -44,13 +47,9 @@ COMPARISONS = [
         "extra": {"confidence": None},
     }
 ]  # fmt: skip
-DIALOGUES = [
-    {
-        "chosen": "\n\nHuman: What is a cat?\n\nAssistant: An animal.\n\nHuman: Does it say:\n\nmeow?\n\nAssistant: Yes, it does.",
-        "rejected": "\n\nHuman: What is a cat?\n\nAssistant: An animal.\n\nHuman: Does it say:\n\nmeow?\n\nAssistant: No.",
-    }
-]
-# By the name of the data set: rows, and what is there of the first prompt.
+_DIALOGUE = "\n\nHuman: What is a cat?\n\nAssistant: An animal.\n\nHuman: Does it say:\n\nmeow?\n\nAssistant:"
+DIALOGUES = [{"chosen": f"{_DIALOGUE} Yes, it does.", "rejected": f"{_DIALOGUE} No."}]
+# Rows by the name of the data set.
 SCHEMAS: dict[str, list[dict[str, Any]]] = {
     "trl-lib/tldr": TLDR,
     "openai/summarize_from_feedback": COMPARISONS,
@@ -60,7 +59,10 @@ SCHEMAS: dict[str, list[dict[str, Any]]] = {
 
 
 def folder_of(rows: list[dict[str, Any]], folder: Path, split: str = "train", copies: int = 1) -> Path:
-    """Rows as a folder of data files that `datasets` reads; copies of a row are about other animals, others in each split."""
+    """Write rows as a folder of data files that `datasets` reads.
+
+    Copies of a row differ from one another and between splits.
+    """
     folder.mkdir(parents=True)
     text = "".join(
         json.dumps(row).replace("cat", f"cat{number}{split}") + "\n" for number in range(copies) for row in rows
@@ -90,7 +92,7 @@ def example(name: str) -> dict[str, Any]:
         ),
     ],
 )
-def test_the_tasks_are_read_as_the_hub_publishes_them(
+def test_the_data_of_the_tasks_is_read_in_the_schemas_of_the_hub(
     tmp_path: Path, name: str, messages: list[tuple[str, str]], reference: str
 ) -> None:
     raw = example(f"{name}.yaml")["prompts"]["source"]
@@ -109,7 +111,7 @@ def test_the_tasks_are_read_as_the_hub_publishes_them(
         "\n\nHuman: A?\n\nAssistant: B.\n\nAssistant: C.",
     ],
 )
-def test_a_text_that_is_no_dialogue_is_named(tmp_path: Path, text: str) -> None:
+def test_the_error_names_a_text_that_is_not_a_dialogue(tmp_path: Path, text: str) -> None:
     folder = folder_of([{"chosen": text}], tmp_path / "data")
     with pytest.raises(UserError, match=r"row 0 .*'chosen': expected a text of turns"):
         list(read_prompts(DatasetSource(type="dataset", name=str(folder), dialogue_column="chosen")))
@@ -122,15 +124,15 @@ def test_a_dialogue_that_ends_with_the_human_has_no_reference(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name not in STUDIES], ids=lambda path: path.name)
-def test_every_example_is_valid_where_its_models_and_data_are_there(tmp_path: Path, path: Path) -> None:
-    """With small models and files of the same schema in the place of the hub's."""
+def test_every_example_is_valid_if_its_models_and_data_are_available(tmp_path: Path, path: Path) -> None:
+    """Small models and files of the same schemas replace those of the hub."""
     raw = example(path.name)
     raw["run"]["dir"] = str(tmp_path / "run")
     for role in ("teacher", "student"):
         if "path" in raw[role]:
             folder = make_random_model(tmp_path / role, max_position_embeddings=4096)
             raw[role]["path"] = str(folder)
-            if "template" not in raw[role]:  # it has a chat template at the hub
+            if "template" not in raw[role]:  # the model on the hub has a chat template
                 config = json.loads((folder / "tokenizer_config.json").read_text())
                 template = "{% for m in messages %}{{ m.content }} {% endfor %}"
                 (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
@@ -138,7 +140,7 @@ def test_every_example_is_valid_where_its_models_and_data_are_there(tmp_path: Pa
         source = raw["prompts"].get(part)
         if source and source["type"] == "dataset":
             rows = SCHEMAS[source["name"]]
-            source["split"] = source["split"].partition("_")[0]  # folders of files have no others
+            source["split"] = source["split"].partition("_")[0]  # the only split of a folder of files
             source |= {"name": str(folder_of(rows, tmp_path / part, source["split"], 10)), "subset": None}
         if source and source["type"] == "files":
             (tmp_path / "p.jsonl").write_text(
@@ -148,4 +150,4 @@ def test_every_example_is_valid_where_its_models_and_data_are_there(tmp_path: Pa
     raw["prompts"] |= {"duplicates": "keep", "heldout_fraction": 0.4}
     config = parse_config(raw, path.name)
     check_inputs(config, RunDir.of(config), all_rows=True)
-    assert not (tmp_path / "run").exists(), "to check is not to begin"
+    assert not (tmp_path / "run").exists(), "a check starts no run"

@@ -1,4 +1,4 @@
-"""How prompts and responses become tokens."""
+"""Rendering of prompts and responses to tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %
 
 @pytest.fixture
 def chat_model(tmp_path: Path) -> Path:
-    """A model that ends a turn by another token than its tokenizer's end-of-sequence, as some chat models do."""
+    """Return a chat model that ends a turn with another token than end-of-sequence."""
     folder = make_random_model(tmp_path / "chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
@@ -34,12 +34,12 @@ def test_responses_end_as_the_chat_template_ends_a_turn(chat_model: Path) -> Non
     assert [ids[-1] for ids in renderer.response_ids(["one", "two"])] == [end, end]
 
 
-def test_responses_end_with_end_of_sequence_where_the_config_has_a_template(chat_model: Path) -> None:
+def test_responses_end_with_end_of_sequence_if_the_config_has_a_template(chat_model: Path) -> None:
     renderer = Renderer(str(chat_model), Model(path=str(chat_model), template=TEMPLATE))
     assert renderer.response_ids(["one"])[0][-1] == renderer.tokenizer.eos_token_id
 
 
-def test_a_turn_that_ends_with_no_end_of_the_model_ends_with_end_of_sequence(chat_model: Path) -> None:
+def test_responses_end_with_end_of_sequence_if_the_turn_ends_with_no_end_token_of_the_model(chat_model: Path) -> None:
     (chat_model / "generation_config.json").unlink()
     renderer = Renderer(str(chat_model), Model(path=str(chat_model)))
     assert renderer.response_ids(["one"])[0][-1] == renderer.tokenizer.eos_token_id

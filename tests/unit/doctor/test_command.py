@@ -129,7 +129,7 @@ def test_a_port_of_another_server_is_a_failure_at_once(doctor: Doctor) -> None:
         server.shutdown()
         server.server_close()
     (finding,) = failures(printed)
-    assert (code, finding["found"]) == (1, "no Ray cluster answers there: what listens there is no Ray")
+    assert (code, finding["found"]) == (1, "no Ray cluster answers there: the server at this address is not Ray")
 
 
 # -- what the config needs

@@ -11,9 +11,9 @@ import pytest
 from plad_dist.catalog.systems import systems_of, trained_systems
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import heldout_prompts, prepare
 from plad_dist.data.schemas import SAMPLES
-from plad_dist.data.store import Dataset
 from plad_dist.errors import UserError
 from plad_dist.evaluation import stage
 from plad_dist.evaluation.document import load_metrics

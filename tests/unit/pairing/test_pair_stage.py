@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 
 from plad_dist.config import Config
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import part_name
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.schemas import PROMPTS, SAMPLES
-from plad_dist.data.store import Dataset, part_name
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockResult, BlockWorker, Hints
 from plad_dist.pairing import build

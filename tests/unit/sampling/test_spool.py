@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed
 from plad_dist.sampling.spool import Spool, total_cost
 

@@ -14,9 +14,9 @@ import pytest
 
 from plad_dist.config import Loss, Model
 from plad_dist.config_file import parse_config
+from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS, SAMPLES
-from plad_dist.data.store import Dataset
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.batches.building import TextGroupBuilder

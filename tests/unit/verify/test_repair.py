@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from plad_dist.data.parts import part_name
 from plad_dist.data.prompts import train_prompts
-from plad_dist.data.store import part_name
 from plad_dist.rundir import RunDir
 from plad_dist.verify.repair import repair
 from plad_dist.verify.run import verify
@@ -48,7 +48,7 @@ def test_repair_sets_bad_parts_aside_and_nothing_else(run: RunDir, damage: Calla
     for block in blocks:
         if block not in committed:
             dataset.commit(block, samples_of(prompts, block, 2), fingerprint="f", attempt="again")
-    dataset.finish(len(blocks), fingerprint="f", facts={}, known=[item for item in committed.values() if item])
+    dataset.finish(len(blocks), fingerprint="f", facts={}, known_parts=[item for item in committed.values() if item])
     assert problems_of(run) == []
 
 
@@ -64,7 +64,7 @@ def test_repair_of_one_part_does_not_hide_the_damage_of_another(run: RunDir) -> 
     dataset, prompts = run.samples("teacher"), train_prompts(run.storage)
     dataset.commit(1, samples_of(prompts, 1, 2), fingerprint="f", attempt="again")
     known = [item for item in dataset.committed().values() if item]
-    dataset.finish(5, fingerprint="f", facts={}, known=known)
+    dataset.finish(5, fingerprint="f", facts={}, known_parts=known)
     assert any("part-00002.arrow: damaged: its checksum" in problem for problem in problems_of(run))
 
 
@@ -87,8 +87,8 @@ def test_a_dataset_without_its_only_part_is_incomplete_and_its_figures_are_delet
     repair(run.storage.url, verify(run.storage.url)[0])
     states = {item.path: item.state for item in verify(run.storage.url)[0]}
     assert states[dataset.path] == "incomplete"
-    assert not run.storage.holds("eval/round-0/metrics.json")
-    assert not run.storage.holds("eval/round-0/report.html")
+    assert not run.storage.exists("eval/round-0/metrics.json")
+    assert not run.storage.exists("eval/round-0/report.html")
 
 
 def test_a_part_that_is_damaged_twice_is_kept_twice(run: RunDir) -> None:
@@ -97,5 +97,7 @@ def test_a_part_that_is_damaged_twice_is_kept_twice(run: RunDir) -> None:
         truncate(run)
         repair(run.storage.url, verify(run.storage.url)[0])
         dataset.commit(1, samples_of(prompts, 1, 2), fingerprint="f", attempt=attempt)
-        dataset.finish(5, fingerprint="f", facts={}, known=[item for item in dataset.committed().values() if item])
+        dataset.finish(
+            5, fingerprint="f", facts={}, known_parts=[item for item in dataset.committed().values() if item]
+        )
     assert len(list((run.root / dataset.path / "damaged").glob("part-00001.arrow.*"))) == 2

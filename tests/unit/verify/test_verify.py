@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from plad_dist.data.models import weights_problems
+from plad_dist.data.parts import part_name
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import PAIRS
-from plad_dist.data.store import part_name
 from plad_dist.rundir import RunDir
 from plad_dist.verify.parts import check_dataset
 from plad_dist.verify.repair import repair
@@ -65,7 +65,7 @@ def test_a_sound_run_passes_and_every_dataset_is_listed(run: RunDir) -> None:
         (damage_manifest, "manifest.json: damaged: Expecting property name"),
         (remove_manifest, "prompts/manifest.json: missing, though samples/teacher/round-0 was made from it"),
         (alter_config, "run.yaml: its fingerprint is not that of its config"),
-        (sample_of_another_model, "part-00001.arrow: made by another config or of other inputs"),
+        (sample_of_another_model, "part-00001.arrow: made by another config or from other inputs"),
         (sample_twice, "occurs twice"),
         (lose_a_row, "is missing"),
         (damage_prompts, "prompts: part-00000.arrow: damaged: it has"),
@@ -117,7 +117,7 @@ def test_the_parts_of_a_damaged_manifest_are_checked_too(run: RunDir) -> None:
     damage_manifest(run)
     truncate(run)
     messages = problems_of(run)
-    assert any("The checksums of the parts are lost with it" in problem for problem in messages)
+    assert any("the checksums of the parts are lost with it" in problem for problem in messages)
     assert any("part-00001.arrow: damaged: not a readable Arrow file" in problem for problem in messages)
 
 
