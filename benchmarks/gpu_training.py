@@ -79,9 +79,9 @@ def main() -> None:
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory(prefix="plad-gpu-training-") as folder:
-            made = make_model(Path(folder), size)
-            figures[size] = {"parameters": made} | {
-                shape: compare(folder, made, f"{size}: {shape}", shape, arguments) for shape in arguments.shapes
+            parameters = make_model(Path(folder), size)
+            figures[size] = {"parameters": parameters} | {
+                shape: compare(folder, parameters, f"{size}: {shape}", shape, arguments) for shape in arguments.shapes
             }
     print(json.dumps(figures))
 
@@ -92,21 +92,21 @@ def compare(model: str, parameters: int, name: str, shape: str, arguments: argpa
 
     memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else parameters * BYTES
     config = "zero3" if parameters * BYTES <= memory else "zero3_offload"
-    systems = [one for one in arguments.systems if one != "trl" or (find_spec("trl") and not arguments.smoke)]
+    systems = [name for name in arguments.systems if name != "trl" or (find_spec("trl") and not arguments.smoke)]
     figures: dict[str, Any] = {}
     for system in systems:
         command = [
             sys.executable, "-m", "benchmarks.gpu_training", "--one", system, shape, model,
             "--pairs", str(arguments.pairs), "--tokens", str(arguments.tokens), "--config", config,
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            words = [line for line in done.stderr.splitlines() if "Error" in line] or ["no error message"]
-            figures[system] = {"failed": words[-1][:300]}
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            errors = [line for line in process.stderr.splitlines() if "Error" in line] or ["no error message"]
+            figures[system] = {"failed": errors[-1][:300]}
         else:
-            figures[system] = json.loads(done.stdout.splitlines()[-1])
+            figures[system] = json.loads(process.stdout.splitlines()[-1])
         print(f"{name}: {system}: {figures[system]}", flush=True)
-    for peer in [one for one in systems if one != "ours"]:
+    for peer in [name for name in systems if name != "ours"]:
         if "pairs_per_s" in figures.get("ours", {}) and "pairs_per_s" in figures[peer]:
             figures[f"speedup_vs_{peer}"] = round(figures["ours"]["pairs_per_s"] / figures[peer]["pairs_per_s"], 3)
     return figures | {"config": config}
@@ -158,8 +158,11 @@ def _figures(seconds: list[float], computed: int, rows: list[Row]) -> dict[str, 
     """
     import torch
 
-    took = statistics.median(seconds[WARM:])
-    figures: dict[str, Any] = {"pairs_per_s": round(len(rows) / took, 3), "tokens_per_s": round(computed / took)}
+    step_seconds = statistics.median(seconds[WARM:])
+    figures: dict[str, Any] = {
+        "pairs_per_s": round(len(rows) / step_seconds, 3),
+        "tokens_per_s": round(computed / step_seconds),
+    }
     if torch.cuda.is_available():
         figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         figures["reserved_gb"] = round(torch.cuda.max_memory_reserved() / 1e9, 2)
@@ -178,8 +181,10 @@ def ours(folder: Path, model: Path, rows: list[Row], tokens: int, config: str, d
     seconds, records = training.run_worker(job, device)
     computed = statistics.median(record["tokens_per_s"] * record["seconds"] for record in records)
     figures = _figures(seconds, round(computed), rows)
-    used = [record["model_flops_utilisation"] for record in records[WARM:] if "model_flops_utilisation" in record]
-    return figures | ({"mfu": round(statistics.median(used), 4)} if used else {})
+    utilisations = [
+        record["model_flops_utilisation"] for record in records[WARM:] if "model_flops_utilisation" in record
+    ]
+    return figures | ({"mfu": round(statistics.median(utilisations), 4)} if utilisations else {})
 
 
 def padded(model: Path, rows: list[Row], tokens: int, config: str, device: Any) -> tuple[list[float], int]:
@@ -204,24 +209,24 @@ def padded(model: Path, rows: list[Row], tokens: int, config: str, device: Any) 
     engine, *_ = deepspeed.initialize(model=student, config=settings, model_parameters=list(student.parameters()))
     pairs = sorted(rows, key=lambda row: len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])))
     batches: list[list[Row]] = [[]]
-    for row in reversed(pairs):  # the longest first, with as many others as fit
+    for row in reversed(pairs):  # the longest first, with as many shorter ones as fit
         if batches[-1] and 2 * (len(batches[-1]) + 1) * _longest(batches[-1]) > tokens:
             batches.append([])
         batches[-1].append(row)
     seconds = []
     for _ in range(WARM + STEPS):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for number, batch in enumerate(batches):
             engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            ids, mask, answers = (tensor.to(device) for tensor in _pad(batch))
+            ids, mask, in_response = (tensor.to(device) for tensor in _pad(batch))
             logits = engine(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
             logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-            chosen, rejected = (logps * answers[:, 1:]).sum(1).chunk(2)
+            chosen, rejected = (logps * in_response[:, 1:]).sum(1).chunk(2)
             engine.backward((MARGIN + rejected - chosen).relu().sum() / len(rows))
             engine.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     computed = sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
     return seconds, computed
 
@@ -236,13 +241,13 @@ def _pad(batch: list[Row]) -> tuple[Any, Any, Any]:
 
     sequences = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in batch]
     width = _longest(batch)
-    ids, mask, answers = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
+    ids, mask, in_response = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
     for number, (prompt, response) in enumerate(sequences):
         end = len(prompt) + len(response)
         ids[number, :end] = torch.tensor([*prompt, *response])
         mask[number, :end] = 1
-        answers[number, len(prompt) : end] = 1
-    return ids, mask, answers
+        in_response[number, len(prompt) : end] = 1
+    return ids, mask, in_response
 
 
 def trl(model: Path, rows: list[Row], tokens: int) -> tuple[list[float], int]:

@@ -40,23 +40,24 @@ def main() -> None:
     import torch
 
     ways = ["plain", "ours", *(["liger"] if torch.cuda.is_available() else [])]
-    found = {way: in_a_process(way) for way in ways}
+    results = {way: measure_in_process(way) for way in ways}
     figures: dict[str, Any] = {
-        "peak_ratio_vs_plain": round(found["ours"]["peak_gb"] / found["plain"]["peak_gb"], 4),
+        "peak_ratio_vs_plain": round(results["ours"]["peak_gb"] / results["plain"]["peak_gb"], 4),
         "max_rel_grad_error": grad_error(),
     }
-    for way, values in found.items():
+    for way, values in results.items():
         figures |= {f"{way}_peak_gb": round(values["peak_gb"], 3), f"{way}_seconds": round(values["seconds"], 2)}
     print(json.dumps(figures | {"T": T, "V": V, "H": H}))
 
 
-def in_a_process(way: str) -> dict[str, float]:
+def measure_in_process(way: str) -> dict[str, float]:
+    """Run :func:`measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.logprob_memory", "--way", way]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{way} failed: {done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(f"{way} failed: {process.stderr[-2000:]}")
+    result: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 def measure(way: str) -> dict[str, float]:
@@ -77,12 +78,12 @@ def measure(way: str) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
     watch = Resident()
     before = torch.cuda.memory_allocated() if cuda else watch.now()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with watch:
         log_probabilities(hidden_TH, targets_T).sum().backward()
         if cuda:
             torch.cuda.synchronize()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if cuda else watch.peak
     return {"peak_gb": (peak - before) / 1e9, "seconds": seconds}
 
@@ -109,7 +110,7 @@ class Resident:
 
     def __enter__(self) -> Resident:
         self.peak, self._ended = self.now(), threading.Event()
-        self._watch = threading.Thread(target=self._look, daemon=True)
+        self._watch = threading.Thread(target=self._sample, daemon=True)
         self._watch.start()
         return self
 
@@ -118,7 +119,7 @@ class Resident:
         self._watch.join()
         self.peak = max(self.peak, self.now())
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._ended.wait(0.005):
             self.peak = max(self.peak, self.now())
 
@@ -137,14 +138,15 @@ def grad_error() -> float:
     layer = torch.nn.Linear(256, 32_000, bias=False)
     hidden = torch.randn(512, 256, requires_grad=True)
     targets, weights = torch.randint(32_000, (512,)), torch.randn(512)
-    got = torch.autograd.grad((ours(layer)(hidden, targets) * weights).sum(), [hidden, layer.weight])
+    grads = torch.autograd.grad((ours(layer)(hidden, targets) * weights).sum(), [hidden, layer.weight])
     wide = torch.nn.Linear(256, 32_000, bias=False, dtype=torch.float64)
     wide.load_state_dict({"weight": layer.weight.double()})
     exact = hidden.detach().double().requires_grad_()
     logps = wide(exact).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    wanted = torch.autograd.grad((logps * weights.double()).sum(), [exact, wide.weight])
+    expected = torch.autograd.grad((logps * weights.double()).sum(), [exact, wide.weight])
     return max(
-        float((one.double() - other).abs().max() / other.abs().max()) for one, other in zip(got, wanted, strict=True)
+        float((grad.double() - exact_grad).abs().max() / exact_grad.abs().max())
+        for grad, exact_grad in zip(grads, expected, strict=True)
     )
 
 

@@ -240,9 +240,9 @@ def run_worker(job: PhaseJob, device: Any) -> tuple[list[float], list[dict[str, 
     worker._open_groups()
     log, seconds = worker._log(), []
     for _ in range(job.steps):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         worker._step(log)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - started)
     log.close()
     worker.close()
     return seconds, read_metrics(job.folder("events"))[0]
@@ -284,13 +284,13 @@ def trl(
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
-            self.begun, self.seconds, self.losses = 0.0, [], []  # type: ignore[var-annotated]
+            self.started, self.seconds, self.losses = 0.0, [], []  # type: ignore[var-annotated]
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begun = time.perf_counter()
+            self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.begun)
+            self.seconds.append(time.perf_counter() - self.started)
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
@@ -346,16 +346,16 @@ def logprob_error(model: Path, rows: list[Row]) -> float:
     )
     policy = Policy(plain, attention)
     with torch.no_grad():
-        found_S = policy(collate(groups, filler=0, layout=attention.layout)).double()
-        reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
+        packed_S = policy(collate(groups, filler=0, layout=attention.layout)).double()
+        exact_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
         expected = []
         for group in groups:
             for response in group.responses:
                 ids = torch.tensor([[*group.prompt, *response]])
-                logps_TV = reference(input_ids=ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
+                logps_TV = exact_model(input_ids=ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
                 expected.append(logps_TV.gather(1, torch.tensor(response)[:, None]).sum())
     expected_S = torch.stack(expected)
-    return float(((found_S - expected_S) / expected_S).abs().max())
+    return float(((packed_S - expected_S) / expected_S).abs().max())
 
 
 if __name__ == "__main__":

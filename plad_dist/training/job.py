@@ -15,21 +15,29 @@ from plad_dist.training.batches.groups import DataSpec
 class PhaseJob:
     """Frozen description of a phase, in plain values that can be pickled.
 
-    Attributes: name: name of the phase, and of its folders under checkpoints/, models/ and events/.
-        start: folder or hub name of the starting model. settings: config section of the model.
-        phase: config section of the phase. data: groups that the phase trains on. heldout: held-out
-        pairs that are ranked but not trained on, or None. heldout_limit: the most held-out groups
-        that are ranked. steps: number of global steps. deepspeed: DeepSpeed config, without batch
-        sizes, precision and optimizer. micro_batch_tokens: most tokens of a micro-batch.
+    Attributes:
+        name: name of the phase, and of its folders under checkpoints/, models/ and events/.
+        start: folder or hub name of the starting model.
+        settings: config section of the model.
+        phase: config section of the phase.
+        data: groups that the phase trains on.
+        heldout: held-out pairs that are ranked but not trained on, or None.
+        heldout_limit: the most held-out groups that are ranked.
+        steps: number of global steps.
+        deepspeed: DeepSpeed config, without batch sizes, precision and optimizer.
+        micro_batch_tokens: most tokens of a micro-batch.
         max_group_tokens: most tokens that the model may compute for a group, None for no limit.
-        attention: attention implementation from the config. divergence_factor: training stops if
-        the loss exceeds the first step's loss times this factor. storage: the run directory.
+        attention: attention implementation from the config.
+        divergence_factor: training stops if the loss exceeds the first step's loss times this
+            factor.
+        storage: the run directory.
         checkpoints: storage of the checkpoints, which are under checkpoints/<phase>/ in it.
         staging: folder on every node in which checkpoints are staged; None for a temporary folder
-        of the system. watch: bounds of the collapse watch; None to train without it. fingerprint:
-        hash of everything that decides the trained model. launch: identifies the command that
-        trains, which may start several worker groups. mailbox: Ray actor that receives the
-        progress, or None.
+            of the system.
+        watch: bounds of the collapse watch; None to train without it.
+        fingerprint: hash of everything that decides the trained model.
+        launch: identifies the command that trains, which may start several worker groups.
+        mailbox: Ray actor that receives the progress, or None.
     """
 
     name: str

@@ -36,12 +36,11 @@ def margin_calibration(chosen_P: Tensor, rejected_P: Tensor, score_gap_P: Tensor
 
 
 def listwise(chosen_P: Tensor, rejected_P: Tensor, rank_gap_P: Tensor, margin: float) -> Tensor:
-    """Listwise ranking.
+    """Listwise ranking, by the terms of a sum over the pairs of a list.
 
-    Terms of ``sum_{i<j} max(0, margin * (j - i) - logp(y_i) + logp(y_j))``. The best response is
-    ``y_1``, and the rank gap of a pair is ``j - i``. :func:`group_losses` sums the terms of a list.
-    Lists differ in length, and responses of equal score have no term, so a list is a set of pairs
-    rather than a row of a matrix.
+    ``sum_{i<j} max(0, margin * (j - i) - logp(y_i) + logp(y_j))``, where the best response is ``y_1``
+    and the rank gap of a pair is ``j - i``. :func:`group_losses` adds the terms. A list is not a row
+    of a matrix, because lists differ in length and equal scores have no term.
 
     Source: BRIO (Liu et al. 2022, arXiv 2203.16804); SLiC (Zhao et al. 2022, arXiv 2210.00045).
     """
@@ -98,8 +97,8 @@ def cpo(chosen_P: Tensor, rejected_P: Tensor, beta: float) -> Tensor:
 def orpo(chosen_mean_P: Tensor, rejected_mean_P: Tensor, beta: float) -> Tensor:
     """Odds ratio preference optimization, of log-likelihoods that are means per token.
 
-    ``-logp(y+)/|y+| - beta * log sigmoid(log odds(y+) - log odds(y-))``, where ``odds = p / (1 -
-    p)`` and ``p = exp(logp / |y|)``; `beta` is the paper's lambda.
+    ``-logp(y+)/|y+| - beta * log sigmoid(log odds(y+) - log odds(y-))``
+    with ``odds = p / (1 - p)`` and ``p = exp(logp / |y|)``; `beta` is the paper's lambda.
 
     Source: ORPO (Hong et al. 2024, arXiv 2403.07691).
     """
@@ -145,9 +144,11 @@ class Pairs:
 def group_losses(loss: Loss, pairs: Pairs, logps_S: Tensor, lengths_S: Tensor, initial_logps_S: Tensor) -> Tensor:
     """Return the loss of every group: the mean over its pairs (`listwise`: sum), plus the anchor.
 
-    Args: logps_S: sequence log-likelihoods of all responses. lengths_S: tokens of the responses.
+    Args:
+        logps_S: sequence log-likelihoods of all responses.
+        lengths_S: tokens of the responses.
         initial_logps_S: sequence log-likelihoods under the starting student; only `dpo` and `ipo`
-        use them.
+            use them.
 
     Returns:
         Losses ``[B]``.

@@ -34,9 +34,10 @@ _OPERATIONAL = ("checkpoint_every", "checkpoint_seconds", "keep_checkpoints")
 def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     """Return the description of a phase. A scratch model is created if the phase starts from one.
 
-    Raises: UserError: an input of the phase is missing or does not fit the model, its pairs or
-        texts cannot be trained on, or its checkpoints belong to another phase or run. RunFailed:
-        the phase has no groups.
+    Raises:
+        UserError: an input of the phase is missing or does not fit the model, its pairs or texts
+            cannot be trained on, or its checkpoints belong to another phase or run.
+        RunFailed: the phase has no groups.
     """
     run = run.at_round(round_of(name) or 0)
     inputs = _checked_inputs(name, config, run)
@@ -57,7 +58,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
 
 @dataclass(frozen=True)
 class _PhaseInputs:
-    """Inputs of a phase, which fit one another.
+    """Inputs of a phase, checked to fit one another.
 
     Attributes:
         start: folder or hub name of the starting model.

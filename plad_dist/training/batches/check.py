@@ -48,9 +48,10 @@ def check_pairs(
 ) -> None:
     """Check all pairs of a phase.
 
-    Raises: UserError: a response or a prompt is empty, a token is not in the student's vocabulary,
-        a score that the loss needs is missing or not finite, or a group is too long. The message
-        names part and row.
+    Raises:
+        UserError: a response or a prompt is empty, a token is not in the student's vocabulary, a
+            score that the loss needs is missing or not finite, or a group is too long. The message
+            names part and row.
     """
     dataset = spec.dataset(storage)
     manifest = dataset.require("pair")

@@ -38,15 +38,18 @@ _BuildGroups = Callable[[list[list[Row]]], list[Group]]
 class DataSpec:
     """Groups of a phase, described by plain values because the description travels to the workers.
 
-    Attributes: kind: `references` of the training prompts, finished responses of the `teacher`,
-        `pairs`, `lists` (all responses of a prompt, ranked by score), or the `chosen` responses of
-        pairs. path: dataset of the pairs or samples; empty for references. context: most tokens of
-        a sequence, which is a prompt with one response. max_group_tokens: most tokens that the
-        model may compute for a group, None for no limit. shares_prompts: the responses of a group
-        share one pass over the prompt. over_long: treatment of a group beyond `context` or
-        `max_group_tokens`. end_ids: tokens that end a response; only `lists` use them.
+    Attributes:
+        kind: `references` of the training prompts, finished responses of the `teacher`, `pairs`,
+            `lists` (all responses of a prompt, ranked by score), or the `chosen` responses of
+            pairs.
+        path: dataset of the pairs or samples; empty for references.
+        context: most tokens of a sequence, which is a prompt with one response.
+        max_group_tokens: most tokens that the model may compute for a group, None for no limit.
+        shares_prompts: the responses of a group share one pass over the prompt.
+        over_long: treatment of a group beyond `context` or `max_group_tokens`.
+        end_ids: tokens that end a response; only `lists` use them.
         initial_logps: dataset with log-likelihoods under the starting student; empty if the loss
-        needs none.
+            needs none.
     """
 
     kind: GroupKind
@@ -124,9 +127,11 @@ def _open_pairs(spec: DataSpec, storage: Storage) -> _OpenBlock:
 class GroupSource:
     """A fixed list of groups with random access.
 
-    Args: counts: number of groups in every block. open_block: opens a block by its number, and
-        verifies the checksums of its parts if the second argument is True. build: builds groups
-        from their rows.
+    Args:
+        counts: number of groups in every block.
+        open_block: opens a block by its number, and verifies the checksums of its parts if the
+            second argument is True.
+        build: builds groups from their rows.
 
     Attributes:
         changed: how many over-long groups were `dropped` and how many were `cut`.

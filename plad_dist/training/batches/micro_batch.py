@@ -67,13 +67,16 @@ class Layout:
     A piece is a unit that is placed as a whole: a group, or a single response with its own copy of
     the prompt.
 
-    Attributes: shares_prompts: the responses of a group share one copy of their prompt. packs_rows:
-        a row may hold several pieces. row_tokens: rows are filled up to this many tokens. Under a
-        dense mask, the cost of attention is quadratic in the length of the row. row_multiple: rows
-        are padded to a multiple of this many tokens. min_piece_tokens: if pieces have at least this
-        many tokens on average, they all go into one row without padding, and attention is computed
-        piece by piece. None: never. max_row_tokens: upper bound of `row_tokens`, None for no bound.
-        A longer piece has a row of its own.
+    Attributes:
+        shares_prompts: the responses of a group share one copy of their prompt.
+        packs_rows: a row may hold several pieces.
+        row_tokens: rows are filled up to this many tokens. Under a dense mask, the cost of
+            attention is quadratic in the length of the row.
+        row_multiple: rows are padded to a multiple of this many tokens.
+        min_piece_tokens: if pieces have at least this many tokens on average, they all go into one
+            row without padding, and attention is computed piece by piece. None: never.
+        max_row_tokens: upper bound of `row_tokens`, None for no bound. A longer piece has a row of
+            its own.
     """
 
     shares_prompts: bool = True
@@ -92,24 +95,29 @@ class Layout:
 class MicroBatch:
     """Input of one forward pass of one worker.
 
-    A token sees its branch up to itself, and the positions of its row from `prompt_starts_RT` to
-    `prompt_ends_RT`. Its branch is the response that it belongs to, or the prompt for a token of
-    the prompt.
+    A token sees its branch up to itself, and the tokens of its row from `prompt_starts_RT` to
+    `prompt_ends_RT` (exclusive). Its branch is the response that it belongs to, or the prompt for a
+    token of the prompt.
 
-    Attributes: prompt_starts_RT: index in the row at which the token's prompt starts; -1 for
-        padding. prompt_ends_RT: index after the last token of the prompt, for a token of a
-        response. For a token of the prompt it equals `prompt_starts_RT`: its branch is all that it
-        sees. branch_starts_RT: index in the row at which the token's branch starts. predictors_N:
-        flat indices into ``R * T`` of the tokens whose hidden states predict `targets_N`.
-        targets_N: the predicted tokens, which are all tokens of all responses. responses_N: index
-        of the response that a predicted token belongs to. offsets_N: index of a predicted token in
-        its response. lengths_S: tokens of each response. initial_logps_S: log-likelihoods under the
-        starting student, NaN if unknown. sampled_logps_S: log-likelihoods that the sampling engine
-        reported, NaN if unknown. pieces: for a single row of all pieces, (prompt tokens, computed
-        tokens of each response) of every piece; otherwise empty. longest_response: tokens of the
-        longest response. groups: number of groups; 0 for a micro-batch that only keeps the ranks in
-        step. tokens: computed tokens without padding. tokens_unshared: computed tokens if every
-        response had its own copy of the prompt.
+    Attributes:
+        prompt_starts_RT: index in the row at which the token's prompt starts; -1 for padding.
+        prompt_ends_RT: index after the last token of the prompt, for a token of a response. For a
+            token of the prompt it equals `prompt_starts_RT`: its branch is all that it sees.
+        branch_starts_RT: index in the row at which the token's branch starts.
+        predictors_N: flat indices into ``R * T`` of the tokens whose hidden states predict
+            `targets_N`.
+        targets_N: the predicted tokens, which are all tokens of all responses.
+        responses_N: index of the response that a predicted token belongs to.
+        offsets_N: index of a predicted token in its response.
+        lengths_S: tokens of each response.
+        initial_logps_S: log-likelihoods under the starting student, NaN if unknown.
+        sampled_logps_S: log-likelihoods that the sampling engine reported, NaN if unknown.
+        pieces: for a single row of all pieces, (prompt tokens, computed tokens of each response) of
+            every piece; otherwise empty.
+        longest_response: tokens of the longest response.
+        groups: number of groups; 0 for a micro-batch that only keeps the ranks in step.
+        tokens: computed tokens without padding.
+        tokens_unshared: computed tokens if every response had its own copy of the prompt.
     """
 
     input_ids_RT: Tensor

@@ -7,10 +7,10 @@
 3. Every token gets its position id and the bounds of what it sees (the tree mask). A token of a
    response sees the prompt and its own response, no other response and no other group. The
    positions of a response continue from the end of the prompt. The log-likelihood of a response is
-   therefore that of its separate sequence.
+   therefore equal to that of its separate sequence.
 
-A row of 6 tokens with one piece, of the prompt ``p0 p1`` and the responses ``a0 a1 a2`` and ``b0
-b1``::
+Example: a row of 6 tokens with a piece of the prompt ``p0 p1`` and the responses ``a0 a1 a2`` and
+``b0 b1``::
 
     index           0    1      2    3    4    5
     input id        p0   p1     a0   a1   b0   filler

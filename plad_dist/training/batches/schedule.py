@@ -1,7 +1,7 @@
 """Schedule of the groups: their order over the global steps, and their workers and micro-batches.
 
 Both are pure functions. A global step has the same groups at every number of workers, so an elastic
-group of workers trains the same student at every size.
+worker group trains the same student at every size.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def step_groups(count: int, batch: int, seed: int, step: int) -> NDArray[np.uint
     Args:
         count: number of groups of the phase.
         batch: groups per global step.
+        seed: seed of the run; the order of an epoch depends on the seed and the epoch.
         step: index of the global step, counted from the start of the phase.
     """
     epoch, position = divmod(step, steps_per_epoch(count, batch))

@@ -30,13 +30,14 @@ _MIN_PIECE_TOKENS = 96  # average length from which attention calls for single p
 class Attention:
     """Requirements of a model's attention.
 
-    Attributes: layout: layout in which the log-likelihoods equal those of separate sequences.
-        implementation: name of the implementation in transformers, None for its default. window:
-        tokens that a layer with a sliding window sees, None if no layer has one.
+    Attributes:
+        layout: layout in which the log-likelihoods equal those of separate sequences.
+        implementation: name of the implementation in transformers, None for its default.
+        window: tokens that a layer with a sliding window sees, None if no layer has one.
         has_mask_per_layer_type: the model takes a dict with one mask for each type of layer.
         takes_mask: the model takes a complete mask. Otherwise it builds its own mask, which is
-        right only for rows of one sequence. no_sharing_reason: reason for which responses do not
-        share their prompt; None if they do.
+            right only for rows of one sequence.
+        no_sharing_reason: reason for which responses do not share their prompt; None if they do.
     """
 
     layout: Layout
@@ -181,8 +182,8 @@ def _block_mask(batch: MicroBatch, window: int | None) -> Any:
 def _tree_rule(batch: MicroBatch, window: int | None) -> Any:
     """Return the rule of the tree mask as a function of row, head, query and key.
 
-    The function returns True if the query sees the key. FlexAttention takes it in this form. All that
-    it reads depends on the query, so a kernel reads it once for a block of keys.
+    The function returns True if the query sees the key. FlexAttention takes it in this form. It reads
+    only what depends on the query, so a kernel reads that once for a block of keys.
     """
     prompt_starts, prompt_ends, branch_starts = batch.prompt_starts_RT, batch.prompt_ends_RT, batch.branch_starts_RT
 

@@ -28,8 +28,9 @@ _RUN_KEYS = {
 def load_deepspeed(name: str) -> dict[str, Any]:
     """Load a DeepSpeed config by its name in ds_configs/ or by its path.
 
-    Raises: UserError: the file is missing or not JSON, is not of ZeRO stage 2 or 3, offloads to
-        NVMe, or sets a key that the run's config decides.
+    Raises:
+        UserError: the file is missing or not JSON, is not of ZeRO stage 2 or 3, offloads to NVMe,
+            or sets a key that the run's config decides.
     """
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:

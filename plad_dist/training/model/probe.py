@@ -25,8 +25,9 @@ def check_family(config: Any, attention: Attention) -> None:
 
     Both run a random model of the family with one layer.
 
-    Raises: UserError: the log-likelihoods differ, so training would optimise another objective than
-        the configured one; or no small model of the family can be run.
+    Raises:
+        UserError: the log-likelihoods differ, so training would optimise another objective than the
+            configured one; or no small model of the family can be run.
     """
     from transformers import AutoModelForCausalLM
 

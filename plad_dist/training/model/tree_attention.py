@@ -40,8 +40,9 @@ class TreeMask(BlockMask):
     Args:
         window: tokens that a token sees, itself included; None for all before it.
 
-    Attributes: pieces: for each piece, the tokens of the prompt, the tokens of the whole piece, the
-        mask of the prompt (None if it is causal), and the mask of the responses.
+    Attributes:
+        pieces: for each piece, the tokens of the prompt, the tokens of the whole piece, the mask of
+            the prompt (None if it is causal), and the mask of the responses.
     """
 
     def __init__(self, batch: MicroBatch, window: int | None) -> None:
