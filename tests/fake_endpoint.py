@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in the test's own process that misbehaves as told, and time that passes when told."""
+"""A fake OpenAI-compatible server in the test's process, a client for it, and a fake clock."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from plad_dist.config import Decoding, Endpoint
 from plad_dist.sampling.endpoint.client import EndpointClient
 
 DECODING = Decoding(max_tokens=20)
+KEY = "sk-proj-AbCdEf0123456789XyZ"
+PRICES = {"input_price": 10.0, "output_price": 100.0}
 
 
 class FakeTime:
-    """Seconds that pass only while someone sleeps."""
+    """Clock whose seconds pass only while someone sleeps."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,15 +35,19 @@ class FakeTime:
         self.now = max(self.now, due)
 
 
-class Server:
-    """A server that answers as `behave(prompt, nth request with this prompt)` says, and remembers what it was asked."""
+class FakeServer:
+    """Server that responds with `respond(prompt, count)`, and records its requests.
 
-    def __init__(self, behave: Callable[[str, int], Any], clock: Callable[[], float]) -> None:
-        self._behave, self._clock = behave, clock
+    `count` is the number of requests with that prompt so far, this one included. `respond` returns
+    a JSON body, an HTTP response, or a coroutine function of the HTTP request that returns either.
+    """
+
+    def __init__(self, respond: Callable[[str, int], Any], clock: Callable[[], float]) -> None:
+        self._respond, self._clock = respond, clock
         self.bodies: list[dict[str, Any]] = []
-        self.asked: Counter[str] = Counter()
-        self.at: list[float] = []
-        self.answered = 0
+        self.requests: Counter[str] = Counter()
+        self.request_times: list[float] = []
+        self.completed = 0
         self.in_flight = self.most_in_flight = 0
         self.models: Callable[[], web.Response] = lambda: web.json_response({"data": []})
         self.url = ""
@@ -50,18 +56,18 @@ class Server:
         body = await request.json()
         prompt = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         self.bodies.append(body)
-        self.asked[prompt] += 1
-        self.at.append(self._clock())
+        self.requests[prompt] += 1
+        self.request_times.append(self._clock())
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            answer = self._behave(prompt, self.asked[prompt])
-            if callable(answer):
-                answer = await answer(request)
-            if isinstance(answer, web.StreamResponse):
-                return answer
-            self.answered += 1
-            return web.json_response(answer)
+            response = self._respond(prompt, self.requests[prompt])
+            if callable(response):
+                response = await response(request)
+            if isinstance(response, web.StreamResponse):
+                return response
+            self.completed += 1
+            return web.json_response(response)
         finally:
             self.in_flight -= 1
 
@@ -71,9 +77,9 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    behave: Callable[[str, int], Any], clock: Callable[[], float] = time.monotonic
-) -> AsyncIterator[Server]:
-    server = Server(behave, clock)
+    respond: Callable[[str, int], Any], clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[FakeServer]:
+    server = FakeServer(respond, clock)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", server.complete)
     app.router.add_post("/v1/completions", server.complete)
@@ -90,12 +96,13 @@ async def serving(
 
 
 @asynccontextmanager
-async def asking(
-    server: Server, fake: FakeTime | None = None, spent: float = 0.0, **settings: Any
+async def client_of(
+    server: FakeServer, fake_time: FakeTime | None = None, spent: float = 0.0, **settings: Any
 ) -> AsyncIterator[EndpointClient]:
+    """Open a client with these keys of the config; without `fake_time` it waits in real time."""
     endpoint = Endpoint(**({"url": server.url, "model": "m", "timeout_s": 60.0} | settings))
-    waiting: dict[str, Any] = {"clock": fake.clock, "sleep": fake.sleep} if fake else {}
-    client = EndpointClient(endpoint, spent=spent, jitter=lambda: 0.9, **waiting)
+    timing: dict[str, Any] = {"clock": fake_time.clock, "sleep": fake_time.sleep} if fake_time else {}
+    client = EndpointClient(endpoint, spent=spent, jitter=lambda: 0.9, **timing)
     try:
         yield client
     finally:
@@ -105,7 +112,7 @@ async def asking(
 def good(
     text: str = "fine", finish_reason: str | None = "stop", usage: Any = (10, 5), **message: Any
 ) -> dict[str, Any]:
-    """A proper answer."""
+    """Return the body of a proper response."""
     body: dict[str, Any] = {"choices": [{"message": {"content": text} | message, "finish_reason": finish_reason}]}
     if usage is not None:
         body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
@@ -113,16 +120,19 @@ def good(
 
 
 def error(status: int, message: str = "no", **headers: str) -> web.Response:
+    """Return an error response; `Retry_After` stands for the header `Retry-After`."""
     renamed = {name.replace("_", "-"): value for name, value in headers.items()}
     return web.json_response({"error": {"message": message}}, status=status, headers=renamed)
 
 
-def after(seconds: float, answer: Any) -> Callable[[web.Request], Awaitable[Any]]:
-    async def later(request: web.Request) -> Any:
-        await asyncio.sleep(seconds)
-        return answer
+def after(seconds: float, response: Any) -> Callable[[web.Request], Awaitable[Any]]:
+    """Delay a response by real seconds."""
 
-    return later
+    async def delayed(request: web.Request) -> Any:
+        await asyncio.sleep(seconds)
+        return response
+
+    return delayed
 
 
 async def cut(request: web.Request) -> web.StreamResponse:
@@ -139,14 +149,14 @@ def messages(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-async def ask(client: EndpointClient, *prompts: str) -> list[Any]:
-    """The outcome of each prompt, an answer or an exception."""
+async def complete_all(client: EndpointClient, *prompts: str) -> list[Any]:
+    """Return the outcome of each prompt, a completion or an exception."""
     calls = (client.complete(messages(prompt), DECODING, 1) for prompt in prompts)
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def until(met: Callable[[], bool]) -> None:
-    while not met():
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
         await asyncio.sleep(0.005)
 
 
@@ -154,7 +164,8 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 120))
 
 
-def assert_rate(at: list[float], amounts: list[float], per_minute: float) -> None:
-    for index, start in enumerate(at):
-        window = sum(amount for time_, amount in zip(at[index:], amounts[index:], strict=True) if time_ < start + 60)
+def assert_rate(times: list[float], amounts: list[float], per_minute: float) -> None:
+    """Assert that no window of 60 seconds exceeds the rate, rounded up."""
+    for index, start in enumerate(times):
+        window = sum(amount for at, amount in zip(times[index:], amounts[index:], strict=True) if at < start + 60)
         assert window <= math.ceil(per_minute), start

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -83,27 +81,16 @@ async def _check_all_endpoints(node: Node) -> list[Finding]:
     return await asyncio.gather(*(_check_endpoint(node.name, key, endpoint) for key, endpoint in node.endpoints))
 
 
-class _Server(Connection):
-    async def models(self) -> tuple[int, list[str]]:
-        """Request the list of models, and return the HTTP status and the names in the list."""
-        url = f"{self._endpoint.url}/models"
-        async with self._connected().get(url, allow_redirects=False) as response:
-            body, status = await response.read(), response.status
-        with contextlib.suppress(ValueError, TypeError, LookupError):
-            return status, [self._clean(str(model["id"])) for model in json.loads(body)["data"]]
-        return status, []
-
-
 async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
-    server = _Server(endpoint)
+    server = Connection(endpoint)
     try:
         if (problem := server.key_problem()) is not None:
             remedy = f"set {endpoint.api_key_env} in the environment of {node} before Ray starts there"
             return fail(f"{key}: {problem}", remedy)
-        failure = await server.look()
+        failure = await server.check()
         if failure is not None:
             return fail(f"{key}: {endpoint.url}: {failure.text}", _endpoint_remedy(failure.status, node, key, endpoint))
-        status, names = await server.models()
+        status, names = await server.list_models()
     finally:
         await server.close()
     if names and endpoint.model not in names:

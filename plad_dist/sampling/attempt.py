@@ -22,7 +22,7 @@ from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.fleet.protocol import BlockKey, BlockResult, Hints
 from plad_dist.sampling.backend import Backend, Completion, RefusedPromptError, Response
-from plad_dist.sampling.endpoint.backend import MICRO
+from plad_dist.sampling.endpoint.budget import MICROS
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.spool import Row, SampleKey, Spool
 
@@ -137,7 +137,7 @@ class BlockAttempt:
         }
         if self._spool is not None:
             cost = self._inputs.lost_cost + sum(sample["cost"] for sample in samples)
-            counts["cost_micros"] = round(cost * MICRO)
+            counts["cost_micros"] = round(cost * MICROS)
         table = pa.Table.from_pylist(samples, schema=SAMPLES)
         dataset, fingerprint = self._job.dataset(self._storage), self._job.fingerprint
         committed = dataset.commit(self._block, table, fingerprint=fingerprint, attempt=self._name, counts=counts)

@@ -1,4 +1,4 @@
-"""A teacher behind a real `vllm serve`, interrupted by Ctrl-C and resumed: nothing that was answered is asked again."""
+"""A teacher behind a real vLLM server: an interrupted run resumes and pays for nothing twice."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ PROMPTS, KEY = 160, "sk-test-0123456789abcdef"
 
 
 class CountingProxy:
-    """Stands before the server and remembers which requests it got and which it answered; it takes its time."""
+    """Slow proxy in front of the server that counts requests and responses by prompt."""
 
     def __init__(self, target: str) -> None:
-        self.target, self.asked, self.answered = target, Counter[str](), Counter[str]()
+        self.target, self.requests, self.responses = target, Counter[str](), Counter[str]()
         self.keys: set[str] = set()
         self.port = 0
-        self._up = threading.Event()
+        self._is_listening = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
-        assert self._up.wait(30)
+        assert self._is_listening.wait(30)
 
     async def _serve(self) -> None:
         app = web.Application()
@@ -50,7 +50,7 @@ class CountingProxy:
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         self.port = runner.addresses[0][1]
-        self._up.set()
+        self._is_listening.set()
         await asyncio.Event().wait()
 
     async def _forward(self, request: web.Request) -> web.Response:
@@ -65,9 +65,9 @@ class CountingProxy:
             text = await reply.text()
         if request.method == "POST":
             prompt = body.decode()
-            self.asked[prompt] += 1
+            self.requests[prompt] += 1
             await asyncio.sleep(0.4)
-            self.answered[prompt] += 1
+            self.responses[prompt] += 1
         return web.Response(text=text, status=reply.status, content_type="application/json")
 
 
@@ -76,9 +76,9 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
     folder = tmp_path_factory.mktemp("server")
     model = make_random_model(folder / "model", 3)
     (folder / "chat.jinja").write_text(TEMPLATE)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "big",
@@ -102,10 +102,10 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CountingProxy]:
         server.wait()
 
 
-def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(
+def test_an_interrupted_run_resumes_and_pays_for_no_response_twice(
     proxy: CountingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = partial(in_this_process, monkeypatch, capsys)
+    plad_here = partial(in_this_process, monkeypatch, capsys)
     raw = sampling_config(tmp_path, PROMPTS, block_size=16, max_tokens=12)
     endpoint = {
         "url": f"http://127.0.0.1:{proxy.port}/v1", "model": "big", "api_key_env": "TEACHER_KEY", "concurrency": 4,
@@ -118,16 +118,15 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(
     environment = dict(os.environ)
     parts = tmp_path / "run/samples/teacher/round-0"
 
-    # The cap stops the stage; it says what to raise, and what is answered is kept.
-    assert here("sample", str(config))[0] == 2, "the prompts are not there yet"
-    assert here("prepare", str(config))[0] == 0
+    # The cap stops the stage. The message names the key to raise, and the responses are kept.
+    assert plad_here("sample", str(config))[0] == 2, "there are no prompts yet"
+    assert plad_here("prepare", str(config))[0] == 0
     capped = plad("sample", str(config), env=environment, timeout=600)
     assert capped.returncode == 1, capped.stderr[-3000:]
     assert "raise endpoint.max_spend" in capped.stderr
-    spent = proxy.answered.total()
-    assert 4 < spent < PROMPTS
+    assert 4 < proxy.responses.total() < PROMPTS
 
-    # Ctrl-C in the middle.
+    # Ctrl-C interrupts the stage midway.
     raw["teacher"]["endpoint"]["max_spend"] = 1000.0
     config = write_config(tmp_path, raw)
     process = subprocess.Popen(
@@ -143,12 +142,12 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(300) == 130
-    assert not (parts / "manifest.json").exists(), "interrupted too late to prove anything"
-    kept = {path: path.read_bytes() for path in parts.glob("part-*.arrow")}
+    assert not (parts / "manifest.json").exists(), "the interruption came too late"
+    committed = {path: path.read_bytes() for path in parts.glob("part-*.arrow")}
 
-    done = plad("sample", str(config), env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert all(path.read_bytes() == data for path, data in kept.items())
+    resumed = plad("sample", str(config), env=environment, timeout=600)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert all(path.read_bytes() == data for path, data in committed.items())
     samples = pa.concat_tables(pa.ipc.open_file(path).read_all() for path in sorted(parts.glob("part-*.arrow")))
     prompts = pa.concat_tables(
         pa.ipc.open_file(path).read_all() for path in sorted((tmp_path / "run/prompts").glob("part-*.arrow"))
@@ -157,34 +156,34 @@ def test_an_interrupted_run_goes_on_and_pays_for_nothing_twice(
     assert set(samples["model"].to_pylist()) == {"big"}
     assert samples["error"].null_count == len(samples)
 
-    again = {prompt: count for prompt, count in proxy.asked.items() if count > 1}
-    assert not again, "answers under way at the cap and at the interruption are waited for and kept"
+    repeated = {prompt: count for prompt, count in proxy.requests.items() if count > 1}
+    assert not repeated, "responses in flight at the cap and at the interruption are awaited and kept"
 
     assert proxy.keys == {f"Bearer {KEY}"}
     for path in (tmp_path / "run").rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
-    assert KEY not in capped.stderr + done.stderr + (tmp_path / "log").read_text()
-    assert here("verify", str(tmp_path / "run"))[0] == 0
+    assert KEY not in capped.stderr + resumed.stderr + (tmp_path / "log").read_text()
+    assert plad_here("verify", str(tmp_path / "run"))[0] == 0
     manifest = json.loads((parts / "manifest.json").read_text())
     cost = sum(part["counts"]["cost_micros"] for part in manifest["parts"])
     tokens = sum(part["counts"]["tokens"] + part["counts"]["prompt_tokens"] for part in manifest["parts"])
     assert cost >= tokens * 1000
-    assert "cost" in here("status", str(tmp_path / "run"))[1]
+    assert "cost" in plad_here("status", str(tmp_path / "run"))[1]
 
 
-def test_without_its_key_the_stage_is_refused_before_anything_is_asked(
+def test_a_missing_key_is_reported_before_any_request_is_sent(
     proxy: CountingProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    here = partial(in_this_process, monkeypatch, capsys)
+    plad_here = partial(in_this_process, monkeypatch, capsys)
     raw = sampling_config(tmp_path, PROMPTS)
     raw["teacher"] = {
         "endpoint": {"url": f"http://127.0.0.1:{proxy.port}/v1", "model": "big", "api_key_env": "NO_SUCH_KEY"}
     }
     config = write_config(tmp_path, raw)
-    assert here("prepare", str(config))[0] == 0
-    asked = proxy.asked.total()
-    code, _, told = here("sample", str(config))
-    assert code == 2, told
-    assert "NO_SUCH_KEY" in told
-    assert "Traceback" not in told
-    assert proxy.asked.total() == asked
+    assert plad_here("prepare", str(config))[0] == 0
+    requests = proxy.requests.total()
+    code, _, stderr = plad_here("sample", str(config))
+    assert code == 2, stderr
+    assert "NO_SUCH_KEY" in stderr
+    assert "Traceback" not in stderr
+    assert proxy.requests.total() == requests

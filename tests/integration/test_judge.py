@@ -1,4 +1,4 @@
-"""A judge behind a server, asked through the real pool: every question once, whatever is run again or raised later."""
+"""A judge behind a server, on the real fleet: reruns and raised limits repeat no question."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from tests.conftest import tiny_config, write_prompts
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 
 
-class Judge:
-    """A server that prefers the answer with `splendid` in it, and remembers what it was asked."""
+class JudgeServer:
+    """Server that prefers the response with `splendid` in it, and counts its questions."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
-        self._up = threading.Event()
+        self.questions: Counter[str] = Counter()
+        self._is_listening = threading.Event()
         threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True).start()
-        assert self._up.wait(30)
+        assert self._is_listening.wait(30)
 
     async def _serve(self) -> None:
         app = web.Application()
-        app.router.add_post("/v1/chat/completions", self._answer)
+        app.router.add_post("/v1/chat/completions", self._judge)
         app.router.add_get("/v1/models", self._models)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self.port = runner.addresses[0][1]
-        self._up.set()
+        self._is_listening.set()
         await asyncio.Event().wait()
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"data": []})
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _judge(self, request: web.Request) -> web.Response:
         text = (await request.json())["messages"][-1]["content"]
-        self.asked[text] += 1
+        self.questions[text] += 1
         verdict = "[[A]]" if text.index("splendid") < text.index("awful") else "[[B]]"
         return web.json_response(
             {
@@ -67,7 +67,7 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def config_of(folder: Path, server: Judge, limit: int, **more: Any) -> Any:
+def config_of(folder: Path, server: JudgeServer, limit: int, **settings: Any) -> Any:
     raw = tiny_config(folder)
     raw["prompts"]["heldout_fraction"] = 0.5
     model = {
@@ -78,13 +78,13 @@ def config_of(folder: Path, server: Judge, limit: int, **more: Any) -> Any:
             "output_price": 1.0,
         }
     }
-    raw["evaluation"]["judges"] = {"reader": {"type": "llm", "limit": limit, "model": model, **more}}
+    raw["evaluation"]["judges"] = {"reader": {"type": "llm", "limit": limit, "model": model, **settings}}
     return parse_config(raw, "test")
 
 
-def test_a_judge_is_asked_every_question_once(tmp_path: Path, local_ray: None) -> None:
+def test_a_judge_gets_every_question_once(tmp_path: Path, local_ray: None) -> None:
     write_prompts(tmp_path)
-    server = Judge()
+    server = JudgeServer()
     config = config_of(tmp_path, server, 120)
     run = open_run(config)
     prepare(config, run.storage)
@@ -92,26 +92,28 @@ def test_a_judge_is_asked_every_question_once(tmp_path: Path, local_ray: None) -
     good = [Output(f"splendid {number}", 2, True) for number in range(len(prompts))]
     bad = [Output(f"awful {number}", 2, True) for number in range(len(prompts))]
 
-    def judged(config: Any) -> Any:
+    def judge(config: Any) -> Any:
         responses = {(PLAD, WARMUP): (good, bad), (PLAD, SEQKD): (good, bad)}
         return ask_judge(config, run, "reader", config.evaluation.judges["reader"], prompts, responses, Progress())
 
-    found = judged(config)
+    found = judge(config)
     assert found[PLAD, WARMUP].wins[:120].tolist() == [1.0] * 120
     assert (found[PLAD, SEQKD].prompts_asked, len(found[PLAD, SEQKD].wins)) == (120, 200)
-    assert set(server.asked.values()) == {1}, "two systems that say the same are one question"
-    assert server.asked.total() == 240
+    assert set(server.questions.values()) == {1}, "two systems with the same response are one question"
+    assert server.questions.total() == 240
 
-    judged(config)
-    assert server.asked.total() == 240, "run again, nothing is asked"
-    judged(config_of(tmp_path, server, 200))
-    assert server.asked.total() == 240 + 2 * 100, "a raised limit asks only the chunk that has grown"
+    judge(config)
+    assert server.questions.total() == 240, "a rerun sends no question"
+    judge(config_of(tmp_path, server, 200))
+    assert server.questions.total() == 240 + 2 * 100, (
+        "a raised limit sends only the questions of the chunk that has grown"
+    )
     spent = sum(
         part.counts["cost_micros"]
         for answers in judge_answers(run, "reader")
         for part in answers.committed_parts().values()
     )
-    assert spent == server.asked.total() * 15
+    assert spent == server.questions.total() * 15
 
-    judged(config_of(tmp_path, server, 120, sampling={"temperature": 0.5}))
-    assert server.asked.total() == 440 + 240, "a judge that is asked otherwise is another judge"
+    judge(config_of(tmp_path, server, 120, sampling={"temperature": 0.5}))
+    assert server.questions.total() == 440 + 240, "a judge with other sampling parameters is another judge"

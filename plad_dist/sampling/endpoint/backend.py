@@ -1,4 +1,4 @@
-"""A teacher behind a server, as the sampling actor uses it."""
+"""The backend of a sampling actor whose model is behind a server."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from plad_dist.data.templates import Messages, compile_template, render
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import StopStageError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
-from plad_dist.sampling.endpoint.client import ClientClosedError, EndpointClient, EndpointDownError, SpendingCapReached
-from plad_dist.sampling.spool import total_cost
+from plad_dist.sampling.endpoint.budget import spent_on
+from plad_dist.sampling.endpoint.client import EndpointClient
+from plad_dist.sampling.endpoint.errors import EndpointStoppedError
 
 _DRAIN_S = 20.0
-MICRO = 1_000_000  # costs are counted in millionths, which add up exactly
 
 
 class EndpointBackend:
-    """Answers of an OpenAI-compatible server.
+    """Responses of an OpenAI-compatible server.
 
     Args:
-        name: the model's name there.
-        outputs: datasets that it fills, each with the blocks that are its own: what they have cost counts towards the cap.
+        name: the model's name at the server.
+        outputs: datasets that the endpoint fills, each with the blocks assigned to it. What these
+            blocks have cost so far counts towards the spending cap.
     """
 
     paid, dead, tokens = True, False, 0
@@ -40,14 +41,14 @@ class EndpointBackend:
         return self._client.retries
 
     async def check(self) -> str | None:
-        """Whether the key is there and the server answers."""
+        """Return what the user must correct, None if the key is set and the server responds."""
         return await self._client.check()
 
     def render(self, prompts: Sequence[Messages]) -> Sequence[Any]:
-        """Messages as they are, or texts where the server is asked for completions."""
-        return [self._rendered(messages) for messages in prompts]
+        """Return messages unchanged for `api: chat`, and rendered texts for `api: completions`."""
+        return [self._render_one(messages) for messages in prompts]
 
-    def _rendered(self, messages: Messages) -> Messages | str | UserError:
+    def _render_one(self, messages: Messages) -> Messages | str | UserError:
         if self._template is None:
             return [dict(message) for message in messages]
         try:
@@ -59,44 +60,23 @@ class EndpointBackend:
         """Draw one response.
 
         Raises:
-            RefusedPromptError: the server does not answer this prompt.
-            StopStageError: the server is down, or the money is spent.
+            RefusedPromptError: the server does not respond to this prompt.
+            StopStageError: the server is down, the spending cap is reached, or the client is
+                closed.
+            UserError: the user must correct the key, the address, the model or the account.
         """
         try:
-            answer = await self._client.complete(prompt, decoding, seed)
-        except (ClientClosedError, EndpointDownError, SpendingCapReached) as error:
-            raise StopStageError(str(error), getattr(error, "cost", 0.0)) from None
-        return Completion(
-            text=answer.text,
-            token_ids=[],
-            num_tokens=answer.completion_tokens,
-            logprob=None,
-            finish_reason=answer.finish_reason,
-            prompt_tokens=answer.prompt_tokens,
-            cost=answer.cost,
-        )
+            return await self._client.complete(prompt, decoding, seed)
+        except EndpointStoppedError as error:
+            raise StopStageError(str(error), error.cost) from None
 
     async def score(self, prompt: Any, response: Response, request_id: str) -> Completion:
-        """Servers give no likelihoods of what they did not write."""
-        raise RefusedPromptError(f"{self.path}: a server gives no likelihood of a given response")
+        """Raise :class:`RefusedPromptError`: servers report no likelihood of a given response."""
+        raise RefusedPromptError(f"{self.path}: a server reports no likelihood of a given response")
 
     async def load_weights(self, path: str) -> None:
-        """A server has the weights that it has."""
+        """Do nothing: the weights are the server's."""
 
     async def close(self) -> None:
-        """Ask nothing more, and wait a little for the answers under way: they are paid for."""
+        """Send nothing more, and wait briefly for the responses in flight, which are paid for."""
         await self._client.close(_DRAIN_S)
-
-
-def spent_on(outputs: Sequence[tuple[Dataset, Collection[int]]]) -> float:
-    """Money that these blocks of these datasets have cost, committed and spooled."""
-    spent = 0.0
-    for dataset, blocks in outputs:
-        manifest = dataset.manifest()
-        if manifest is not None:
-            parts = dict(enumerate(manifest.parts))
-        else:
-            parts = dataset.committed_parts()
-            spent += total_cost(dataset, blocks)
-        spent += sum(parts[block].counts.get("cost_micros", 0) for block in blocks if block in parts) / MICRO
-    return spent

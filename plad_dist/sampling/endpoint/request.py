@@ -1,0 +1,86 @@
+"""The HTTP body of a request for one response, and the bounds on its tokens for the budget."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from plad_dist.config import Decoding, Endpoint
+from plad_dist.errors import UserError
+from plad_dist.sampling.endpoint.reply import Usage
+
+Prompt = list[dict[str, str]] | str
+
+_SET_BY_THE_RUN = ("model", "messages", "prompt", "stream", "n", "best_of")
+_TEMPLATE_TOKENS = 256  # allowance for what a server's chat template adds to a prompt, such as a system prompt
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A request for one response.
+
+    Attributes:
+        body: JSON body.
+        prompt_bytes: size of the prompt in UTF-8.
+        max_tokens: limit of the response, in tokens.
+    """
+
+    body: bytes
+    prompt_bytes: int
+    max_tokens: int
+
+    @property
+    def worst_usage(self) -> Usage:
+        """Largest usage that the server can bill for one try: a token has at least one byte."""
+        return Usage(self.prompt_bytes + _TEMPLATE_TOKENS, self.max_tokens)
+
+
+def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: int) -> CompletionRequest:
+    """Build the request for one response.
+
+    Args:
+        prompt: messages for `api: chat`, a rendered text for `api: completions`.
+    """
+    is_chat = endpoint.api == "chat"
+    assert isinstance(prompt, list) == is_chat, "messages for api: chat, text for api: completions"
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        "messages" if is_chat else "prompt": prompt,
+        "max_tokens": decoding.max_tokens,
+        "temperature": decoding.temperature,
+        "top_p": decoding.top_p,
+        "n": 1,
+        "seed": seed,
+    }
+    # Not part of every server's API, so sent only if they are set.
+    if decoding.stop:
+        body["stop"] = decoding.stop
+    if decoding.top_k:
+        body["top_k"] = decoding.top_k
+    if decoding.min_p:
+        body["min_p"] = decoding.min_p
+    body = {key: value for key, value in (body | endpoint.extra_body).items() if value is not None}
+    limits = [body[key] for key in ("max_tokens", "max_completion_tokens") if isinstance(body.get(key), int)]
+    return CompletionRequest(
+        body=json.dumps(body).encode(),
+        prompt_bytes=len(json.dumps(prompt, ensure_ascii=False).encode("utf-8", "surrogatepass")),
+        max_tokens=max(limits, default=decoding.max_tokens),
+    )
+
+
+def check_extra_body(endpoint: Endpoint) -> None:
+    """Check the fields that a config adds to every request.
+
+    Raises:
+        UserError: `extra_body` sets what the run sets, or removes what the spending cap needs.
+    """
+    extra = endpoint.extra_body
+    for name in _SET_BY_THE_RUN:
+        if name in extra:
+            raise UserError(f"endpoint.extra_body.{name}: is set by the run; remove it")
+    has_no_limit = extra.get("max_tokens", 0) is None and not isinstance(extra.get("max_completion_tokens"), int)
+    if endpoint.max_spend is not None and has_no_limit:
+        raise UserError(
+            "endpoint.extra_body: removes max_tokens, which endpoint.max_spend requires; set max_completion_tokens"
+        )

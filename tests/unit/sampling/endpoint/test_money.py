@@ -1,0 +1,146 @@
+"""Money: nothing exceeds the cap, and nothing that the server may bill is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from plad_dist.config import Endpoint
+from plad_dist.errors import UserError
+from plad_dist.sampling.backend import Completion
+from plad_dist.sampling.endpoint.budget import Budget
+from plad_dist.sampling.endpoint.client import EndpointClient
+from plad_dist.sampling.endpoint.errors import EndpointDownError, SpendingCapReached
+from tests.fake_endpoint import (
+    DECODING,
+    PRICES,
+    FakeTime,
+    after,
+    client_of,
+    complete_all,
+    error,
+    good,
+    messages,
+    run,
+    serving,
+    until,
+)
+
+
+@pytest.mark.parametrize("spent", [0.0, 0.02])
+def test_the_cap_is_never_exceeded_and_responses_in_flight_are_kept(spent: float) -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: after(0.005, good(usage=(280, 20)))  # noqa: E731
+        settings = PRICES | {"max_spend": 0.1, "concurrency": 8}
+        async with serving(respond) as server, client_of(server, spent=spent, **settings) as client:
+            outcomes = await complete_all(client, *(f"p{row}" for row in range(100)))
+            completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+            stopped = [outcome for outcome in outcomes if isinstance(outcome, SpendingCapReached)]
+            assert len(completions) == server.completed > 10
+            assert len(completions) + len(stopped) == 100
+            assert client.spent == pytest.approx(spent + sum(completion.cost for completion in completions))
+            assert 0.08 < client.spent <= 0.1
+            for fragment in (f"{client.spent:.6g} of 0.1", "endpoint.max_spend"):
+                assert fragment in str(stopped[0])
+
+    run(test())
+
+
+def test_a_lost_response_counts_at_its_worst_cost() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: after(60, good()) if count == 1 else good()  # noqa: E731
+        async with serving(respond) as server, client_of(server, FakeTime(), timeout_s=2.0, **PRICES) as client:
+            completion = await client.complete(messages("hi"), DECODING, 1)
+            regular, worst = (
+                (10 * 10 + 5 * 100) / 1e6,
+                (len(json.dumps(messages("hi"))) + 256) * 10 / 1e6 + 20 * 100 / 1e6,
+            )
+            assert completion.cost == pytest.approx(regular + worst)
+            assert client.spent == pytest.approx(completion.cost)
+
+    run(test())
+
+
+def test_an_error_response_costs_nothing() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: error(500) if count == 1 else good()  # noqa: E731
+        async with serving(respond) as server, client_of(server, FakeTime(), **PRICES) as client:
+            assert (await client.complete(messages("hi"), DECODING, 1)).cost == pytest.approx(600e-6)
+            assert client.prompt_tokens == 10
+
+    run(test())
+
+
+def test_a_cancelled_request_counts_at_its_worst_cost_and_releases_its_reservation() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: after(60, good()) if prompt == "slow" else good()  # noqa: E731
+        async with serving(respond) as server, client_of(server, max_spend=0.008, **PRICES) as client:
+            slow = asyncio.create_task(client.complete(messages("slow"), DECODING, 1))
+            waiting = asyncio.create_task(client.complete(messages("next"), DECODING, 1))
+            await until(lambda: server.requests == {"slow": 1})
+            slow.cancel()
+            stopped = (await asyncio.gather(waiting, return_exceptions=True))[0]
+            assert isinstance(stopped, SpendingCapReached)  # the server may bill the cancelled request
+            assert client.spent > 0.004
+
+    run(test())
+
+
+def test_a_request_waits_for_the_money_that_requests_in_flight_may_not_need() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: after(0.05, good())  # noqa: E731
+        # The cap has room for one worst cost at a time, but for many real costs.
+        async with serving(respond) as server, client_of(server, max_spend=0.008, **PRICES) as client:
+            outcomes = await complete_all(client, "a", "b", "c")
+            assert all(isinstance(outcome, Completion) for outcome in outcomes)
+            assert server.most_in_flight == 1
+
+    run(test())
+
+
+def test_a_cap_needs_a_server_that_reports_usage() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, count: good(usage=None)) as server:
+            async with client_of(server, max_spend=1.0, **PRICES) as client:
+                with pytest.raises(UserError, match="no token usage"):
+                    await client.complete(messages("hi"), DECODING, 1)
+            async with client_of(server) as client:
+                completion = await client.complete(messages("hi" * 40), DECODING, 1)
+                assert client.usage_missing == 1
+                assert completion.prompt_tokens > 20
+                assert 1 <= completion.num_tokens <= 20
+
+    run(test())
+
+
+def test_a_cap_needs_a_limit_on_the_response() -> None:
+    endpoint = Endpoint(url="http://x", model="m", max_spend=1.0, extra_body={"max_tokens": None}, **PRICES)
+    with pytest.raises(UserError, match="max_tokens"):
+        EndpointClient(endpoint)
+
+
+def test_the_error_that_stops_the_stage_carries_the_cost_of_failed_tries() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: good() if prompt == "a" else error(504)  # noqa: E731
+        async with (
+            serving(respond) as server,
+            client_of(server, FakeTime(), max_spend=1.0, give_up_after_s=30.0, **PRICES) as client,
+        ):
+            with pytest.raises(EndpointDownError) as caught:
+                await client.complete(messages("b"), DECODING, 1)
+            assert caught.value.cost == pytest.approx(client.spent)
+            assert caught.value.cost > 0
+
+    run(test())
+
+
+def test_a_budget_without_reservations_reserves_nothing() -> None:
+    for count in range(1, 50):
+        budget = Budget(sum([0.1] * count), 1.0, 1.0, 0.0)
+        assert all(budget.reserve(0.1) for _ in range(count))
+        assert not budget.reserve(0.1)
+        for _ in range(count):
+            budget.settle(0.1, 0.0)
+        assert budget.reserve(budget.cap or 0.0)  # to the last bit

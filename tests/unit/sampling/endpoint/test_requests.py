@@ -1,0 +1,92 @@
+"""The promises of a single request: its body, its completion, its tokens and its cost."""
+
+from __future__ import annotations
+
+import pytest
+
+from plad_dist.config import Decoding, Endpoint
+from plad_dist.errors import UserError
+from plad_dist.sampling.backend import Completion
+from plad_dist.sampling.endpoint.client import EndpointClient
+from tests.fake_endpoint import DECODING, after, client_of, good, messages, run, serving
+
+
+def test_a_completion_has_its_tokens_and_its_cost() -> None:
+    async def test() -> None:
+        async with (
+            serving(lambda prompt, count: after(0.05, good("héllo"))) as server,
+            client_of(server, input_price=1.0, output_price=10.0, spent=3.0) as client,
+        ):
+            completion = await client.complete(messages("hi"), DECODING, 7)
+            assert completion == Completion("héllo", [], 5, None, "stop", prompt_tokens=10, cost=60e-6)
+            assert (client.requests, client.retries, client.prompt_tokens, client.completion_tokens) == (1, 0, 10, 5)
+            assert client.spent == pytest.approx(3.0 + 60e-6)
+
+    run(test())
+
+
+def test_a_request_sends_the_decoding_and_no_optional_field_that_is_not_set() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, count: good()) as server:
+            async with client_of(server) as client:
+                await client.complete(messages("hi"), Decoding(temperature=0.5, max_tokens=9), 7)
+            assert server.bodies[0] == {
+                "model": "m",
+                "messages": messages("hi"),
+                "max_tokens": 9,
+                "temperature": 0.5,
+                "top_p": 1.0,
+                "n": 1,
+                "seed": 7,
+            }
+            extra = {"seed": None, "max_tokens": None, "max_completion_tokens": 30, "reasoning": {"effort": "low"}}
+            async with client_of(server, extra_body=extra) as client:
+                await client.complete(messages("hi"), Decoding(top_k=5, min_p=0.1, stop=["\n"]), 7)
+            body = server.bodies[1]
+            assert body.keys().isdisjoint({"seed", "max_tokens"})
+            assert (body["top_k"], body["min_p"], body["stop"], body["reasoning"]) == (
+                5,
+                0.1,
+                ["\n"],
+                {"effort": "low"},
+            )
+
+    run(test())
+
+
+def test_a_rendered_prompt_goes_to_completions() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: {"choices": [{"text": f"{prompt}!", "finish_reason": "length"}]}  # noqa: E731
+        async with serving(respond) as server, client_of(server, api="completions") as client:
+            completion = await client.complete("to render", DECODING, 1)
+            assert (completion.text, completion.finish_reason) == ("to render!", "length")
+
+    run(test())
+
+
+@pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "n"])
+def test_extra_fields_cannot_replace_what_the_run_sets(name: str) -> None:
+    with pytest.raises(UserError, match=rf"extra_body\.{name}"):
+        EndpointClient(Endpoint(url="http://x", model="m", extra_body={name: 1}))
+
+
+@pytest.mark.parametrize(
+    ("reason", "tokens", "expected"),
+    [("stop", 5, "stop"), ("length", 20, "length"), (None, 5, "stop"), (None, 20, "length"), ("eos_token", 5, "stop")],
+)
+def test_a_response_is_either_finished_or_cut(reason: str | None, tokens: int, expected: str) -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: good(finish_reason=reason, usage=(10, tokens))  # noqa: E731
+        async with serving(respond) as server, client_of(server) as client:
+            assert (await client.complete(messages("hi"), DECODING, 1)).finish_reason == expected
+
+    run(test())
+
+
+def test_half_a_character_at_the_end_of_a_response_can_be_stored() -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, count: good("cut \ud83d")) as server, client_of(server) as client:
+            completion = await client.complete(messages("hi"), DECODING, 1)
+            assert completion.text.encode() == "cut \ufffd".encode()
+
+    run(test())
