@@ -232,16 +232,16 @@ def _prepare(config: Config, run: RunDir) -> str:
 
 def _pair(config: Config, run: RunDir, progress: Progress) -> str:
     facts = build_pairs(config, run, progress)
-    drops = ", ".join(f"{reason} {count:,}" for reason, count in facts["drops"].items()) or "none"
-    said = f"{facts['pairs']:,} pairs of {facts['prompts']:,} prompts; dropped: {drops}"
-    if facts["teacher_better_share"] is not None:
-        said += (
-            f"; by the reference the teacher is better in {facts['teacher_better_share']:.0%} of the pairs, worse in "
-            f"{facts['teacher_worse_share']:.0%}"
+    drops = ", ".join(f"{reason} {count:,}" for reason, count in facts.drops.items()) or "none"
+    summary = f"{facts.pairs:,} pairs of {facts.prompts:,} prompts; dropped: {drops}"
+    if facts.teacher_better_share is not None and facts.teacher_worse_share is not None:
+        summary += (
+            f"; by {config.pairing.score} the teacher scores higher in {facts.teacher_better_share:.0%} of the scored "
+            f"combinations, lower in {facts.teacher_worse_share:.0%}"
         )
-        if facts["teacher_better_share"] <= facts["teacher_worse_share"]:
+        if facts.teacher_better_share <= facts.teacher_worse_share:
             logger.warning("the teacher does not win over the student: there is no capacity gap to distil")
-    return said
+    return summary
 
 
 def _evaluate(config: Config, run: RunDir, progress: Progress) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from plad_dist.config import Config
+from plad_dist.data.parts import Part
 from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import Hints
 from plad_dist.pairing.build import pair_worker_args
-from plad_dist.pairing.pairs import facts_of
+from plad_dist.pairing.facts import PairFacts
 from plad_dist.pairing.worker import PairJob, PairWorker
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
@@ -62,5 +64,9 @@ async def _build_all(
         finally:
             journal.flush()
         known_parts = [part for part in parts.values() if part is not None]
-        dataset.finish(len(units), fingerprint=job.fingerprint, facts=facts_of, known_parts=known_parts)
+        dataset.finish(len(units), fingerprint=job.fingerprint, facts=_facts, known_parts=known_parts)
     await worker.stop()
+
+
+def _facts(parts: Sequence[Part]) -> dict[str, Any]:
+    return PairFacts.from_parts(parts).as_dict()

@@ -1,4 +1,4 @@
-"""A response as scorers see it."""
+"""A response as scorers receive it: part of the public API, for `pairing.score_function`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import TypedDict
 
 
 class Answer(TypedDict):
-    """One response with what it answers. `role`: teacher or student."""
+    """One response with its prompt.
+
+    Attributes:
+        messages: chat messages of the prompt.
+        reference: gold response to the prompt, None without one.
+        response: text of the response.
+        role: teacher or student; in an evaluation, the name of the system.
+    """
 
     messages: list[dict[str, str]]
     reference: str | None
@@ -15,5 +22,5 @@ class Answer(TypedDict):
     role: str
 
 
-# A finite number for each answer, None for one that has no score.
+# Takes responses, returns a finite number for each, or None for a response without a score.
 Scorer = Callable[[list[Answer]], list[float | None]]

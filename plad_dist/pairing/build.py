@@ -1,4 +1,4 @@
-"""Stage `pair`: pseudo-preference pairs of all blocks, from committed samples."""
+"""The stage `pair`: a fleet of workers builds the pairs of all blocks from committed samples."""
 
 from __future__ import annotations
 
@@ -14,48 +14,51 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import Renderer
 from plad_dist.fingerprint import fingerprint
-from plad_dist.pairing.pairs import facts_of
+from plad_dist.pairing.facts import PairFacts
 from plad_dist.pairing.reward import as_model
 from plad_dist.pairing.worker import PairJob, PairWorker
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir, require_model
 
 
-def build_pairs(config: Config, run: RunDir, progress: Progress) -> dict[str, Any]:
-    """Build the pairs and the held-out pairs from committed samples, and return the facts in the pairs' manifest.
+def build_pairs(config: Config, run: RunDir, progress: Progress) -> PairFacts:
+    """Build the pairs and the held-out pairs, and return the facts about the pairs.
 
     Raises:
-        UserError: samples are missing, or what scores the responses cannot be used.
-        RunFailed: a block failed, or not one pair was left.
+        UserError: samples are missing, or the scorer cannot be used.
+        RunFailed: a block failed, or no pair was left.
     """
     run_pair_jobs(pair_jobs(config, run), config, run, progress)
-    return run.pairs().require("pair").facts
+    return PairFacts.from_manifest(run.pairs().require("pair"))
 
 
 def is_paired(run: RunDir) -> bool:
-    """Whether both pair datasets are committed."""
+    """Return True if the pairs and the held-out pairs are committed."""
     return all(dataset.manifest() is not None for dataset in (run.pairs(), run.heldout_pairs()))
 
 
 def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
-    """The pairs and the held-out pairs, where they are not committed yet, each with the prompts in every block.
+    """Return the jobs of uncommitted datasets, each with the number of prompts in every block.
 
     Raises:
         UserError: samples or the student are missing.
     """
-    sets = (
+    datasets = (
         (train_prompts(run.storage), run.samples, run.pairs(), config.sampling.student.n),
         (heldout_prompts(run.storage), run.heldout_samples, run.heldout_pairs(), 1),
     )
     return [
         _job(config, run, prompts, samples("teacher"), samples("student"), output, n)
-        for prompts, samples, output, n in sets
+        for prompts, samples, output, n in datasets
         if output.manifest() is None
     ]
 
 
 def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, Pairing, str]:
-    """Arguments of :class:`PairWorker`. Paths are made absolute: workers have other working directories."""
+    """Return the arguments of :class:`PairWorker`.
+
+    Paths are absolute, because workers have other working directories.
+    """
     pairing = config.pairing
     if pairing.reward_model is not None:
         path = resolve_model(as_model(pairing.reward_model))
@@ -64,7 +67,7 @@ def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, 
 
 
 def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:
-    """Do what the jobs lack, and write their manifests."""
+    """Build the missing blocks of the jobs, and write the manifests."""
     from plad_dist.fleet.driver import run_fleets
     from plad_dist.fleet.fleet import Assignment, Fleet
     from plad_dist.fleet.placement import Placement
@@ -81,7 +84,9 @@ def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run
     )
 
     def facts(parts: Sequence[Part]) -> dict[str, Any]:
-        return facts_of(parts) | {"tokenizer": Renderer(run.student(config), config.student).identity}
+        return PairFacts.from_parts(parts).as_dict() | {
+            "tokenizer": Renderer(run.student(config), config.student).identity
+        }
 
     run_fleets(config, run.storage, [fleet], progress, stage="pair", unit="prompts", facts=facts)
 
@@ -89,7 +94,11 @@ def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run
 def _job(
     config: Config, run: RunDir, prompts: Dataset, teacher: Dataset, student: Dataset, output: Dataset, n: int
 ) -> tuple[PairJob, list[int]]:
-    """A job and the prompts in each of its blocks, of which the student has `n` samples each."""
+    """Return the job of one dataset, and the number of prompts in each block.
+
+    Args:
+        n: samples of the student per prompt.
+    """
     samples = [dataset.require("sample") for dataset in (teacher, student)]
     path = run.student(config)
     require_model(path, run.student_made_by)

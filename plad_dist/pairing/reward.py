@@ -1,4 +1,4 @@
-"""Scores by a reward model: a sequence classifier with one output, which reads the whole conversation."""
+"""Scores by a reward model: a classifier with one output that reads the whole conversation."""
 
 from __future__ import annotations
 
@@ -15,33 +15,39 @@ _KEY = "pairing.reward_model"
 
 
 def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer, int]:
-    """What renders conversations for a reward model, and the longest in tokens that it takes. Loads no weights.
+    """Return the renderer of a reward model, and its maximum conversation in tokens. Loads no
+    weights.
 
     Args:
-        key: the config section that names it, for messages.
+        key: config section of the model, for messages.
 
     Raises:
-        UserError: no such model, no safetensors weights, no template, or not exactly one output.
+        UserError: the model does not exist, or has no safetensors weights, no template, or not
+            exactly one output.
     """
     model = as_model(settings)
     path = resolve_model(model)
     labels = load_model_config(path, model).num_labels
     if labels != 1:
-        raise UserError(f"{key}: {path}: expected a classifier with one output, it has {labels}")
+        raise UserError(f"{key}: {path}: expected a classifier with one output, got {labels} outputs")
     check_weights(path)
     return Renderer(path, model, generates=False), context_length(path, model)
 
 
 def as_model(settings: RewardModel) -> Model:
-    """The section of a reward model as that of any other model."""
+    """Return the config section of a reward model in the form of any other model."""
     return Model(**settings.model_dump(include={"path", "revision", "template", "max_length", "trust_remote_code"}))
 
 
 class RewardScorer:
-    """Scores by a reward model, on the GPU in bfloat16 where there is one, else in float32.
+    """Scores by a reward model, in bfloat16 on a GPU if one is available, or else in float32 on the
+    CPU.
+
+    Args:
+        key: config section of the model, for messages.
 
     Raises:
-        UserError: the model cannot be used, with the reason.
+        UserError: the model cannot be used.
     """
 
     def __init__(self, settings: RewardModel, key: str = _KEY) -> None:
@@ -55,21 +61,24 @@ class RewardScorer:
         self._batch_size = settings.batch_size
 
     def __call__(self, answers: list[Answer]) -> list[float | None]:
-        """A number for each answer, None for conversations over the model's length. Equal conversations are read once."""
+        """Return a score for each response, None for conversations that exceed the maximum length.
+
+        Equal conversations are computed once.
+        """
         conversations = [
             [*answer["messages"], {"role": "assistant", "content": answer["response"]}] for answer in answers
         ]
-        places: dict[tuple[int, ...], list[int]] = {}
-        for place, tokens in enumerate(self._renderer.prompt_ids(conversations)):
+        indices: dict[tuple[int, ...], list[int]] = {}
+        for index, tokens in enumerate(self._renderer.prompt_ids(conversations)):
             if 0 < len(tokens) <= self._max_length:
-                places.setdefault(tuple(tokens), []).append(place)
+                indices.setdefault(tuple(tokens), []).append(index)
         scores: list[float | None] = [None] * len(answers)
-        distinct = sorted(places, key=len)  # so that little is padding
+        distinct = sorted(indices, key=len)  # similar lengths share a batch, which saves padding
         for start in range(0, len(distinct), self._batch_size):
             batch = distinct[start : start + self._batch_size]
             for ids, score in zip(batch, self._rewards(batch), strict=True):
-                for place in places[ids]:
-                    scores[place] = score
+                for index in indices[ids]:
+                    scores[index] = score
         return scores
 
     def _rewards(self, batch: list[tuple[int, ...]]) -> list[float]:
@@ -86,17 +95,20 @@ class RewardScorer:
             ).logits
         scores: list[float] = logits_B1.float().squeeze(-1).tolist()
         if not all(map(math.isfinite, scores)):
-            raise RunFailed(f"{self._key}: {self._renderer.model}: gave a score that is no finite number")
+            raise RunFailed(f"{self._key}: {self._renderer.model}: returned a score that is not a finite number")
         return scores
 
     def _padding(self, batch: list[tuple[int, ...]]) -> int:
-        """The padding token. Decoders score the last token that is not padding, so where the model names no padding token
-        it must be none that a conversation ends with."""
+        """Return the padding token of a batch.
+
+        Decoders score the last token that is not padding. If the model defines no padding token, it
+        must therefore be a token with which no conversation of the batch ends.
+        """
         if self._own_padding is not None:
             return self._own_padding
-        tokenizer, ends = self._renderer.tokenizer, {ids[-1] for ids in batch}
-        tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id, *range(len(ends) + 1))
-        padding = next(int(token) for token in tokens if token is not None and token not in ends)
+        tokenizer, last_tokens = self._renderer.tokenizer, {ids[-1] for ids in batch}
+        choices = (tokenizer.pad_token_id, tokenizer.eos_token_id, *range(len(last_tokens) + 1))
+        padding = next(int(token) for token in choices if token is not None and token not in last_tokens)
         self._model.config.get_text_config().pad_token_id = padding
         return padding
 
@@ -120,7 +132,7 @@ def _load(path: str, settings: RewardModel, device: Any, key: str) -> Any:
         raise UserError(f"{key}: {path}: cannot be loaded: {first_line(error)}") from None
     if loading["missing_keys"]:
         raise UserError(
-            f"{key}: {path}: is no trained classifier: it has no weights for "
+            f"{key}: {path}: is not a trained classifier: it has no weights for "
             f"{', '.join(sorted(loading['missing_keys']))[:200]}"
         )
     return model.to(device)

@@ -1,4 +1,4 @@
-"""Pair building as blocks of work: the job that names the inputs, and the actor that does it."""
+"""Pair building as blocks of work: the job that names the inputs, and the actor."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockJob, BlockResult, Heartbeat, Hints
 from plad_dist.pairing.pairs import PairBuilder
-from plad_dist.pairing.scores import import_from, load_scorer
+from plad_dist.pairing.scores import add_to_import_path, load_scorer
 
 
 @dataclass(frozen=True)
 class PairJob:
-    """One dataset of pairs: block for block of the prompts and of what was sampled for them.
+    """One dataset of pairs. Its blocks are those of the prompts and of both samples datasets.
 
     Attributes:
         prompts: path of the prompts dataset in the run directory.
         teacher: path of the teacher's samples.
         student: path of the student's samples.
         output: path of the pairs dataset.
-        fingerprint: of all that decides the rows.
-        round: as the pairs say it.
+        fingerprint: fingerprint of everything that decides the rows.
+        round: value of the column `round`.
     """
 
     prompts: str
@@ -46,28 +46,31 @@ class PairJob:
         return Dataset(storage, self.output, PAIRS)
 
     def read(self, storage: Storage, block: int) -> tuple[pa.Table, pa.Table, pa.Table]:
-        """A block of the prompts, of the teacher's samples and of the student's."""
+        """Return a block of the prompts, of the teacher's samples and of the student's samples."""
         paths = ((self.prompts, PROMPTS), (self.teacher, SAMPLES), (self.student, SAMPLES))
         prompts, teacher, student = (Dataset(storage, path, schema).read_block(block) for path, schema in paths)
         return prompts, teacher, student
 
 
 class PairWorker:
-    """Builds pairs, a block at a time; while one is built the next is read.
+    """Builds pairs, one block at a time. The next block is read meanwhile.
 
     Args:
-        student: folder or hub name of the student, whose tokens the pairs are in.
-        folder: the driver's working directory, where `pairing.score_function` may lie.
+        student: folder or hub name of the student, whose tokenizer the pairs use.
+        settings: config section of the student.
+        working_directory: the driver's, from which `pairing.score_function` is imported.
     """
 
-    def __init__(self, storage: Storage, student: str, settings: Model, pairing: Pairing, folder: str) -> None:
+    def __init__(
+        self, storage: Storage, student: str, settings: Model, pairing: Pairing, working_directory: str
+    ) -> None:
         self._storage, self._student, self._settings = storage, student, settings
-        self._pairing, self._folder = pairing, folder
-        self._builds = ThreadPoolExecutor(1)  # tokenizers and models are used by one thread at a time
+        self._pairing, self._working_directory = pairing, working_directory
+        self._build_thread = ThreadPoolExecutor(1)  # tokenizers and models are not thread-safe
         self._finished = self._in_flight = 0
 
     async def start(self) -> str | None:
-        """Load the tokenizer and what scores. Returns what the user must mend, None where all is well."""
+        """Load tokenizer and scorer. Return what the user must correct, None if all is well."""
         try:
             await asyncio.to_thread(self._load)
         except UserError as error:
@@ -75,7 +78,7 @@ class PairWorker:
         return None
 
     def _load(self) -> None:
-        import_from(self._folder)
+        add_to_import_path(self._working_directory)
         self._builder = PairBuilder(
             self._pairing,
             Renderer(self._student, self._settings),
@@ -84,7 +87,12 @@ class PairWorker:
         )
 
     async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:
-        """Build the pairs of a block and commit its part. What goes wrong is raised with the block and the reason."""
+        """Build the pairs of a block and commit its part. Errors name the block and the reason.
+
+        Raises:
+            UserError: the score function or the reward model cannot be used.
+            RunFailed: any other failure.
+        """
         assert isinstance(job, PairJob)
         started = time.monotonic()
         try:
@@ -92,7 +100,7 @@ class PairWorker:
         except (UserError, RunFailed) as error:
             raise type(error)(f"{job.output}: block {block}: {error}") from None
         except Exception as error:
-            # Of a plain type: an exception of the user's own may not travel between processes.
+            # A plain type, because the user's own exception may not be picklable.
             raise RunFailed(f"{job.output}: block {block}: {type(error).__name__}: {error}") from error
         return BlockResult(part, first, time.monotonic() - started)
 
@@ -102,7 +110,7 @@ class PairWorker:
         self._in_flight += prompts
         try:
             loop = asyncio.get_running_loop()
-            pairs, counts = await loop.run_in_executor(self._builds, self._builder.build, *tables, job.round)
+            pairs, counts = await loop.run_in_executor(self._build_thread, self._builder.build, *tables, job.round)
             committed = await asyncio.to_thread(
                 job.dataset(self._storage).commit,
                 block,
@@ -117,9 +125,9 @@ class PairWorker:
         return committed
 
     async def heartbeat(self) -> Heartbeat:
-        """Prompts done and under way."""
+        """Report the prompts that are finished and in flight."""
         return Heartbeat(self._finished, self._in_flight)
 
     async def stop(self) -> None:
-        """What is under way ends by itself; nothing more begins."""
-        self._builds.shutdown(wait=False, cancel_futures=True)
+        """Start no further block. The current one may finish."""
+        self._build_thread.shutdown(wait=False, cancel_futures=True)

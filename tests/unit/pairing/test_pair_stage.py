@@ -1,4 +1,4 @@
-"""The stage `pair`: a block of samples in, a part of pairs out, the same whenever it was killed and whoever did it."""
+"""The stage `pair`: one part per block, identical whoever builds it and however often it dies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockResult, BlockWorker, Hints
 from plad_dist.pairing import build
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs, pair_worker_args
-from plad_dist.pairing.pairs import facts_of
+from plad_dist.pairing.facts import PairFacts
 from plad_dist.pairing.worker import PairWorker
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
@@ -46,7 +46,10 @@ def write(dataset: Dataset, rows: list[dict[str, Any]], per_block: int) -> None:
 
 
 def samples(prompts: list[dict[str, Any]], role: str, n: int) -> list[dict[str, Any]]:
-    """`n` for each prompt. All the teacher's of prompts 4 and 5, a whole block, are truncated."""
+    """Return `n` samples per prompt.
+
+    The teacher's samples of prompts 4 and 5, which are a whole block, are truncated.
+    """
     return [
         {
             "prompt_id": prompt["prompt_id"],
@@ -79,11 +82,11 @@ def make_config(folder: Path, **pairing: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory in which all is sampled."""
+    """Return the folder of a run whose samples are complete."""
     folder = tmp_path_factory.mktemp("sampled")
     run = RunDir.of(make_config(folder))
     assert PROMPTS.names[:2] == ["prompt_id", "messages"]
-    for prompts, of, limit, n in (
+    for prompts, samples_of, limit, n in (
         (train_prompts(run.storage), run.samples, PROMPTS_SAMPLED, 2),
         (heldout_prompts(run.storage), run.heldout_samples, 3, 1),
     ):
@@ -98,8 +101,8 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         write(prompts, rows, BLOCK)
         for role in ("teacher", "student"):
-            assert of(role).schema == SAMPLES
-            write(of(role), samples(rows[:limit], role, n), n * BLOCK)
+            assert samples_of(role).schema == SAMPLES
+            write(samples_of(role), samples(rows[:limit], role, n), n * BLOCK)
     student = run.model("warmup")
     train_tokenizer(iter(["teacher student one two three " * 5]), 300).save_pretrained(student)
     (student / "config.json").write_text(json.dumps(SHAPE))
@@ -108,19 +111,19 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(sampled: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be changed."""
+    """Return a copy of the sampled run that a test may change."""
     shutil.copytree(sampled, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
-def made(run: RunDir) -> list[Any]:
-    """What the stage left: rows of each part, and the facts."""
-    found = []
+def outputs(run: RunDir) -> list[Any]:
+    """Return rows, facts, counts and fingerprint of both pairs datasets."""
+    results = []
     for dataset in (run.pairs(), run.heldout_pairs()):
         manifest = dataset.require("pair")
         blocks = [dataset.read_block(block).to_pylist() for block in range(len(manifest.parts))]
-        found.append((blocks, manifest.facts, [part.counts for part in manifest.parts], manifest.fingerprint))
-    return found
+        results.append((blocks, manifest.facts, [part.counts for part in manifest.parts], manifest.fingerprint))
+    return results
 
 
 def test_every_block_is_one_part_and_the_facts_are_their_sums(folder: Path) -> None:
@@ -129,8 +132,9 @@ def test_every_block_is_one_part_and_the_facts_are_their_sums(folder: Path) -> N
     facts = build_pairs(config, run, Progress())
     manifest = run.pairs().require("pair")
     assert [part.rows for part in manifest.parts] == [8, 8, 0, 8, 4]
-    assert facts == manifest.facts
-    assert facts == {
+    assert facts == PairFacts.from_manifest(manifest)
+    assert facts.as_dict() == manifest.facts
+    assert manifest.facts == {
         "prompts": PROMPTS_SAMPLED,
         "pairs": 28,
         "drops": {"chosen_truncated": 8},
@@ -139,36 +143,36 @@ def test_every_block_is_one_part_and_the_facts_are_their_sums(folder: Path) -> N
         "scored": 12,
         "unscored": 16,
     }
-    assert facts["pairs"] == manifest.rows == manifest.count("pairs")
+    assert facts.pairs == manifest.rows == manifest.count("pairs")
     assert run.heldout_pairs().require("pair").facts["prompts"] == 3
     assert is_paired(run)
 
 
 class KilledError(BaseException):
-    """The process ends here."""
+    """Stands for the end of the process."""
 
 
 class DyingWorker(PairWorker):
-    """Ends the process after so many commits, before anyone hears of the last one."""
+    """Worker that ends the process after a number of commits, before it reports the last one."""
 
     def __init__(self, *args: Any, commits: int = 1 << 30) -> None:
         super().__init__(*args)
-        self.left, self.done = commits, 0
+        self.remaining, self.committed = commits, 0
 
     async def work(self, *args: Any) -> BlockResult:
-        if self.left == 0:
+        if self.remaining == 0:
             raise KilledError
         result = await super().work(*args)
-        self.left -= 1
-        self.done += 1
-        if self.left == 0:
+        self.remaining -= 1
+        self.committed += 1
+        if self.remaining == 0:
             raise KilledError
         return result
 
 
 @pytest.mark.parametrize("journal", ["kept", "lost"])
 @pytest.mark.parametrize("commits", range(8))
-def test_killed_after_any_block_the_run_ends_with_the_same_pairs_and_facts(
+def test_a_stage_killed_after_any_block_ends_with_the_same_pairs_and_facts(
     folder: Path, sampled: Path, tmp_path_factory: pytest.TempPathFactory, commits: int, journal: str
 ) -> None:
     config = make_config(folder)
@@ -183,24 +187,24 @@ def test_killed_after_any_block_the_run_ends_with_the_same_pairs_and_facts(
             shutil.rmtree(path)
     worker = DyingWorker(*args)
     build_in_process(pair_jobs(config, run), worker, run.storage, Progress())
-    assert worker.done == 7 - commits
+    assert worker.committed == 7 - commits
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     whole = tmp_path_factory.mktemp("whole")
     shutil.copytree(sampled, whole, dirs_exist_ok=True)
     undisturbed = make_config(whole)
     build_pairs(undisturbed, RunDir.of(undisturbed), Progress())
-    for again, once in zip(made(run), made(RunDir.of(undisturbed)), strict=True):
-        assert again[:3] == once[:3]
+    for resumed, expected in zip(outputs(run), outputs(RunDir.of(undisturbed)), strict=True):
+        assert resumed[:3] == expected[:3]
 
 
-def test_jobs_know_the_prompts_in_each_block(folder: Path) -> None:
+def test_jobs_come_with_the_number_of_prompts_in_each_block(folder: Path) -> None:
     config = make_config(folder)
     (train, units), (heldout, heldout_units) = pair_jobs(config, RunDir.of(config))
     assert (train.output, units) == ("pairs/round-0", [2, 2, 2, 2, 1])
     assert (heldout.output, heldout_units) == ("eval/round-0/pairs", [2, 1])
 
 
-def test_workers_are_given_absolute_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_get_absolute_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     config = make_config(folder, score="reward_model", reward_model={"path": "run/models/warmup"})
     _, student, _, pairing, working_directory = pair_worker_args(config, RunDir.of(config))
@@ -209,7 +213,7 @@ def test_workers_are_given_absolute_paths(folder: Path, monkeypatch: pytest.Monk
     assert working_directory == str(folder)
 
 
-def test_what_is_committed_is_not_built_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_pairs_are_not_built_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(folder)
     run = RunDir.of(config)
     first = build_pairs(config, run, Progress())
@@ -217,7 +221,7 @@ def test_what_is_committed_is_not_built_again(folder: Path, monkeypatch: pytest.
     assert build_pairs(config, run, Progress()) == first
 
 
-def test_without_any_pair_the_run_fails_before_there_is_a_manifest(folder: Path) -> None:
+def test_a_run_without_any_pair_fails_before_it_writes_a_manifest(folder: Path) -> None:
     config = make_config(folder, min_score_gap=2.0)
     run = RunDir.of(config)
     with pytest.raises(RunFailed, match=r"no pair was left of 9 prompts.*score_gap"):
@@ -225,7 +229,7 @@ def test_without_any_pair_the_run_fails_before_there_is_a_manifest(folder: Path)
     assert run.pairs().manifest() is None
 
 
-def test_missing_inputs_are_named_with_the_command_that_makes_them(folder: Path) -> None:
+def test_a_missing_input_is_named_with_the_command_that_creates_it(folder: Path) -> None:
     config = make_config(folder)
     run = RunDir.of(config)
     shutil.rmtree(run.model("warmup"))
@@ -236,24 +240,35 @@ def test_missing_inputs_are_named_with_the_command_that_makes_them(folder: Path)
         pair_jobs(config, run)
 
 
-def test_the_fingerprint_is_of_what_decides_the_pairs_and_of_nothing_else(folder: Path) -> None:
-    def of(**pairing: Any) -> str:
+def test_the_fingerprint_covers_everything_that_decides_the_pairs_and_nothing_else(folder: Path) -> None:
+    def fingerprint(**pairing: Any) -> str:
         config = make_config(folder, **pairing)
         return pair_jobs(config, RunDir.of(config))[0][0].fingerprint
 
     reward = {"path": str(folder / "run" / "models" / "warmup")}
     scored = {"score": "reward_model", "reward_model": reward}
-    assert of(workers=3, cpus_per_worker=2.0, gpus_per_worker=1.0) == of()
-    assert of(**scored | {"reward_model": reward | {"batch_size": 2}}) == of(**scored)
-    assert len({of(), of(**scored), of(max_pairs_per_prompt=2), of(length_ratio=(0.5, 2.0)), of(score="none")}) == 5
-    before = of(**scored), of()
+    assert fingerprint(workers=3, cpus_per_worker=2.0, gpus_per_worker=1.0) == fingerprint()
+    assert fingerprint(**scored | {"reward_model": reward | {"batch_size": 2}}) == fingerprint(**scored)
+    assert (
+        len(
+            {
+                fingerprint(),
+                fingerprint(**scored),
+                fingerprint(max_pairs_per_prompt=2),
+                fingerprint(length_ratio=(0.5, 2.0)),
+                fingerprint(score="none"),
+            }
+        )
+        == 5
+    )
+    before = fingerprint(**scored), fingerprint()
     (folder / "run" / "models" / "warmup" / "config.json").write_text(
         json.dumps(SHAPE | {"max_position_embeddings": 32})
     )
-    assert not {of(**scored), of()} & set(before)
+    assert not {fingerprint(**scored), fingerprint()} & set(before)
 
 
-# ------------------------------------------------------------------------------------------------------------ the worker
+# -- the worker
 
 
 def started(folder: Path, **pairing: Any) -> tuple[Any, PairWorker, RunDir]:
@@ -264,27 +279,25 @@ def started(folder: Path, **pairing: Any) -> tuple[Any, PairWorker, RunDir]:
     return pickle.loads(pickle.dumps(pair_jobs(config, run)[0][0])), worker, run
 
 
-def test_a_worker_does_many_blocks_at_a_time_and_beats(folder: Path) -> None:
+def test_a_worker_builds_many_concurrent_blocks_and_sends_heartbeats(folder: Path) -> None:
     job, worker, run = started(folder)
     as_block_worker: BlockWorker = worker
 
     async def work() -> list[BlockResult]:
         results = await asyncio.gather(*(as_block_worker.work(job, block, "a", Hints()) for block in range(5)))
         heartbeat = await worker.heartbeat()
-        assert (heartbeat.finished, heartbeat.in_flight) == (
-            PROMPTS_SAMPLED + 1,
-            0,
-        )  # the last block holds one that is past the limit
+        # The last block holds a prompt beyond the limit.
+        assert (heartbeat.finished, heartbeat.in_flight) == (PROMPTS_SAMPLED + 1, 0)
         return list(results)
 
     results = asyncio.run(work())
     assert all(result.is_first for result in results)
-    together = facts_of([result.part for result in results])
+    expected = PairFacts.from_parts([result.part for result in results])
     shutil.rmtree(folder / "run" / "pairs")
-    assert build_pairs(make_config(folder), run, Progress()) == together
+    assert build_pairs(make_config(folder), run, Progress()) == expected
 
 
-def test_a_late_attempt_learns_that_it_was_not_the_first(folder: Path) -> None:
+def test_a_late_attempt_is_told_that_another_one_was_first(folder: Path) -> None:
     job, worker, _ = started(folder)
     first = asyncio.run(worker.work(job, 0, "a", Hints()))
     late = asyncio.run(worker.work(job, 0, "b", Hints()))
@@ -292,10 +305,8 @@ def test_a_late_attempt_learns_that_it_was_not_the_first(folder: Path) -> None:
     assert late.part == first.part
 
 
-def test_what_goes_wrong_in_a_block_names_the_block_and_the_reason(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "mine.py").write_text(
+def test_a_failure_in_a_block_names_the_block_and_the_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "user_scores.py").write_text(
         "class Odd(Exception):\n"
         "    def __init__(self, a, b): super().__init__(f'{a} and {b}')\n"
         "def f(answers): raise Odd(1, 2)\n"
@@ -303,9 +314,9 @@ def test_what_goes_wrong_in_a_block_names_the_block_and_the_reason(
     )
     monkeypatch.chdir(folder)
     for name, kind, reason in (("f", RunFailed, "raised Odd: 1 and 2"), ("g", UserError, "expected a list of")):
-        job, worker, _ = started(folder, score="function", score_function=f"mine:{name}")
+        job, worker, _ = started(folder, score="function", score_function=f"user_scores:{name}")
         with pytest.raises(
-            kind, match=rf"pairs/round-0: block 1: pairing.score_function mine:{name}: {reason}"
+            kind, match=rf"pairs/round-0: block 1: pairing.score_function user_scores:{name}: {reason}"
         ) as caught:
             asyncio.run(worker.work(job, 1, "a", Hints()))
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

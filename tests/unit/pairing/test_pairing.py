@@ -1,4 +1,4 @@
-"""Pairs: the teacher over the student, in the student's tokens; what is not a preference is dropped and counted."""
+"""Pairs: the teacher's response over the student's; all other combinations are counted drops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from plad_dist.config import Model, Pairing, ScratchModel
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.templates import Renderer
 from plad_dist.pairing.answer import Answer
-from plad_dist.pairing.pairs import PairBuilder, pair_facts
+from plad_dist.pairing.facts import PairFacts
+from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.scores import load_scorer
 from plad_dist.text_metrics import rouge_l
 from plad_dist.training.model.scratch import train_tokenizer
@@ -73,7 +74,7 @@ def test_a_pair_holds_the_teachers_text_and_the_students_own_tokens(renderer: Re
     assert row["chosen_token_ids"][-1] == renderer.end_id
     assert row["rejected_token_ids"] == [9, 8, 2]
     assert (row["chosen_score"], row["rejected_score"]) == (1.0, 0.0)
-    assert pair_facts(counts)["teacher_better_share"] == 1.0
+    assert PairFacts.from_counts(counts).teacher_better_share == 1.0
 
 
 def test_a_finished_response_ends_with_end_of_sequence_and_a_truncated_one_does_not(renderer: Renderer) -> None:
@@ -102,12 +103,12 @@ def test_a_finished_response_ends_with_end_of_sequence_and_a_truncated_one_does_
         (sample("p", "one " * 40, "teacher"), sample("p", "two", "student"), {"max_tokens": 20}, "too_long"),
     ],
 )
-def test_what_is_no_preference_is_dropped_and_counted(
+def test_a_combination_that_is_no_preference_is_dropped_and_counted(
     renderer: Renderer, teacher: Any, student: Any, options: dict[str, Any], reason: str
 ) -> None:
     rows, counts = build(renderer, [teacher], [student], **options)
     assert rows == []
-    assert pair_facts(counts)["drops"] == {reason: 1}
+    assert PairFacts.from_counts(counts).drops == {reason: 1}
 
 
 def test_several_samples_make_several_pairs_up_to_the_limit(renderer: Renderer) -> None:
@@ -125,10 +126,10 @@ def test_several_samples_make_several_pairs_up_to_the_limit(renderer: Renderer) 
 def test_without_a_reference_there_are_no_scores(renderer: Renderer) -> None:
     rows, counts = build(renderer, [sample("p", "one", "teacher")], [sample("p", "two", "student")], reference=None)
     assert (rows[0]["chosen_score"], rows[0]["rejected_score"]) == (None, None)
-    assert pair_facts(counts)["teacher_better_share"] is None
+    assert PairFacts.from_counts(counts).teacher_better_share is None
 
 
-# ------------------------------------------------------------------------------------------------- which are combined
+# -- combinations
 
 
 def teacher_and_student(teacher: list[str], student: list[str]) -> tuple[list[Any], list[Any]]:
@@ -142,11 +143,11 @@ def texts(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(row["chosen_text"], row["rejected_text"]) for row in rows]
 
 
-def test_one_takes_the_first_usable_pair_and_considers_no_more(renderer: Renderer) -> None:
+def test_one_takes_the_first_usable_pair_and_considers_no_further_ones(renderer: Renderer) -> None:
     samples = teacher_and_student(["one", "two", "three"], ["one", "five"])
     rows, counts = build(renderer, *samples, combine="one")
     assert texts(rows) == [("two", "five")]
-    assert pair_facts(counts)["drops"] == {"identical": 1}
+    assert PairFacts.from_counts(counts).drops == {"identical": 1}
 
 
 def test_best_worst_takes_the_teachers_best_against_the_students_worst(renderer: Renderer) -> None:
@@ -154,18 +155,16 @@ def test_best_worst_takes_the_teachers_best_against_the_students_worst(renderer:
     rows, counts = build(renderer, *samples, combine="best_worst")
     assert texts(rows) == [("one two", "four")]
     assert (rows[0]["chosen_score"], rows[0]["rejected_score"]) == (1.0, 0.0)
-    assert pair_facts(counts)["drops"] == {}
+    assert PairFacts.from_counts(counts).drops == {}
 
 
-def test_best_worst_takes_the_lower_index_of_equal_scores_in_whatever_order_they_lie(renderer: Renderer) -> None:
+def test_best_worst_takes_the_lower_index_of_equal_scores_whatever_the_order_of_rows(renderer: Renderer) -> None:
     teacher, student = teacher_and_student(["two", "one", "five"], ["five", "four", "one two"])
     rows, _ = build(renderer, teacher[::-1], student[::-1], combine="best_worst")
     assert texts(rows) == [("two", "five")]
 
 
-def test_best_worst_passes_over_unusable_and_unscored_samples(
-    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_worst_skips_unusable_and_unscored_samples(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
     marks: dict[str, float | None] = {"a": 3.0, "b": None, "c": 2.0, "d": 1.0, "e": 0.0, "f": None}
     monkeypatch.setattr("plad_dist.pairing.scores.rouge_scores", lambda items: [marks[i["response"]] for i in items])
     teacher, student = teacher_and_student(["a", "b", "c"], ["d", "e", "f"])
@@ -187,14 +186,14 @@ def test_best_worst_drops_a_prompt_without_scores_or_usable_samples_once(
         row["finish_reason"] = finish
     rows, counts = build(renderer, teacher, student, reference=reference, combine="best_worst")
     assert rows == []
-    assert pair_facts(counts)["drops"] == {reason: 1}
+    assert PairFacts.from_counts(counts).drops == {reason: 1}
 
 
 def test_equal_pairs_are_kept_once(renderer: Renderer) -> None:
     teacher, student = teacher_and_student(["one", "one"], ["four"])
     rows, counts = build(renderer, teacher, student)
     assert texts(rows) == [("one", "four")]
-    assert pair_facts(counts)["drops"] == {"duplicate": 1}
+    assert PairFacts.from_counts(counts).drops == {"duplicate": 1}
 
 
 @pytest.mark.parametrize("combine", ["all", "one", "best_worst"])
@@ -202,33 +201,34 @@ def test_wins_are_counted_over_all_usable_combinations_whatever_is_kept(renderer
     teacher, student = teacher_and_student(["one two", "five"], ["one", "four", "one two", " "])
     options = {"max_pairs_per_prompt": 1, "min_score_gap": 0.9}
     _, counts = build(renderer, teacher, student, combine=combine, **options)
-    # "one two" wins over "one" and "four" and is the same as the third; "five" ties with "four" and loses to the others.
+    # "one two" wins over "one" and "four", and is identical to the third response. "five" ties with
+    # "four" and loses to the two others.
     assert (counts["better"], counts["equal"], counts["worse"]) == (2, 1, 2)
 
 
 def test_a_prompt_with_samples_of_one_side_only_has_no_pair(renderer: Renderer) -> None:
     rows, counts = build(renderer, *teacher_and_student([], ["four"]))
-    assert (rows, counts["prompts"], pair_facts(counts)["drops"]) == ([], 1, {})
+    assert (rows, counts["prompts"], PairFacts.from_counts(counts).drops) == ([], 1, {})
     rows, counts = build(renderer, [], [])
     assert (rows, counts["prompts"]) == ([], 0)
 
 
-# --------------------------------------------------------------------------------------------------- what is filtered
+# -- filters
 
 
-def test_a_score_gap_below_the_least_is_dropped(renderer: Renderer) -> None:
+def test_a_score_gap_below_the_minimum_is_dropped(renderer: Renderer) -> None:
     samples = teacher_and_student(["one two"], ["one", "four"])
     rows, counts = build(renderer, *samples, min_score_gap=1.0)
-    assert texts(rows) == [("one two", "four")]  # a gap of exactly the least is kept
-    assert pair_facts(counts)["drops"] == {"score_gap": 1}
+    assert texts(rows) == [("one two", "four")]  # a gap of exactly the minimum is kept
+    assert PairFacts.from_counts(counts).drops == {"score_gap": 1}
     rows, counts = build(renderer, *teacher_and_student(["four"], ["one"]), min_score_gap=-1.0)
     assert len(rows) == 1
 
 
-def test_with_a_least_score_gap_a_missing_score_drops_the_pair(renderer: Renderer) -> None:
+def test_with_a_minimum_score_gap_a_missing_score_drops_the_pair(renderer: Renderer) -> None:
     rows, counts = build(renderer, *teacher_and_student(["one"], ["four"]), reference=None, min_score_gap=0.1)
     assert rows == []
-    assert pair_facts(counts)["drops"] == {"no_score": 1}
+    assert PairFacts.from_counts(counts).drops == {"no_score": 1}
     assert counts["unscored"] == 2
 
 
@@ -238,7 +238,7 @@ def test_the_length_ratio_bounds_chosen_over_rejected_tokens(renderer: Renderer)
     length = len(renderer.response_ids(["one"])[0])
     rows, counts = build(renderer, teacher, student, length_ratio=(length / 4, length / 4))
     assert [len(row["rejected_token_ids"]) for row in rows] == [4]
-    assert pair_facts(counts)["drops"] == {"length_ratio": 2}
+    assert PairFacts.from_counts(counts).drops == {"length_ratio": 2}
 
 
 def test_truncated_teacher_responses_that_are_kept_have_no_end_of_sequence(renderer: Renderer) -> None:
@@ -253,27 +253,27 @@ def test_identical_responses_can_be_kept(renderer: Renderer) -> None:
     assert counts["equal"] == 1
 
 
-def test_empty_responses_that_are_kept_are_just_the_end_of_sequence(renderer: Renderer) -> None:
-    filled, empty = sample("p", "one", "teacher"), sample("p", "", "teacher")
+def test_empty_responses_that_are_kept_consist_of_end_of_sequence(renderer: Renderer) -> None:
+    full, empty = sample("p", "one", "teacher"), sample("p", "", "teacher")
     rows, _ = build(renderer, [empty], [sample("p", "four", "student", [9, 2])], empty="keep")
     assert rows[0]["chosen_token_ids"] == [renderer.end_id]
-    for own in ([], [renderer.end_id]):
-        rows, _ = build(renderer, [filled], [sample("p", "", "student", own)], empty="keep")
+    for ids in ([], [renderer.end_id]):
+        rows, _ = build(renderer, [full], [sample("p", "", "student", ids)], empty="keep")
         assert rows[0]["rejected_token_ids"] == [renderer.end_id]
 
 
 def test_a_response_without_any_token_is_never_kept(renderer: Renderer) -> None:
     teacher, student = [sample("p", "one", "teacher")], [sample("p", "", "student", [], finish="length")]
     rows, counts = build(renderer, teacher, student, empty="keep")
-    assert (rows, pair_facts(counts)["drops"]) == ([], {"rejected_empty": 1})
+    assert (rows, PairFacts.from_counts(counts).drops) == ([], {"rejected_empty": 1})
     teacher, student = [sample("p", "", "teacher", finish="length")], [sample("p", "four", "student")]
     rows, counts = build(renderer, teacher, student, empty="keep", truncated_chosen="keep")
-    assert (rows, pair_facts(counts)["drops"]) == ([], {"chosen_empty": 1})
+    assert (rows, PairFacts.from_counts(counts).drops) == ([], {"chosen_empty": 1})
 
 
-def test_a_student_that_only_ends_has_an_empty_response(renderer: Renderer) -> None:
+def test_a_student_response_of_end_of_sequence_alone_is_empty(renderer: Renderer) -> None:
     _, counts = build(renderer, [sample("p", "one", "teacher")], [sample("p", "", "student", [renderer.end_id])])
-    assert pair_facts(counts)["drops"] == {"rejected_empty": 1}
+    assert PairFacts.from_counts(counts).drops == {"rejected_empty": 1}
 
 
 def test_each_distinct_usable_response_is_scored_once_and_in_one_call(
@@ -298,11 +298,11 @@ def test_each_distinct_usable_response_is_scored_once_and_in_one_call(
     assert all(row["chosen_score"] == len(row["chosen_text"]) for row in rows)
 
 
-# ------------------------------------------------------------------------------------------------------ over all samples
+# -- arbitrary samples
 
 _TEXTS = st.sampled_from(["one", "two", "one two", " one", "", " ", "three four five", "two two two two"])
 _FINISH = st.sampled_from(["stop", "stop", "stop", "length", "error"])
-_OWN = st.lists(st.integers(3, 12), max_size=6)
+_STUDENT_IDS = st.lists(st.integers(3, 12), max_size=6)
 _OPTIONS = st.fixed_dictionaries(
     {
         "combine": st.sampled_from(["all", "one", "best_worst"]),
@@ -321,7 +321,7 @@ _OPTIONS = st.fixed_dictionaries(
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     teacher=st.lists(st.tuples(_TEXTS, _FINISH), max_size=4),
-    student=st.lists(st.tuples(_TEXTS, _FINISH, _OWN), max_size=4),
+    student=st.lists(st.tuples(_TEXTS, _FINISH, _STUDENT_IDS), max_size=4),
     reference=st.sampled_from(["one two", "one", " ", None]),
     options=_OPTIONS,
 )
@@ -331,18 +331,19 @@ def test_pairs_and_drops_add_up_and_no_pair_breaks_a_bound(
     by_teacher = [sample("p", text, "teacher", [], finish, i) for i, (text, finish) in enumerate(teacher)]
     by_student = [sample("p", text, "student", ids, finish, i) for i, (text, finish, ids) in enumerate(student)]
     rows, counts = build(renderer, by_teacher, by_student, reference, **options)
-    considered, all_ = len(rows) + sum(pair_facts(counts)["drops"].values()), len(teacher) * len(student)
+    considered = len(rows) + sum(PairFacts.from_counts(counts).drops.values())
+    combinations = len(teacher) * len(student)
     assert counts["pairs"] == len(rows)
     match options["combine"]:
         case "all":
-            assert considered == all_
+            assert considered == combinations
             assert len(rows) <= options["max_pairs_per_prompt"]
         case "one":
-            assert considered == all_ or (considered < all_ and len(rows) == 1)
+            assert considered == combinations or (considered < combinations and len(rows) == 1)
         case "best_worst":
-            assert considered == min(1, all_)
-    keys = [(tuple(row["chosen_token_ids"]), tuple(row["rejected_token_ids"])) for row in rows]
-    assert len(set(keys)) == len(keys)
+            assert considered == min(1, combinations)
+    token_ids = [(tuple(row["chosen_token_ids"]), tuple(row["rejected_token_ids"])) for row in rows]
+    assert len(set(token_ids)) == len(token_ids)
     for row in rows:
         check_bounds(row, renderer, by_teacher, by_student, reference, options)
 
@@ -376,6 +377,6 @@ def check_bounds(
         assert row["chosen_score"] - row["rejected_score"] >= options["min_score_gap"]
 
 
-def test_the_tokenizer_splits_the_first_word_as_any_other(renderer: Renderer, tmp_path: Path) -> None:
+def test_the_tokenizer_splits_the_first_word_like_any_other(renderer: Renderer, tmp_path: Path) -> None:
     first, second = (renderer.tokenizer.encode(text, add_special_tokens=False) for text in ("two", "one two"))
     assert second[-len(first) :] == first

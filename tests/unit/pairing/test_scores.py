@@ -1,4 +1,4 @@
-"""Scores: ROUGE-L as the package gives it, a reward model read in batches as one by one, functions whose mistakes are named."""
+"""Scores: ROUGE-L like the package's, reward models in batches, functions with named errors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def answer(response: str, reference: str | None = "one two", question: str = "co
     return Answer(messages=messages, reference=reference, response=response, role=role)
 
 
-# -------------------------------------------------------------------------------------------------------------- ROUGE-L
+# -- ROUGE-L
 
 _PROSE = st.lists(st.sampled_from(["a", "b", "c", "The", "end.", "x1", "-", "\n", "it's"]), max_size=80).map(" ".join)
 
 
 @settings(max_examples=300)
 @given(reference=_PROSE | st.text(st.characters(codec="ascii")), text=_PROSE | st.text())
-def test_rouge_l_is_that_of_the_rouge_score_package(reference: str, text: str) -> None:
+def test_rouge_l_equals_that_of_the_rouge_score_package(reference: str, text: str) -> None:
     assert rouge_l(reference, text) == RougeScorer(["rougeL"]).score(reference, text)["rougeL"].fmeasure
 
 
@@ -57,13 +57,13 @@ def test_a_response_without_a_reference_or_with_a_blank_one_has_no_score() -> No
     assert rouge_scores([answer("one"), answer("one", None), answer("one", " ")]) == [pytest.approx(2 / 3), None, None]
 
 
-# --------------------------------------------------------------------------------------------------------- reward model
+# -- reward model
 
 
 def make_reward_model(
     folder: Path, *, chat: str | None = CHAT, pad: bool = True, labels: int = 1, own_padding: int | None = None
 ) -> Path:
-    """A tiny classifier with random weights and a tokenizer of its own."""
+    """Create a tiny classifier with random weights and its own tokenizer."""
     tokenizer = train_tokenizer(iter(["user assistant one two three four five count " * 5]), 300)
     tokenizer.chat_template = chat
     if not pad:
@@ -81,7 +81,7 @@ def make_reward_model(
 
 
 def plain_score(folder: Path, text: str) -> float:
-    """The score of one conversation, without padding: that of its last token."""
+    """Return the score of one conversation without padding, which is that of its last token."""
     tokenizer = train_tokenizer(iter(["user assistant one two three four five count " * 5]), 300)
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     model.config.pad_token_id = None
@@ -95,37 +95,40 @@ RESPONSES = ["one", "one two three four five", "", "two two", "five " * 12, "one
 
 @pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_scores_of_a_batch_are_those_of_each_conversation_alone(tmp_path: Path, pad: bool, batch_size: int) -> None:
+def test_a_batch_gives_each_conversation_the_score_that_it_has_alone(
+    tmp_path: Path, pad: bool, batch_size: int
+) -> None:
     folder = make_reward_model(tmp_path, pad=pad)
-    together = RewardScorer(RewardModel(path=str(folder), batch_size=batch_size))([answer(text) for text in RESPONSES])
-    # Without a padding token of its own, the end-of-sequence that each conversation ends with must still be read.
+    batched = RewardScorer(RewardModel(path=str(folder), batch_size=batch_size))([answer(text) for text in RESPONSES])
+    # Without a padding token of the tokenizer, the end-of-sequence at the end of every conversation
+    # must not be taken for padding.
     alone = [plain_score(folder, f"<s>user count</s><s>assistant {text}</s>") for text in RESPONSES]
-    assert together == pytest.approx(alone, abs=1e-5)
+    assert batched == pytest.approx(alone, abs=1e-5)
     assert len({round(score, 4) for score in alone}) == len(set(RESPONSES))
 
 
-def test_a_padding_token_that_the_model_names_is_used(tmp_path: Path) -> None:
+def test_a_padding_token_that_the_model_defines_is_used(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, own_padding=5)
-    together = RewardScorer(RewardModel(path=str(folder)))([answer(text) for text in RESPONSES])
+    batched = RewardScorer(RewardModel(path=str(folder)))([answer(text) for text in RESPONSES])
     alone = [plain_score(folder, f"<s>user count</s><s>assistant {text}</s>") for text in RESPONSES]
-    assert together == pytest.approx(alone, abs=1e-5)
+    assert batched == pytest.approx(alone, abs=1e-5)
 
 
-def test_a_template_of_ones_own_renders_messages_and_response(tmp_path: Path) -> None:
+def test_a_configured_template_renders_messages_and_response(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path, chat=None)
     template = "{{ messages[0].content }}: {{ messages[-1].content }}"
     scores = RewardScorer(RewardModel(path=str(folder), template=template))([answer("one"), answer("two two")])
     assert scores == pytest.approx([plain_score(folder, f"<s>count: {text}") for text in ("one", "two two")], abs=1e-5)
 
 
-def test_conversations_over_the_greatest_length_have_no_score(tmp_path: Path) -> None:
+def test_conversations_over_the_maximum_length_have_no_score(tmp_path: Path) -> None:
     folder = make_reward_model(tmp_path)
     answers = [answer("one"), answer("two " * 60)]
     assert [score is None for score in RewardScorer(RewardModel(path=str(folder), max_length=50))(answers)] == [
         False,
         True,
     ]
-    # Nor those over the context of the model itself.
+    # Conversations over the context of the model have no score either.
     assert RewardScorer(RewardModel(path=str(folder)))([answer("two " * 200)]) == [None]
 
 
@@ -162,15 +165,15 @@ def test_pairs_carry_the_scores_of_the_reward_model(tmp_path: Path) -> None:
     assert counts["unscored"] == 1  # the conversation over max_length
 
 
-def test_equal_conversations_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer, read = RewardScorer(RewardModel(path=str(make_reward_model(tmp_path)))), []
-    monkeypatch.setattr(scorer, "_rewards", lambda batch: read.extend(batch) or [float(len(ids)) for ids in batch])
+def test_equal_conversations_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, computed = RewardScorer(RewardModel(path=str(make_reward_model(tmp_path)))), []
+    monkeypatch.setattr(scorer, "_rewards", lambda batch: computed.extend(batch) or [float(len(ids)) for ids in batch])
     scores = scorer([answer("one"), answer("one", role="student"), answer("two two")])
     assert scores[0] == scores[1] != scores[2]
-    assert len(read) == 2
+    assert len(computed) == 2
 
 
-def test_reward_models_that_cannot_be_used_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_an_unusable_reward_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     def refused(folder: Path | str, reason: str, *, only_loaded: bool = False) -> None:
         settings = RewardModel(path=str(folder))
         with pytest.raises(UserError, match=reason):
@@ -179,12 +182,12 @@ def test_reward_models_that_cannot_be_used_are_refused_with_the_reason(tmp_path:
             with pytest.raises(UserError, match=reason):
                 check_scorer(Pairing(score="reward_model", reward_model=settings))
 
-    refused(make_reward_model(tmp_path / "two", labels=2), "expected a classifier with one output, it has 2")
+    refused(make_reward_model(tmp_path / "two", labels=2), "expected a classifier with one output, got 2")
     refused(make_reward_model(tmp_path / "chat", chat=None), "no chat template")
     refused(tmp_path / "nothing", "no such model folder")
     causal = make_reward_model(tmp_path / "causal")
     LlamaForCausalLM(LlamaConfig.from_pretrained(causal)).save_pretrained(causal)
-    refused(causal, "no trained classifier: it has no weights for score.weight", only_loaded=True)
+    refused(causal, "not a trained classifier: it has no weights for score.weight", only_loaded=True)
     pickled = make_reward_model(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     refused(pickled, r"no \*\.safetensors")
@@ -192,19 +195,19 @@ def test_reward_models_that_cannot_be_used_are_refused_with_the_reason(tmp_path:
         check_weights(str(pickled))
 
 
-def test_a_reward_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+def test_a_reward_that_is_not_a_number_stops_the_run(tmp_path: Path) -> None:
     scorer = RewardScorer(RewardModel(path=str(make_reward_model(tmp_path))))
     torch.nn.init.constant_(scorer._model.score.weight, float("nan"))
-    with pytest.raises(RunFailed, match="no finite number"):
+    with pytest.raises(RunFailed, match="not a finite number"):
         scorer([answer("one")])
 
 
-# ------------------------------------------------------------------------------------------------------------- function
+# -- function
 
 
 @pytest.fixture
 def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Writes a module with a function `f` and gives its scorer."""
+    """Return a factory that writes a module with a function `f` and loads its scorer."""
     monkeypatch.syspath_prepend(str(tmp_path))
     count = iter(range(1000))
 
@@ -219,7 +222,7 @@ def function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def test_a_function_is_given_the_answers_and_gives_numbers_or_nulls(function: Any) -> None:
+def test_a_function_receives_the_responses_and_returns_numbers_or_nulls(function: Any) -> None:
     scorer = function(
         "import numpy as np\n"
         "def f(answers):\n"
@@ -256,7 +259,7 @@ def test_an_exception_in_a_function_names_the_function_and_the_exception(functio
         function("def f(answers): return 1 / 0")([answer("one")])
 
 
-def test_functions_that_cannot_be_had_are_named(function: Any, tmp_path: Path) -> None:
+def test_a_function_that_cannot_be_imported_is_named(function: Any, tmp_path: Path) -> None:
     for body, attribute, reason in (
         ("", "f", "has no attribute 'f'"),
         ("f = 3", "f", "expected a function, got int"),
@@ -270,12 +273,12 @@ def test_functions_that_cannot_be_had_are_named(function: Any, tmp_path: Path) -
         check_scorer(Pairing(score="function", score_function="not_there:f"))
 
 
-def test_a_worker_finds_functions_in_the_drivers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_imports_functions_from_the_drivers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     student = make_reward_model(tmp_path / "student")
     (tmp_path / "drivers_own.py").write_text("def f(answers): return [0.0] * len(answers)")
     for name, problem in (("drivers_own:f", None), ("drivers_own:g", "has no attribute 'g'")):
         pairing = Pairing(score="function", score_function=name)
         worker = PairWorker(Storage(str(tmp_path)), str(student), Model(path=str(student)), pairing, str(tmp_path))
-        said = asyncio.run(worker.start())
-        assert said is None if problem is None else problem in str(said)
+        message = asyncio.run(worker.start())
+        assert message is None if problem is None else problem in str(message)

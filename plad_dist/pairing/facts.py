@@ -1,0 +1,75 @@
+"""Facts about a dataset of pairs: the counts that its manifest holds and the run reports."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from plad_dist.data.store import Manifest, Part
+from plad_dist.errors import RunFailed
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """Counts of a pairs dataset. The field names are keys of the manifest's facts.
+
+    The shares compare the scores of all usable combinations of a teacher and a student response of
+    the same prompt, not only of the kept pairs. They measure the capacity gap. They are None if no
+    combination has two scores.
+
+    Attributes:
+        prompts: prompts with samples.
+        pairs: kept pairs.
+        drops: dropped combinations by reason.
+        teacher_better_share: share of combinations in which the teacher's response has the higher
+            score.
+        teacher_worse_share: share of combinations in which the student's response has the higher
+            score.
+        scored: combinations with two scores.
+        unscored: distinct responses without a score.
+    """
+
+    prompts: int
+    pairs: int
+    drops: Mapping[str, int]
+    teacher_better_share: float | None
+    teacher_worse_share: float | None
+    scored: int
+    unscored: int
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, int]) -> PairFacts:
+        """Sum up the counts of a :class:`~plad_dist.pairing.pairs.PairBuilder`."""
+        better, worse, equal = (counts.get(name, 0) for name in ("better", "worse", "equal"))
+        scored = better + worse + equal
+        drops = {key.removeprefix("drop:"): count for key, count in sorted(counts.items()) if key.startswith("drop:")}
+        return cls(
+            prompts=counts.get("prompts", 0),
+            pairs=counts.get("pairs", 0),
+            drops=drops,
+            teacher_better_share=better / scored if scored else None,
+            teacher_worse_share=worse / scored if scored else None,
+            scored=scored,
+            unscored=counts.get("unscored", 0),
+        )
+
+    @classmethod
+    def from_parts(cls, parts: Sequence[Part]) -> PairFacts:
+        """Sum up all parts of a dataset. Raises :class:`RunFailed` if they hold no pair at all."""
+        counts: Counter[str] = Counter()
+        for part in parts:
+            counts.update(part.counts)
+        facts = cls.from_counts(counts)
+        if not facts.pairs:
+            raise RunFailed(f"no pair was left of {facts.prompts:,} prompts. Dropped, by reason: {facts.drops}")
+        return facts
+
+    @classmethod
+    def from_manifest(cls, manifest: Manifest) -> PairFacts:
+        return cls(**{field.name: manifest.facts[field.name] for field in fields(cls)})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the facts as a manifest holds them."""
+        return asdict(self)
