@@ -1,5 +1,4 @@
-"""Families of models through real engines: vLLM samples and scores them as transformers does, their weights are swapped, and a
-run goes from a teacher of one family and tokenizer to a student of another."""
+"""Model families on real engines: vLLM samples, scores and swaps weights like transformers."""
 
 from __future__ import annotations
 
@@ -18,64 +17,73 @@ from tests.tiny import TEMPLATE, make_random_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
-NEO = {"model_type": "gpt_neo", "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "intermediate_size": 96, "window_size": 6,
-       "attention_types": [[["global", "local"], 1]]}  # fmt: skip
+NEO = {
+    "model_type": "gpt_neo",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "window_size": 6,
+    "attention_types": [[["global", "local"], 1]],
+}
 PROMPT, RESPONSE = "larger of 3 and 12", "it is 12, the larger one of the two numbers"
 
 
-def as_transformers(folder: Path, prompt_ids: list[int], ids: list[int]) -> float:
-    """Log-likelihood of a response by a plain forward pass."""
+def logprob_by_transformers(folder: Path, prompt_ids: list[int], ids: list[int]) -> float:
+    """Return the log-likelihood of a response by a plain forward pass."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         logps = model(torch.tensor([prompt_ids + ids])).logits[0].log_softmax(-1)
-    return float(sum(logps[len(prompt_ids) + place - 1, token] for place, token in enumerate(ids)))
+    return float(sum(logps[len(prompt_ids) + position - 1, token] for position, token in enumerate(ids)))
 
 
-def test_an_engine_tells_of_every_token_while_a_response_is_written(tmp_path: Path) -> None:
-    """By which a long response is told from a hung engine."""
+def test_an_engine_reports_its_tokens_while_it_generates_a_response(tmp_path: Path) -> None:
+    """This distinguishes a long response from a hung engine."""
     folder = str(make_random_model(tmp_path / "model", max_position_embeddings=4096))
 
-    async def ask() -> tuple[list[int], int]:
+    async def generate() -> tuple[list[int], int]:
         settings = Model(path=folder, template=TEMPLATE)
         engine = Engine(folder, settings, {"kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 8}, 0)
         [prompt] = engine.render([[{"role": "user", "content": PROMPT}]])
-        asked = asyncio.create_task(
+        completion = asyncio.create_task(
             engine.complete(prompt, Decoding(temperature=1.0, min_p=0.0, max_tokens=1000), 1, "long")
         )
-        seen = []
-        while not asked.done():
+        reports = []
+        while not completion.done():
             await asyncio.sleep(0.02)
-            seen.append(engine.tokens)
+            reports.append(engine.tokens)
         await engine.close()
-        return seen[:-1], (await asked).num_tokens
+        return reports[:-1], (await completion).num_tokens
 
-    seen, written = asyncio.run(ask())
-    assert seen == sorted(seen), "while it is under way"
-    assert 0 < max(seen) <= written
-    assert len(set(seen)) > 3
+    reports, num_tokens = asyncio.run(generate())
+    assert reports == sorted(reports)
+    assert 0 < max(reports) <= num_tokens
+    assert len(set(reports)) > 3
 
 
-def test_gpt_neo_is_sampled_scored_and_swapped_as_transformers_has_it(tmp_path: Path) -> None:
-    """vLLM has no GPT-Neo: ours, with a window shorter than the row, against transformers."""
+def test_gpt_neo_samples_scores_and_swaps_weights_like_transformers(tmp_path: Path) -> None:
+    """Compare the project's own GPT-Neo, with a window shorter than the row, with transformers."""
     folders = [make_random_model(tmp_path / str(seed), seed, **NEO) for seed in (1, 2)]
 
-    async def ask() -> list[tuple[Any, Any]]:
+    async def sample_and_score() -> list[tuple[Any, Any, Any]]:
         settings = Model(path=str(folders[0]), template=TEMPLATE)
         engine = Engine(str(folders[0]), settings, {"kv_cache_memory_bytes": 1 << 27, "max_num_seqs": 8}, 0)
         [prompt] = engine.render([[{"role": "user", "content": PROMPT}]])
-        found = []
+        results = []
         for folder in folders:
             await engine.load_weights(str(folder))
             drawn = await engine.complete(prompt, Decoding(temperature=0.0, max_tokens=12), 0, f"draw-{folder.name}")
             scored = await engine.score(prompt, Response(RESPONSE, [], "stop"), f"score-{folder.name}")
-            found.append((drawn, scored))
+            results.append((prompt, drawn, scored))
         await engine.close()
-        return [(prompt, *pair) for pair in found]  # type: ignore[misc]
+        return results
 
-    for folder, (prompt, drawn, scored) in zip(folders, asyncio.run(ask()), strict=True):  # type: ignore[misc]
-        assert drawn.logprob == pytest.approx(as_transformers(folder, prompt, list(drawn.token_ids)), rel=1e-4)
-        assert scored.logprob == pytest.approx(as_transformers(folder, prompt, list(scored.token_ids)), rel=1e-4)
+    for folder, (prompt, drawn, scored) in zip(folders, asyncio.run(sample_and_score()), strict=True):
+        assert drawn.logprob == pytest.approx(logprob_by_transformers(folder, prompt, list(drawn.token_ids)), rel=1e-4)
+        assert scored.logprob == pytest.approx(
+            logprob_by_transformers(folder, prompt, list(scored.token_ids)), rel=1e-4
+        )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         ids = torch.tensor([prompt])
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert written[0, len(prompt) :].tolist()[: len(drawn.token_ids)] == list(drawn.token_ids)
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert generated[0, len(prompt) :].tolist()[: len(drawn.token_ids)] == list(drawn.token_ids)

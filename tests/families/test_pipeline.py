@@ -1,5 +1,8 @@
-"""Tiny random models of five families through the whole pipeline on the real engines, each teacher with a student of another
-family and another tokenizer; what comes out loads in transformers and in vLLM and says the same in both."""
+"""Tiny models of five families through the whole pipeline, on the real engines.
+
+Each teacher has a student of another family and tokenizer. The trained student loads in
+transformers and in vLLM, and generates the same tokens in both.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 GROUPED = WIDE | {"num_key_value_heads": 1, "head_dim": 32}
-# By family: its shape, and the size of its vocabulary, which makes a tokenizer of its own.
+# Architecture and vocabulary size by family. Different sizes give different tokenizers.
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "llama": (WIDE | {"model_type": "llama"}, 320),
     "qwen3": (GROUPED | {"model_type": "qwen3"}, 340),
@@ -49,8 +52,8 @@ NAMES = list(FAMILIES)
 def test_a_teacher_of_one_family_distils_into_a_student_of_another(tmp_path: Path, teacher: str, student: str) -> None:
     write_prompts(tmp_path, 120)
     raw = config_of(tmp_path, teacher, student)
-    done = plad("run", str(write_config(tmp_path, raw)), timeout=800, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    completed = plad("run", str(write_config(tmp_path, raw)), timeout=800, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr[-4000:]
     metrics = json.loads((tmp_path / "run/eval/round-0/metrics.json").read_text())
     assert {row["system"] for row in metrics["systems"]} == {"teacher", "warmup", "plad"}
     rows = [json.loads(line) for line in (tmp_path / "run/events/round-0/metrics.jsonl").read_text().splitlines()]
@@ -65,13 +68,15 @@ def test_a_teacher_of_one_family_distils_into_a_student_of_another(tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "larger of 3 and 7"}]
     assert list(tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]) == prompt
-    written = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
-    answered = asyncio.run(_answer(folder, prompt))
-    assert answered[:4] == written[:4], "vLLM and transformers load the same model"
+    by_transformers = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
+    by_vllm = asyncio.run(_generate(folder, prompt))
+    assert by_vllm[:4] == by_transformers[:4], "vLLM and transformers run the same model"
 
 
-async def _answer(folder: Path, prompt: list[int]) -> list[int]:
-    """Greedy tokens of vLLM."""
+async def _generate(folder: Path, prompt: list[int]) -> list[int]:
+    """Return the tokens that vLLM generates greedily."""
     engine = Engine(
         str(folder),
         Model(path=str(folder), template=TEMPLATE),

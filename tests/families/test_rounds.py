@@ -1,4 +1,4 @@
-"""Two rounds and a teacher that judges, on the real engines: what goes on from a finished run, and what is not made again."""
+"""Two rounds with a teacher as judge, on real engines: a finished run continues, redoing nothing."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ def read(folder: Path) -> pa.Table:
     return pa.concat_tables(pa.ipc.open_file(path).read_all() for path in sorted(folder.glob("part-*.arrow")))
 
 
-def stamps(root: Path) -> dict[Path, int]:
+def modification_times(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("part-*.arrow")}
 
 
-def test_another_round_begins_with_the_student_of_the_last_one(tmp_path: Path) -> None:
-    """The teacher is not sampled again."""
+def test_another_round_starts_from_the_previous_student_and_reuses_the_teachers_samples(tmp_path: Path) -> None:
     write_prompts(tmp_path)
     raw, root = tiny_config(tmp_path), tmp_path / "run"
     raw["evaluation"]["judges"] = {"teacher": {"type": "teacher_likelihood"}}
     config = write_config(tmp_path, raw)
-    done = plad("run", str(config), timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
+    completed = plad("run", str(config), timeout=1200)
+    assert completed.returncode == 0, completed.stderr[-4000:]
     metrics = json.loads((root / "eval/round-0/metrics.json").read_text())
     by_teacher = {row["b"]: row for row in metrics["judges"]["teacher"]["comparisons"]}
     assert set(by_teacher) == {"warmup", "seqkd", "teacher"}
     assert all(row["prompts"] == metrics["prompts"] for row in by_teacher.values())
-    before = stamps(root)
-    done = plad("run", str(config), "rounds.most=2", "rounds.stop=never", timeout=1200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert {path: stamp for path, stamp in stamps(root).items() if path in before} == before
+    before = modification_times(root)
+    completed = plad("run", str(config), "rounds.most=2", "rounds.stop=never", timeout=1200)
+    assert completed.returncode == 0, completed.stderr[-4000:]
+    assert {path: time for path, time in modification_times(root).items() if path in before} == before
     assert not (root / "samples/teacher/round-1").exists()
     assert set(read(root / "samples/student/round-1")["round"].to_pylist()) == {1}
     assert set(read(root / "samples/student/round-1")["model"].to_pylist()) == {str(root / "models/round-0")}
@@ -46,8 +45,8 @@ def test_another_round_begins_with_the_student_of_the_last_one(tmp_path: Path) -
     systems = set(metrics["calibration"]["systems"])
     assert (metrics["previous"], systems) == ("round-0", {"warmup", "seqkd", "round-0", "plad"})
     assert "This round" in " ".join(metrics["verdict"])
-    assert str(root / "eval/round-1/report.html") in done.stdout
+    assert str(root / "eval/round-1/report.html") in completed.stdout
     compared = plad("compare", str(root), "--json")
     assert {row["label"] for row in json.loads(compared.stdout)["systems"]} >= {"run", "teacher", "warmup", "seqkd"}
-    checked = plad("verify", str(root))
-    assert checked.returncode == 0, checked.stdout + checked.stderr
+    verified = plad("verify", str(root))
+    assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -1,10 +1,15 @@
-"""GPT-Neo for vLLM, which has none: learned positions, attention without scaling, every other layer looks back a window only.
+"""GPT-Neo for vLLM, which does not include it.
 
-vLLM finds it by the entry point ``vllm.general_plugins``, in every process of an engine. The model: Black et al. 2021,
-doi 10.5281/zenodo.5297715; names of the weights as transformers writes them.
+The model has learned positions, attention without scaling, and local attention, that is a sliding
+window, in every other layer. vLLM finds it through the entry point `vllm.general_plugins`, in every
+process of an engine. Model: Black et al. 2021, doi 10.5281/zenodo.5297715. Weights are named as
+transformers writes them.
+
+Shape suffixes: `T` tokens, `H` hidden.
 """
 
-# Annotations stay what they are, no texts: vLLM reads from them which arguments vary in size.
+# No `from __future__ import annotations`: vLLM needs the annotations as types, to see which
+# arguments vary in size.
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -53,8 +58,8 @@ class SelfAttention(nn.Module):
         return out
 
 
-class _Holder(nn.Module):
-    """transformers keeps the attention one level deeper."""
+class _AttentionLevel(nn.Module):
+    """Extra level of the module tree, for transformers' names: `attn.attention`."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class Block(nn.Module):
         config = vllm_config.model_config.hf_config
         layer = int(prefix.rpartition(".")[2])
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.attn = _Holder(SelfAttention(vllm_config, layer, f"{prefix}.attn.attention"))
+        self.attn = _AttentionLevel(SelfAttention(vllm_config, layer, f"{prefix}.attn.attention"))
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mlp = Mlp(vllm_config, f"{prefix}.mlp")
 
@@ -134,10 +139,10 @@ class Transformer(nn.Module):
 
 class GPTNeoForCausalLM(nn.Module, SupportsPP):
     hf_to_vllm_mapper = WeightsMapper(
-        orig_to_new_substr={".attention.bias": None, ".attention.masked_bias": None},  # masks of old files
+        orig_to_new_substr={".attention.bias": None, ".attention.masked_bias": None},  # causal masks in old checkpoints
         orig_to_new_stacked={f".{name}_proj": (".qkv_proj", name) for name in ("q", "k", "v")},
     )
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012 - as vLLM reads it
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}  # noqa: RUF012 - vLLM reads a class attribute
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -166,7 +171,6 @@ class GPTNeoForCausalLM(nn.Module, SupportsPP):
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        named = weights
         if self.config.tie_word_embeddings:
-            named = ((name, weight) for name, weight in weights if name != "lm_head.weight")
-        return AutoWeightsLoader(self).load_weights(named, mapper=self.hf_to_vllm_mapper)
+            weights = ((name, weight) for name, weight in weights if name != "lm_head.weight")
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -1,10 +1,10 @@
-"""What vLLM calls in every process of an engine: the entry point `vllm.general_plugins`."""
+"""The entry point `vllm.general_plugins`, which vLLM calls in every process of an engine."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Make vLLM know the families that it has none of; the model is imported when it is used."""
+    """Register the model families that vLLM does not include. They are imported on first use."""
     from vllm import ModelRegistry
 
     if "GPTNeoForCausalLM" not in ModelRegistry.get_supported_archs():
