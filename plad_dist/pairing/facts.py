@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from plad_dist.data.store import Manifest, Part
+from plad_dist.data.manifest import Manifest
+from plad_dist.data.parts import Part
 from plad_dist.errors import RunFailed
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from plad_dist.data.store import Dataset
+from plad_dist.data.dataset import Dataset
 from plad_dist.sampling.endpoint.reply import Usage
 from plad_dist.sampling.spool import total_cost
 
