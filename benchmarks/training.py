@@ -237,13 +237,13 @@ def run_worker(job: PhaseJob, device: Any) -> tuple[list[float], list[dict[str, 
     from plad_dist.training.worker.loop import Worker
 
     worker = Worker(job, device)
-    worker._open_groups()
-    log, seconds = worker._log(), []
+    worker.open_data()
+    worker.open_log()
+    seconds = []
     for _ in range(job.steps):
         started = time.perf_counter()
-        worker._step(log)
+        worker.train_step()
         seconds.append(time.perf_counter() - started)
-    log.close()
     worker.close()
     return seconds, read_metrics(job.folder("events"))[0]
 

@@ -1,4 +1,4 @@
-"""A phase that trains on a cluster of namespaces while things happen to it, and what it leaves behind."""
+"""A phase that trains under faults on a cluster of namespaces, and checks of its results."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ MARKS = [
     pytest.mark.timeout(1200),
     pytest.mark.skipif(_WHY is not None, reason=str(_WHY)),
 ]
-# At a learning rate at which float error stays float error: where a run tears through its first steps, two that differ by a rounding
-# part by per cents before they meet again, whatever happens to them.
+# The learning rate is low, so that float error stays float error: at a high one, two runs that
+# differ by a rounding part by per cents in their first steps, even without faults.
 ROUND: dict[str, Any] = {"epochs": 1000, "batch_groups": 48, "optimizer": {"lr": 3e-4}}
 
 
 class Training:
-    """A command that trains a phase of a run of its own, on one to two workers.
+    """Command that trains a phase of its own run on one to two workers.
 
     Args:
-        phase: what is different from the round of these tests.
-        settings: of the `training` section.
+        phase: keys of the phase that differ from `ROUND`.
+        settings: further keys of the `training` section.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Training:
         self.start(cluster)
 
     def start(self, cluster: Cluster) -> None:
-        """Run the command, again where it has ended."""
+        """Start the command; call it again after the command has ended."""
         self.raw["cluster"] = {"address": cluster.address, "start_timeout_s": 300}
         path = self._folder / "run.yaml"
         path.write_text(yaml.safe_dump(self.raw))
@@ -66,7 +66,7 @@ class Training:
         return self.log_file.read_text()
 
     def all_rows(self) -> list[dict[str, Any]]:
-        """Figures of all steps in the order in which they were taken, those that were taken twice too."""
+        """Return the figures of all steps in the order of time, including repeated steps."""
         path = self.run.root / "events" / PHASE / "metrics.jsonl"
         rows = []
         for line in path.read_text().splitlines() if path.is_file() else []:
@@ -77,14 +77,14 @@ class Training:
         return [row for row in rows if "loss" in row]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Figures of the steps that count."""
+        """Return the figures of each step, by the latest attempt that took it."""
         return read_metrics(self.run.root / "events" / PHASE)[0]
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.rows()]
 
     def sizes(self) -> list[int]:
-        """Numbers of workers, one for each change."""
+        """Return the sizes of the worker groups in order, without repetitions."""
         sizes = [row["workers"] for row in self.rows()]
         return [size for index, size in enumerate(sizes) if index == 0 or sizes[index - 1] != size]
 
@@ -93,80 +93,85 @@ class Training:
         return int(rows[-1]["step"]) if rows else 0
 
     def wait_for_steps(self, count: int) -> None:
-        """So many steps more than now."""
+        """Wait until the command has taken more steps."""
         goal = self.last_step() + count
         self.wait(lambda: self.last_step() >= goal, f"step {goal}")
 
-    def recover(self, blow: float, workers: int) -> tuple[float, int]:
-        """Seconds from a blow to the first step of a later attempt at a size, and how many steps were taken twice."""
-        attempt = max(row["attempt"] for row in self.all_rows() if row["time"] <= blow)
+    def recover(self, fault_at: float, workers: int) -> tuple[float, int]:
+        """Wait for the first step of a later attempt at a size.
 
-        def after() -> list[dict[str, Any]]:
+        Returns:
+            The seconds from the fault to that step, and the number of repeated steps.
+        """
+        attempt = max(row["attempt"] for row in self.all_rows() if row["time"] <= fault_at)
+
+        def rows_after() -> list[dict[str, Any]]:
             return [row for row in self.all_rows() if row["attempt"] > attempt and row["workers"] == workers]
 
-        self.wait(after, f"a step with {workers} workers")
-        first = after()[0]
+        self.wait(rows_after, f"a step with {workers} workers")
+        first = rows_after()[0]
         last = max(row["step"] for row in self.all_rows() if row["attempt"] <= attempt)
-        return first["time"] - blow, last - (first["step"] - 1)
+        return first["time"] - fault_at, last - (first["step"] - 1)
 
     def finish(self) -> None:
         code = self.command.wait(timeout=1200)
         assert code == 0, self.log()[-4000:]
 
-    def wait(self, condition: Any, what: str, seconds: float = 300) -> None:
-        """While the command runs."""
+    def wait(self, condition: Any, description: str, seconds: float = 300) -> None:
+        """Wait for a condition while the command runs; fail if the command ends first."""
 
-        def found() -> Any:
-            ended = self.command.poll() is not None
+        def is_met() -> Any:
+            has_ended = self.command.poll() is not None
             met = condition()
-            assert met or not ended, self.log()[-4000:]
+            assert met or not has_ended, self.log()[-4000:]
             return met
 
-        wait(found, seconds, f"{what}; {self.log_file}")
+        wait(is_met, seconds, f"{description}; {self.log_file}")
 
 
 def kill_worker(node: Node) -> None:
-    _tell_worker(node, signal.SIGKILL)
+    _signal_worker(node, signal.SIGKILL)
 
 
 def freeze_worker(node: Node) -> None:
-    _tell_worker(node, signal.SIGSTOP)
+    _signal_worker(node, signal.SIGSTOP)
 
 
 def thaw_worker(node: Node) -> None:
-    _tell_worker(node, signal.SIGCONT)
+    _signal_worker(node, signal.SIGCONT)
 
 
-def _tell_worker(node: Node, number: int) -> None:
+def _signal_worker(node: Node, number: int) -> None:
     """Send a signal to the process of the training worker on a node."""
     os.kill(node.processes("ray::RayTrainWorker")[0], number)
 
 
 def undisturbed_student(folder: Path, steps: int, every: int) -> dict[str, torch.Tensor]:
-    """The student of the same phase with nothing happening to it."""
+    """Return the weights of the same phase trained without faults."""
     raw = config_with_pairs(folder, max_steps=steps, checkpoint_every=every, **ROUND)
     run = make_run(raw)
     train(folder, raw, PHASE, 2)
     return load_file(run.model(PHASE) / "model.safetensors")
 
 
-def begun_at(training: Training) -> list[int]:
-    """The step that each attempt went on from, in order."""
+def resumed_steps(training: Training) -> list[int]:
+    """Return the step from which each attempt started or resumed, in order."""
     folder = training.run.root / "events" / PHASE / "attempts"
     return [json.loads(path.read_text())["step"] or 0 for path in sorted(folder.glob("*.json"))]
 
 
-def expect_the_same(training: Training, undisturbed: dict[str, torch.Tensor]) -> None:
-    """Every step once, sound checkpoints, and weights that differ by float error alone."""
+def expect_same_student(training: Training, undisturbed: dict[str, torch.Tensor]) -> None:
+    """Check that each step counts once, checkpoints are sound, and weights are equal.
+
+    The weights may differ by float error.
+    """
     steps = int(training.raw["training"]["round"]["max_steps"])
     assert [row["step"] for row in training.rows()] == list(range(1, steps + 1))
     checked, problems = verify(training.run.storage.url)
-    kept = [
-        item for item in checked if item.path == f"checkpoints/{PHASE}"
-    ]  # its pairs were made by hand, without samples
-    assert len(kept) == 1
-    assert [*problems, *kept[0].problems] == []
-    found = load_file(training.run.model(PHASE) / "model.safetensors")
+    # Only the checkpoints: the pairs were written by hand and lack their samples.
+    (checkpoints,) = (item for item in checked if item.path == f"checkpoints/{PHASE}")
+    assert [*problems, *checkpoints.problems] == []
+    weights = load_file(training.run.model(PHASE) / "model.safetensors")
     for name, expected in undisturbed.items():
-        difference = float((found[name] - expected).norm() / expected.norm())
+        difference = float((weights[name] - expected).norm() / expected.norm())
         assert difference <= 1e-4, f"{name}: {difference}"

@@ -1,4 +1,7 @@
-"""What all ranks of a phase must see and do alike, or some would wait for ever for the others."""
+"""Decisions that all ranks of a phase must share.
+
+Ranks that disagree would call different collectives and wait for each other until a timeout.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ T = TypeVar("T")
 
 
 class StoppedError(Exception):
-    """Training must not go on, and to try again would end alike. Every rank raises it in the same place.
+    """Training must not continue, and a retry would end the same way.
+
+    Every rank raises it in the same place.
 
     Attributes:
-        by_user: the user must mend an input; otherwise the run failed.
+        by_user: True if the user must correct an input; otherwise the run failed.
     """
 
     def __init__(self, message: str, *, by_user: bool = False) -> None:
@@ -26,45 +31,50 @@ class StoppedError(Exception):
         self.by_user = by_user
 
 
-def from_rank_zero(look: Callable[[], T]) -> T:
-    """What the first rank finds, on all ranks. Each looking by itself, some could see an older state of a shared file system.
+def from_rank_zero(read: Callable[[], T]) -> T:
+    """Return the result of a function on the first rank, on all ranks.
 
-    Raises what the first rank raises, on all ranks.
+    If each rank called the function, some could see an older state of a shared file system.
+
+    Raises:
+        UserError, RunFailed: the function raised it on the first rank.
     """
-    found: list[Any] = [None]
+    outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [(look(), None)]
+            outcome = [(read(), None)]
         except (UserError, RunFailed) as error:
-            found = [(None, error)]
-    dist.broadcast_object_list(found, src=0)
-    value, problem = found[0]
-    if problem is not None:
-        raise problem
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    value, failure = outcome[0]
+    if failure is not None:
+        raise failure
     return value
 
 
-def check_on_every_rank(look: Callable[[], object]) -> None:
-    """Let every rank look at what may be wrong on its node alone; all raise what one of them found, with the node.
+def check_on_every_rank(check: Callable[[], object]) -> None:
+    """Run a check of the local node on every rank.
+
+    If it fails on one rank, all ranks raise its error with the node's name.
 
     Raises:
-        UserError: all found something.
-        RunFailed: some did; on other nodes it may go well.
+        UserError: the check failed on all ranks.
+        RunFailed: it failed on some; an attempt on other nodes may succeed.
     """
     problem = None
     try:
-        look()
+        check()
     except UserError as error:
         problem = f"node {socket.gethostname()}: {error}"
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, problem)
-    if first := next(filter(None, found), None):
-        raise UserError(first) if all(found) else RunFailed(first)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if first := next(filter(None, problems), None):
+        raise UserError(first) if all(problems) else RunFailed(first)
 
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Turn what is wrong with the data, which every rank meets in the same place, into a stop."""
+    """Turn a :class:`UserError` that every rank raises into a :class:`StoppedError`."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Every named point of a checkpoint's commit, and every kind of optimizer state at another size."""
+"""Deaths at every point of a checkpoint's commit, and resizes of every optimizer state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.numerics.crash import (
     POINTS,
     cut,
     killed_at,
-    left_out_when,
     lose,
     resized_in_the_middle,
     resized_with,
+    skipped_when_damaged,
     undisturbed_run,
 )
 
@@ -29,23 +29,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_worker_killed_at_any_point_of_a_commit_costs_no_more_than_the_interval(
+def test_a_worker_killed_at_any_point_of_a_commit_costs_at_most_one_interval(
     tmp_path: Path, undisturbed: RunDir, point: str
 ) -> None:
     killed_at(point, tmp_path, undisturbed)
 
 
-def test_killed_while_it_loads_at_another_size(tmp_path: Path, undisturbed: RunDir) -> None:
+def test_a_death_while_a_checkpoint_is_resized_costs_nothing(tmp_path: Path, undisturbed: RunDir) -> None:
     resized_in_the_middle(tmp_path, undisturbed)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_other_optimizer_states_change_their_size_too(tmp_path: Path, case: str) -> None:
+def test_other_optimizer_states_are_resized_too(tmp_path: Path, case: str) -> None:
     resized_with(case, tmp_path)
 
 
-@pytest.mark.parametrize("harm", [cut, lose])
-def test_a_damaged_newest_checkpoint_is_left_out_and_the_one_before_is_used(
-    tmp_path: Path, undisturbed: RunDir, harm: Callable[[Path], None]
+@pytest.mark.parametrize("damage", [cut, lose])
+def test_a_damaged_newest_checkpoint_is_skipped_and_the_one_before_it_is_used(
+    tmp_path: Path, undisturbed: RunDir, damage: Callable[[Path], None]
 ) -> None:
-    left_out_when(harm, tmp_path, undisturbed)
+    skipped_when_damaged(damage, tmp_path, undisturbed)

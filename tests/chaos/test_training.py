@@ -1,6 +1,7 @@
-"""Training on several nodes that are killed, frozen and cut off: the run ends, and the student is the same.
+"""Training on nodes that are killed, frozen and cut off, with an unchanged student.
 
-Real Ray Train and DeepSpeed on a cluster of network namespaces, an elastic group of one to two workers, a node each.
+Real Ray Train and DeepSpeed on a cluster of network namespaces: an elastic group of one to two
+workers, one per node.
 """
 
 from __future__ import annotations
@@ -14,7 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.elastic import MARKS, Training, begun_at, expect_the_same, freeze_worker, kill_worker, undisturbed_student
+from tests.elastic import (
+    MARKS,
+    Training,
+    expect_same_student,
+    freeze_worker,
+    kill_worker,
+    resumed_steps,
+    undisturbed_student,
+)
 from tests.nodes import Cluster, Node
 
 pytestmark = MARKS
@@ -28,12 +37,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    found = Cluster(tmp_path)
-    yield found
-    found.end()
+    cluster = Cluster(tmp_path)
+    yield cluster
+    cluster.end()
 
 
-BLOWS: dict[str, Callable[[Node], None]] = {
+FAULTS: dict[str, Callable[[Node], None]] = {
     "a worker is killed": kill_worker,
     "a worker freezes": freeze_worker,
     "a node is killed": Node.kill,
@@ -42,28 +51,32 @@ BLOWS: dict[str, Callable[[Node], None]] = {
 }
 
 
-@pytest.mark.parametrize("blow", BLOWS)
-@pytest.mark.parametrize("which", [0, 1])
-def test_whatever_happens_to_a_node_the_student_is_the_same(
-    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor], blow: str, which: int
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("node", [0, 1])
+def test_the_student_is_the_same_after_any_fault_of_a_node(
+    tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor], fault: str, node: int
 ) -> None:
-    """The node of the first rank and the other one. What froze or was cut off wakes up when the others have gone on."""
+    """On the node of the first rank and on the other one.
+
+    A frozen or isolated node returns after training has resumed.
+    """
     nodes = [cluster.add(), cluster.add()]
     training = Training(cluster, tmp_path / "run", STEPS, EVERY, worker_timeout_s=10)
     training.wait_for_steps(EVERY + 5)
-    hit = time.time()
-    BLOWS[blow](nodes[which])
+    fault_at = time.time()
+    FAULTS[fault](nodes[node])
     attempt = max(row["attempt"] for row in training.all_rows())
-    training.wait(lambda: max(row["attempt"] for row in training.all_rows()) > attempt, "going on")
-    lost = next(row for row in training.all_rows() if row["attempt"] > attempt)["step"]
-    assert max(row["step"] for row in training.all_rows() if row["time"] <= hit) - (lost - 1) <= EVERY + 5
-    nodes[which].mend()
-    nodes[which].thaw()
+    training.wait(lambda: max(row["attempt"] for row in training.all_rows()) > attempt, "a later attempt")
+    first_repeated = next(row for row in training.all_rows() if row["attempt"] > attempt)["step"]
+    last_before = max(row["step"] for row in training.all_rows() if row["time"] <= fault_at)
+    assert last_before - (first_repeated - 1) <= EVERY + 5
+    nodes[node].mend()
+    nodes[node].thaw()
     training.finish()
-    expect_the_same(training, undisturbed)
+    expect_same_student(training, undisturbed)
 
 
-def test_the_driver_is_killed_and_the_same_command_goes_on(
+def test_the_same_command_resumes_after_the_driver_is_killed(
     tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     cluster.add()
@@ -74,31 +87,31 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(
     training.command.wait()
     training.start(cluster)
     training.finish()
-    assert "goes on from the checkpoint of step" in training.log()
-    assert max(begun_at(training)) >= EVERY
-    expect_the_same(training, undisturbed)
+    assert "resumes from the checkpoint of step" in training.log()
+    assert max(resumed_steps(training)) >= EVERY
+    expect_same_student(training, undisturbed)
 
 
-def test_a_node_that_leaves_with_notice_and_one_that_comes_cost_no_step(
+def test_a_node_that_leaves_as_announced_and_a_new_node_cost_no_step(
     tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     nodes = [cluster.add(), cluster.add()]
     training = Training(cluster, tmp_path / "run", STEPS, EVERY)
     training.wait_for_steps(EVERY + 5)
     cluster.drain(nodes[0], NOTICE_S)
-    told = time.time()
+    announced_at = time.time()
     time.sleep(NOTICE_S)
     nodes[0].kill()
-    assert training.recover(told, 1)[1] == 0
-    came = time.time()
+    assert training.recover(announced_at, 1)[1] == 0
+    joined_at = time.time()
     cluster.add()
-    assert training.recover(came, 2)[1] == 0
+    assert training.recover(joined_at, 2)[1] == 0
     training.finish()
-    assert "a node has left as it had announced" in training.log()
-    expect_the_same(training, undisturbed)
+    assert "a node has left as announced" in training.log()
+    expect_same_student(training, undisturbed)
 
 
-def test_the_head_is_lost_and_the_same_command_goes_on_elsewhere(
+def test_the_same_command_resumes_on_another_cluster_after_the_head_is_lost(
     tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     first = Cluster(tmp_path)
@@ -119,5 +132,5 @@ def test_the_head_is_lost_and_the_same_command_goes_on_elsewhere(
         training.finish()
     finally:
         second.end()
-    assert max(begun_at(training)) >= EVERY
-    expect_the_same(training, undisturbed)
+    assert max(resumed_steps(training)) >= EVERY
+    expect_same_student(training, undisturbed)

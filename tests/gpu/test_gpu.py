@@ -157,15 +157,15 @@ def train_one_rank(folder: str, model: str, killed_at: int | None) -> None:
     )
     job = replace(job, phase=job.phase.model_copy(update={"checkpoint_every": 2}))
     worker = Worker(job, torch.device("cuda", 0))
-    step = Worker._step
+    step = Worker.train_step
 
-    def dying(self: Worker, log: Any) -> Any:
+    def dying(self: Worker) -> Any:
         if self.state.step == killed_at:
             self.checkpoints.drain()
             os._exit(9)
-        return step(self, log)
+        return step(self)
 
-    Worker._step = dying  # type: ignore[method-assign]
+    Worker.train_step = dying  # type: ignore[method-assign]
     worker.run()
     worker.close()
 

@@ -1,18 +1,18 @@
-"""An elastic group on a cluster of namespaces: from two workers to one and to two again, in one run and with one command."""
+"""An elastic group on a cluster of namespaces: two workers, one, and two again."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from tests.elastic import MARKS, PHASE, Training, expect_the_same, freeze_worker, thaw_worker, undisturbed_student
+from tests.elastic import MARKS, PHASE, Training, expect_same_student, freeze_worker, thaw_worker, undisturbed_student
 from tests.nodes import Cluster
 
 pytestmark = MARKS
 STEPS, EVERY = 120, 10
 
 
-def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) -> None:
+def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Path) -> None:
     (tmp_path / "undisturbed").mkdir()
     undisturbed = undisturbed_student(tmp_path / "undisturbed", STEPS, EVERY)
     cluster = Cluster(tmp_path)
@@ -22,19 +22,19 @@ def test_sizes_go_down_when_a_node_dies_and_up_when_one_comes(tmp_path: Path) ->
         training.wait((training.run.root / "checkpoints" / PHASE / "latest.json").exists, "a checkpoint")
         nodes[1].kill()
         training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
-        freeze_worker(nodes[0])  # a node takes as long to come and to be seen as it likes: there are steps left for it
+        freeze_worker(nodes[0])  # so that steps remain, however long the new node takes
         cluster.add()
-        training.wait(lambda: "has room for 2 workers now" in training.log(), "the new node to be seen")
+        training.wait(lambda: "has room for 2 workers now" in training.log(), "the new node to be noticed")
         thaw_worker(nodes[0])
         training.finish()
     finally:
         cluster.end()
     assert training.sizes() == [2, 1, 2]
-    for told in (
+    for line in (
         r"worker \d died: .*node",
-        "goes on with 1 workers",
+        "resumes with 1 workers",
         "has room for 2 workers now",
-        "goes on with 2 workers",
+        "resumes with 2 workers",
     ):
-        assert re.search(told, training.log()), training.log()
-    expect_the_same(training, undisturbed)
+        assert re.search(line, training.log()), training.log()
+    expect_same_student(training, undisturbed)

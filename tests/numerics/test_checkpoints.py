@@ -1,4 +1,4 @@
-"""Checkpoints under real DeepSpeed workers: killed at every point of a commit, damaged, of another size, of an attempt that is over."""
+"""Checkpoints of real DeepSpeed workers: deaths, damage, resizes, superseded attempts."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from tests.numerics.crash import (
     POINTS,
     STEPS,
     alter,
-    begun,
     commit_before_the_next_step,
     cut,
     first_step_of_last_attempt,
     killed_at,
-    left_out_when,
     lose,
+    prepared_run,
     resized_in_the_middle,
     resized_with,
+    skipped_when_damaged,
     store,
     undisturbed_run,
 )
@@ -51,49 +51,52 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return undisturbed_run(tmp_path_factory.mktemp("undisturbed"))
 
 
-# The others are in tests/chaos.
+# The other points are in tests/chaos.
 @pytest.mark.parametrize("point", random.Random(5).sample(sorted(POINTS), 2))
-def test_a_worker_killed_in_a_commit_costs_no_more_than_the_interval(
+def test_a_worker_killed_in_a_commit_costs_at_most_one_interval(
     tmp_path: Path, undisturbed: RunDir, point: str
 ) -> None:
     killed_at(point, tmp_path, undisturbed)
 
 
-def test_sizes_change_in_the_middle_and_the_student_is_the_same(tmp_path: Path, undisturbed: RunDir) -> None:
+def test_the_student_is_the_same_after_resizes_in_the_middle(tmp_path: Path, undisturbed: RunDir) -> None:
     resized_in_the_middle(tmp_path, undisturbed)
 
 
-# ------------------------------------------------------------------------------------------- damage, attempts, other places
+# ---------------------------------------------------------------- damage, attempts, other storage
 
 
-def test_a_damaged_newest_checkpoint_is_left_out_and_the_one_before_is_used(
+def test_a_damaged_newest_checkpoint_is_skipped_and_the_one_before_it_is_used(
     tmp_path: Path, undisturbed: RunDir
 ) -> None:
-    left_out_when(alter, tmp_path, undisturbed)
+    skipped_when_damaged(alter, tmp_path, undisturbed)
 
 
 def overtaken(raw: dict[str, Any], phase: str, stop: int) -> None:
-    """A worker group that another command overtakes after its first checkpoint, as if it had been frozen until then."""
+    """Train while another command claims an attempt before the second checkpoint.
+
+    This is the view of a group that was frozen and wakes up.
+    """
     commit_before_the_next_step()
-    real = Worker._save
+    real = Worker.save
 
     def save(self: Worker) -> None:
         if self.state.step == 2 * EVERY and self.rank == 0:
             claim(self.job.storage, f"events/{phase}/attempts", "another")
         real(self)
 
-    Worker._save = save  # type: ignore[method-assign]
+    Worker.save = save  # type: ignore[method-assign]
     train_phase(raw, phase, stop)
 
 
-def test_an_attempt_that_is_over_commits_neither_checkpoint_nor_model(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path)
+def test_a_superseded_attempt_commits_neither_checkpoint_nor_model(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path)
     train(tmp_path, raw, PHASE, 2, work=overtaken)
     assert not run.model(PHASE).exists()
-    found, _ = store(run).newest()
-    assert found is not None
-    assert found.state.step == EVERY
-    assert "another command has begun to work" in run.storage.read_json(job_of(raw, PHASE).stopped_key)["message"]
+    newest, _ = store(run).newest()
+    assert newest is not None
+    assert newest.state.step == EVERY
+    assert "another command has started to train" in run.storage.read_json(job_of(raw, PHASE).stopped_key)["message"]
 
 
 def test_a_late_figure_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
@@ -104,7 +107,7 @@ def test_a_late_figure_of_an_earlier_attempt_does_not_count(tmp_path: Path) -> N
     assert [row["loss"] for row in read_metrics(tmp_path)[0]] == [5.0, 7.0]
 
 
-def test_attempts_are_numbered_once_and_the_last_one_holds(tmp_path: Path) -> None:
+def test_attempts_are_numbered_once_and_the_latest_one_counts(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     first = claim(storage, "attempts", "a")
     assert first.superseded() is None
@@ -121,9 +124,11 @@ def test_attempts_are_numbered_once_and_the_last_one_holds(tmp_path: Path) -> No
     fourth = claim(storage, "attempts", "b")
     assert (fourth.failures_before(None), fourth.failures_before(10), fourth.failures_before(20)) == (0, 1, 0)
     third.leaves(10)
-    assert fourth.failures_before(10) == 0, "it ended because it was told to"
+    assert fourth.failures_before(10) == 0, "it ended on request"
     fifth, sixth = claim(storage, "attempts", "b"), claim(storage, "attempts", "b")
-    assert (fifth.failures_before(None), sixth.failures_before(None)) == (1, 2), "they have not even begun"
+    assert (fifth.failures_before(None), sixth.failures_before(None)) == (1, 2), (
+        "both failed before they read a checkpoint"
+    )
 
 
 def test_checkpoints_may_be_kept_on_an_object_store(
@@ -132,8 +137,8 @@ def test_checkpoints_may_be_kept_on_an_object_store(
     server: str,
     bucket: str,
 ) -> None:
-    """Read at the same size, and at another one."""
-    raw, run = begun(tmp_path)
+    """They are read at the same size and at another one."""
+    raw, run = prepared_run(tmp_path)
     raw["training"]["checkpoint_url"] = bucket
     open_run(parse_config(raw, "test"))
     reach = environment(server)
@@ -144,8 +149,8 @@ def test_checkpoints_may_be_kept_on_an_object_store(
     assert losses(run, PHASE) == losses(undisturbed, PHASE)[: EVERY + 3]
     train(tmp_path, raw, PHASE, 1, environment=reach)
     assert losses(run, PHASE) == pytest.approx(losses(undisturbed, PHASE), rel=1e-4)
-    found, damaged = CheckpointStore(Storage(bucket), PHASE, None).newest()
-    assert (found and found.state.step, damaged) == (STEPS, {})
+    newest, damaged = CheckpointStore(Storage(bucket), PHASE, None).newest()
+    assert (newest and newest.state.step, damaged) == (STEPS, {})
     checked, problems = verify(run.storage.url)
     assert (problems, [item.problems for item in checked if item.path == f"checkpoints/{PHASE}"]) == ([], [[]])
 
@@ -155,7 +160,7 @@ def test_checkpoints_of_two_runs_do_not_mix(tmp_path: Path) -> None:
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
-        raw, _ = begun(folder)
+        raw, _ = prepared_run(folder)
         raw["training"]["checkpoint_url"] = str(tmp_path / "kept")
         runs.append(raw)
     job_of(runs[0], PHASE)
@@ -163,12 +168,12 @@ def test_checkpoints_of_two_runs_do_not_mix(tmp_path: Path) -> None:
         job_of(runs[1], PHASE)
 
 
-def test_several_sub_groups_change_their_size_too(tmp_path: Path) -> None:
+def test_several_sub_groups_are_resized_too(tmp_path: Path) -> None:
     resized_with("several sub-groups", tmp_path)
 
 
-def test_storage_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path, max_steps=EVERY)
+def test_storage_that_does_not_respond_is_no_damage(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path, max_steps=EVERY)
     train(tmp_path, raw, PHASE, 1)
     before = store(run).newest()
     assert before[0] is not None
@@ -182,8 +187,8 @@ def test_storage_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
     assert store(run).newest() == before
 
 
-def test_where_every_checkpoint_is_damaged_training_does_not_begin_anew(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path)
+def test_training_does_not_restart_from_the_beginning_if_every_checkpoint_is_damaged(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path)
     train(tmp_path, raw, PHASE, 1, stop=EVERY)
     for file in (run.root / "checkpoints" / PHASE).rglob("*optim_states.pt"):
         file.unlink()
@@ -199,20 +204,20 @@ def _shown(table: Table) -> str:
     return " ".join(str(cell) for column in table.columns for cell in column.cells)
 
 
-def test_repair_leaves_alone_what_training_has_committed_anew(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path)
+def test_repair_keeps_a_checkpoint_that_was_committed_again(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path)
     train(tmp_path, raw, PHASE, 1, stop=EVERY)
     (file,) = (run.root / "checkpoints" / PHASE).rglob("*optim_states.pt")
     sound = file.read_bytes()
     cut(file)
-    found = verify(run.storage.url)[0]
+    checked = verify(run.storage.url)[0]
     file.write_bytes(sound)
-    repair(run.storage.url, found)
+    repair(run.storage.url, checked)
     assert store(run).newest()[0] is not None
 
 
-def test_a_whole_checkpoint_stays_until_the_damaged_step_is_passed(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path, keep_checkpoints=2)
+def test_a_sound_checkpoint_is_kept_until_training_passes_the_damaged_step(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path, keep_checkpoints=2)
     train(tmp_path, raw, PHASE, 1, stop=EVERY)
     train(tmp_path, raw, PHASE, 1, stop=2 * EVERY)
     (file,) = (run.root / "checkpoints" / PHASE / f"step-{2 * EVERY:08d}").rglob("*optim_states.pt")
@@ -222,7 +227,7 @@ def test_a_whole_checkpoint_stays_until_the_damaged_step_is_passed(tmp_path: Pat
 
 
 def test_another_precision_is_refused(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path)
+    raw, run = prepared_run(tmp_path)
     train(tmp_path, raw, PHASE, 1, stop=EVERY)
     (state,) = (run.root / "checkpoints" / PHASE).rglob("state.json")
     state.write_text(state.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
@@ -232,18 +237,19 @@ def test_another_precision_is_refused(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_written_by_time_too(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path, checkpoint_every=1000, checkpoint_seconds=0.01, keep_checkpoints=3)
+    raw, run = prepared_run(tmp_path, checkpoint_every=1000, checkpoint_seconds=0.01, keep_checkpoints=3)
     train(tmp_path, raw, PHASE, 2, work=without_delay)
     assert len(list((run.root / "checkpoints" / PHASE).glob("step-*/state.json"))) == 3
 
 
 def without_delay(raw: dict[str, Any], phase: str, stop: int) -> None:
+    """Train a phase whose checkpoints are all committed before the next step."""
     commit_before_the_next_step()
     train_phase(raw, phase, stop)
 
 
 def stall(raw: dict[str, Any], phase: str, stop: int) -> None:
-    """Five attempts of one command have ended before their first checkpoint."""
+    """Train a phase after five attempts of the same command have failed without a checkpoint."""
     if dist.get_rank() == 0:
         job = job_of(raw, phase)
         for _ in range(5):
@@ -252,22 +258,23 @@ def stall(raw: dict[str, Any], phase: str, stop: int) -> None:
     train_phase(raw, phase, stop)
 
 
-def test_attempts_that_get_nowhere_end_the_phase(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path)
+def test_attempts_without_progress_end_the_phase(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path)
     train(tmp_path, raw, PHASE, 1, work=stall)
     message = run.storage.read_json(job_of(raw, PHASE).stopped_key)["message"]
     assert "5 attempts in a row have failed before the first checkpoint after step 0" in message
 
 
-def test_training_goes_on_before_a_checkpoint_is_committed(tmp_path: Path) -> None:
-    raw, run = begun(tmp_path, max_steps=EVERY + 2)
+def test_training_continues_before_a_checkpoint_is_committed(tmp_path: Path) -> None:
+    raw, run = prepared_run(tmp_path, max_steps=EVERY + 2)
     train(tmp_path, raw, PHASE, 2, work=with_storage_that_waits_for_the_next_step)
-    committed = store(run).newest()[0]
-    assert committed is not None
-    assert committed.state.step == EVERY + 2
+    newest = store(run).newest()[0]
+    assert newest is not None
+    assert newest.state.step == EVERY + 2
 
 
 def with_storage_that_waits_for_the_next_step(raw: dict[str, Any], phase: str, stop: int) -> None:
+    """Train a phase whose first checkpoint is uploaded only after the next step."""
     real, metrics = Storage.upload, Path(raw["run"]["dir"]) / "events" / phase / "metrics.jsonl"
 
     def slow(self: Storage, key: str, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a phase does besides steps: references, adapters, evaluations, the best checkpoint, stops. Real DeepSpeed, one worker."""
+"""Phases of real DeepSpeed workers: losses, adapters, evaluations, export, stops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.records.metrics_file import read_metrics
 from plad_dist.training.worker import trackers
 from plad_dist.training.worker.loop import train_loop
-from plad_dist.training.worker.metrics import MetricsLog
+from plad_dist.training.worker.metrics_log import MetricsLog
 from plad_dist.verify.run import verify
 from tests.numerics.workers import config_with_pairs, job_of, losses, make_run, some_pairs, start, train, two_engines
 from tests.tiny import make_random_model
@@ -39,11 +39,11 @@ def trained(folder: Path, training: dict[str, Any] | None = None, workers: int =
     return run
 
 
-def left_by_workers(run: RunDir) -> tuple[str, bool]:
-    """Why they stopped, and whether the user is to mend it."""
+def stop_reason(run: RunDir) -> tuple[str, bool]:
+    """Return the message with which the workers stopped, and if the user must correct an input."""
     (path,) = (run.root / "checkpoints" / PHASE).glob("stopped-*.json")
-    found = json.loads(path.read_text())
-    return found["message"], found["by_user"]
+    stop = json.loads(path.read_text())
+    return stop["message"], stop["by_user"]
 
 
 def logp(model: Any, prompt: list[int], response: list[int]) -> float:
@@ -52,18 +52,18 @@ def logp(model: Any, prompt: list[int], response: list[int]) -> float:
     return sum(float(logps[len(prompt) - 1 + place, token]) for place, token in enumerate(response))
 
 
-def test_references_are_the_starting_students_and_made_once(tmp_path: Path) -> None:
+def test_initial_logps_are_the_starting_students_and_are_computed_once(tmp_path: Path) -> None:
     run = trained(tmp_path, workers=2, loss={"name": "dpo"})
-    assert losses(run, PHASE)[0] == pytest.approx(math.log(2), rel=1e-5), "nothing has moved yet"
+    assert losses(run, PHASE)[0] == pytest.approx(math.log(2), rel=1e-5), "the student has not changed yet"
     (folder,) = (run.root / run.pairs().path).glob("initial-logps-*")
-    found = Dataset(run.storage, f"{run.pairs().path}/{folder.name}", INITIAL_LOGPS)
-    table, pairs = found.read(), run.pairs().read()
+    table = Dataset(run.storage, f"{run.pairs().path}/{folder.name}", INITIAL_LOGPS).read()
+    pairs = run.pairs().read()
     assert table["prompt_id"].to_pylist() == pairs["prompt_id"].to_pylist()
     start = AutoModelForCausalLM.from_pretrained(tmp_path / "student").double()
-    for row, reference in zip(pairs.to_pylist()[::7], table.to_pylist()[::7], strict=True):
+    for row, initial in zip(pairs.to_pylist()[::7], table.to_pylist()[::7], strict=True):
         for side in ("chosen", "rejected"):
             expected = logp(start, row["prompt_token_ids"], row[f"{side}_token_ids"])
-            assert reference[f"{side}_initial_logp"] == pytest.approx(expected, rel=1e-5)
+            assert initial[f"{side}_initial_logp"] == pytest.approx(expected, rel=1e-5)
     checked, _ = verify(run.storage.url)
     assert not [problem for item in checked for problem in item.problems if "initial-logps" in problem]
 
@@ -71,7 +71,7 @@ def test_references_are_the_starting_students_and_made_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "loss", [{"name": "listwise"}, {"name": "margin", "margin": 2.0}, {"name": "orpo", "beta": 0.5}]
 )
-def test_other_losses_go_down(tmp_path: Path, loss: dict[str, Any]) -> None:
+def test_other_losses_decrease(tmp_path: Path, loss: dict[str, Any]) -> None:
     run = trained(tmp_path, loss=loss, max_steps=12, optimizer={"lr": 1e-2})
     assert all(math.isfinite(value) for value in losses(run, PHASE))
     _, heldout = read_metrics(run.root / "events" / PHASE)
@@ -79,7 +79,10 @@ def test_other_losses_go_down(tmp_path: Path, loss: dict[str, Any]) -> None:
 
 
 def test_a_muon_step_moves_every_matrix_by_its_rate(tmp_path: Path) -> None:
-    """Its updates are orthogonal but for the tolerance of five Newton-Schulz steps: no clipping makes them smaller."""
+    """Updates are orthogonal up to the tolerance of five Newton-Schulz steps.
+
+    Clipping does not shrink them.
+    """
     rate = 1e-2
     optimizer = {"name": "muon", "lr": rate, "schedule": "constant", "warmup_share": 0.0, "clip_norm": 1e-3}
     run = trained(tmp_path, workers=2, max_steps=1, optimizer=optimizer)
@@ -92,8 +95,8 @@ def test_a_muon_step_moves_every_matrix_by_its_rate(tmp_path: Path) -> None:
         assert 0.6 * rate < largest < 1.3 * rate, name
 
 
-def test_adapters_are_merged_into_the_model_and_kept_by_themselves(tmp_path: Path) -> None:
-    """Two workers, left after three steps and resumed."""
+def test_adapters_are_merged_into_the_model_and_also_stored_alone(tmp_path: Path) -> None:
+    """Two workers, interrupted after three steps and resumed."""
     raw = config_with_pairs(tmp_path, max_steps=6, optimizer={"lr": 2e-2})
     raw["training"]["lora"] = {"r": 4, "alpha": 8, "save_adapter": True}
     run = make_run(raw)
@@ -101,9 +104,9 @@ def test_adapters_are_merged_into_the_model_and_kept_by_themselves(tmp_path: Pat
     (checkpoint,) = (run.root / "checkpoints" / PHASE).glob("step-*")
     train(tmp_path, raw, PHASE, 2)
     assert checkpoint.is_dir()
-    found = losses(run, PHASE)
-    assert len(found) == 6
-    assert found[-1] < found[0]
+    values = losses(run, PHASE)
+    assert len(values) == 6
+    assert values[-1] < values[0]
     start, merged = load_file(tmp_path / "student/model.safetensors"), load_file(run.model(PHASE) / "model.safetensors")
     assert start.keys() == merged.keys()
     changed = {name for name in start if not torch.equal(start[name], merged[name])}
@@ -119,36 +122,38 @@ def test_adapters_are_merged_into_the_model_and_kept_by_themselves(tmp_path: Pat
 
 
 def on_a_node_without_the_model(raw: dict[str, Any], phase: str, stop: int) -> None:
-    """The second rank's node has not mounted what the others have."""
+    """Train a phase whose second rank runs on a node without the model's folder."""
     job = job_of(raw, phase)
     train_loop(job if dist.get_rank() == 0 else replace(job, start="/not/mounted"))
 
 
-def test_what_is_wrong_on_one_node_ends_the_attempt_on_all_at_once_and_names_the_node(tmp_path: Path) -> None:
-    """Which is started anew: on another node it may go well."""
+def test_an_error_on_one_node_ends_the_attempt_on_all_ranks_and_names_the_node(tmp_path: Path) -> None:
+    """The attempt is retried, since it may succeed on another node."""
     raw = config_with_pairs(tmp_path, max_steps=2)
     make_run(raw)
     processes = start(tmp_path, raw, PHASE, 2, work=on_a_node_without_the_model)
     for rank, process in enumerate(processes):
         process.join(timeout=60)
         assert process.exitcode == 1
-        said = (tmp_path / f"worker-{rank}.log").read_text()
-        assert re.search(r"RunFailed: node \S+: /not/mounted: no such model folder", said)
+        log = (tmp_path / f"worker-{rank}.log").read_text()
+        assert re.search(r"RunFailed: node \S+: /not/mounted: no such model folder", log)
 
 
-def test_a_tracker_that_cannot_be_opened_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(run: str, phase: str, *, goes_on: bool) -> Any:
-        raise ConnectionError("its server does not answer")
+def test_training_continues_without_a_tracker_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(run: str, phase: str, *, resumes: bool) -> Any:
+        raise ConnectionError("the server does not respond")
 
-    monkeypatch.setitem(trackers._TRACKERS, "wandb", away)
+    monkeypatch.setitem(trackers._TRACKERS, "wandb", unreachable)
     log = MetricsLog(tmp_path / "round-0", 0, 3, None, trackers=("wandb",), run=str(tmp_path))
-    log.step(TrainState(1, 4, 9, 1, "f", stage=3, optimizer="", dtype=""), {"loss": 1.0})
+    log.write_step(TrainState(1, 4, 9, 1, "f", stage=3, optimizer="", dtype=""), {"loss": 1.0})
     log.close()
     assert [row["loss"] for row in read_metrics(tmp_path / "round-0")[0]] == [1.0]
 
 
-def test_training_stops_when_nothing_gets_better_and_exports_the_best(tmp_path: Path) -> None:
-    """At this rate the held-out loss rises soon."""
+def test_training_stops_when_patience_runs_out_and_exports_the_best_checkpoint(tmp_path: Path) -> None:
+    """At this learning rate the held-out loss soon rises."""
     run = trained(
         tmp_path, max_steps=40, evaluate_every=2, best_by="loss", patience=2, export="best", keep_checkpoints=1,
         optimizer={"lr": 5e-2, "warmup_share": 0.0},
@@ -164,27 +169,29 @@ def test_training_stops_when_nothing_gets_better_and_exports_the_best(tmp_path: 
     names = sorted(path.name for path in (run.root / "checkpoints" / PHASE).glob("step-*"))
     assert names == sorted({f"step-{best:08d}", f"step-{last:08d}"})
     model = AutoModelForCausalLM.from_pretrained(run.model(PHASE)).double()
-    right = [
+    is_correct = [
         logp(model, row["prompt_token_ids"], row["chosen_token_ids"])
         > logp(model, row["prompt_token_ids"], row["rejected_token_ids"])
         for row in run.heldout_pairs().read().to_pylist()
     ]
     at_best = next(row["heldout"] for row in heldout if row["step"] == best)
-    assert sum(right) / len(right) == pytest.approx(at_best["pair_accuracy"]), "the weights are those of the best step"
+    assert sum(is_correct) / len(is_correct) == pytest.approx(at_best["pair_accuracy"]), (
+        "the weights are those of the best step"
+    )
 
 
-def test_a_diverging_phase_stops_before_the_step_and_names_groups(tmp_path: Path) -> None:
+def test_a_diverging_phase_stops_before_the_step_and_lists_groups(tmp_path: Path) -> None:
     run = trained(
         tmp_path, {"divergence_factor": 1.01}, max_steps=40, checkpoint_every=2,
         optimizer={"lr": 1.0, "warmup_share": 0.0, "clip_norm": 1e9},
     )  # fmt: skip
-    message, by_user = left_by_workers(run)
+    message, by_user = stop_reason(run)
     assert "The step was not taken. Kept:" in message
     assert not by_user
     assert not (run.model(PHASE) / "plad.json").exists()
 
 
-def test_a_loss_that_is_no_number_names_the_groups(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_stops_the_phase_and_names_its_groups(tmp_path: Path) -> None:
     raw = config_with_pairs(tmp_path, max_steps=4)
     weights = load_file(tmp_path / "student/model.safetensors")
     weights["model.embed_tokens.weight"][100] = float("nan")
@@ -193,19 +200,21 @@ def test_a_loss_that_is_no_number_names_the_groups(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "student/model.safetensors", {"format": "pt"})
     run = make_run(raw)
     train(tmp_path, raw, PHASE, 1)
-    message = left_by_workers(run)[0]
+    message = stop_reason(run)[0]
     assert "step 1: the loss is nan" in message
     assert "no checkpoint yet" in message
     assert "pairs/round-0/part-0000" in message
 
 
 @pytest.mark.parametrize("training", [{"deepspeed": "zero2"}, {"gradient_checkpointing": True}])
-def test_how_it_is_computed_does_not_matter(tmp_path: Path, plain: list[float], training: dict[str, Any]) -> None:
+def test_losses_do_not_depend_on_how_they_are_computed(
+    tmp_path: Path, plain: list[float], training: dict[str, Any]
+) -> None:
     assert losses(trained(tmp_path, training, workers=2), PHASE) == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize("second_partition", [1, 2])
-def test_an_engine_that_ended_holds_no_memory(tmp_path: Path, second_partition: int) -> None:
+def test_a_closed_engine_holds_no_memory(tmp_path: Path, second_partition: int) -> None:
     raw = config_with_pairs(tmp_path)
     zero = json.loads((tmp_path / "zero3.json").read_text())
     zero["zero_optimization"]["zero_hpz_partition_size"] = second_partition
@@ -213,11 +222,11 @@ def test_an_engine_that_ended_holds_no_memory(tmp_path: Path, second_partition: 
     make_run(raw)
     train(tmp_path, raw, PHASE, 2, work=two_engines)
     for rank in (0, 1):
-        said = (tmp_path / f"worker-{rank}.log").read_text().splitlines()
-        assert [line for line in said if line.startswith("memory:")] == ["memory: free"] * 2
+        lines = (tmp_path / f"worker-{rank}.log").read_text().splitlines()
+        assert [line for line in lines if line.startswith("memory:")] == ["memory: free"] * 2
 
 
-def test_eight_bit_states_stay_near_full_ones_and_resume_alike(tmp_path: Path) -> None:
+def test_eight_bit_states_stay_near_full_ones_and_resume_exactly(tmp_path: Path) -> None:
     runs = {}
     for name, optimizer, stop in (("full", "adamw", 0), ("eight", "adamw_8bit", 0), ("resumed", "adamw_8bit", 6)):
         folder = tmp_path / name
@@ -233,9 +242,9 @@ def test_eight_bit_states_stay_near_full_ones_and_resume_alike(tmp_path: Path) -
     assert losses(runs["resumed"], PHASE) == eight
 
 
-def test_attention_by_piece_trains_as_under_a_mask(tmp_path: Path) -> None:
-    """Long groups, which are taken apart, on several ranks and with activations computed twice."""
-    found = []
+def test_piecewise_attention_trains_like_a_mask(tmp_path: Path) -> None:
+    """With long groups, which are split, on several ranks and with recomputed activations."""
+    all_losses = []
     for number, training in enumerate(({"attention": "sdpa"}, {}, {"gradient_checkpointing": True})):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -247,10 +256,11 @@ def test_attention_by_piece_trains_as_under_a_mask(tmp_path: Path) -> None:
             row["prompt_token_ids"] = row["prompt_token_ids"] * 10 + [5] * 90
         run = make_run(raw, [rows])
         train(folder, raw, PHASE, 2)
-        found.append(losses(run, PHASE))
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
-    assert found[2] == pytest.approx(found[0], rel=1e-5)
-    assert found[1] != found[0], "it is not the same arithmetic"
+        all_losses.append(losses(run, PHASE))
+    masked, piecewise, recomputed = all_losses
+    assert piecewise == pytest.approx(masked, rel=1e-5)
+    assert recomputed == pytest.approx(masked, rel=1e-5)
+    assert piecewise != masked, "the arithmetic differs"
 
 
 @pytest.fixture(scope="module")
@@ -260,12 +270,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 def test_every_step_has_its_health_figures(tmp_path: Path) -> None:
     steps, heldout = read_metrics(trained(tmp_path).root / "events" / PHASE)
-    wanted = {
-        "loss", "active_share", "pair_accuracy", "chosen_logp", "rejected_logp", "chosen_logp_per_token", "chosen_logp_drift",
-        "rejected_logp_drift", "grad_norm", "lr", "tokens_per_s", "prompt_tokens_saved", "input_wait_share", "memory_gb",
-        "groups_dropped", "groups_cut",
+    expected = {
+        "loss", "active_share", "pair_accuracy", "chosen_logp", "rejected_logp", "chosen_logp_per_token",
+        "chosen_logp_drift", "rejected_logp_drift", "grad_norm", "lr", "tokens_per_s", "prompt_tokens_saved",
+        "input_wait_share", "memory_gb", "groups_dropped", "groups_cut",
     }  # fmt: skip
-    assert wanted <= steps[-1].keys()
+    assert expected <= steps[-1].keys()
     assert steps[0]["chosen_logp_drift"] == 0
     assert 0 < steps[0]["prompt_tokens_saved"] < 1
     assert [row["step"] for row in heldout] == [0, 4]

@@ -1,4 +1,4 @@
-"""Phases trained by real DeepSpeed workers over gloo, each a process, on pairs that were made by hand."""
+"""Phases trained by real DeepSpeed workers over gloo, each a process, on pairs written by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from plad_dist.training.worker.loop import Worker, train_loop
 from tests.conftest import tiny_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 
-# Workers are forked from a process that has imported what takes them ten seconds; each still has its own engine and rank.
+# Workers are forked from a process that has done the imports, which take ten seconds; each still
+# has its own engine and rank.
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["deepspeed", "transformers.models.llama", "peft", "plad_dist.training.worker.loop"])
 
@@ -39,7 +40,7 @@ Work = Callable[[dict[str, Any], str, int], None]
 
 
 def train(folder: Path, raw: dict[str, Any], phase: str, workers: int, stop: int = 0, **options: Any) -> None:
-    """Run a phase with so many workers, to its end or up to a step. Options: of :func:`start`."""
+    """Run a phase to its end, or up to the step `stop`. Options: those of :func:`start`."""
     processes = start(folder, raw, phase, workers, stop, **options)
     for process in processes:
         process.join(timeout=300)
@@ -58,20 +59,17 @@ def start(
     work: Work | None = None,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:
-    """The processes of so many workers, as :func:`train` runs them.
+    """Start the processes of a worker group; see :func:`train`.
 
     Args:
-        work: something else than the phase.
-        environment: what they have beside their own.
+        work: function that each worker runs instead of the phase.
+        environment: further environment variables.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }  # the server of the forks has them from its start
+    # The fork server inherits these when it starts.
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(workers):
         own: dict[str, Any] = {
@@ -89,7 +87,7 @@ def start(
 
 
 def _rank(own: dict[str, Any], log: str, work: Work, raw: dict[str, Any], phase: str, stop: int) -> None:
-    """One worker, in a process of its own."""
+    """Run one worker in this process."""
     with open(log, "w") as file:  # noqa: PTH123
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -101,48 +99,48 @@ def _rank(own: dict[str, Any], log: str, work: Work, raw: dict[str, Any], phase:
 
 
 def job_of(raw: dict[str, Any], phase: str) -> PhaseJob:
-    """A phase as a worker gets it."""
+    """Return a phase as a worker receives it."""
     config = parse_config(raw, "test")
     return replace(plan_phase(phase, config, RunDir.of(config)), dtype="float32")
 
 
 def train_phase(raw: dict[str, Any], phase: str, stop: int) -> None:
-    """A phase to its end, or up to a step and a checkpoint."""
+    """Train a phase to its end, or up to a step and its checkpoint."""
     job = job_of(raw, phase)
     if not stop:
         return train_loop(job)
     worker = Worker(job, torch.device("cpu"))
-    worker._open_groups()
-    worker._resume()
-    log = worker._log() if worker.rank == 0 else None
-    worker._evaluate(log)
+    worker.open_data()
+    worker.resume()
+    worker.open_log()
+    worker.evaluate()
     while worker.state.step < stop:
-        worker._step(log)
-    worker._save()
-    worker._settle()
+        worker.train_step()
+    worker.save()
+    worker.settle()
     return worker.close()
 
 
 def two_engines(raw: dict[str, Any], phase: str, stop: int) -> None:
-    """Two engines one after the other in a process, as two phases of a worker group have them."""
+    """Build two engines in turn, like two phases of a worker group; print if memory is free."""
     for _ in range(2):
         worker = Worker(job_of(raw, phase), torch.device("cpu"))
-        worker._open_groups()
-        worker._step(None)
-        held = weakref.ref(worker.engine.module.model)
+        worker.open_data()
+        worker.train_step()
+        model = weakref.ref(worker.engine.module.model)
         worker.close()
-        print("memory:", "free" if held() is None else "taken")
+        print("memory:", "free" if model() is None else "taken")
 
 
 def config_with_pairs(folder: Path, **round_: Any) -> dict[str, Any]:
-    """A run whose pairs are there: numbers as token ids, one to three pairs a prompt; a random student."""
+    """Return the config of a run with a random student, whose pairs :func:`make_run` writes."""
     write_prompts(folder, 60)
     raw = tiny_config(folder)
     make_random_model(folder / "student", 2)
     raw["student"] = {"path": str(folder / "student"), "template": TEMPLATE}
     raw["teacher"] = {"path": str(folder / "student"), "template": TEMPLATE}
     del raw["training"]["teacher"], raw["training"]["warmup"]
-    # No parameter is small enough to stay gathered: every one is released and gathered again.
+    # No parameter is small enough to stay gathered, so each is released and gathered again.
     zero = json.loads(Path("ds_configs/zero3.json").read_text())
     zero["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000}
     (folder / "zero3.json").write_text(json.dumps(zero))
@@ -155,7 +153,7 @@ def config_with_pairs(folder: Path, **round_: Any) -> dict[str, Any]:
 
 
 def make_run(raw: dict[str, Any], rows: list[list[dict[str, Any]]] | None = None) -> RunDir:
-    """The run directory with prompts and pairs in it, two blocks of them."""
+    """Create the run directory with prompts and pairs; by default two blocks of random pairs."""
     config: Config = parse_config(raw, "test")
     run = open_run(config)
     prepare(config, run.storage)
@@ -173,7 +171,11 @@ def make_run(raw: dict[str, Any], rows: list[list[dict[str, Any]]] | None = None
 
 
 def some_pairs(seed: int, prompts: int) -> list[dict[str, Any]]:
-    """Pairs of random tokens; the chosen ones come from the lower half of the vocabulary, so that there is something to learn."""
+    """Return one to three pairs of random tokens per prompt.
+
+    Chosen tokens come from the lower half of the vocabulary, so that the student can learn
+    something.
+    """
     rng = random.Random(seed)
     rows = []
     for number in range(prompts):
@@ -185,11 +187,13 @@ def some_pairs(seed: int, prompts: int) -> list[dict[str, Any]]:
                 {
                     "prompt_id": f"{seed}-{number}", "prompt_token_ids": prompt, "chosen_token_ids": [*chosen, 2],
                     "rejected_token_ids": [*rejected, 2], "chosen_text": "", "rejected_text": "",
-                    "chosen_score": 1.0 + rng.random(), "rejected_score": rng.random(), "rejected_logprob": None, "round": 0,
+                    "chosen_score": 1.0 + rng.random(), "rejected_score": rng.random(), "rejected_logprob": None,
+                    "round": 0,
                 }
             )  # fmt: skip
     return rows
 
 
 def losses(run: RunDir, phase: str) -> list[float]:
+    """Return the losses of the steps of a phase."""
     return [record["loss"] for record in read_metrics(run.root / "events" / phase)[0]]

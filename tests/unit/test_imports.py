@@ -37,7 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plad_dist.sampling.endpoint.",),
     ("plad_dist.sampling.",),
     ("plad_dist.pairing.",),
-    ("plad_dist.training.losses", "plad_dist.training.agreement"),
+    ("plad_dist.training.losses", "plad_dist.training.agreement", "plad_dist.training.messages"),
     ("plad_dist.training.batches.",),
     ("plad_dist.training.job",),
     ("plad_dist.training.model.",),

@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder that transformers and vLLM load."""
+"""Export of a trained model as a Hugging Face folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ from plad_dist.training.checkpoints.attempts import Attempt
 from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.job import PhaseJob
 
-_WRITTEN_WITHIN_S, _POLL_S = 7200.0, 0.2
+_EXPORT_TIMEOUT_S, _POLL_S = 7200.0, 0.2
 
 
 def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt) -> None:
-    """Write ``models/<phase>/`` from all ranks, atomically, with the tokenizer and generation config of the start.
+    """Write ``models/<phase>/`` atomically, from all ranks.
 
-    Nothing is written where a later attempt has begun.
+    The tokenizer and the generation config are those of the starting model.
+
+    Nothing is written if a later attempt has started.
+
+    Raises:
+        RunFailed: the first rank did not write the model in time.
     """
     weights = gather_weights(engine)
     adapter = _gather_adapter(engine) if job.lora is not None and job.lora.save_adapter else {}
@@ -33,30 +38,44 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
         final = job.folder("models")
         temporary = final.with_name(f".writing-{final.name}-{attempt.name}")
         if attempt.superseded() is None:
-            for left in final.parent.glob(f".writing-{final.name}-*"):  # by attempts that died while they wrote
-                shutil.rmtree(left, ignore_errors=True)
+            for abandoned in final.parent.glob(f".writing-{final.name}-*"):  # by attempts that died while they wrote
+                shutil.rmtree(abandoned, ignore_errors=True)
         model = engine.module.model
         model.config.use_cache = True
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
         _tokenizer(job).save_pretrained(temporary)
         if adapter:
-            _save_adapter(temporary / "adapter", adapter, model, job)
+            _save_adapter(temporary / "adapter", adapter, job)
         if attempt.superseded() is None:
             commit_model(temporary, final, job.fingerprint, asdict(state))
         else:
             shutil.rmtree(temporary)
-    else:  # not by a collective: those give up sooner than a large model is written
-        until = time.monotonic() + _WRITTEN_WITHIN_S
-        while model_fingerprint(job.folder("models")) != job.fingerprint and attempt.superseded() is None:
-            if time.monotonic() > until:
-                raise RunFailed(f"{job.folder('models')} did not come: the first worker does not answer")
-            time.sleep(_POLL_S)
+    else:
+        _wait_for_model(job, attempt)
     dist.barrier()
 
 
+def _wait_for_model(job: PhaseJob, attempt: Attempt) -> None:
+    """Poll until the first rank has committed the model.
+
+    A collective would time out during a large export.
+    """
+    until = time.monotonic() + _EXPORT_TIMEOUT_S
+    while model_fingerprint(job.folder("models")) != job.fingerprint and attempt.superseded() is None:
+        if time.monotonic() > until:
+            raise RunFailed(
+                f"{job.folder('models')}: not written within {_EXPORT_TIMEOUT_S:.0f} s; the first worker does not "
+                "respond"
+            )
+        time.sleep(_POLL_S)
+
+
 def _tokenizer(job: PhaseJob) -> Any:
-    """The start's tokenizer; a template of the config becomes its chat template, so that servers render prompts alike."""
+    """Return the tokenizer of the start.
+
+    A template of the config becomes its chat template, for servers.
+    """
     tokenizer = load_tokenizer(job.start, job.settings)
     if job.settings.template is not None:
         bos = tokenizer.bos_token_id
@@ -67,15 +86,16 @@ def _tokenizer(job: PhaseJob) -> Any:
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The whole state dict on the first rank, one layer at a time; empty on the others. Tied weights appear once.
+    """Gather the whole state dict on the first rank, layer by layer; return an empty one elsewhere.
 
-    Adapters are merged into the weights that they adapt: ``W + scale * B A``.
+    Tied weights appear once. Adapters are merged into the weights that they adapt: ``W + scale * B
+    A``.
     """
     import deepspeed
 
-    first = dist.get_rank() == 0
+    is_first = dist.get_rank() == 0
     model = engine.module.model
-    engine.empty_partition_cache()  # an evaluation leaves parameters on their way that it has asked for in advance
+    engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     weights: dict[str, torch.Tensor] = {}
     adapted = {
         f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
@@ -86,13 +106,13 @@ def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
         module = adapted.get(name)
         low_rank = [] if module is None else [module.lora_A["default"].weight, module.lora_B["default"].weight]
         with deepspeed.zero.GatheredParameters([parameter, *low_rank]):
-            if first:
+            if is_first:
                 weight = parameter.detach().cpu().clone()
                 if module is not None:
                     a_RH, b_OR = (matrix.detach().cpu().float() for matrix in low_rank)
                     weight = (weight.float() + module.scaling["default"] * (b_OR @ a_RH)).to(weight.dtype)
                 weights[name.replace(".base_layer.", ".")] = weight
-    if first:
+    if is_first:
         weights |= {name: value.detach().cpu() for name, value in model.named_buffers() if value.is_leaf}
         persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
         weights = {name: value for name, value in weights.items() if name in persistent}
@@ -100,19 +120,19 @@ def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
-    """The adapters alone on the first rank, by the names that peft gives them in files."""
+    """Return the adapter weights on the first rank, by the names of peft's files."""
     import deepspeed
 
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, parameter in engine.module.model.named_parameters():
         if "lora_" in name:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if dist.get_rank() == 0:
-                    found[f"base_model.model.{name.replace('.default', '')}"] = parameter.detach().cpu().clone()
-    return found
+                    weights[f"base_model.model.{name.replace('.default', '')}"] = parameter.detach().cpu().clone()
+    return weights
 
 
-def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], model: Any, job: PhaseJob) -> None:
+def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], job: PhaseJob) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 

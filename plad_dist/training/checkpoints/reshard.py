@@ -1,9 +1,11 @@
-"""ZeRO-3 optimizer states at another number of ranks, read straight from the files of a native checkpoint.
+"""ZeRO-3 optimizer states at another number of ranks, read from a native checkpoint's files.
 
-ZeRO-3 flattens each parameter of N elements and gives rank r of W the elements [r P, (r+1) P) with P = ceil(N / W), the last ones
-filled up with zeros. A rank's parts of all parameters of a sub-group lie one after the other in one flat tensor, for the
-float32 weights and for each state of the optimizer alike. So every rank of a new size finds what it needs by offsets in
-the memory-mapped files of the old one: nothing is converted, nothing is gathered, and each byte is read once by those who keep it.
+ZeRO-3 flattens each parameter of N elements and gives rank r of W the elements [r P, (r+1) P) with
+P = ceil(N / W), padded with zeros at the end. A rank's slices of all parameters of a sub-group
+follow each other in one flat tensor, both for the float32 weights and for each state of the
+optimizer. So every rank of a new size reads its elements by offsets in the memory-mapped files of
+the old one: nothing is converted or gathered, and each byte is read once, by the rank that keeps
+it.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from plad_dist.compat.zero_files import FP32_FLAT_GROUPS, OPTIMIZER_STATES, load_optimizer_file, load_shapes
 from plad_dist.errors import RunFailed, UserError
-
-_FP32, _STATES = "fp32_flat_groups", "optimizer_state_dict"  # DeepSpeed's names in its files
 
 
 @dataclass(frozen=True)
 class FlatSlice:
-    """Where a parameter lies in the flat tensors of a size.
+    """Position of a parameter in the flat tensors of a number of ranks.
 
     Attributes:
-        group: its sub-group.
-        offset: of its part in the flat tensor of every rank.
-        length: of its part, ceil(numel / ranks).
+        group: sub-group of the parameter.
+        offset: offset of its slice in the flat tensor of every rank.
+        length: length of its slice, ceil(numel / ranks).
+        numel: number of elements of the whole parameter.
     """
 
     group: int
@@ -40,145 +42,196 @@ class FlatSlice:
     numel: int
 
 
-def places(sub_groups: list[dict[str, int]], ranks: int) -> dict[str, FlatSlice]:
-    """The place of every parameter from the numbers of elements in each sub-group, by name and in their order."""
-    found = {}
+@dataclass(frozen=True)
+class Copy:
+    """Elements that a rank of the new size copies from the flat tensor of a rank of the old size.
+
+    Attributes:
+        owner: old rank whose file holds the elements.
+        source: offset in the flat tensor of the old rank.
+        target: offset in the flat tensor of the new rank.
+        count: number of elements.
+    """
+
+    owner: int
+    source: int
+    target: int
+    count: int
+
+
+def flat_slices(sub_groups: list[dict[str, int]], ranks: int) -> dict[str, FlatSlice]:
+    """Return the position of every parameter by name.
+
+    Args:
+        sub_groups: number of elements by parameter, in order, for each sub-group.
+    """
+    slices = {}
     for group, sizes in enumerate(sub_groups):
         offset = 0
         for name, numel in sizes.items():
             length = -(-numel // ranks)
-            found[name] = FlatSlice(group, offset, length, numel)
+            slices[name] = FlatSlice(group, offset, length, numel)
             offset += length
-    return found
+    return slices
 
 
-def pieces(old: FlatSlice, new: FlatSlice, rank: int) -> Iterator[tuple[int, int, int, int]]:
-    """(old rank, offset there, offset in the new flat tensor, elements) of a new rank's part of a parameter."""
-    at, end = rank * new.length, min((rank + 1) * new.length, new.numel)
-    while at < end:
-        owner, inside = divmod(at, old.length)
-        count = min(end - at, old.length - inside)
-        yield owner, old.offset + inside, new.offset + at - rank * new.length, count
-        at += count
+def copies(old: FlatSlice, new: FlatSlice, rank: int) -> Iterator[Copy]:
+    """Yield the copies that fill a new rank's slice of a parameter."""
+    start, end = rank * new.length, min((rank + 1) * new.length, new.numel)
+    while start < end:
+        owner, inside = divmod(start, old.length)
+        count = min(end - start, old.length - inside)
+        yield Copy(owner, old.offset + inside, new.offset + start - rank * new.length, count)
+        start += count
 
 
 def load_resharded(engine: Any, files: Callable[[int], AbstractContextManager[Path]], ranks: int) -> None:
-    """Load a native ZeRO-3 checkpoint that another number of ranks wrote into an engine, on all ranks.
+    """Load a ZeRO-3 checkpoint of another number of ranks into an engine, on all ranks.
 
     Args:
-        files: gives a folder with the files of a rank that wrote, one rank at a time.
+        files: opens a folder with the files of an old rank, for one rank at a time.
+        ranks: number of ranks that wrote the checkpoint.
 
     Raises:
-        UserError: the optimizer keeps states that cannot be divided otherwise.
-        RunFailed: the files are not those of this model.
+        UserError: the optimizer keeps states that cannot be divided among another number of ranks.
+        RunFailed: the files belong to another model.
     """
-    optimizer, rank = engine.optimizer, dist.get_rank()
+    from plad_dist.compat.deepspeed import flat_lengths_of, load_optimizer_state, sub_groups_of
+
     with files(0) as folder:
-        file, old = _load(folder, 0), places(_sub_groups(folder), ranks)
-        kinds = [_states_of(file, group, folder, ranks) for group in range(len(file[_FP32]))]
-        param_groups = file[_STATES]["param_groups"]
-        rest = {key: value for key, value in file.items() if key not in (_FP32, _STATES)}
-        del file
-    names = [[engine.param_names[parameter] for parameter in group] for group in optimizer.fp16_groups]
-    sizes = [
-        {name: int(parameter.ds_numel) for name, parameter in zip(group, parameters, strict=True)}
-        for group, parameters in zip(names, optimizer.fp16_groups, strict=True)
-    ]
-    new = places(sizes, dist.get_world_size())
+        old, layout = flat_slices(_sub_groups(folder), ranks), _read_layout(folder, ranks)
+    sub_groups = sub_groups_of(engine)
+    new = flat_slices(sub_groups, dist.get_world_size())
     if {name: place.numel for name, place in old.items()} != {name: place.numel for name, place in new.items()}:
         raise RunFailed(f"{folder}: its parameters are not those of the model")
-
-    lengths = [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat]
-    weights = [torch.zeros(length) for length in lengths]
-    # The parameters of a sub-group are trained alike, whatever sub-group they were in.
-    numbers, names_of_flat = zip(*(kinds[old[group[0]].group] for group in names), strict=True)
-    flat = [{key: torch.zeros(n) for key in keys} for keys, n in zip(names_of_flat, lengths, strict=True)]
-    for owner in range(ranks):
-        wanted = [
-            (old[name].group, place.group, source, target, count)
-            for name, place in new.items()
-            for its_rank, source, target, count in pieces(old[name], place, rank)
-            if its_rank == owner
-        ]
-        if not wanted:
-            continue
-        with files(owner) as folder:
-            found = _load(folder, owner)
-            for group, mine, source, target, count in wanted:
-                weights[mine][target : target + count] = found[_FP32][group][source : source + count]
-                for key, state in flat[mine].items():
-                    there = found[_STATES]["state"][group][key]
-                    state[target : target + count] = there[source : source + count]
-            del found
-    optimizer._set_fp32_optimizer_param_groups()
-    fresh = optimizer.optimizer.state_dict()["param_groups"]
-    optimizer._clear_fp32_optimizer_param_groups()
-    groups = [{**before, "params": now["params"]} for before, now in zip(param_groups, fresh, strict=True)]
-    loaded = {
-        **rest,
-        _FP32: weights,
-        # Copies: an optimizer counts its steps in place, and sub-groups that were one would count them twice.
-        _STATES: {
-            "state": {i: copy.deepcopy(numbers[i]) | found for i, found in enumerate(flat)},
-            "param_groups": groups,
-        },
+    # All parameters of a new sub-group have the same kinds of states, whatever their old one.
+    old_groups = [old[next(iter(sizes))].group for sizes in sub_groups]
+    flat = [
+        {key: torch.zeros(length) for key in (FP32_FLAT_GROUPS, *layout.flat_states[group])}
+        for group, length in zip(old_groups, flat_lengths_of(engine), strict=True)
+    ]
+    _fill(flat, old, new, files, ranks)
+    state = {
+        # Copies: an optimizer counts its steps in place, and new sub-groups that share an old one
+        # would share its counter.
+        index: copy.deepcopy(layout.scalar_states[group])
+        | {key: values for key, values in flat[index].items() if key != FP32_FLAT_GROUPS}
+        for index, group in enumerate(old_groups)
     }
-    optimizer.checkpoint_event_prologue()
-    optimizer.load_state_dict([loaded if index == rank else None for index in range(dist.get_world_size())])
-    optimizer.checkpoint_event_epilogue()
+    loaded = {
+        **layout.other,
+        FP32_FLAT_GROUPS: [tensors[FP32_FLAT_GROUPS] for tensors in flat],
+        OPTIMIZER_STATES: {"state": state, "param_groups": layout.param_groups},
+    }
+    load_optimizer_state(engine, loaded, dist.get_rank(), dist.get_world_size())
+
+
+def _fill(
+    flat: list[dict[str, Tensor]],
+    old: dict[str, FlatSlice],
+    new: dict[str, FlatSlice],
+    files: Callable[[int], AbstractContextManager[Path]],
+    ranks: int,
+) -> None:
+    """Copy this rank's elements of the weights and flat states from the files of the old ranks.
+
+    Args:
+        flat: tensors of this rank by key, for each new sub-group; filled in place.
+    """
+    plan = [
+        _PlannedCopy(old[name].group, place.group, piece)
+        for name, place in new.items()
+        for piece in copies(old[name], place, dist.get_rank())
+    ]
+    for owner in range(ranks):
+        of_owner = [planned for planned in plan if planned.piece.owner == owner]
+        if of_owner:
+            with files(owner) as folder:
+                _copy_from(load_optimizer_file(folder, owner), of_owner, flat)
+
+
+@dataclass(frozen=True)
+class _PlannedCopy:
+    """A copy between an old and a new sub-group."""
+
+    old_group: int
+    new_group: int
+    piece: Copy
+
+
+def _copy_from(file: dict[str, Any], plan: list[_PlannedCopy], flat: list[dict[str, Tensor]]) -> None:
+    """Carry out copies from the optimizer file of one old rank."""
+    for planned in plan:
+        piece = planned.piece
+        weights = {FP32_FLAT_GROUPS: file[FP32_FLAT_GROUPS][planned.old_group]}
+        sources = weights | file[OPTIMIZER_STATES]["state"][planned.old_group]
+        for key, target in flat[planned.new_group].items():
+            target[piece.target : piece.target + piece.count] = sources[key][piece.source : piece.source + piece.count]
 
 
 def whole_weights(folder: Path, ranks: int) -> dict[str, Tensor]:
-    """The float32 weights that are trained, by name, from the files of a native ZeRO-3 checkpoint of so many ranks."""
-    shapes = {name: shape for group in _shapes(folder) for name, shape in group.items()}
-    old, whole = places(_sub_groups(folder), ranks), places(_sub_groups(folder), 1)
-    found = {name: torch.empty(place.numel) for name, place in old.items()}
+    """Return the trained float32 weights by name, from the files of a ZeRO-3 checkpoint.
+
+    Args:
+        ranks: number of ranks that wrote the checkpoint.
+    """
+    shapes = {name: shape for group in load_shapes(folder) for name, shape in group.items()}
+    old, whole = flat_slices(_sub_groups(folder), ranks), flat_slices(_sub_groups(folder), 1)
+    weights = {name: torch.empty(place.numel) for name, place in old.items()}
     for owner in range(ranks):
-        flat = _load(folder, owner)[_FP32]
+        flat = load_optimizer_file(folder, owner)[FP32_FLAT_GROUPS]
         for name, place in old.items():
-            for its_rank, source, target, count in pieces(place, replace(whole[name], offset=0), 0):
-                if its_rank == owner:
-                    found[name][target : target + count] = flat[place.group][source : source + count]
-    return {name: weight.view(shapes[name]) for name, weight in found.items()}
-
-
-def _load(folder: Path, rank: int) -> dict[str, Any]:
-    """What a rank wrote of the optimizer, memory-mapped."""
-    (file,) = folder.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-    # As DeepSpeed itself does: the files are those of this run, and their checksums are what was committed.
-    found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)[_STATES]
-    return found
+            for piece in copies(place, replace(whole[name], offset=0), 0):
+                if piece.owner == owner:
+                    source = flat[place.group][piece.source : piece.source + piece.count]
+                    weights[name][piece.target : piece.target + piece.count] = source
+    return {name: weight.view(shapes[name]) for name, weight in weights.items()}
 
 
 def _sub_groups(folder: Path) -> list[dict[str, int]]:
-    """Numbers of elements by parameter in each sub-group."""
-    return [{name: shape.numel() for name, shape in group.items()} for group in _shapes(folder)]
+    """Return the numbers of elements by parameter, for each sub-group of a checkpoint."""
+    return [{name: shape.numel() for name, shape in group.items()} for group in load_shapes(folder)]
 
 
-def _shapes(folder: Path) -> list[dict[str, torch.Size]]:
-    """Shapes by parameter in each sub-group, as the first rank wrote them."""
-    (file,) = folder.glob("*zero_pp_rank_0_mp_rank_00_model_states.pt")
-    found: list[dict[str, torch.Size]] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)[
-        "param_shapes"
-    ]
-    return found
+@dataclass(frozen=True)
+class _Layout:
+    """Contents of an optimizer file beside the flat tensors.
+
+    Attributes:
+        scalar_states: states of one number by key, for each sub-group.
+        flat_states: keys of the states with one number for every weight, for each sub-group.
+        param_groups: parameter groups of the inner optimizer.
+        other: remaining entries of the file.
+    """
+
+    scalar_states: list[dict[str, Any]]
+    flat_states: list[list[str]]
+    param_groups: list[dict[str, Any]]
+    other: dict[str, Any]
 
 
-def _states_of(file: dict[str, Any], group: int, folder: Path, ranks: int) -> tuple[dict[str, Any], list[str]]:
-    """A sub-group's states that are one number, and the names of those that have one for every weight.
+def _read_layout(folder: Path, ranks: int) -> _Layout:
+    """Read the layout of the optimizer file of the first rank.
 
     Raises:
-        UserError: there are others.
+        UserError: a state is neither one number nor one number for every weight.
     """
-    numbers, flat = {}, []
-    for key, value in file[_STATES]["state"][group].items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
-            numbers[key] = value
-        elif value.numel() == file[_FP32][group].numel():
-            flat.append(key)
-        else:
-            raise UserError(
-                f"{folder}: the optimizer's state {key!r} cannot be divided among another number of workers: set "
-                f"training.num_workers={ranks} to go on"
-            )
-    return numbers, flat
+    file = load_optimizer_file(folder, 0)
+    inner = file[OPTIMIZER_STATES]
+    scalar_states: list[dict[str, Any]] = []
+    flat_states: list[list[str]] = []
+    for group, weights in enumerate(file[FP32_FLAT_GROUPS]):
+        scalar_states.append({})
+        flat_states.append([])
+        for key, value in inner["state"][group].items():
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                scalar_states[group][key] = value
+            elif value.numel() == weights.numel():
+                flat_states[group].append(key)
+            else:
+                raise UserError(
+                    f"{folder}: the optimizer's state {key!r} cannot be divided among another number of workers: set "
+                    f"training.num_workers={ranks} to resume"
+                )
+    other = {key: value for key, value in file.items() if key not in (FP32_FLAT_GROUPS, OPTIMIZER_STATES)}
+    return _Layout(scalar_states, flat_states, inner["param_groups"], other)

@@ -1,7 +1,10 @@
-"""How checkpoints are written and read by the ranks of an attempt: staged on the node, carried and committed in the background.
+"""Checkpoints of an attempt: staged on each node, uploaded and committed in the background.
 
-Training waits only while every rank writes its part to a disk of its own node; a thread carries it to the storage, which may be an
-object store. ``latest.json`` says for people which one is the newest; the truth is what is there.
+Training waits only while every rank writes its files to a local disk. A thread then uploads them to
+the storage, which may be an object store, and writes a small object that lists them. When the
+objects of all ranks exist, the first rank commits the checkpoint by creating its `state.json`,
+unless a later attempt has started. ``latest.json`` names the newest checkpoint for people; no
+program reads it.
 """
 
 from __future__ import annotations
@@ -31,18 +34,27 @@ from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, Da
 from plad_dist.training.records.collapse import CollapseRecord
 
 _LATEST = "latest.json"
-_STAGED = "plad-checkpoint-"
+_STAGING_PREFIX = "plad-checkpoint-"
 _POLL_S = 0.2
 _COMMIT_TIMEOUT_S = 1800.0
 
 
 class Checkpoints:
-    """Saves and loads the checkpoints of a phase, on every rank of an attempt.
+    """Saves and loads the checkpoints of a phase; every rank of an attempt has one.
 
     Args:
-        staging: folder on a disk of this node.
-        watched: gives what watching has found of them; None where nothing is watched.
-        only_trained: leave out parameters that are frozen, which are those of the start.
+        keep: number of newest checkpoints to keep.
+        staging: folder on a local disk; None for the system's folder for temporary files.
+        only_trained: leave out frozen parameters, which are those of the starting model.
+        read_collapse_record: returns the collapse record of the phase, or None if it is not
+            watched.
+
+    Attributes:
+        superseded: launch of a later attempt, as of the latest commit or :meth:`settle`; None if
+            there is none.
+        has_collapsed: True if the collapse record reported a collapse at the latest commit.
+        stall_seconds: time that the latest :meth:`save` has cost training.
+        commit_seconds: time from the start of the latest save to its commit, on the first rank.
     """
 
     def __init__(
@@ -53,39 +65,43 @@ class Checkpoints:
         staging: str | None,
         *,
         only_trained: bool = False,
-        watched: Callable[[], CollapseRecord | None] = lambda: None,
+        read_collapse_record: Callable[[], CollapseRecord | None] = lambda: None,
     ) -> None:
-        self._watched = watched
         self._store, self._attempt, self._keep, self._only_trained = store, attempt, keep, only_trained
+        self._read_collapse_record = read_collapse_record
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._own = ScratchDir(staging, _STAGED)
-        self._staging = self._own.path
-        self._carrier = ThreadPoolExecutor(1, "checkpoint")
+        self._scratch = ScratchDir(staging, _STAGING_PREFIX)
+        self._staging = self._scratch.path
+        self._uploader = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._saved: int | None = None  # step of the latest one
-        self._damaged: dict[int, str] = {}
+        self._saved_step: int | None = None
+        self._damaged: dict[int, str] = {}  # problems by step
         self.superseded: str | None = None
-        self.collapsed = False  # by what watching has found
-        self.seconds = 0.0  # that the latest one has cost training
-        self.commit_seconds = 0.0  # that the latest one took until it was committed
+        self.has_collapsed = False
+        self.stall_seconds = 0.0
+        self.commit_seconds = 0.0
 
     def close(self) -> None:
-        """Forget what is not committed."""
-        self._carrier.shutdown(wait=False, cancel_futures=True)
-        self._own.remove()
+        """Abandon what is not committed and remove the staged files."""
+        self._uploader.shutdown(wait=False, cancel_futures=True)
+        self._scratch.remove()
 
     # -- writing
 
     def save(self, engine: Any, state: TrainState) -> None:
-        """Write a checkpoint from all ranks, unless this step has one; it is committed while training goes on.
+        """Write a checkpoint from all ranks, unless this step has one.
+
+        It is committed in the background.
+
+        Waits for the commit of the previous checkpoint first.
 
         Raises:
-            RunFailed: the one before could not be committed.
+            RunFailed: the previous checkpoint could not be committed.
         """
-        if state.step == self._saved:
+        if state.step == self._saved_step:
             return
         started = time.monotonic()
-        self._wait()
+        self._wait_for_commit()
         folder = self._staging / step_name(state.step)
         engine.save_checkpoint(
             str(folder),
@@ -94,47 +110,57 @@ class Checkpoints:
             exclude_frozen_parameters=self._only_trained,
             client_state={"random": _random_state()},
         )
-        self._pending = self._carrier.submit(self._carry, folder, state, started)
-        self._saved = state.step
-        self.seconds = time.monotonic() - started
+        self._pending = self._uploader.submit(self._upload, folder, state, started)
+        self._saved_step = state.step
+        self.stall_seconds = time.monotonic() - started
 
     @property
-    def busy(self) -> bool:
-        """Whether one is still on its way from this rank."""
+    def is_uploading(self) -> bool:
+        """True while this rank uploads a checkpoint, or commits it."""
         return self._pending is not None and not self._pending.done()
 
     @property
     def failure(self) -> str | None:
-        """Why this rank could not carry the latest one, None where nothing is wrong."""
+        """Reason why this rank could not upload the latest checkpoint, or None."""
         pending = self._pending
         error = pending.exception() if pending is not None and pending.done() else None
         return None if error is None else str(error)
 
     def settle(self) -> None:
-        """Wait on all ranks until what was saved is committed. Raises as :meth:`save`."""
-        self._wait()
+        """Wait on all ranks for the commit of the latest checkpoint, then update `superseded`.
+
+        Raises:
+            RunFailed: the checkpoint could not be committed.
+        """
+        self._wait_for_commit()
         self.superseded = from_rank_zero(self._attempt.superseded)
 
-    def _wait(self) -> None:
-        """Until what was saved is committed, by whichever rank. Not by a collective: those give up sooner than a slow storage does."""
+    def drain(self) -> None:
+        """Wait for the latest commit and ignore its failure, because training ends anyway."""
+        with contextlib.suppress(RunFailed, OSError):
+            self._wait_for_commit()
+
+    def _wait_for_commit(self) -> None:
+        """Wait until the latest checkpoint is committed or a later attempt has started.
+
+        Ranks poll the storage, since a collective would time out sooner than a slow storage.
+        """
         if self._pending is None:
             return
         self._pending.result()
         self._pending = None
-        if self._rank and self._saved is not None:
-            key, until = self._store.key(self._saved), time.monotonic() + _COMMIT_TIMEOUT_S
+        if self._rank and self._saved_step is not None:
+            key, until = self._store.key(self._saved_step), time.monotonic() + _COMMIT_TIMEOUT_S
             while not self._store.storage.exists(key) and self._attempt.superseded() is None:
                 if time.monotonic() > until:
-                    raise RunFailed(f"{self._store.storage.url}/{key} did not come: the first worker does not answer")
+                    raise RunFailed(
+                        f"{self._store.storage.url}/{key}: not written within {_COMMIT_TIMEOUT_S:.0f} s; the first "
+                        "worker does not respond"
+                    )
                 time.sleep(_POLL_S)
 
-    def drain(self) -> None:
-        """Wait for what was saved, where training ends on all ranks anyway."""
-        with contextlib.suppress(RunFailed, OSError):
-            self._wait()
-
-    def _carry(self, local: Path, state: TrainState, started: float) -> None:
-        """Carry this rank's files to the storage; the first rank waits for all and commits."""
+    def _upload(self, local: Path, state: TrainState, started: float) -> None:
+        """Upload this rank's files. The first rank then waits for all ranks and commits."""
         storage, folder = self._store.storage, f"{self._store.folder}/{step_name(state.step)}/{self._attempt.name}"
         files: dict[str, tuple[int, str]] = {}
         for file in sorted((local / self._attempt.name).iterdir()):
@@ -147,8 +173,9 @@ class Checkpoints:
             self.commit_seconds = time.monotonic() - started
 
     def _commit(self, folder: str, state: TrainState) -> None:
+        """Create the checkpoint's `state.json` and prune, unless a later attempt has started."""
         storage = self._store.storage
-        files = self._files_of_all(folder)
+        files = self._wait_for_files(folder)
         self.superseded = self._attempt.superseded()
         if self.superseded is not None:
             return
@@ -156,122 +183,121 @@ class Checkpoints:
         text = json.dumps(document, indent=1).encode()
         created = storage.create(self._store.key(state.step), text)
         self.superseded = self._attempt.superseded()
-        if self.superseded is not None:  # it may have been for long: what is there now is not this attempt's to prune
+        # This process may have been frozen before the commit: it must not prune later checkpoints.
+        if self.superseded is not None:
             return
         if created:
             storage.replace(f"{self._store.folder}/{_LATEST}", json.dumps(asdict(state), indent=1).encode())
         self._prune()
 
-    def _files_of_all(self, folder: str) -> dict[str, Any]:
-        """The files of all ranks, when they are there."""
+    def _wait_for_files(self, folder: str) -> dict[str, Any]:
+        """Wait for the uploads of all ranks; return sizes and checksums of their files by name."""
         storage, until = self._store.storage, time.monotonic() + _COMMIT_TIMEOUT_S
-        wanted = {_rank_file(rank) for rank in range(self._world)}
-        while missing := wanted - storage.sizes(folder).keys():
+        rank_files = {_rank_file(rank) for rank in range(self._world)}
+        while missing := rank_files - storage.sizes(folder).keys():
             if time.monotonic() > until:
-                raise RunFailed(f"{storage.url}/{folder}: {min(missing)} did not come: its worker does not answer")
+                raise RunFailed(
+                    f"{storage.url}/{folder}: {min(missing)}: not written within {_COMMIT_TIMEOUT_S:.0f} s; its worker "
+                    "does not respond"
+                )
             time.sleep(_POLL_S)
-        return {name: fact for rank in sorted(wanted) for name, fact in storage.read_json(f"{folder}/{rank}").items()}
+        return {
+            name: facts for rank in sorted(rank_files) for name, facts in storage.read_json(f"{folder}/{rank}").items()
+        }
 
     def _prune(self) -> None:
-        """Delete all but the newest checkpoints, the best ones that these know of, and those that watching needs."""
+        """Delete old checkpoints, except the best ones and those that the collapse watch needs."""
         try:
-            watched = self._watched()
-        except RunFailed:  # what must be kept is not known now; the next checkpoint prunes
+            record = self._read_collapse_record()
+        except RunFailed:  # the checkpoints to keep are unknown; the next commit prunes
             return
-        self.collapsed = watched is not None and watched.collapse is not None
+        self.has_collapsed = record is not None and record.collapse is not None
         newest: list[TrainState] = []
         for step in self._store.steps():
-            with contextlib.suppress(DamagedCheckpoint):  # nothing to keep, and nothing to stop for
-                if len(newest) < self._keep and (found := self._store.at(step)) is not None:
-                    newest.append(found.state)
-        kept = {step for state in newest for step in (state.step, state.best_step)}
-        kept |= watched.needed if watched is not None else set()
+            with contextlib.suppress(DamagedCheckpoint):  # it does not count among the newest
+                if len(newest) < self._keep and (checkpoint := self._store.at(step)) is not None:
+                    newest.append(checkpoint.state)
+        steps_to_keep = {step for state in newest for step in (state.step, state.best_step)}
+        steps_to_keep |= record.needed if record is not None else set()
         for step in self._store.steps():
-            if newest and step not in kept and step < newest[0].step:
-                self._store.storage.delete(self._store.key(step))  # first: what is left by a crash is not committed
+            if newest and step not in steps_to_keep and step < newest[0].step:
+                # The key first, so that files that remain after a crash are not committed.
+                self._store.storage.delete(self._store.key(step))
                 self._store.storage.delete_folder(f"{self._store.folder}/{step_name(step)}")
 
     # -- reading
 
-    def newest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint, on all ranks, each of which checks its share of the files.
+    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
+        """Return the newest sound checkpoint, on all ranks.
+
+        Each rank compares its share of the files with their checksums.
 
         Args:
-            say: told of those that are damaged and left out.
+            report: called with a line for each damaged checkpoint that is skipped.
 
         Raises:
-            UserError: it belongs to another config, data or model.
+            UserError: the checkpoint belongs to another config, data or model.
         """
         while True:
-            found, self._damaged = from_rank_zero(partial(self._store.newest, self._damaged))
-            problem = self._altered(found) if found is not None else None
-            if found is None or problem is None:
+            checkpoint, self._damaged = from_rank_zero(partial(self._store.newest, self._damaged))
+            problem = self._checksum_problem(checkpoint) if checkpoint is not None else None
+            if checkpoint is None or problem is None:
                 break
-            self._damaged[found.state.step] = problem
-        for step, why in self._damaged.items():
-            say(f"the checkpoint of step {step} is left out, the one before it is used: {why}")
-            if self._rank == 0 and self._attempt.superseded() is None:  # its step is to be committed anew
+            self._damaged[checkpoint.state.step] = problem
+        for step, damage in self._damaged.items():
+            report(f"the checkpoint of step {step} is skipped, the one before it is used: {damage}")
+            if self._rank == 0 and self._attempt.superseded() is None:  # so that its step can be committed again
                 self._store.set_aside(step)
-        self._saved = found.state.step if found is not None else None
-        return found
+        self._saved_step = checkpoint.state.step if checkpoint is not None else None
+        return checkpoint
 
-    def at(self, step: int | None) -> Checkpoint:
-        """The checkpoint of a step, on all ranks. Raises as :meth:`newest`, and :class:`RunFailed` where it is gone."""
-        assert step is not None
-        found = from_rank_zero(lambda: self._store.at(step))
-        problem = self._altered(found) if found is not None else "it is gone"
-        if found is None or problem is not None:
+    def at(self, step: int) -> Checkpoint:
+        """Return the checkpoint of a step, on all ranks.
+
+        Raises:
+            UserError: the checkpoint belongs to another config, data or model.
+            DamagedCheckpoint: the checkpoint is damaged or no longer exists.
+        """
+        checkpoint = from_rank_zero(lambda: self._store.at(step))
+        problem = self._checksum_problem(checkpoint) if checkpoint is not None else "it no longer exists"
+        if checkpoint is None or problem is not None:
             raise DamagedCheckpoint(f"{self._store.folder}/{step_name(step)}: {problem}")
-        return found
+        return checkpoint
 
     def committed_step(self) -> int | None:
-        """The step of the newest checkpoint that is committed."""
+        """Return the step of the newest committed checkpoint, or None."""
         return next(filter(self._store.is_committed, self._store.steps()), None)
 
-    def _altered(self, checkpoint: Checkpoint) -> str | None:
-        """The first file whose bytes are not those that were committed, by the checksums; the same on all ranks."""
+    def _checksum_problem(self, checkpoint: Checkpoint) -> str | None:
+        """Return the first file that has changed since the commit, on all ranks, or None."""
         problem = self._store.alteration(checkpoint, sorted(checkpoint.files)[self._rank :: self._world])
-        found: list[str | None] = [None] * self._world
-        dist.all_gather_object(found, problem)
-        return next(filter(None, found), None)
+        problems: list[str | None] = [None] * self._world
+        dist.all_gather_object(problems, problem)
+        return next(filter(None, problems), None)
 
     def load(self, engine: Any, checkpoint: Checkpoint) -> None:
         """Load a checkpoint into the engine, on all ranks, whatever number of ranks wrote it.
 
         Raises:
-            UserError: its optimizer, or its ZeRO stage at another number of ranks, cannot be loaded.
+            UserError: the checkpoint was written with another precision or optimizer, or with
+                another number of workers under a ZeRO stage that cannot change its size.
         """
+        _check_loadable(engine, checkpoint, self._world)
         state = checkpoint.state
-        dtype = precision_of(engine)
-        if state.dtype not in ("", dtype):
-            raise UserError(
-                f"{checkpoint.folder}: was trained in {state.dtype}, now it would be {dtype}: set training.dtype={state.dtype} to go on"
-            )
-        written, now = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
-        if written != now and (state.optimizer or written[0] != now[0]):
-            raise UserError(
-                f"{checkpoint.folder}: written by ZeRO stage {written[0]} with {written[1]}, with training.deepspeed as it is "
-                f"now it would be stage {now[0]} with {now[1]}: set the one that it was to go on"
-            )
-        if state.workers == self._world:
-            with self._fetched(checkpoint, checkpoint.of_rank(self._rank)) as folder:
-                _, kept = engine.load_checkpoint(
-                    str(folder.parent), tag=folder.name, load_module_strict=not self._only_trained
-                )
-            torch.set_rng_state(kept["random"]["cpu"])
-            if "cuda" in kept["random"]:
-                torch.cuda.set_rng_state(kept["random"]["cuda"])
+        if state.workers != self._world:
+            load_resharded(engine, lambda rank: self._files_of(checkpoint, rank), state.workers)
             return
-        if state.stage != 3:
-            raise UserError(
-                f"{checkpoint.folder}: written by {state.workers} workers under ZeRO stage {state.stage}, now there are "
-                f"{self._world}: set training.num_workers={state.workers} to go on; only stage 3 changes its size"
+        with self._files_of(checkpoint, self._rank) as folder:
+            _, client_state = engine.load_checkpoint(
+                str(folder.parent), tag=folder.name, load_module_strict=not self._only_trained
             )
-        load_resharded(engine, lambda rank: self._fetched(checkpoint, checkpoint.of_rank(rank)), state.workers)
+        torch.set_rng_state(client_state["random"]["cpu"])
+        if "cuda" in client_state["random"]:
+            torch.cuda.set_rng_state(client_state["random"]["cuda"])
 
     @contextmanager
-    def _fetched(self, checkpoint: Checkpoint, names: list[str]) -> Iterator[Path]:
-        """A folder with these files of a checkpoint, while they are read."""
+    def _files_of(self, checkpoint: Checkpoint, rank: int) -> Iterator[Path]:
+        """Yield a local folder with the files of a checkpoint that a rank needs."""
         storage = self._store.storage
         if storage.local_root is not None:
             yield storage.local_root / checkpoint.folder
@@ -279,7 +305,7 @@ class Checkpoints:
         folder = self._staging / "fetched" / Path(checkpoint.folder).name
         folder.mkdir(parents=True)
         try:
-            for name in names:
+            for name in checkpoint.of_rank(rank):
                 storage.download(f"{checkpoint.folder}/{name}", folder / name)
             yield folder
         finally:
@@ -287,15 +313,39 @@ class Checkpoints:
 
 
 def optimizer_of(engine: Any) -> str:
-    """The optimizer that really steps: DeepSpeed has its own on the CPU."""
+    """Return the class name of the optimizer, which may be DeepSpeed's own for the CPU."""
     return type(engine.basic_optimizer).__name__
 
 
 def precision_of(engine: Any) -> str:
+    """Return the data type of the model, such as `bfloat16`."""
     return str(engine.get_data_types()[0]).removeprefix("torch.")
 
 
+def _check_loadable(engine: Any, checkpoint: Checkpoint, world: int) -> None:
+    """Raise :class:`UserError` if an engine cannot load a checkpoint."""
+    state = checkpoint.state
+    dtype = precision_of(engine)
+    if state.dtype not in ("", dtype):
+        raise UserError(
+            f"{checkpoint.folder}: was trained in {state.dtype}, now it would be {dtype}: set "
+            f"training.dtype={state.dtype} to resume"
+        )
+    saved, present = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
+    if saved != present and (state.optimizer or saved[0] != present[0]):
+        raise UserError(
+            f"{checkpoint.folder}: was written by ZeRO stage {saved[0]} with {saved[1]}; the present "
+            f"training.deepspeed means stage {present[0]} with {present[1]}: set the former one to resume"
+        )
+    if state.workers != world and state.stage != 3:
+        raise UserError(
+            f"{checkpoint.folder}: was written by {state.workers} workers under ZeRO stage {state.stage}, now "
+            f"there are {world}: set training.num_workers={state.workers} to resume; only stage 3 can change its size"
+        )
+
+
 def _rank_file(rank: int) -> str:
+    """Return the name of the object that lists the files of a rank."""
     return f"rank-{rank:05d}.json"
 
 

@@ -1,4 +1,4 @@
-"""Folders on a disk of this node for what is under way: those of processes that were killed are removed by the next one."""
+"""Temporary folders on a local disk that are locked by their process, and removed after it dies."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 
 
 class ScratchDir:
-    """A new folder that is locked while this process lives. Those that dead processes have left are removed.
+    """New folder that is locked as long as this process lives; removes those of dead processes.
 
     Args:
-        place: where, None for the system's place for temporary files.
-        prefix: of its name, and of the names of those that are removed.
+        parent: folder to create it in; None for the system's folder for temporary files.
+        prefix: start of its name, and of the names of the folders to clean up.
     """
 
-    def __init__(self, place: str | None, prefix: str) -> None:
-        folder = Path(place or tempfile.gettempdir())
+    def __init__(self, parent: str | None, prefix: str) -> None:
+        folder = Path(parent or tempfile.gettempdir())
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{prefix}*/"):
-            with contextlib.suppress(OSError), _lock_of(left).open("a") as lock:
+        for earlier in folder.glob(f"{prefix}*/"):
+            with contextlib.suppress(OSError), _lock_of(earlier).open("a") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
-                _lock_of(left).unlink()
+                shutil.rmtree(earlier, ignore_errors=True)
+                _lock_of(earlier).unlink()
         self.path = folder / f"{prefix}{uuid.uuid4().hex}"
-        # Before the folder is there, or another process could take it for one that was left.
+        # Locked before it exists, or another process could remove it as that of a dead one.
         self._lock = _lock_of(self.path).open("a")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path.mkdir()
@@ -39,7 +39,7 @@ class ScratchDir:
         self.remove()
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the folder with its contents."""
         shutil.rmtree(self.path, ignore_errors=True)
         _lock_of(self.path).unlink(missing_ok=True)
         self._lock.close()

@@ -1,4 +1,4 @@
-"""The model of a checkpoint, made from its files alone while training goes on elsewhere."""
+"""Model folder of a checkpoint, written from its files while training continues elsewhere."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ _PREFIX = "model."  # of the student's parameters in the engine's module
 
 
 def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the weights of a ZeRO-3 checkpoint as a Hugging Face folder; adapters are merged into the start's weights.
+    """Write the weights of a ZeRO-3 checkpoint as a Hugging Face folder.
 
-    Files of checkpoints on an object store lie beside it for a while.
+    Adapters are merged into the weights of the starting model. The files of a checkpoint on an
+    object store are downloaded into the folder, and removed before the weights are written.
 
     Raises:
-        OSError, RunFailed: a file is not there (any more), or not what was committed.
+        OSError, RunFailed: a file is missing, since the checkpoint may have been pruned, or cannot
+            be read.
     """
     import transformers
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, checkpoint.state.dtype)
-    trained = whole_weights(_local(job.checkpoints, checkpoint, folder / "files"), checkpoint.state.workers)
+    files = _local_files(job.checkpoints, checkpoint, folder / "files")
+    trained = whole_weights(files, checkpoint.state.workers)
     transformers.utils.logging.disable_progress_bar()
     settings = job.settings
     model = AutoModelForCausalLM.from_pretrained(
@@ -50,11 +53,11 @@ def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
     load_tokenizer(job.start, settings).save_pretrained(folder)
 
 
-def _local(storage: Storage, checkpoint: Checkpoint, room: Path) -> Path:
-    """A folder with the checkpoint's files."""
+def _local_files(storage: Storage, checkpoint: Checkpoint, download_to: Path) -> Path:
+    """Return a local folder with the files of a checkpoint."""
     if storage.local_root is not None:
         return storage.local_root / checkpoint.folder
-    room.mkdir(parents=True)
+    download_to.mkdir(parents=True)
     for name in checkpoint.files:
-        storage.download(f"{checkpoint.folder}/{name}", room / name)
-    return room
+        storage.download(f"{checkpoint.folder}/{name}", download_to / name)
+    return download_to

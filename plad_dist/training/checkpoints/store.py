@@ -1,7 +1,11 @@
-"""The checkpoints of a phase in storage: a checkpoint is whole, or it is not there. Without torch: `plad verify` reads them too.
+"""Checkpoints of a phase in storage.
 
-``checkpoints/<phase>/step-00000120/`` holds DeepSpeed's files in a folder of the attempt that wrote them, and ``state.json``, which
-commits them: it is created once, when the files of all ranks are there, and lists them with sizes and checksums.
+Torch is not needed: `plad verify` and `plad status` read them too.
+
+A checkpoint is committed completely or not at all. ``checkpoints/<phase>/step-00000120/`` holds
+DeepSpeed's files in a folder of the attempt that wrote them, and ``state.json``, which commits
+them: it is created once, after the files of all ranks exist, and lists them with sizes and
+checksums.
 """
 
 from __future__ import annotations
@@ -22,18 +26,20 @@ _ASIDE = ".damaged"  # ending of the state of a checkpoint that was set aside
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where training stands.
+    """Progress of a phase.
 
     Attributes:
-        step: global steps done.
+        step: global steps taken.
         groups: groups trained on.
         tokens: tokens computed.
-        workers: world size that wrote the checkpoint.
-        fingerprint: of the phase: its config, data and starting model.
-        stage, optimizer, dtype: of ZeRO, where it steps and in what precision, which decide what the files of a checkpoint hold.
+        workers: size of the worker group that wrote the checkpoint.
+        fingerprint: fingerprint of the phase: of its config, data and starting model.
+        stage, optimizer, dtype: ZeRO stage, class of the optimizer and data type, which decide the
+            contents of the files.
         first: figures of the first step.
-        evaluated: step of the latest evaluation; `best` is the best value, at `best_step`; `stale` evaluations have brought
-            nothing better since.
+        evaluated: step of the latest evaluation, -1 before the first one.
+        best: best value of `best_by`, reached at `best_step`.
+        stale: number of evaluations since then, none of them better.
     """
 
     step: int
@@ -53,11 +59,11 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint.
+    """Committed checkpoint.
 
     Attributes:
-        folder: of its files, in the storage.
-        files: bytes and XXH3 checksum by name.
+        folder: folder of the files in the storage.
+        files: size in bytes and XXH3 checksum by file name.
     """
 
     state: TrainState
@@ -65,74 +71,83 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
 
     def of_rank(self, rank: int) -> list[str]:
-        """Names of the files that a rank needs where there are as many ranks as wrote them."""
+        """Return the names of the files that a rank reads at an unchanged number of ranks."""
         if self.state.stage != 3:
             return list(self.files)
         return [name for name in self.files if (match := _RANK.search(name)) is None or int(match[1]) == rank]
 
 
 class DamagedCheckpoint(RunFailed):
-    """A committed checkpoint is not what it should be. Storage that does not answer is no damage."""
+    """A committed checkpoint does not match its `state.json`.
+
+    A storage that does not respond is no damage.
+    """
 
 
 class CheckpointStore:
-    """The checkpoints of one phase in storage, as they are read.
+    """Read access to the checkpoints of one phase.
 
     Args:
-        fingerprint: of the phase; None to read those of any.
+        fingerprint: fingerprint of the phase; None accepts any.
     """
 
     def __init__(self, storage: Storage, phase: str, fingerprint: str | None) -> None:
         self.storage, self.folder, self._fingerprint = storage, f"checkpoints/{phase}", fingerprint
 
     def steps(self) -> list[int]:
-        """Steps of which there is something, the newest first."""
-        found = (_STEP.fullmatch(name) for name in self.storage.sizes(self.folder))
-        return sorted((int(match[1]) for match in found if match), reverse=True)
+        """Return the steps that have a folder, committed or not, the newest first."""
+        matches = (_STEP.fullmatch(name) for name in self.storage.sizes(self.folder))
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def newest(self, without: dict[int, str] | None = None) -> tuple[Checkpoint | None, dict[int, str]]:
-        """The newest whole checkpoint by names and sizes, and what is wrong with newer ones, by step.
+        """Return the newest checkpoint whose files exist, and the problems of newer ones.
 
         Args:
-            without: steps that are known to be damaged.
+            without: problems by step of checkpoints that are known to be damaged.
 
         Raises:
-            UserError: it belongs to another config, data or model.
-            RunFailed: none is whole, though some are committed; or the storage does not answer.
+            UserError: the checkpoint belongs to another config, data or model.
+            RunFailed: every committed checkpoint is damaged, or the storage does not respond.
         """
         damaged, steps = dict(without or {}), self.steps()
         for step in steps:
             if step in damaged:
                 continue
             try:
-                found = self.at(step)
-                if found is not None and (problem := self.harm(found)) is not None:
+                checkpoint = self.at(step)
+                if checkpoint is not None and (problem := self.harm(checkpoint)) is not None:
                     raise DamagedCheckpoint(problem)
             except DamagedCheckpoint as error:
                 damaged[step] = str(error)
                 continue
-            if found is not None:
-                return found, damaged
+            if checkpoint is not None:
+                return checkpoint, damaged
         aside = [step for step in steps if self.storage.exists(f"{self.key(step)}{_ASIDE}")]
-        if damaged or aside:  # training must not begin anew without a word
-            why = "; ".join(damaged.values()) or f"those of the steps {', '.join(map(str, aside))} were set aside"
+        if damaged or aside:  # training must not restart from the beginning silently
+            problems = "; ".join(damaged.values()) or f"those of the steps {', '.join(map(str, aside))} were set aside"
             raise RunFailed(
-                f"{self.storage.url}/{self.folder}: every checkpoint is damaged ({why}). Mend the storage, or delete this folder to "
-                "train the phase from its start"
+                f"{self.storage.url}/{self.folder}: every checkpoint is damaged ({problems}). Repair the storage, or "
+                "delete this folder to train the phase from its start"
             )
         return None, damaged
 
     def at(self, step: int) -> Checkpoint | None:
-        """The checkpoint of a step, None where none is committed. Raises as :meth:`newest`, and :class:`DamagedCheckpoint`."""
+        """Return the checkpoint of a step, or None if none is committed.
+
+        Raises:
+            UserError: the checkpoint belongs to another config, data or model.
+            DamagedCheckpoint: its `state.json` cannot be parsed.
+            RunFailed: the storage does not respond.
+        """
         key = self.key(step)
         data = self.storage.read(key)
         if data is None:
             return None
         try:
-            found = json.loads(data)
-            files = {str(name): (int(size), str(digest)) for name, (size, digest) in found["files"].items()}
+            document = json.loads(data)
+            files = {str(name): (int(size), str(digest)) for name, (size, digest) in document["files"].items()}
             checkpoint = Checkpoint(
-                TrainState(**found["state"]), f"{self.folder}/{step_name(step)}/{found['attempt']}", files
+                TrainState(**document["state"]), f"{self.folder}/{step_name(step)}/{document['attempt']}", files
             )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DamagedCheckpoint(
@@ -141,37 +156,43 @@ class CheckpointStore:
         if self._fingerprint not in (None, checkpoint.state.fingerprint):
             raise UserError(
                 f"{self.storage.url}/{key}: a checkpoint of another config, data or model (fingerprint "
-                f"{checkpoint.state.fingerprint[:12]}, expected {str(self._fingerprint)[:12]}). Use another run.dir, or delete "
-                f"{self.storage.url}/{self.folder}."
+                f"{checkpoint.state.fingerprint[:12]}, expected {str(self._fingerprint)[:12]}). Use another run.dir, "
+                f"or delete {self.storage.url}/{self.folder}."
             )
         return checkpoint
 
     def harm(self, checkpoint: Checkpoint) -> str | None:
-        """What names and sizes say against a checkpoint, None for nothing."""
+        """Return the first file that is missing or has another size than committed, or None."""
         sizes = self.storage.sizes(checkpoint.folder)
         for name, (size, _) in checkpoint.files.items():
             if sizes.get(name) != size:
-                what = (
+                problem = (
                     "missing"
                     if name not in sizes
                     else f"damaged: it has {sizes[name]:,} bytes, {size:,} were committed"
                 )
-                return f"{self.storage.url}/{checkpoint.folder}/{name}: {what}"
+                return f"{self.storage.url}/{checkpoint.folder}/{name}: {problem}"
         return None
 
     def is_committed(self, step: int) -> bool:
-        """Whether there is a checkpoint of a step."""
+        """Return True if a checkpoint of a step is committed."""
         return self.storage.exists(self.key(step))
 
     def alteration(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
-        """The first of these files, or of all, whose bytes are not those that were committed. None for none. Reads every byte."""
+        """Return the first file whose checksum differs from the committed one, or None.
+
+        Reads every byte.
+
+        Args:
+            names: files to read; None for all.
+        """
         for name in checkpoint.files if names is None else names:
             if self.storage.checksum(f"{checkpoint.folder}/{name}") != checkpoint.files[name][1]:
-                return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum is another"
+                return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum has changed"
         return None
 
     def set_aside(self, step: int) -> None:
-        """Make a damaged checkpoint one that is not committed; its files stay until the next ones are pruned."""
+        """Revoke the commit of a damaged checkpoint; its files stay until the next pruning."""
         key = self.key(step)
         data = self.storage.read(key)
         if data is not None:
@@ -179,10 +200,10 @@ class CheckpointStore:
             self.storage.delete(key)
 
     def key(self, step: int) -> str:
-        """What commits the checkpoint of a step."""
+        """Return the key of the object that commits the checkpoint of a step."""
         return f"{self.folder}/{step_name(step)}/{STATE}"
 
 
 def step_name(step: int) -> str:
-    """Folder of a step's checkpoint."""
+    """Return the name of the folder of a step's checkpoint."""
     return f"step-{step:08d}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -88,23 +87,6 @@ def gather_whole_layers(model: Any) -> None:
     layer_names = sorted(set(getattr(model, "_no_split_modules", None) or ()) & set(names))
     if layer_names:
         set_z3_leaf_modules(model, layer_names)
-
-
-def release(engine: Any) -> None:
-    """Let go of all that an engine holds: DeepSpeed keeps the model where it outlives the engine's own end.
-
-    Memory is free when the caller drops its own references.
-    """
-    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-    from deepspeed.utils import groups
-
-    engine.destroy()
-    FWD_MODULE_STACK.clear()
-    # A cache of a method, which has the coordinators of all engines in its keys.
-    cached = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
-    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
-    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine makes its own, and refuses to find one
 
 
 def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int, *, half: bool) -> dict[str, Any]:

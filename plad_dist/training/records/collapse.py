@@ -1,7 +1,10 @@
-"""Record of the collapse watch, ``events/<phase>/collapse.json``: figures of checkpoints, and the verdict on them.
+"""Record of the collapse watch: probes of checkpoints, and the verdict on them.
 
-The driver probes checkpoints while a round trains, judges the figures and writes the record. The first rank of the
-trainer reads it when it prunes checkpoints: it keeps the ones that the record needs, and ends training at a collapse.
+It is stored in ``events/<phase>/collapse.json``.
+
+The driver probes checkpoints while a round trains, judges the figures and writes the record. The
+first rank of the trainer reads it when it prunes checkpoints: it keeps the ones that the record
+needs, and ends training at a collapse.
 """
 
 from __future__ import annotations
@@ -15,15 +18,15 @@ from plad_dist.errors import RunFailed
 
 @dataclass(frozen=True)
 class CheckpointProbe:
-    """Figures of the responses of one checkpoint, or of the starting student, to a few held-out prompts.
+    """Figures of a checkpoint's, or the starting student's, responses to a few held-out prompts.
 
     Attributes:
         step: step of the checkpoint; 0 for the starting student.
         tokens: mean length of a response.
         end_share: share of responses that end with an end-of-sequence token or a stop string.
         repetition: mean share of repeated word 3-grams.
-        win_rate: share of wins against the starting student's responses by ROUGE-L, ties counted half; None without
-            references.
+        win_rate: share of wins against the starting student's responses by ROUGE-L, ties counted
+            half; None without references.
     """
 
     step: int
@@ -43,7 +46,8 @@ class CollapseRecord:
         probes: probes of checkpoints, in the order of their steps.
         probing: step of the checkpoint that is being probed, or None.
         sound: step of the latest checkpoint that exists and has not collapsed, or None.
-        collapse: the bound that the latest probed checkpoint violates, in words; None if it is sound.
+        collapse: the bound that the latest probed checkpoint violates, in words; None if it is
+            sound.
     """
 
     fingerprint: str

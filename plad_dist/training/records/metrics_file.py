@@ -1,4 +1,4 @@
-"""The figures of a phase as JSON lines under ``events/<phase>/``."""
+"""Figures of a phase as JSON lines, ``events/<phase>/metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(steps, held-out rankings) of a phase in order of steps; the latest attempt's latest word on a step counts."""
+    """Read the figures of a phase.
+
+    Several attempts may have logged a step. The last record of the latest attempt counts.
+
+    Args:
+        folder: ``events/<phase>``.
+
+    Returns:
+        The records of the steps, and those of the held-out evaluations, each in the order of steps.
+    """
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, dict[str, Any]] = {}
     path = folder / METRICS_FILE
@@ -22,8 +31,8 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
                 continue
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 continue
-            found = heldout if "heldout" in record else steps
-            before = found.get(record["step"])
-            if before is None or record.get("attempt", 0) >= before.get("attempt", 0):
-                found[record["step"]] = record
+            records = heldout if "heldout" in record else steps
+            earlier = records.get(record["step"])
+            if earlier is None or record.get("attempt", 0) >= earlier.get("attempt", 0):
+                records[record["step"]] = record
     return [steps[step] for step in sorted(steps)], [heldout[step] for step in sorted(heldout)]

@@ -1,4 +1,7 @@
-"""Where a training worker begins. It imports no more than it needs: a group that starts anew waits for it."""
+"""Entry point of a training worker.
+
+It imports little, because every restart of a group waits for it.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,20 @@ _AFTER_A_DEATH_S = 5.0
 
 
 def train_jobs(settings: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker, again after every failure."""
+    """Train the phases that have no model yet, in order.
+
+    Ray Train calls this on every worker of every attempt.
+
+    Args:
+        settings: the jobs of the phases under `jobs`.
+    """
     for job in settings["jobs"]:
         if from_rank_zero(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
             try:
                 train_loop(job)
             except RuntimeError:
-                # A broken connection, mostly: whoever died broke it, and is to be seen first.
+                # Mostly a connection that broke because another worker died, which must be
+                # reported first.
                 time.sleep(_AFTER_A_DEATH_S)
                 raise
             if from_rank_zero(partial(job.storage.exists, job.stopped_key)):

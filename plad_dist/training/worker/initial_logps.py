@@ -1,6 +1,8 @@
-"""Log-likelihoods of the pairs' responses by the student before calibration, once, as columns beside the pairs.
+"""Initial log-probabilities: log-likelihoods of the pairs' responses under the starting student.
 
-Losses that compare with the starting student (`dpo`, `ipo`) read them; a second model is never in memory.
+Losses that compare with the starting student (`dpo`, `ipo`) read them. All ranks compute them once,
+before the first step, so that no second model is ever in memory. They are a dataset beside the
+pairs with one part for each part of the pairs, so that an interrupted pass resumes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from plad_dist.data.dataset import Dataset
+from plad_dist.data.manifest import Manifest
 from plad_dist.data.models import model_identity
 from plad_dist.data.parts import Part
 from plad_dist.data.schemas import INITIAL_LOGPS
@@ -30,17 +33,48 @@ from plad_dist.training.job import PhaseJob
 
 @torch.no_grad()
 def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torch.device) -> DataSpec:
-    """Make the columns that are not there yet, on all ranks together, while the engine still has the starting weights.
+    """Compute the initial log-probabilities that are not stored yet, on all ranks together.
 
-    They are a dataset of their own beside the pairs, a part for each part of the pairs, so that an interrupted pass goes on.
+    Args:
+        engine: engine that still has the starting weights.
 
-    Returns the spec with the dataset in it.
+    Returns:
+        The spec with the dataset of initial log-probabilities.
     """
     pairs = spec.dataset(job.storage)
     manifest = pairs.require("pair")
-    input_fingerprint = fingerprint(
+    parts = manifest.parts
+    input_fingerprint = _input_fingerprint(manifest, spec, job)
+    initial_logps = Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS)
+    spec = replace(spec, initial_logps=initial_logps.path)
+    is_first = dist.get_rank() == 0
+    missing_blocks = _missing_blocks(initial_logps, len(parts))
+    if missing_blocks is None:
+        return spec
+    plain = replace(spec, kind="pairs", initial_logps="", over_long="keep")  # row for row the pairs
+    source = open_groups(plain, job.storage, job.start, job.settings)
+    ends = np.cumsum([0, *group_counts(plain, parts)])
+    engine.eval()
+    committed: list[Part] = []
+    for block in missing_blocks:
+        groups = source.take(np.arange(ends[block], ends[block + 1]))
+        fitted = [fit(group, spec) for group in groups]
+        logps = _logps([group for group in fitted if group is not None], job, engine, device)
+        if is_first:
+            part, _ = initial_logps.commit(
+                block, _table(groups, fitted, logps), fingerprint=input_fingerprint, attempt=uuid.uuid4().hex
+            )
+            committed.append(part)
+    if is_first:
+        initial_logps.finish(len(parts), fingerprint=input_fingerprint, facts={}, known_parts=committed)
+    dist.barrier()
+    return spec
+
+
+def _input_fingerprint(pairs: Manifest, spec: DataSpec, job: PhaseJob) -> str:
+    return fingerprint(
         "initial logps",
-        pairs=manifest.contents,
+        pairs=pairs.contents,
         start=model_identity(job.start, job.settings),
         dtype=job.dtype,
         context=spec.context,
@@ -48,61 +82,49 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
         shares=spec.shares_prompts,
         over_long=spec.over_long,
     )
-    initial_logps = Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS)
-    spec = replace(spec, initial_logps=initial_logps.path)
-    first = dist.get_rank() == 0
-    todo: list[Any] = [None]
-    if first and initial_logps.manifest() is None:
-        there = initial_logps.committed()
-        todo = [[block for block in range(len(manifest.parts)) if block not in there]]
-    dist.broadcast_object_list(todo, src=0)
-    if todo[0] is None:
-        return spec
-    plain = replace(spec, kind="pairs", initial_logps="", over_long="keep")  # row for row of the pairs
-    source = open_groups(plain, job.storage, job.start, job.settings)
-    counts = group_counts(plain, manifest.parts)
-    ends = np.cumsum([0, *counts])
-    engine.eval()
-    written: list[Part] = []
-    for block in todo[0]:
-        groups = source.take(np.arange(ends[block], ends[block + 1]))
-        fitted = [fit(group, spec) for group in groups]
-        values = _logps([group for group in fitted if group is not None], job, engine, device)
-        if first:
-            table = _table(groups, fitted, values)
-            written.append(
-                initial_logps.commit(block, table, fingerprint=input_fingerprint, attempt=uuid.uuid4().hex)[0]
-            )
-    if first:
-        initial_logps.finish(len(manifest.parts), fingerprint=input_fingerprint, facts={}, known_parts=written)
-    dist.barrier()
-    return spec
+
+
+def _missing_blocks(initial_logps: Dataset, blocks: int) -> list[int] | None:
+    """Return the blocks without a part on all ranks, as the first rank sees them.
+
+    Returns:
+        None if the dataset is complete.
+    """
+    outcome: list[list[int] | None] = [None]
+    if dist.get_rank() == 0 and initial_logps.manifest() is None:
+        committed = initial_logps.committed()
+        outcome = [[block for block in range(blocks) if block not in committed]]
+    dist.broadcast_object_list(outcome, src=0)
+    return outcome[0]
 
 
 def _logps(groups: Sequence[Group], job: PhaseJob, engine: Any, device: torch.device) -> list[list[float]]:
-    """Log-likelihoods of the responses of every group, on all ranks; each rank computes its share."""
+    """Return the log-likelihoods of every group's responses, on all ranks.
+
+    Each rank computes its share.
+    """
     layout = engine.module.attention.layout
     shares = assign_groups([layout.tokens(group) for group in groups], job.micro_batch_tokens, dist.get_world_size())
-    mine: dict[int, list[float]] = {}
-    for share in shares[dist.get_rank()]:
-        batch = collate([groups[index] for index in share], filler=0, layout=layout).to(device)
+    own: dict[int, list[float]] = {}
+    for indices in shares[dist.get_rank()]:
+        batch = collate([groups[index] for index in indices], filler=0, layout=layout).to(device)
         logps = engine(batch).tolist()
-        for index in share:
+        for index in indices:
             count = len(groups[index].responses)
-            mine[index], logps = logps[:count], logps[count:]
-    found: list[dict[int, list[float]]] = [{} for _ in shares]
-    dist.all_gather_object(found, mine)
-    together = {index: values for part in found for index, values in part.items()}
-    return [together[index] for index in range(len(groups))]
+            own[index], logps = logps[:count], logps[count:]
+    by_rank: list[dict[int, list[float]]] = [{} for _ in shares]
+    dist.all_gather_object(by_rank, own)
+    by_group = {index: logps for of_rank in by_rank for index, logps in of_rank.items()}
+    return [by_group[index] for index in range(len(groups))]
 
 
-def _table(groups: Sequence[Group], fitted: Sequence[Group | None], values: list[list[float]]) -> pa.Table:
-    """A row for every pair of the block, in its order; NaN for groups that are not trained on."""
-    left = iter(values)
+def _table(groups: Sequence[Group], fitted: Sequence[Group | None], logps: list[list[float]]) -> pa.Table:
+    """Return a row for every pair of a block, in order; NaN if its group is not trained on."""
+    remaining = iter(logps)
     rows: list[tuple[str, float, float]] = []
-    for group, used in zip(groups, fitted, strict=True):
-        logps = next(left) if used is not None else [math.nan] * len(group.responses)
-        rows += [(group.prompt_id, logps[chosen], logps[rejected]) for chosen, rejected, _ in group.pairs]
+    for group, trained in zip(groups, fitted, strict=True):
+        of_group = next(remaining) if trained is not None else [math.nan] * len(group.responses)
+        rows += [(group.prompt_id, of_group[chosen], of_group[rejected]) for chosen, rejected, _ in group.pairs]
     return pa.Table.from_arrays(
         [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), INITIAL_LOGPS, strict=True)]
         if rows

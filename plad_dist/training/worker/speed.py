@@ -1,4 +1,4 @@
-"""How fast a step was, against what the device could do."""
+"""Speed of a step, compared with the peak of the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plad_dist.devices import gpu_of
 
 
 class Speed:
-    """Rates of the steps of one worker.
+    """Computes the rates of one worker's steps.
 
     Args:
         policy: the model; its parameters are counted once.
@@ -23,19 +23,25 @@ class Speed:
         head = policy.model.get_output_embeddings().weight
         sizes = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in policy.parameters()}
         embeddings = policy.model.get_input_embeddings().weight
-        # 2 FLOPs forward, 2 for the gradient of what comes in, and 2 for that of the weight, if it learns.
+        # FLOPs per parameter and token: 2 forward, 2 for the gradient of the input, and 2 for that
+        # of a trained weight.
         flops = {id(parameter): 6 if parameter.requires_grad else 4 for parameter in policy.parameters()}
         self._head = flops[id(head)] * sizes[id(head)]
-        # The look-up in the embeddings is no arithmetic.
+        # The lookup in the embeddings takes no arithmetic.
         body = sizes.keys() - {id(head), id(embeddings)}
         self._body = sum(flops[key] * sizes[key] for key in body)
-        self._peak = _peak(device)
+        self._peak = _peak_flops(device)
 
     def figures(self, sums: Mapping[str, float], seconds: float, workers: int) -> dict[str, float]:
-        """Rates and memory of a step.
+        """Return the rates and the memory of a step.
 
-        Model FLOPs are 6 for each parameter and computed token (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, appendix B), for
-        the output layer each predicted token; attention and what is computed twice are left out.
+        Model FLOPs are 6 for each parameter and computed token (PaLM, Chowdhery et al. 2022, arXiv
+        2204.02311, appendix B), and for each predicted token in the output layer. Attention and
+        recomputed activations do not count.
+
+        Args:
+            sums: sums of the step over all ranks (:class:`StepTotals`).
+            seconds: duration of the step.
         """
         figures = {"tokens_per_s": sums["tokens"] / seconds, "groups_per_s": sums["groups"] / seconds}
         predicted = sums["chosen_tokens"] + sums["rejected_tokens"]
@@ -49,8 +55,8 @@ class Speed:
         return figures
 
 
-def _peak(device: torch.device) -> float | None:
-    """What the device could do, None where it is not known."""
+def _peak_flops(device: torch.device) -> float | None:
+    """Return the peak FLOPs per second of a device, or None if unknown."""
     if device.type != "cuda":
         return None
     gpu = gpu_of(torch.cuda.get_device_name(device))

@@ -1,4 +1,7 @@
-"""Experiment trackers beside TensorBoard, by packages that are installed only where they are wanted."""
+"""Experiment trackers beside TensorBoard.
+
+Their packages are optional and imported when a tracker is opened.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +19,22 @@ _NOT_IN_IDS = re.compile(r"[/\\#?%:']")
 
 
 class Tracker(Protocol):
-    """Takes figures."""
+    """Receives the figures of a phase."""
 
-    def log(self, figures: dict[str, float], step: int) -> None: ...
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Log the figures of a step."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the tracker's run."""
 
 
 class _WeightsAndBiases:
-    """One run of W&B for each phase; project, entity and key come from its own environment variables."""
+    """One W&B run per phase. Project, entity and key come from W&B's own environment variables."""
 
-    def __init__(self, run: str, phase: str, *, goes_on: bool) -> None:
+    def __init__(self, run: str, phase: str, *, resumes: bool) -> None:
         wandb: Any = importlib.import_module("wandb")
-        # Without `resume`, a run of this id is overwritten.
-        resume = "allow" if goes_on else None
+        # Without `resume`, W&B overwrites a run of the same id.
+        resume = "allow" if resumes else None
         self._run = wandb.init(name=_name(run, phase), id=_identity(run, phase), resume=resume)
 
     def log(self, figures: dict[str, float], step: int) -> None:
@@ -40,13 +45,13 @@ class _WeightsAndBiases:
 
 
 class _MlFlow:
-    """One run of MLflow for each phase; server and experiment come from its own environment variables."""
+    """One MLflow run per phase. Server and experiment come from MLflow's environment variables."""
 
-    def __init__(self, run: str, phase: str, *, goes_on: bool) -> None:
+    def __init__(self, run: str, phase: str, *, resumes: bool) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
         identity = _identity(run, phase)
-        wanted = f"tags.`{_TAG}` = '{identity}'"
-        if goes_on and (earlier := self._mlflow.search_runs(filter_string=wanted, max_results=1, output_format="list")):
+        query = f"tags.`{_TAG}` = '{identity}'"
+        if resumes and (earlier := self._mlflow.search_runs(filter_string=query, max_results=1, output_format="list")):
             self._mlflow.start_run(run_id=earlier[0].info.run_id)
         else:
             self._mlflow.start_run(run_name=_name(run, phase), tags={_TAG: identity})
@@ -63,7 +68,10 @@ def _name(run: str, phase: str) -> str:
 
 
 def _identity(run: str, phase: str) -> str:
-    """By which a phase that goes on finds what it has written before: runs of one name lie in other folders."""
+    """Return the id by which a resumed phase finds its run.
+
+    It contains a hash of the URL, because several run directories can have one name.
+    """
     return f"{_NOT_IN_IDS.sub('-', _name(run, phase))}-{fingerprint('tracker run', run=run)[:8]}"
 
 
@@ -71,12 +79,17 @@ _TRACKERS: dict[str, Callable[..., Tracker]] = {"wandb": _WeightsAndBiases, "mlf
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raise :class:`UserError` for a tracker whose package is not installed."""
+    """Raise :class:`UserError` if the package of a tracker is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"training.trackers: {name}: the package is not installed; install it, or leave it out")
+            raise UserError(f"training.trackers: {name}: the package is not installed; install it, or remove the entry")
 
 
-def open_tracker(name: str, run: str, phase: str, *, goes_on: bool) -> Tracker:
-    """The tracker of a phase, of which steps were taken before where it `goes_on`. `run`: where the run lies."""
-    return _TRACKERS[name](run, phase, goes_on=goes_on)
+def open_tracker(name: str, run: str, phase: str, *, resumes: bool) -> Tracker:
+    """Open the tracker of a phase.
+
+    Args:
+        run: URL of the run directory.
+        resumes: True if steps of the phase were logged before, to continue the tracker's run.
+    """
+    return _TRACKERS[name](run, phase, resumes=resumes)

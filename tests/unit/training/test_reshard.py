@@ -1,4 +1,4 @@
-"""Where the parts of ZeRO-3 lie at any number of ranks: what one size wrote, another finds."""
+"""Positions of ZeRO-3 slices at any number of ranks: what one size wrote, another size reads."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.training.checkpoints.reshard import pieces, places
+from plad_dist.training.checkpoints.reshard import copies, flat_slices
 
 Sizes = dict[str, int]
 
 
-def written(values: dict[str, np.ndarray], groups: list[Sizes], ranks: int) -> list[list[np.ndarray]]:
-    """The flat arrays of every rank and sub-group, as ZeRO-3 lays them out."""
-    flats = []
+def flat_arrays(values: dict[str, np.ndarray], groups: list[Sizes], ranks: int) -> list[list[np.ndarray]]:
+    """Return the flat arrays of every rank and sub-group, as ZeRO-3 lays them out."""
+    by_rank = []
     for rank in range(ranks):
-        of_rank = []
+        by_group = []
         for sizes in groups:
-            parts = []
+            slices = []
             for name, numel in sizes.items():
                 length = -(-numel // ranks)
                 padded = np.zeros(length * ranks)
                 padded[:numel] = values[name]
-                parts.append(padded[rank * length : (rank + 1) * length])
-            of_rank.append(np.concatenate(parts))
-        flats.append(of_rank)
-    return flats
+                slices.append(padded[rank * length : (rank + 1) * length])
+            by_group.append(np.concatenate(slices))
+        by_rank.append(by_group)
+    return by_rank
 
 
-def grouped(sizes: list[int], cuts: list[int]) -> list[Sizes]:
-    """Parameters of these sizes in sub-groups that begin at the cuts."""
+def sub_groups(sizes: list[int], cuts: list[int]) -> list[Sizes]:
+    """Return parameters of these sizes in sub-groups that begin at the cuts."""
     groups: list[Sizes] = [{}]
     for index, numel in enumerate(sizes):
         if index in cuts and groups[-1]:
@@ -45,22 +45,25 @@ def grouped(sizes: list[int], cuts: list[int]) -> list[Sizes]:
     st.integers(1, 9),
     st.integers(1, 9),
 )
-def test_what_one_number_of_ranks_wrote_another_finds_in_its_place(
+def test_any_number_of_ranks_reads_the_arrays_of_any_other_number(
     sizes: list[int], old_cuts: list[int], new_cuts: list[int], old_ranks: int, new_ranks: int
 ) -> None:
-    """Sub-groups may be others too: DeepSpeed fills them by the size of the parts."""
+    """The sub-groups may differ too: DeepSpeed fills them by the size of the slices."""
     start = 0
     values = {}
     for index, numel in enumerate(sizes):
         values[f"p{index}"] = np.arange(start, start + numel) + 1.0
         start += numel
-    old_groups, new_groups = grouped(sizes, old_cuts), grouped(sizes, new_cuts)
-    old, new = places(old_groups, old_ranks), places(new_groups, new_ranks)
-    there, wanted = written(values, old_groups, old_ranks), written(values, new_groups, new_ranks)
+    old_groups, new_groups = sub_groups(sizes, old_cuts), sub_groups(sizes, new_cuts)
+    old, new = flat_slices(old_groups, old_ranks), flat_slices(new_groups, new_ranks)
+    old_arrays, new_arrays = flat_arrays(values, old_groups, old_ranks), flat_arrays(values, new_groups, new_ranks)
     for rank in range(new_ranks):
-        found = [np.zeros_like(flat) for flat in wanted[rank]]
+        filled = [np.zeros_like(array) for array in new_arrays[rank]]
         for name, place in new.items():
-            for owner, source, target, count in pieces(old[name], place, rank):
-                found[place.group][target : target + count] = there[owner][old[name].group][source : source + count]
-        for mine, expected in zip(found, wanted[rank], strict=True):
-            np.testing.assert_array_equal(mine, expected)
+            for piece in copies(old[name], place, rank):
+                source = old_arrays[piece.owner][old[name].group]
+                filled[place.group][piece.target : piece.target + piece.count] = source[
+                    piece.source : piece.source + piece.count
+                ]
+        for actual, expected in zip(filled, new_arrays[rank], strict=True):
+            np.testing.assert_array_equal(actual, expected)

@@ -1,4 +1,4 @@
-"""Experiment trackers: which run of theirs a phase writes to."""
+"""Experiment trackers: which run of a tracker a phase writes to."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class FakeMlFlow:
         self.active: dict[str, Any] = {}
 
     def search_runs(self, filter_string: str, **_: Any) -> list[Any]:
-        found = [
+        numbers = [
             number
             for number, run in enumerate(self.runs)
             if filter_string == f"tags.`plad.phase` = '{run['identity']}'"
         ]
-        return [SimpleNamespace(info=SimpleNamespace(run_id=number)) for number in reversed(found)]
+        return [SimpleNamespace(info=SimpleNamespace(run_id=number)) for number in reversed(numbers)]
 
     def start_run(self, run_id: int | None = None, run_name: str = "", tags: dict[str, str] | None = None) -> None:
         if run_id is None:
@@ -38,19 +38,19 @@ class FakeMlFlow:
         self.active = {}
 
 
-def test_a_phase_that_goes_on_goes_on_in_its_run_and_one_that_begins_anew_in_another(
+def test_a_resumed_phase_continues_its_run_and_one_that_restarts_opens_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = FakeMlFlow()
     monkeypatch.setitem(sys.modules, "mlflow", fake)  # type: ignore[arg-type]
-    for run, goes_on, steps in (
+    for run, resumes, steps in (
         ("/a/it's one", False, [1, 2]),
         ("/b/it's one", False, [1]),
         ("/a/it's one", True, [2, 3]),
         ("/a/it's one", False, [1]),
         ("/a/it's one", True, [2]),
     ):
-        tracker = open_tracker("mlflow", run, "round-0", goes_on=goes_on)
+        tracker = open_tracker("mlflow", run, "round-0", resumes=resumes)
         for step in steps:
             tracker.log({"loss": 1.0}, step)
         tracker.close()

@@ -1,0 +1,96 @@
+"""Internals of DeepSpeed: caches that outlive an engine, and partitions of its ZeRO-3 optimizer.
+
+Written for DeepSpeed 0.19.8. Relies on:
+
+- `runtime.zero.parameter_offload.FWD_MODULE_STACK`, a global list of modules;
+- `PartitionedParameterCoordinator.__params_to_release`, cached by `functools.lru_cache` under a
+  wrapper, with the coordinators of all engines in the keys of the cache;
+- `utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP`, which `_create_zero_param_parallel_group` asserts
+  to be None;
+- `DeepSpeedZeroOptimizer_Stage3`: `fp16_groups` (parameters by sub-group),
+  `fp32_partitioned_groups_flat` (flat float32 weights by sub-group), `_set_` and
+  `_clear_fp32_optimizer_param_groups`, `checkpoint_event_prologue` and `_epilogue`,
+  `load_state_dict` (a list with one state per rank, of which it reads its own);
+- `DeepSpeedEngine.param_names` (names by parameter), and `ds_numel` of a partitioned parameter.
+
+Importing this module imports DeepSpeed, which the driver must not do.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from deepspeed.checkpoint import constants
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import groups
+
+from plad_dist.compat.assumptions import Assumptions
+from plad_dist.compat.zero_files import FP32_FLAT_GROUPS, OPTIMIZER_STATES, PARAM_SHAPES
+
+_assumptions = Assumptions("deepspeed", "0.19.8")
+_assumptions.attribute(parameter_offload, "FWD_MODULE_STACK")
+_params_to_release = _assumptions.attribute(
+    PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release"
+)
+_params_to_release_cache: Any = inspect.getclosurevars(_params_to_release).nonlocals.get("func")
+_assumptions.attribute(_params_to_release_cache, "cache_clear")
+_assumptions.attribute(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP")
+for _name in ("_set_fp32_optimizer_param_groups", "_clear_fp32_optimizer_param_groups"):
+    _assumptions.parameters(_assumptions.attribute(DeepSpeedZeroOptimizer_Stage3, _name), "self")
+for _name in ("checkpoint_event_prologue", "checkpoint_event_epilogue"):
+    _assumptions.parameters(_assumptions.attribute(DeepSpeedZeroOptimizer_Stage3, _name), "self")
+for _name, _expected in (
+    ("FP32_FLAT_GROUPS", FP32_FLAT_GROUPS),
+    ("OPTIMIZER_STATE_DICT", OPTIMIZER_STATES),
+    ("PARAM_SHAPES", PARAM_SHAPES),
+):
+    _assumptions.value(_assumptions.attribute(constants, _name), _expected, _name)
+
+
+def release_engine(engine: Any) -> None:
+    """Destroy an engine, and clear the globals by which DeepSpeed still holds its model.
+
+    The memory is free when the caller drops its own references.
+    """
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    _params_to_release_cache.cache_clear()
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine creates its own
+
+
+def sub_groups_of(engine: Any) -> list[dict[str, int]]:
+    """Return the sizes of the trained parameters by name, for each sub-group in order."""
+    return [
+        {engine.param_names[parameter]: int(parameter.ds_numel) for parameter in parameters}
+        for parameters in engine.optimizer.fp16_groups
+    ]
+
+
+def flat_lengths_of(engine: Any) -> list[int]:
+    """Return the length of this rank's flat float32 weights, for each sub-group in order."""
+    return [flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat]
+
+
+def load_optimizer_state(engine: Any, state: dict[str, Any], rank: int, world: int) -> None:
+    """Load this rank's state into the ZeRO-3 optimizer of an engine, on all ranks.
+
+    Args:
+        state: state in the form of an optimizer file (`compat/zero_files.py`). The parameters in
+            the `param_groups` of its inner optimizer are replaced by the engine's.
+    """
+    optimizer = engine.optimizer
+    optimizer._set_fp32_optimizer_param_groups()
+    present_groups = optimizer.optimizer.state_dict()["param_groups"]
+    optimizer._clear_fp32_optimizer_param_groups()
+    inner = state[OPTIMIZER_STATES]
+    param_groups = [
+        {**saved, "params": present["params"]}
+        for saved, present in zip(inner["param_groups"], present_groups, strict=True)
+    ]
+    state = {**state, OPTIMIZER_STATES: {**inner, "param_groups": param_groups}}
+    optimizer.checkpoint_event_prologue()
+    optimizer.load_state_dict([state if index == rank else None for index in range(world)])
+    optimizer.checkpoint_event_epilogue()

@@ -1,0 +1,144 @@
+"""Mailbox of a worker group: an actor that takes messages and passes on requests to yield.
+
+Workers and Ray Train's controller post messages; a thread of the driver reads them every second.
+The controller asks a group to yield before a resize; the workers poll that request and confirm it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from plad_dist.progress import Progress
+from plad_dist.training.driver.metrics import TrainingMetrics
+from plad_dist.training.messages import Began, HeldoutRanked, Message, Said, StepDone
+
+logger = logging.getLogger("plad")
+
+_REPORT_EVERY_S = 20.0
+
+
+class ProgressMailbox:
+    """State of the mailbox actor.
+
+    Worker groups are numbered, so that a late reply to an earlier one is ignored.
+    """
+
+    def __init__(self) -> None:
+        self._messages: list[Message] = []
+        self._group = self._asked_group = self._yielded_group = 0
+        self._takes_steps = False
+
+    def post(self, message: Message) -> None:
+        """Add a message for the driver."""
+        self._messages.append(message)
+        self._takes_steps |= isinstance(message, StepDone)
+
+    def drain(self) -> list[Message]:
+        """Return and remove all messages."""
+        messages, self._messages = self._messages, []
+        return messages
+
+    def new_group(self) -> None:
+        """Record that another worker group is about to start."""
+        self._group += 1
+        self._asked_group, self._takes_steps = 0, False
+
+    def takes_steps(self) -> bool:
+        """Return True if the present group has taken a step."""
+        return self._takes_steps
+
+    def ask_to_yield(self) -> None:
+        """Ask the present group to yield."""
+        self._asked_group = self._group
+
+    def wants_yield(self) -> int:
+        """Return the number of the group that is asked to yield, 0 for none."""
+        return self._asked_group
+
+    def yielded(self, group: int) -> None:
+        """Record that a group has committed a checkpoint and waits."""
+        self._yielded_group = group
+
+    def has_yielded(self) -> bool:
+        """Return True if the present group has yielded."""
+        return self._yielded_group == self._group
+
+
+@contextmanager
+def open_mailbox(progress: Progress, stage: str) -> Iterator[Any]:
+    """Yield a mailbox actor whose messages are shown and exported as metrics while the block runs.
+
+    Args:
+        stage: what is starting, reported until the first message arrives.
+    """
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(ProgressMailbox).options(num_cpus=0, scheduling_strategy=this_node).remote()
+    reader = _MailboxReader(mailbox, progress, stage)
+    thread = threading.Thread(target=reader.follow, daemon=True)
+    thread.start()
+    try:
+        yield mailbox
+    finally:
+        reader.finished.set()
+        thread.join(timeout=5)
+        reader.read()
+        ray.kill(mailbox)
+
+
+class _MailboxReader:
+    """Reads a mailbox and shows its messages."""
+
+    def __init__(self, mailbox: Any, progress: Progress, stage: str) -> None:
+        self._mailbox, self._progress, self._stage = mailbox, progress, stage
+        self._metrics = TrainingMetrics()
+        self._has_messages = False
+        self.finished = threading.Event()
+
+    def follow(self) -> None:
+        """Read every second, and report the wait for the first message."""
+        started = reported = time.monotonic()
+        while not self.finished.wait(1.0):
+            self.read()
+            if not self._has_messages and time.monotonic() - reported >= _REPORT_EVERY_S:
+                reported = time.monotonic()
+                self._progress.say(f"{self._stage}, {reported - started:.0f} s so far")
+
+    def read(self) -> None:
+        """Show the new messages.
+
+        Training does not depend on them, so a failure is logged and not raised.
+        """
+        try:
+            for message in ray.get(self._mailbox.drain.remote(), timeout=30):
+                self._has_messages = True
+                _show(self._progress, message)
+                self._metrics.record(message)
+            self._metrics.refresh()
+        except ray.exceptions.GetTimeoutError:
+            return  # the node is busy, mostly with starting workers
+        except Exception as error:  # noqa: BLE001 - progress is not needed for training
+            logger.warning("messages of the workers cannot be read: %s", error)
+
+
+def _show(progress: Progress, message: Message) -> None:
+    stage = f"train {message.phase}"
+    match message:
+        case Began():
+            progress.say(f"{stage}: {message.text}")
+            progress.start(stage, message.steps, "steps")
+        case Said():
+            progress.say(f"{stage}: {message.text}")
+        case HeldoutRanked():
+            progress.say(
+                f"{stage}: step {message.step}: {message.pair_accuracy:.1%} of the held-out pairs ranked correctly"
+            )
+        case StepDone():
+            progress.set(message.step, message.tokens, f"loss {message.figures['loss']:.3f}")

@@ -1,0 +1,41 @@
+"""Mailbox between the workers, the controller and the driver."""
+
+from __future__ import annotations
+
+from plad_dist.training.driver.mailbox import ProgressMailbox
+from plad_dist.training.messages import Began, Said, StepDone
+
+
+def test_a_late_reply_of_an_earlier_group_is_ignored() -> None:
+    mailbox = ProgressMailbox()
+    mailbox.new_group()
+    mailbox.ask_to_yield()
+    earlier_group = mailbox.wants_yield()
+    mailbox.new_group()
+    assert mailbox.wants_yield() == 0
+    mailbox.yielded(earlier_group)
+    mailbox.ask_to_yield()
+    assert not mailbox.has_yielded()
+    mailbox.yielded(mailbox.wants_yield())
+    assert mailbox.has_yielded()
+
+
+def test_a_group_takes_steps_from_its_first_step_until_the_next_group_starts() -> None:
+    mailbox = ProgressMailbox()
+    mailbox.new_group()
+    mailbox.post(Began("round-0", 10, "starts"))
+    mailbox.post(Said("round-0", "a line"))
+    assert not mailbox.takes_steps()
+    mailbox.post(StepDone("round-0", 1, 8, 100, 2, {"loss": 1.0}))
+    assert mailbox.takes_steps()
+    mailbox.new_group()
+    assert not mailbox.takes_steps()
+
+
+def test_messages_are_drained_once_and_in_order() -> None:
+    mailbox = ProgressMailbox()
+    messages = [Said("round-0", "first"), Said("round-0", "second")]
+    for message in messages:
+        mailbox.post(message)
+    assert mailbox.drain() == messages
+    assert mailbox.drain() == []
