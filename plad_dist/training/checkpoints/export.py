@@ -88,8 +88,8 @@ def _tokenizer(job: PhaseJob) -> Any:
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
     """Gather the whole state dict on the first rank, layer by layer; return an empty one elsewhere.
 
-    Tied weights appear once. Adapters are merged into the weights that they adapt: ``W + scale * B
-    A``.
+    Tied weights appear once. Adapters are merged into the weights that they adapt:
+    ``W + scale * B A``.
     """
     import deepspeed
 

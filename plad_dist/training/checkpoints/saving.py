@@ -91,9 +91,7 @@ class Checkpoints:
     def save(self, engine: Any, state: TrainState) -> None:
         """Write a checkpoint from all ranks, unless this step has one.
 
-        It is committed in the background.
-
-        Waits for the commit of the previous checkpoint first.
+        It is committed in the background, after the previous checkpoint, for which this call waits.
 
         Raises:
             RunFailed: the previous checkpoint could not be committed.

@@ -77,14 +77,14 @@ class Worker:
     """
 
     def __init__(self, job: PhaseJob, device: torch.device) -> None:
-        from plad_dist.compat.deepspeed import release_engine  # the driver imports this module without DeepSpeed
-
         self.job, self.device = job, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # First, so that every failure from here on is counted, and earlier attempts stop writing.
         self.attempt = from_rank_zero(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
         stop_if_stalled(job, self.attempt, None)
         check_on_every_rank(lambda: load_model_config(job.start, job.settings))
+        from plad_dist.compat.deepspeed import release_engine  # not at the top: the driver does without DeepSpeed
+
         self.engine, self._release_engine = build_engine(job, device), release_engine
         self.checkpoints = Checkpoints(
             CheckpointStore(job.checkpoints, job.name, job.fingerprint),

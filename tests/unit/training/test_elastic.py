@@ -1,0 +1,67 @@
+"""Observer of a worker group: its wait for resources, and the nodes that it counts on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from plad_dist.errors import RunFailed
+from plad_dist.training.driver import elastic
+from plad_dist.training.driver.elastic import WorkerGroupCallbacks
+
+
+class Clock:
+    """Clock of the module, moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(elastic, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+class Mailbox:
+    """Records posted messages; has no replies."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.post = SimpleNamespace(remote=lambda message: self.texts.append(message.text))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    monkeypatch.setattr(elastic.ray, "cluster_resources", lambda: {"CPU": 4.0})
+    return Clock(monkeypatch)
+
+
+def test_a_group_of_one_size_waits_for_resources_only_as_long_as_its_patience(clock: Clock) -> None:
+    mailbox = Mailbox()
+    callbacks = WorkerGroupCallbacks(mailbox, "round-0", 8, 8, patience=60.0)
+    callbacks.on_waiting()
+    assert mailbox.texts == []
+    clock.now += 31
+    callbacks.on_waiting()
+    assert mailbox.texts == ["has waited 31 s for room for 8 workers; the cluster has 4 CPUs and 0 GPUs in total"]
+    clock.now += 30
+    with pytest.raises(RunFailed, match=r"waited 61 s \(cluster\.start_timeout_s\) for room for 8 workers"):
+        callbacks.on_waiting()
+
+
+def test_an_elastic_group_waits_without_limit(clock: Clock) -> None:
+    callbacks = WorkerGroupCallbacks(Mailbox(), "round-0", 2, 8, patience=60.0)
+    clock.now += 10_000
+    callbacks.on_waiting()
+
+
+def test_nodes_of_silent_workers_are_not_counted_on_for_a_while(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    free: dict[str, dict[str, float]] = {"a": {"CPU": 1.0}, "b": {"CPU": 2.0}}
+    monkeypatch.setattr(elastic, "free_resources", lambda: free)
+    callbacks = WorkerGroupCallbacks(Mailbox(), "round-0", 1, 2, patience=60.0)
+    workers: list[Any] = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in ("a", "b")]
+    callbacks.after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
+    callbacks.on_failure(WorkerGroupError("failed", {1: WorkerHealthCheckTimeoutError("late")}))
+    assert callbacks._free_by_node() == {"a": {"CPU": 1.0}}
+    clock.now += 31
+    assert callbacks._free_by_node() == free
