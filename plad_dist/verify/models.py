@@ -88,4 +88,4 @@ def _check_checkpoint(store: CheckpointStore, step: int) -> tuple[Checkpoint | N
         return None, str(error)
     if checkpoint is None:
         return None, None
-    return checkpoint, store.harm(checkpoint) or store.alteration(checkpoint)
+    return checkpoint, store.size_problem(checkpoint) or store.checksum_problem(checkpoint)

@@ -268,7 +268,7 @@ class Checkpoints:
 
     def _checksum_problem(self, checkpoint: Checkpoint) -> str | None:
         """Return the first file that has changed since the commit, on all ranks, or None."""
-        problem = self._store.alteration(checkpoint, sorted(checkpoint.files)[self._rank :: self._world])
+        problem = self._store.checksum_problem(checkpoint, sorted(checkpoint.files)[self._rank :: self._world])
         problems: list[str | None] = [None] * self._world
         dist.all_gather_object(problems, problem)
         return next(filter(None, problems), None)

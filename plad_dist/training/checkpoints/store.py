@@ -115,7 +115,7 @@ class CheckpointStore:
                 continue
             try:
                 checkpoint = self.at(step)
-                if checkpoint is not None and (problem := self.harm(checkpoint)) is not None:
+                if checkpoint is not None and (problem := self.size_problem(checkpoint)) is not None:
                     raise DamagedCheckpoint(problem)
             except DamagedCheckpoint as error:
                 damaged[step] = str(error)
@@ -161,7 +161,7 @@ class CheckpointStore:
             )
         return checkpoint
 
-    def harm(self, checkpoint: Checkpoint) -> str | None:
+    def size_problem(self, checkpoint: Checkpoint) -> str | None:
         """Return the first file that is missing or has another size than committed, or None."""
         sizes = self.storage.sizes(checkpoint.folder)
         for name, (size, _) in checkpoint.files.items():
@@ -178,7 +178,7 @@ class CheckpointStore:
         """Return True if a checkpoint of a step is committed."""
         return self.storage.exists(self.key(step))
 
-    def alteration(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
+    def checksum_problem(self, checkpoint: Checkpoint, names: Iterable[str] | None = None) -> str | None:
         """Return the first file whose checksum differs from the committed one, or None.
 
         Reads every byte.
