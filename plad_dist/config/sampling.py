@@ -15,7 +15,8 @@ OPERATIONAL_ENGINE = frozenset(
     {
         "block_size", "data_parallel_size", "disable_log_stats", "distributed_executor_backend",
         "enable_chunked_prefill", "enable_prefix_caching", "enforce_eager", "gpu_memory_utilization",
-        "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size", "tensor_parallel_size",
+        "kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_seqs", "pipeline_parallel_size",
+        "tensor_parallel_size",
     }
 )  # fmt: skip
 

@@ -18,6 +18,12 @@ def test_the_configuration_reference_is_current() -> None:
     assert process.returncode == 0, process.stderr
 
 
+def test_the_map_of_the_files_is_current() -> None:
+    check = [sys.executable, str(ROOT / "docs" / "generate_map.py"), "--check"]
+    process = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
 def test_links_inside_the_documentation_have_targets(page: str) -> None:
     path = ROOT / page

@@ -1,7 +1,8 @@
 """Imports run downward, and never in a circle.
 
-`FLOORS` lists the rooms of the package from the ground up: a file may import from its own room and from rooms below it, never from a
-room on the same floor or above. An import inside a function counts like any other. `TYPE_CHECKING` imports count too.
+`FLOORS` lists the rooms of the package from the ground up. A file may import from its own room and from
+rooms below it, never from a room on the same floor or above. Imports inside functions and under
+`TYPE_CHECKING` count like any other.
 """
 
 from __future__ import annotations

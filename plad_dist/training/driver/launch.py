@@ -100,8 +100,8 @@ def explained(error: Exception, saved: SavedProgress) -> Exception:
     if isinstance(cause, UserError):
         return cause
     return RunFailed(
-        f"phase {saved.phase}: {describe_failure(error)}. Kept: {saved.checkpoint}. The workers' logs are in Ray's session "
-        "folder (/tmp/ray/session_latest/logs). Run again to resume."
+        f"phase {saved.phase}: {describe_failure(error)}. Kept: {saved.checkpoint}. The workers' logs are in Ray's "
+        "session folder (/tmp/ray/session_latest/logs). Run again to resume."
     )
 
 

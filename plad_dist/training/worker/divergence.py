@@ -38,8 +38,8 @@ class Divergence:
         names = [f"\n  {name}" for name in self.group_names[:_SHOWN]]
         names += ["\n  ..."] if len(self.group_names) > _SHOWN else []
         return (
-            f"phase {phase}: step {step}: {self.problem}. The step was not taken. Kept: {checkpoint}. Lower the learning "
-            f"rate, raise mle_weight, or repair the data; then use another run.dir."
+            f"phase {phase}: step {step}: {self.problem}. The step was not taken. Kept: {checkpoint}. Lower the "
+            f"learning rate, raise mle_weight, or repair the data; then use another run.dir."
             f"{' Groups:' if names else ''}{''.join(names)}"
         )
 

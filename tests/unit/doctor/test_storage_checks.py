@@ -43,7 +43,7 @@ def test_a_read_only_run_directory_exits_with_1(
 def test_storage_that_overwrites_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Storage, "create", lambda self, key, data: True)
     finding = only(check_storage(Node("n", sites=(site_at(tmp_path),))), "fail")
-    assert "does not refuse" in finding.text
+    assert "overwrites existing objects although a conditional put forbids it" in finding.text
 
 
 def test_a_run_directory_on_a_nodes_own_disk_fails_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_if_all_lengths_are_equal_the_rate_is_the_win_rate() -> None:
 
 
 def test_ties_do_not_widen_the_interval() -> None:
-    """Of 500 prompts 60 are won, 10 lost and the rest tied: a clear win at equal length too."""
+    """A system that wins 60 of 500 prompts, loses 10 and ties the rest clearly wins at equal length."""
     wins = np.array([1.0] * 60 + [0.0] * 10 + [0.5] * 430)
     a, b = np.random.default_rng(0).uniform(60, 140, (2, 500))
     rate = length_controlled(wins, a, b)
@@ -119,7 +119,7 @@ def test_ties_do_not_widen_the_interval() -> None:
 
 
 def test_the_interval_covers_the_truth_in_95_of_100_cases() -> None:
-    """Of the intervals of 300 draws of 200 prompts, about 95% contain the truth."""
+    """About 95% of the intervals of 300 draws of 200 prompts contain the truth."""
     rng, covered = np.random.default_rng(5), 0
     for _ in range(300):
         a, b = rng.uniform(60, 140, (2, 200))
