@@ -1,4 +1,4 @@
-"""Settings of the documentation site: `make docs` builds it from the Markdown pages of this folder."""
+"""Settings of the documentation site, which `make docs` builds from this folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Write the map of docs/design.md, a line for each source file: `python docs/generate_map.py [--check]`.
+"""Write the map of source files in docs/design.md: `python docs/generate_map.py [--check]`.
 
-A line is the first sentence of the module's docstring. `--check` writes nothing, and fails if the map differs.
+Each file has a line, the first paragraph of its docstring. `--check` writes nothing, and fails if
+the map differs.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def render() -> str:
 
 
 def _text(file: Path) -> str:
-    """Return the first paragraph of a module's docstring on one line, empty for a file without code."""
+    """Return the first paragraph of a module's docstring on one line, or an empty text."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     docstring = ast.get_docstring(tree) or ""
     return " ".join(docstring.split("\n\n")[0].split()).replace("|", "\\|")

@@ -251,8 +251,9 @@ def verify(
 ) -> None:
     """Check every part of a run against its manifest: missing, surplus, truncated, altered.
 
-    Reads every byte. Models are checked by their headers. Exits with 0 if nothing is wrong or everything was
-    repaired, otherwise with 1. Repair only while no other command works on the run directory.
+    Reads every byte. Models are checked by their headers. Exits with 0 if nothing is wrong or
+    everything was repaired, otherwise with 1. Repair only while no other command works on the run
+    directory.
     """
     from plad_dist.verify.verification import Verification, verify_table
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from plad_dist.catalog.products import DatasetEntry, ModelEntry, products_of
-from plad_dist.catalog.recipes import ROUND, is_decisive, recipes_decided_by
+from plad_dist.catalog import DatasetEntry, ModelEntry, products_of
 from plad_dist.config import Config, flatten
 from plad_dist.data.storage import fsync_tree
 from plad_dist.errors import UserError
+from plad_dist.recipes import ROUND, is_decisive, recipes_decided_by
 from plad_dist.rundir import RUN_FILE, RunDir, load_run, run_document
 
 logger = logging.getLogger("plad")

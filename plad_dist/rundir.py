@@ -18,7 +18,6 @@ import yaml
 from pydantic import ValidationError
 
 from plad_dist import __version__
-from plad_dist.catalog.recipes import RECIPES, recipes_decided_by
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.config_file import parse_config, yaml_reason
 from plad_dist.data.dataset import Dataset
@@ -27,6 +26,7 @@ from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import FORMAT
+from plad_dist.recipes import RECIPES, recipes_decided_by
 from plad_dist.systems import PLAD, System
 
 RUN_FILE = "run.yaml"
@@ -189,7 +189,7 @@ def require_model(path: str, made_by: str) -> None:
         raise UserError(f"{path}: missing; run `plad {made_by}` first")
 
 
-# ---------------------------------------------------------------------------------------------------------- run.yaml
+# -- run.yaml
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def run_document(config: Config) -> bytes:
 
 
 def check_same_run(config: Config, run: RunDir) -> None:
-    """Raise :class:`UserError` if products in the run directory depend on keys that have changed."""
+    """Raise :class:`UserError` if existing products depend on keys that have changed."""
     file = _read_existing(run)
     if file is None:
         return
@@ -354,7 +354,7 @@ def _is_folder(root: Path) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------------------------------- timings and logs
+# -- timings and logs
 
 
 def read_timings(run: RunDir) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from plad_dist.catalog.products import DatasetEntry, FiguresEntry, ModelEntry, Purpose, products_of
+from plad_dist.catalog import DatasetEntry, FiguresEntry, ModelEntry, Purpose, products_of
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.manifest import MANIFEST, Manifest
 from plad_dist.data.models import model_marker, weights_problems
@@ -63,7 +63,7 @@ def _dataset_row(entry: DatasetEntry) -> Row:
 
 
 def _expected_blocks(entry: DatasetEntry) -> int | None:
-    """Return the number of blocks of the complete dataset, or None if its prompts are incomplete."""
+    """Return the number of blocks when complete, or None if the prompts are incomplete."""
     try:
         manifest = entry.prompts.manifest() if entry.prompts is not None else None
     except RunFailed:
@@ -72,7 +72,7 @@ def _expected_blocks(entry: DatasetEntry) -> int | None:
 
 
 def _damage(dataset: Dataset, manifest: Manifest) -> str:
-    """Return how the names and sizes of the parts differ from the manifest; empty if they do not."""
+    """Return how names and sizes of the parts differ from the manifest, or an empty text."""
     sizes = dataset.storage.sizes(dataset.path)
     missing = sum(part.name not in sizes for part in manifest.parts)
     resized = sum(sizes.get(part.name, part.bytes) != part.bytes for part in manifest.parts)

@@ -153,7 +153,7 @@ def run_variants(
 
 
 def write_figures_over_seeds(seeds: Sequence[Sequence[tuple[str, Config]]]) -> tuple[list[VariantFigures], Path]:
-    """Compute the figures of every variant over all seeds, and write them to `study.json` in the study's folder.
+    """Write the figures of every variant over all seeds to `study.json` in the study's folder.
 
     Args:
         seeds: finished runs, as :func:`load_study` returns them.

@@ -59,7 +59,7 @@ def main_decoding(outputs: Collection[SystemDecoding], temperatures: Mapping[str
     return "sampled" if "sampled" in names else max(names, key=lambda name: temperatures[name])
 
 
-# --------------------------------------------------------------------------------------- ROUGE
+# -- ROUGE
 
 
 def rouge_l(reference: str, text: str) -> float:
@@ -123,7 +123,7 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return len(a) - (row & all_bits).bit_count()
 
 
-# ------------------------------------------------------------------------------- other metrics
+# -- other metrics
 
 
 def exact_match(reference: str, text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plad_dist.catalog.products import DatasetEntry, FiguresEntry, ModelEntry, products_of
+from plad_dist.catalog import DatasetEntry, FiguresEntry, ModelEntry, products_of
 from plad_dist.config import Config
 from plad_dist.rundir import RunDir
 

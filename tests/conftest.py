@@ -49,7 +49,7 @@ def in_this_process(
 
 
 def tiny_config(folder: Path) -> dict[str, Any]:
-    """Return the config of a complete small run: 600 prompts, models from scratch, two training workers."""
+    """Return the config of a small complete run: 600 prompts, scratch models, two workers."""
     role = {"temperature": 1.0, "max_tokens": 8, "engine": {"max_num_seqs": 128, "kv_cache_memory_bytes": 1 << 27}}
     phase = {"batch_groups": 32, "checkpoint_every": 10, "optimizer": {"lr": 3e-3}}
     return {

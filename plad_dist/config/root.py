@@ -93,7 +93,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
-        """Raise one error for all conflicts between keys: a line for each, starting with the key."""
+        """Raise one error for all conflicts between keys, with a line for each."""
         problems = [
             *_scratch_model_problems(self), *_teacher_problems(self), *_student_problems(self),
             *_score_and_reference_problems(self), *_judge_problems(self),

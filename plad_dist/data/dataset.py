@@ -71,7 +71,7 @@ class Dataset:
         """Path or URI of the folder."""
         return f"{self.storage.url}/{self.path}"
 
-    # ------------------------------------------------------------------------------ writing
+    # -- writing
 
     def commit(
         self, block: int, table: pa.Table, *, fingerprint: str, attempt: str, counts: dict[str, int] | None = None
@@ -182,7 +182,7 @@ class Dataset:
         if manifest is not None and manifest.fingerprint != fingerprint:
             self.reopen(None, [part.name for part in manifest.parts])
 
-    # ------------------------------------------------------------------------------ journal
+    # -- journal
 
     @property
     def _journal_folder(self) -> str:
@@ -200,7 +200,7 @@ class Dataset:
         """Replace the whole journal by the given parts."""
         rewrite_journal(self.storage, self._journal_folder, fingerprint, parts)
 
-    # ---------------------------------------------------------------------- committed parts
+    # -- committed parts
 
     def committed(self, fingerprint: str | None = None) -> dict[int, Part | None]:
         """Return every committed block with its part, or with None if the journal lacks the part.
@@ -267,7 +267,7 @@ class Dataset:
             )
         return Part(name, header.rows, len(data), part_checksum(data), header.counts), header.attempt
 
-    # ------------------------------------------------------------------------------ reading
+    # -- reading
 
     def manifest(self) -> Manifest | None:
         """Return the manifest, or None while the dataset is incomplete.

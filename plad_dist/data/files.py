@@ -101,7 +101,7 @@ def _suffix(file: str) -> str:
     return Path(path.stem).suffix + path.suffix if path.suffix == ".gz" else path.suffix
 
 
-# ------------------------------------------------------------------- finding and opening files
+# -- finding and opening files
 
 
 def _local_files(pattern: str, key: str) -> list[str]:
@@ -196,7 +196,7 @@ def _opened_for_arrow(file: str) -> Iterator[Any]:
             yield source
 
 
-# ------------------------------------------------------------------------------------- formats
+# -- formats
 
 
 def _lines(file: str) -> Iterator[tuple[int, str]]:

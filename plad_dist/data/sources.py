@@ -219,7 +219,7 @@ class _Reader:
         return record[name]
 
 
-# ----------------------------------------------------------------------------------- data sets
+# -- data sets
 
 
 def _dataset_name(source: DatasetSource) -> str:

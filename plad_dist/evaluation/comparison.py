@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from plad_dist.catalog.systems import systems_of
+from plad_dist.catalog import systems_of
 from plad_dist.config import Config, Decoding
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Interval, JsonModel, Metrics, SystemName
@@ -237,7 +237,7 @@ def _win_rate(a: _ComparedSystem, b: _ComparedSystem | None) -> Interval | None:
     return win_rate(a.rouge_l[has_both], b.rouge_l[has_both], _RESAMPLES, _SEED) if has_both.any() else None
 
 
-# ------------------------------------------------------------------------------------------------------- files and page
+# -- files and page
 
 
 def comparison_page(comparison: Comparison) -> str:

@@ -29,7 +29,7 @@ _TEXT_LIMIT = 4000  # characters of a prompt or response that the report shows
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -- names
 
 
 def system_title(system: System) -> str:
@@ -62,7 +62,7 @@ def loss_phrase(loss: Loss) -> str:
     return ", ".join([*parts, *(["per token"] if loss.per_token else []), f"anchor {loss.anchor:g}"])
 
 
-# ------------------------------------------------------------------------------------------------------------- figures
+# -- figures
 
 
 def percent(x: Interval | None, factor: float = 100.0, digits: int = 1) -> str:

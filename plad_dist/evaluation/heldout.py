@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist import phases
-from plad_dist.catalog.systems import trained_systems
+from plad_dist.catalog import trained_systems
 from plad_dist.config import Config
 from plad_dist.config.evaluation import REFERENCE_JUDGES
 from plad_dist.data.dataset import Dataset

@@ -76,7 +76,7 @@ def judge_all(
     return judgements
 
 
-# ------------------------------------------------------------------------------------------ scores of single responses
+# -- scores of single responses
 
 
 def _reward_scores(
@@ -146,7 +146,7 @@ def mean_logprobs(scored: pa.Table) -> Scores:
     return np.where(tokens > 0, logprobs / np.maximum(tokens, 1), np.nan)
 
 
-# ------------------------------------------------------------------------------------------- verdicts on two responses
+# -- verdicts on two responses
 
 
 def ask_judge(
@@ -276,7 +276,7 @@ def _first_share(text: str) -> float:
     return _FIRST_SHARE[verdicts[-1].lower()] if verdicts else float("nan")
 
 
-# ------------------------------------------------------------------------------------------------------------ templates
+# -- templates
 
 
 def _key(name: str) -> str:

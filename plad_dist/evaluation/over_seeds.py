@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from plad_dist.catalog.systems import systems_of
+from plad_dist.catalog import systems_of
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Interval, Ranking
 from plad_dist.evaluation.heldout import candidates_of, evaluated_prompts, outputs_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plad_dist.catalog.systems import systems_of, trained_systems
+from plad_dist.catalog import systems_of, trained_systems
 from plad_dist.config import Config, LlmJudge, RewardJudge
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.heldout import (

@@ -48,7 +48,7 @@ def mean_interval(values_P: Scores, resamples: int, seed: int) -> Interval | Non
     return bootstrap_mean(available, resamples, seed) if available.size else None
 
 
-# ----------------------------------------------------------------------------------------------------------- win rates
+# -- win rates
 
 
 def win_rate(scores_a: Scores, scores_b: Scores, resamples: int, seed: int) -> Interval:
@@ -117,7 +117,7 @@ def by_length(wins_P: Scores, lengths_a: Scores, lengths_b: Scores, resamples: i
     )
 
 
-# --------------------------------------------------------------------------------------------------------- calibration
+# -- calibration
 
 
 def rank_correlations(logps_PK: Scores, quality_PK: Scores) -> Scores:

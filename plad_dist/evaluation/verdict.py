@@ -54,7 +54,7 @@ def _by_judge(metrics: Metrics) -> str:
     return "" if metrics.judge == "rouge_l" else f" by {metrics.judge}"
 
 
-# ---------------------------------------------------------------------------------------------- PLaD against baselines
+# -- PLaD against baselines
 
 
 def _against_warmup(metrics: Metrics) -> str | None:
@@ -154,7 +154,7 @@ def _gain_of_round(metrics: Metrics) -> str | None:
     return f"This round {effect}: the win rate against the student of round {previous.round} is {share(gain)}."
 
 
-# -------------------------------------------------------------------------------- sharpening, capacity gap, likelihoods
+# -- sharpening, capacity gap, likelihoods
 
 
 def _sharpening(metrics: Metrics) -> str | None:
@@ -267,7 +267,7 @@ def _calibration(calibration: Calibration | None) -> str | None:
     return f"{sentence} ({control.value:.2f} for sequence-level KD)." if control else f"{sentence}."
 
 
-# ------------------------------------------------------------------------------------------------------------ warnings
+# -- warnings
 
 
 def _judge_warnings(metrics: Metrics) -> list[str]:

@@ -127,7 +127,7 @@ def _check_counts(source: PythonFunctionsSource, train: int, heldout: int, is_co
         )
 
 
-# ------------------------------------------------------------------------- files and processes
+# -- files and processes
 
 
 def _roots() -> list[Path]:

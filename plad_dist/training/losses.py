@@ -38,9 +38,9 @@ def margin_calibration(chosen_P: Tensor, rejected_P: Tensor, score_gap_P: Tensor
 def listwise(chosen_P: Tensor, rejected_P: Tensor, rank_gap_P: Tensor, margin: float) -> Tensor:
     """Listwise ranking, by the terms of a sum over the pairs of a list.
 
-    ``sum_{i<j} max(0, margin * (j - i) - logp(y_i) + logp(y_j))``, where the best response is ``y_1``
-    and the rank gap of a pair is ``j - i``. :func:`group_losses` adds the terms. A list is not a row
-    of a matrix, because lists differ in length and equal scores have no term.
+    ``sum_{i<j} max(0, margin * (j - i) - logp(y_i) + logp(y_j))``, where the best response is
+    ``y_1`` and the rank gap of a pair is ``j - i``. :func:`group_losses` adds the terms. A list is
+    not a row of a matrix, because lists differ in length and equal scores have no term.
 
     Source: BRIO (Liu et al. 2022, arXiv 2203.16804); SLiC (Zhao et al. 2022, arXiv 2210.00045).
     """

@@ -53,7 +53,7 @@ def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
     return job
 
 
-# ------------------------------------------------------------------------------------------- inputs
+# -- inputs
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _check_workers(config: Config) -> None:
         )
 
 
-# ----------------------------------------------------------------------------- steps, identity, job
+# -- steps, identity, job
 
 
 def _steps(phase: Phase, groups: int) -> int:
@@ -260,7 +260,7 @@ def _job(inputs: _PhaseInputs, config: Config, run: RunDir, steps: int, identity
     )
 
 
-# ---------------------------------------------------------------------- stored data and checkpoints
+# -- stored data and checkpoints
 
 
 def _check_data(job: PhaseJob, groups: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from plad_dist.catalog.products import ModelEntry
+from plad_dist.catalog import ModelEntry
 from plad_dist.data.models import model_marker, model_problems
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed

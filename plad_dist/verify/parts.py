@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from plad_dist.catalog.products import DatasetEntry
+from plad_dist.catalog import DatasetEntry
 from plad_dist.data.dataset import DAMAGED, Dataset
 from plad_dist.data.journal import JOURNAL
 from plad_dist.data.manifest import MANIFEST, DamagedManifest, Manifest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from plad_dist.catalog.products import DatasetEntry
+from plad_dist.catalog import DatasetEntry
 from plad_dist.data.dataset import Dataset
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plad_dist.catalog.products import DatasetEntry, ModelEntry, products_of, stored_rounds
+from plad_dist.catalog import DatasetEntry, ModelEntry, products_of, stored_rounds
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.verify.contents import check_inputs, check_rows
 from plad_dist.verify.models import check_checkpoints, check_figures, check_models

@@ -1,4 +1,4 @@
-"""Two rounds with a teacher as judge, on real engines: a finished run continues, redoing nothing."""
+"""Two rounds with a teacher as judge, on real engines. A finished run redoes nothing."""
 
 from __future__ import annotations
 

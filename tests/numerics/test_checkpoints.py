@@ -63,7 +63,7 @@ def test_the_student_is_the_same_after_resizes_in_the_middle(tmp_path: Path, und
     resized_in_the_middle(tmp_path, undisturbed)
 
 
-# ---------------------------------------------------------------- damage, attempts, other storage
+# -- damage, attempts, other storage
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_the_one_before_it_is_used(

@@ -169,7 +169,7 @@ def test_flex_attention_gives_the_logps_of_separate_sequences(monkeypatch: pytes
     torch.testing.assert_close(logps_S.double(), separate_logps(make("llama").double(), GROUPS), rtol=1e-5, atol=0)
 
 
-# --------------------------------------------------------------------------------- the output layer
+# -- the output layer
 
 
 @pytest.mark.parametrize("bias", [False, True])

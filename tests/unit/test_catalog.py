@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from plad_dist.catalog.products import DatasetEntry, ModelEntry, Purpose, datasets_of, products_of, stored_rounds
-from plad_dist.catalog.recipes import RECIPES, is_decisive, recipes_decided_by, section_of
+from plad_dist.catalog import DatasetEntry, ModelEntry, Purpose, datasets_of, products_of, stored_rounds
 from plad_dist.config import Config
 from plad_dist.config.root import schema_fields
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS, PAIRS, PROMPTS, SAMPLES
+from plad_dist.recipes import RECIPES, is_decisive, recipes_decided_by, section_of
 from plad_dist.rundir import RunDir
 from tests.catalog import entries_without_folder, folders_without_entry
 from tests.conftest import tiny_config

@@ -1,4 +1,4 @@
-"""House rules of CONTRIBUTING.md that a linter does not know: lengths, docstrings, names of types."""
+"""House rules of CONTRIBUTING.md that no linter checks: lengths, docstrings, type names."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _picture(figure: Any, alt: str, caption: str) -> Picture:
     return Picture(f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}", alt, caption)
 
 
-# ------------------------------------------------------------------------------------------------------------ whiskers
+# -- whiskers
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def length_picture(lengths: Mapping[SystemDecoding, Sequence[int]]) -> Picture |
     return _whisker_picture(rows, "Tokens in a response", caption) if rows else None
 
 
-# --------------------------------------------------------------------------------------------------------- calibration
+# -- calibration
 
 
 def calibration_pictures(calibration: Calibration | None) -> list[Picture]:
@@ -196,7 +196,7 @@ def _reliability_picture(systems: Mapping[System, SystemCalibration]) -> Picture
     return _picture(figure, f"{caption}: {', '.join(errors)}.", f"{caption}.")
 
 
-# ------------------------------------------------------------------------------------------------------ training curves
+# -- training curves
 
 
 def curve_pictures(curves: Mapping[str, Sequence[LogRecord]]) -> list[Picture]:

@@ -6,8 +6,7 @@ import importlib.metadata
 from collections.abc import Sequence
 
 from plad_dist import phases
-from plad_dist.catalog.products import DatasetEntry, Purpose, datasets_of
-from plad_dist.catalog.systems import systems_of
+from plad_dist.catalog import DatasetEntry, Purpose, datasets_of, systems_of
 from plad_dist.config import Config, LlmJudge
 from plad_dist.data.models import model_marker
 from plad_dist.data.parts import Part

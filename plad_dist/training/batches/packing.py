@@ -81,7 +81,7 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = _DEFAULT_LAYO
     )
 
 
-# ---------------------------------------------------------------------------------- pieces and rows
+# -- pieces and rows
 
 
 @dataclass(slots=True)
@@ -150,7 +150,7 @@ def _first_fit(pieces: Sequence[_Piece], capacity: int) -> list[list[_Piece]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------- token arrays
+# -- token arrays
 
 
 @dataclass(slots=True)
@@ -205,7 +205,7 @@ class _RowArrays:
             branch = branch_end
 
 
-# -------------------------------------------------------------------------- comparisons and figures
+# -- comparisons and figures
 
 
 def _per_response(groups: Sequence[Group], values: Sequence[Sequence[float]]) -> Tensor:

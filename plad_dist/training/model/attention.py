@@ -182,8 +182,8 @@ def _block_mask(batch: MicroBatch, window: int | None) -> Any:
 def _tree_rule(batch: MicroBatch, window: int | None) -> Any:
     """Return the rule of the tree mask as a function of row, head, query and key.
 
-    The function returns True if the query sees the key. FlexAttention takes it in this form. It reads
-    only what depends on the query, so a kernel reads that once for a block of keys.
+    The function returns True if the query sees the key. FlexAttention takes it in this form. It
+    reads only what depends on the query, so a kernel reads that once for a block of keys.
     """
     prompt_starts, prompt_ends, branch_starts = batch.prompt_starts_RT, batch.prompt_ends_RT, batch.branch_starts_RT
 

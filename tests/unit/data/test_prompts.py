@@ -95,7 +95,7 @@ def test_every_kept_row_is_written_exactly_once_and_in_order(
             assert (prompt_id, messages, reference) in expected
 
 
-# -------------------------------------------------------------------------- crash and resume
+# -- crash and resume
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_the_fingerprint_covers_the_config_and_the_content_hash_covers_the_rows(
     assert hashes("blocks", texts, block_size=7)[0] != first[0]
 
 
-# ---------------------------------------------------------------------------------- bad files
+# -- bad files
 
 
 def test_small_files_are_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_small_files_are_checked_before_anything_is_written(tmp_path: Path, monk
     prepare(config, Storage(config.run.dir))
 
 
-# ---------------------------------------------------------------- duplicates and held-out rows
+# -- duplicates and held-out rows
 
 
 def test_a_run_without_references_and_judges_is_reported_before_it_starts(
@@ -303,7 +303,7 @@ def test_an_incomplete_dataset_of_another_config_starts_over(tmp_path: Path, mon
     assert manifest_of(train).rows + manifest_of(heldout).rows == 1200
 
 
-# ------------------------------------------------------------------------------------- memory
+# -- memory
 
 
 def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

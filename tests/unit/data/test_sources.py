@@ -277,7 +277,7 @@ def test_a_blank_reference_is_a_missing_reference(tmp_path: Path) -> None:
     assert [prompt.reference for prompt in read_prompts(source(path, reference_column="answer"))] == [None, None, "d"]
 
 
-# ---------------------------------------------------------------------------------- data sets
+# -- data sets
 
 
 def test_a_data_set_gives_the_same_prompts_in_every_storage_format(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_error_names_a_bad_data_set(tmp_path: Path, name: str, options: dict
         list(read_prompts(DatasetSource(type="dataset", name=str(path) if path.exists() else name, **options)))
 
 
-# ------------------------------------------------------------------------------ object stores
+# -- object stores
 
 
 @pytest.fixture
@@ -387,7 +387,7 @@ def test_globs_match_on_an_object_store_as_on_a_file_system(bucket: Callable[[st
         matches("tree/broken.jsonl")
 
 
-# ------------------------------------------------------------------------------------- memory
+# -- memory
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet", "p.arrow"])

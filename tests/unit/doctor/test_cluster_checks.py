@@ -1,4 +1,4 @@
-"""Nodes of a cluster have unique names; their versions and clocks are compared with the driver's."""
+"""Checks of a cluster: unique node names, and versions and clocks like the driver's."""
 
 from __future__ import annotations
 

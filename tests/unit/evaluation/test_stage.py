@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from plad_dist.catalog.systems import systems_of, trained_systems
+from plad_dist.catalog import systems_of, trained_systems
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.dataset import Dataset

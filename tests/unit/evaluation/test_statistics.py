@@ -21,7 +21,7 @@ from plad_dist.evaluation.statistics import (
 NAN = float("nan")
 
 
-# -------------------------------------------------------------------------------------------------- means and win rates
+# -- means and win rates
 
 
 def test_bootstrap_interval_covers_the_true_mean_about_19_times_in_20() -> None:
@@ -67,7 +67,7 @@ def test_win_rate_of_a_better_system_is_above_one_half() -> None:
     assert win_rate(b, b, 500, 0) == Interval(value=0.5, low=0.5, high=0.5)
 
 
-# --------------------------------------------------------------------------------------------------------- equal length
+# -- equal length
 
 
 def simulated_wins(
@@ -110,7 +110,7 @@ def test_if_all_lengths_are_equal_the_rate_is_the_win_rate() -> None:
 
 
 def test_ties_do_not_widen_the_interval() -> None:
-    """A system that wins 60 of 500 prompts, loses 10 and ties the rest clearly wins at equal length."""
+    """A system with 60 wins, 10 losses and 430 ties clearly wins at equal length."""
     wins = np.array([1.0] * 60 + [0.0] * 10 + [0.5] * 430)
     a, b = np.random.default_rng(0).uniform(60, 140, (2, 500))
     rate = length_controlled(wins, a, b)
@@ -146,7 +146,7 @@ def test_win_rates_by_length_equal_hand_worked_values() -> None:
     assert [(row.prompts, row.win_rate and row.win_rate.value) for row in classes] == [(2, 0.5), (1, 1.0), (1, 0.5)]
 
 
-# ---------------------------------------------------------------------------------------------------------- calibration
+# -- calibration
 
 
 @pytest.mark.parametrize(

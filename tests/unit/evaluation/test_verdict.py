@@ -21,7 +21,7 @@ def figures(accuracy: float, chosen: float, rejected: float) -> HeldoutFigures:
     return HeldoutFigures(pair_accuracy=accuracy, chosen_logp=chosen, rejected_logp=rejected)
 
 
-# ---------------------------------------------------------------------------------------------- PLaD against baselines
+# -- PLaD against baselines
 
 
 def test_verdict_states_that_plad_helped() -> None:
@@ -95,7 +95,7 @@ def test_verdict_states_the_gain_of_a_later_round(share: float, effect: str) -> 
     assert "This round" not in " ".join(compare_shares(shares).verdict)
 
 
-# -------------------------------------------------------------------------------- sharpening, capacity gap, likelihoods
+# -- sharpening, capacity gap, likelihoods
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_verdict_does_not_need_a_ranking(ranking: Ranking | None) -> None:
     assert not any("held-out pairs" in sentence for sentence in metrics.verdict)
 
 
-# ------------------------------------------------------------------------------------------------------------ warnings
+# -- warnings
 
 
 def test_verdict_warns_of_outputs_that_never_end() -> None:

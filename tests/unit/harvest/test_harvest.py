@@ -63,7 +63,7 @@ def names_by_description(rows: list[NamedFunction]) -> dict[str, str]:
     return {row.description: row.name for row in rows}
 
 
-# --------------------------------------------------------------------------------------- text
+# -- text
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_descriptions_that_are_not_plain_sentences_are_dropped(docstring: str) -
     assert describe(docstring) is None
 
 
-# --------------------------------------------------------------------------- harvested rows
+# -- harvested rows
 
 
 def test_functions_of_classes_branches_and_functions_are_found(root: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_the_error_names_a_time_limit_that_is_too_short(root: Path, tmp_path: Pa
         harvest(source().model_copy(update={"seconds": 0}), 1, tmp_path)
 
 
-# -------------------------------------------------------------------------------------- cache
+# -- cache
 
 
 def test_cached_rows_are_used_unless_the_source_or_the_packages_changed(

@@ -1,4 +1,4 @@
-"""What the user must correct: each problem is reported once, before money is spent if possible."""
+"""Problems that the user must correct: each is reported once, before money is spent if possible."""
 
 from __future__ import annotations
 

@@ -15,17 +15,29 @@ from enum import Enum, auto
 
 import pyarrow as pa
 
-from plad_dist.catalog import recipes
-from plad_dist.catalog.recipes import Recipe
-from plad_dist.catalog.systems import systems_of, trained_systems
+from plad_dist import recipes, systems
 from plad_dist.config import Config
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of, round_phase
+from plad_dist.recipes import Recipe
 from plad_dist.rundir import RunDir, round_of
-from plad_dist.systems import PLAD
+from plad_dist.systems import PLAD, System
 from plad_dist.text_metrics import main_decoding
+
+
+def trained_systems(config: Config, run: RunDir) -> dict[System, str]:
+    """Return the systems that a round trains, each with the phase that makes its model."""
+    control = {systems.SEQKD: SEQKD} if config.training.seqkd and not run.round else {}
+    return control | {PLAD: round_phase(run.round)}
+
+
+def systems_of(config: Config, run: RunDir) -> list[System]:
+    """Return all systems that a round compares, including the students of earlier rounds."""
+    control = [systems.SEQKD] if config.training.seqkd else []
+    earlier = [System("plad", number) for number in range(run.round)]
+    return [systems.TEACHER, systems.WARMUP, *control, *earlier, PLAD]
 
 
 class Purpose(Enum):
@@ -81,7 +93,7 @@ class DatasetEntry:
 
     @property
     def is_heldout(self) -> bool:
-        """True if the dataset belongs to held-out prompts, so that the round's figures depend on it."""
+        """True if the rows belong to held-out prompts, so that the figures depend on them."""
         return self.prompts is not None and self.prompts != train_prompts(self.dataset.storage)
 
 
