@@ -1,7 +1,7 @@
-"""Prometheus metrics of a run, exported by Ray's agent on every node (`ray.util.metrics`).
+"""Prometheus metrics: their base class, and those of a run.
 
-Prometheus scrapes them as ``ray_plad_<name>``. Counters get the suffix ``_total``, histograms
-``_bucket``, ``_sum`` and ``_count``.
+Ray's agent on every node exports them (`ray.util.metrics`) as ``ray_plad_<name>``. Counters get the
+suffix ``_total``, histograms ``_bucket``, ``_sum`` and ``_count``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sources of prompts."""
+"""Config of the prompts and of each kind of source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exactly-once datasets on a file system or an object store.
+"""Exactly-once datasets: the commit of a part, resume, and the manifest that completes them.
 
 A dataset is a folder of parts and a manifest. The commit protocol:
 

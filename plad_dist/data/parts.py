@@ -1,4 +1,4 @@
-"""Parts: the Arrow files of a dataset.
+"""Format of a part, the Arrow file of one block: its metadata, checksum and validation.
 
 A part holds the rows of one block. The metadata of its schema states its origin: the fingerprint of
 its inputs, the attempt that wrote it, and its counts.

@@ -1,4 +1,4 @@
-"""Prompt sources: stream the rows of files and data sets and map each row to a prompt."""
+"""Readers of prompt sources: stream rows of files and datasets, and map each row to a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leases and commits: the attempts that the driver sends to actors, and their results."""
+"""Attempts under way: the driver sends leased blocks to actors, and records their commits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a fleet."""
+"""Prometheus metrics of fleets: sampling, pairing and judges."""
 
 from __future__ import annotations
 

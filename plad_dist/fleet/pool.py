@@ -1,4 +1,4 @@
-"""Decisions of a fleet: which actor processes which block, and which actor is given up.
+"""Decisions of a fleet: leases within each actor's window, and which actor is given up.
 
 The pool decides and does nothing else. It has no Ray, no clock and no I/O, so that a simulation can
 drive it: the caller reports events with their times, and carries out what the pool returns. Times

@@ -1,4 +1,4 @@
-"""The retry policy: what a failed request means for its prompt and for all other requests.
+"""Retry policy: `Retry-After`, backoff, and when a prompt or the whole stage is given up.
 
 `RetryPolicy.decide` turns a failure into a decision, which the client carries out:
 

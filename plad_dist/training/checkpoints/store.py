@@ -1,4 +1,4 @@
-"""Checkpoints of a phase in storage.
+"""Checkpoints of a phase in storage: their commit, sizes and checksums, and the newest sound one.
 
 Torch is not needed: `plad verify` and `plad status` read them too.
 

@@ -1,4 +1,4 @@
-"""Observer of a worker group in Ray Train's controller.
+"""Resize decisions and observer of a worker group, in Ray Train's controller.
 
 It reports failures, restarts and waits to the driver, keeps the elastic policy from counting
 resources that are not available, and has a group write a checkpoint before it is resized.
