@@ -1,0 +1,132 @@
+"""Promises of an attempt at a paid block: each response is paid for once, no money is forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from plad_dist.config import Decoding
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.schemas import PROMPTS
+from plad_dist.data.storage import Storage
+from plad_dist.fleet.protocol import BlockResult, Hints, StopStageError
+from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.backend import Completion, RefusedPromptError
+from plad_dist.sampling.job import SamplingJob
+from plad_dist.sampling.spool import Spool, total_cost
+
+
+class PaidBackend:
+    """A server that charges 0.25 a request. Prompts named `refuse` and `stop` get no response."""
+
+    paid, retries, tokens, dead = True, 0, 0, False
+    fatal: tuple[type[Exception], ...] = (StopStageError,)
+
+    def __init__(self, requests: list[str]) -> None:
+        self.path: str | None = "m"
+        self._requests = requests
+
+    async def check(self) -> str | None:
+        return None
+
+    def render(self, prompts: Sequence[Any]) -> Sequence[Any]:
+        return [messages[-1]["content"] for messages in prompts]
+
+    async def complete(self, prompt: str, decoding: Decoding, seed: int, request_id: str) -> Completion:
+        self._requests.append(prompt)
+        if prompt == "refuse":
+            raise RefusedPromptError("refused", cost=0.25)
+        if prompt == "stop" and self._requests.count("stop") == 1:
+            await asyncio.sleep(0.05)  # after the other prompts
+            raise StopStageError("the spending cap is reached", cost=0.25)
+        return Completion(prompt, [], 2, None, "stop", prompt_tokens=3, cost=0.25)
+
+    async def load_weights(self, path: str) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+def prepare(folder: Path, prompts: Sequence[str]) -> tuple[Storage, SamplingJob]:
+    """Write one block of prompts."""
+    storage = Storage(str(folder))
+    rows = [{"prompt_id": text, "messages": [{"role": "user", "content": text}]} for text in prompts]
+    dataset = Dataset(storage, "prompts", PROMPTS)
+    dataset.commit(0, pa.Table.from_pylist(rows, schema=PROMPTS), fingerprint="p", attempt="a")
+    dataset.finish(1, fingerprint="p", facts={})
+    job = SamplingJob(
+        prompts="prompts", output="samples", role="teacher", model="m", weights="m", decoding=Decoding(), n=1, seed=1,
+        round=0, seed_round=0, fingerprint="f",
+    )  # fmt: skip
+    return storage, job
+
+
+def work(storage: Storage, job: SamplingJob, requests: list[str], attempt: str) -> BlockResult:
+    """Let a new actor process the block, as after a restart."""
+
+    async def run() -> BlockResult:
+        sampler = Sampler(storage, lambda: PaidBackend(requests))
+        assert await sampler.start() is None
+        try:
+            return await sampler.work(job, 0, attempt, Hints())
+        finally:
+            await sampler.stop()
+
+    return asyncio.run(run())
+
+
+def test_a_stopped_attempt_leaves_its_responses_and_its_lost_money_to_the_next_one(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a", "stop", "b"])
+    requests: list[str] = []
+    with pytest.raises(StopStageError):
+        work(storage, job, requests, "first")
+    assert total_cost(job.dataset(storage)) == 0.75, "two responses, and a request without one"
+    result = work(storage, job, requests, "second")
+    assert sorted(requests) == ["a", "b", "stop", "stop"], "only the prompt without a response is asked again"
+    assert result.is_first
+    assert result.part.counts["cost_micros"] == 1_000_000, "of all four requests"
+    assert total_cost(job.dataset(storage)) == 0.0, "the part has the cost of its block"
+    assert not list(tmp_path.rglob("spool/*/*.arrow"))
+
+
+def test_a_refused_prompt_is_an_error_row_with_its_cost(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a", "refuse"])
+    requests: list[str] = []
+    result = work(storage, job, requests, "first")
+    assert result.first_error == "prompt refuse: refused"
+    assert (result.part.counts["errors"], result.part.counts["cost_micros"]) == (1, 500_000)
+    assert sorted(requests) == ["a", "refuse"]
+
+
+def test_a_committed_block_is_neither_asked_nor_paid_for_again(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a", "b"])
+    requests: list[str] = []
+    first = work(storage, job, requests, "first")
+    late = work(storage, job, requests, "late")
+    assert (late.part, late.is_first) == (first.part, False)
+    assert len(requests) == 2
+
+
+def test_a_second_response_to_a_prompt_is_charged_but_the_first_one_is_kept(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a"])
+    for text in ("first", "second"):  # two processes that did not know of each other
+        spool = Spool(job.dataset(storage), job.fingerprint)
+        row = {
+            "prompt_id": "a", "sample_index": 0, "role": "teacher", "text": text, "token_ids": [], "logprob": None,
+            "num_tokens": 2, "finish_reason": "stop", "error": None, "model": "m", "round": 0, "prompt_tokens": 3,
+            "cost": 0.25,
+        }  # fmt: skip
+        spool.add(0, row)
+        spool.flush()
+    requests: list[str] = []
+    result = work(storage, job, requests, "third")
+    assert requests == []
+    assert result.part.counts["cost_micros"] == 500_000
+    table = pa.ipc.open_file(next((tmp_path / "samples").glob("part-*.arrow"))).read_all()
+    assert table["text"].to_pylist() == ["first"]
