@@ -141,7 +141,11 @@ Product = DatasetEntry | ModelEntry | FiguresEntry
 
 
 def datasets_of(config: Config, run: RunDir, rounds: int | None = None) -> Iterator[DatasetEntry]:
-    """Yield an entry for every dataset of a run, as :func:`products_of` does for all products."""
+    """Yield an entry for every dataset of a run, whether it exists yet or not.
+
+    Args:
+        rounds: number of rounds; None for the maximum that the config allows.
+    """
     return (product for product in products_of(config, run, rounds) if isinstance(product, DatasetEntry))
 
 

@@ -22,7 +22,7 @@ class Assumptions:
         self._distribution, self._written_for = distribution, written_for
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """Return an attribute of a module or class."""
+        """Return an attribute of a module or class. Raise ImportError if it is missing."""
         try:
             return getattr(owner, name)
         except AttributeError:

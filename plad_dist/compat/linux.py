@@ -25,7 +25,8 @@ def cgroup_limits(root: Path = _CGROUP_ROOT, own: Path = _OWN_CGROUP) -> tuple[f
     """Return the memory in bytes and the number of CPUs that this process's control group allows.
 
     A limit of a parent group also holds in its children, so the smallest limit on the path to the
-    root counts. Both are infinite if no group sets a limit.
+    root counts. Each value is infinite if no group sets that limit. Missing files set none, as with
+    version 1 of control groups.
     """
     line = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
     group = root / line[1] if line else root

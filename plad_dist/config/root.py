@@ -125,7 +125,12 @@ class Config(Section):
         return {**teachers, "student": self.student}
 
     def trained(self, role: str) -> Model:
-        """Return the section of a model that is trained: a single `teacher`, or the `student`."""
+        """Return the config section of the model that a phase trains.
+
+        Args:
+            role: `teacher` or `student`. Several teachers are never trained, so `teacher` fails an
+                assertion with them.
+        """
         model = self.teacher if role == "teacher" else self.student
         assert model is not None, "only a single teacher is trained"
         return model

@@ -150,11 +150,13 @@ class Dataset:
     def reopen(self, manifest: Manifest | None, bad: Collection[str]) -> list[str]:
         """Make the dataset incomplete and move its bad parts to `damaged/`.
 
-        The next run redoes the blocks of the bad parts and keeps the other parts.
+        The manifest is removed. The next run redoes the blocks of the bad parts and keeps the other
+        parts.
 
         Args:
-            manifest: manifest of a complete dataset, whose sound parts the journal takes over; None
-                if the dataset has no readable manifest.
+            manifest: manifest whose parts, without the bad ones, replace the journal. None leaves
+                the journal unchanged: for a dataset without a readable manifest, or to drop all
+                parts.
             bad: file names of the bad parts, and that of the manifest if it is damaged.
 
         Returns:

@@ -98,8 +98,10 @@ def _check_inputs(config: Config) -> Iterator[Finding]:
 
 
 def split_problems(message: str) -> list[str]:
-    """Return the problems that one message lists, each with its indented lines; a message without a
-    list as one."""
+    """Return the problems in a message, each with its indented lines.
+
+    A list has the heading `N problems:`, which is left out. Any other message is one problem.
+    """
     heading, _, body = message.partition("\n")
     return re.split(r"\n(?!\s)", body) if re.fullmatch(r"\d+ problems:", heading) else [message]
 

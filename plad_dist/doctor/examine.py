@@ -54,9 +54,10 @@ def examine(config: Config | None, address: str | None = None) -> list[Finding]:
 
 @contextmanager
 def probes(sites: Sequence[StorageSite]) -> Iterator[tuple[StorageSite, ...]]:
-    """Write a probe file into every site, and yield the sites where this worked.
+    """Write a probe file into every site and yield the sites that accept it, as a context manager.
 
-    The probes, and the folders that were created for them, are removed at the end.
+    A site that fails is left out without a message, because the storage check reports the reason.
+    The probe files, and the folders that were created for them, are removed at the end.
     """
     created: list[Path] = []
     writable = []

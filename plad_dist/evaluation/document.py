@@ -245,7 +245,7 @@ class Metrics(JsonModel):
 
     @property
     def main_judge(self) -> JudgeFigures:
-        """Verdicts of the judge whose win rates head the figures."""
+        """Verdicts of the main judge, which `evaluation.judge` names. They always exist."""
         return self.judges[self.judge]
 
     def rows_under(self, decoding: str) -> dict[System, SystemRow]:

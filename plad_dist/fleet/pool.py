@@ -219,7 +219,11 @@ class BlockPool(Generic[Block]):
     # -- actors
 
     def join(self, actor: str, now: float) -> None:
-        """Record that an actor is ready for leases."""
+        """Record that an actor is ready for leases, and start its timeouts. An actor joins once.
+
+        Args:
+            now: time of the join in seconds, by the clock of all calls of the pool.
+        """
         self._actors[actor] = _Actor(heard_at=now, progressed_at=now)
 
     def heartbeat(self, actor: str, has_progressed: bool, now: float) -> None:

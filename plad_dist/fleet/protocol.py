@@ -148,7 +148,14 @@ class BlockWorker(Protocol):
     """Actor that processes blocks, several at a time. The module docstring describes the calls."""
 
     async def start(self) -> str | None:
-        """Get ready. Return what the user must change, or None if the actor is ready."""
+        """Get ready for work, for example by loading an engine.
+
+        Returns:
+            None if the actor is ready, otherwise a message about what the user must change.
+
+        Raises:
+            EngineStartError: the engine died without a message; another actor may succeed.
+        """
 
     async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:
         """Process one block and commit its part.

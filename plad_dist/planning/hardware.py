@@ -42,7 +42,7 @@ class Hardware:
 
     @property
     def name(self) -> str:
-        """The kind of GPU, or `cpu`."""
+        """Kind of GPU as in :data:`~plad_dist.devices.GPUS`, such as `h200-141g`, or `cpu`."""
         return self.gpu.name if self.gpu else "cpu"
 
     @property

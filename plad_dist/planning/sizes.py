@@ -73,7 +73,10 @@ class ModelSize:
     positions: int | None
 
     def adapters(self, lora: Lora) -> int:
-        """Return the parameters of adapters on all linear layers, the most that LoRA trains."""
+        """Return the number of LoRA parameters if all linear layers of the decoder have adapters.
+
+        The output layer never has any. Fewer are trained if `target_modules` selects layers.
+        """
         return sum(lora.r * (inputs + outputs) for inputs, outputs in self.linear_shapes)
 
 

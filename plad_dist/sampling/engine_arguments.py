@@ -85,9 +85,10 @@ def check_cpu_heads(config: Any) -> None:
 
 
 def with_executor(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Return engine arguments with the executor that the placement needs.
+    """Return a copy of vLLM's arguments, with Ray as the default executor of a pipeline.
 
-    Only a pipeline over several nodes needs Ray inside the engine.
+    A pipeline is placed on several nodes, which needs Ray inside the engine. Without one, nothing
+    is added and vLLM chooses. An executor that the arguments already name is kept.
     """
     if int(engine.get("pipeline_parallel_size", 1)) > 1:
         return {"distributed_executor_backend": "ray", **engine}

@@ -195,6 +195,10 @@ def _sum(values_P: Tensor, group_P: Tensor, groups: int) -> Tensor:
 
 
 def _mean(values_P: Tensor, group_P: Tensor, groups: int) -> Tensor:
-    """Return the mean over each group's values, 0 for a group without values."""
+    """Return the mean of each group's values, 0 for a group without values.
+
+    Args:
+        group_P: index of each value's group, from 0 to `groups` - 1.
+    """
     counts_B = _sum(torch.ones_like(values_P), group_P, groups).clamp(min=1)
     return _sum(values_P, group_P, groups) / counts_B

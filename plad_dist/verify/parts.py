@@ -114,7 +114,11 @@ class _PartCheck:
 
 
 def _check_part(dataset: Dataset, name: str, listed: Part | None) -> _PartCheck:
-    """Read a part and compare it with the manifest or journal, if that lists it."""
+    """Read a part and compare it with its entry in the manifest or journal, if it has one.
+
+    Problems are returned, not raised: a missing or damaged part, other columns, another number of
+    rows. A storage that does not respond leaves the part unchecked.
+    """
     check = _PartCheck(name)
     try:
         data = dataset.storage.view(f"{dataset.path}/{name}")

@@ -79,7 +79,11 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def seeds_table(variants: Sequence[VariantFigures]) -> Table:
-    """Return the variants of a study over its seeds. Correlations are not in per cent."""
+    """Return a table with one row for each variant of a study.
+
+    A cell is the mean over the seeds with its 95% interval. All values are in per cent, except the
+    gain in rank correlation.
+    """
     table = _new_table(f"PLaD over {variants[0].seeds} seeds; 95% intervals over seeds and prompts")
     columns = {
         "rouge_l_plad": "ROUGE-L",

@@ -44,7 +44,11 @@ class Connection:
         raise TypeError("a connection holds a key and is not pickled; create it where it is used")
 
     def key_problem(self) -> str | None:
-        """Return the problem with the key in the environment, None without one."""
+        """Return the problem with the API key, or None if it is usable or the config names none.
+
+        A key is unusable if its variable is empty or unset, or if it has spaces, control or
+        non-ASCII characters. The server is not asked.
+        """
         name = self._endpoint.api_key_env
         if name and not self.__key:
             return f"the variable {name} (endpoint.api_key_env) is empty or not set on this node"

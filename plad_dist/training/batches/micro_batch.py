@@ -26,9 +26,13 @@ class Group:
     unknown. They are empty if it is unknown for all responses.
 
     Attributes:
+        prompt: token ids of the prompt.
+        responses: token ids of each response.
+        scores: scores of the responses from the pairing step.
         pairs: the comparisons as (chosen, rejected, rank gap). Chosen and rejected are indices of
             responses. The rank gap is their distance in a ranked list, 1 for a plain pair.
-        anchored: indices of the responses that the anchor, or the loss `mle`, makes likelier.
+        anchored: indices of the responses whose likelihood is raised, by the anchor (the term that
+            `mle_weight` weighs) or by the loss `mle`.
         initial_logps: log-likelihoods under the starting student.
         sampled_logps: log-likelihoods that the sampling engine reported.
         name: identifies the group in messages.

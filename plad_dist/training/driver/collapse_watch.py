@@ -95,7 +95,11 @@ class CollapseWatch:
                 logger.warning("watch: %s", first_line(error))
 
     def _rejudge(self) -> None:
-        """Judge the records of earlier commands again, by the present bounds and checkpoints."""
+        """Judge the records of earlier commands again, and write them back.
+
+        The bounds of the config may have changed since, and checkpoints may be gone. A probe that
+        an earlier command left unfinished is dropped.
+        """
         for job in self._jobs:
             record = read_collapse_record(self._run.storage, job.name, job.fingerprint)
             if record is not None:

@@ -105,7 +105,11 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         return bool(self._call(self._mailbox.has_yielded.remote())) if self._is_asked_to_yield else None
 
     def _suspect_nodes(self, error: Any) -> None:
-        """Suspect the nodes of silent workers: a group that counts on them cannot start."""
+        """Suspect the nodes of workers that no longer respond.
+
+        Ray may still list such a node as alive, but new workers cannot start there. Its resources
+        are not counted for `_SUSPECT_S` seconds.
+        """
         nodes = self.node_by_rank
         for rank in unreachable_ranks(error):
             if rank < len(nodes):
@@ -123,7 +127,13 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         self._mailbox.post.remote(Said(self._phases, text))
 
     def _call(self, reply: Any) -> Any:
-        """Return the mailbox's reply, or None if it fails: training does not depend on it."""
+        """Wait up to 10 s for a reply of the mailbox, and return it, or None if the call fails.
+
+        Failures are not reported, because training does not depend on the mailbox.
+
+        Args:
+            reply: Ray's reference of the reply.
+        """
         try:
             return ray.get(reply, timeout=10)
         except ray.exceptions.RayError:

@@ -94,7 +94,11 @@ class _StartLimit:
 
 
 def explained(error: Exception, saved: SavedProgress) -> Exception:
-    """Return the error to raise for a failed training: a worker's UserError, or a RunFailed."""
+    """Return the error to raise for a failed training.
+
+    A UserError of a worker is returned unchanged. Any other error becomes a RunFailed whose message
+    names the phase and the checkpoint that is kept.
+    """
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     cause = root_cause(failures[0] if failures else error)
     if isinstance(cause, UserError):

@@ -94,7 +94,10 @@ def open_mailbox(progress: Progress, stage: str) -> Iterator[Any]:
 
 
 class _MailboxReader:
-    """Reads a mailbox and shows its messages."""
+    """Shows the messages of a mailbox in the progress output, and exports them as metrics.
+
+    The driver runs :meth:`follow` in a thread until `finished` is set.
+    """
 
     def __init__(self, mailbox: Any, progress: Progress, stage: str) -> None:
         self._mailbox, self._progress, self._stage = mailbox, progress, stage

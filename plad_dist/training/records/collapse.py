@@ -63,7 +63,7 @@ class CollapseRecord:
         return {step for step in (self.probing, self.sound) if step is not None}
 
     def write(self, storage: Storage, phase: str) -> None:
-        """Replace the record of a phase."""
+        """Write the record of a phase, atomically, in place of any earlier one."""
         storage.replace(_key(phase), json.dumps(asdict(self), indent=1).encode())
 
 
