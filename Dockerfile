@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1.7
 # The image of a run, built from the locks:
-#   docker build --target gpu -t plad-dist:0.1.0 .
-#   docker build --target cpu -t plad-dist:0.1.0-cpu .
+#   docker build --target gpu -t plad-dist:0.2.0 .
+#   docker build --target cpu -t plad-dist:0.2.0-cpu .
 # For reproducible builds:
 #   --build-arg REVISION=$(git rev-parse HEAD) --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct)
 #   --output type=image,name=NAME,push=true,rewrite-timestamp=true
@@ -47,7 +47,7 @@ FROM ${PYTHON_IMAGE} AS run
 ARG PYTHON_IMAGE
 LABEL org.opencontainers.image.title="plad-dist" \
     org.opencontainers.image.description="Preference-based distillation of large language models on clusters" \
-    org.opencontainers.image.version="0.1.0" \
+    org.opencontainers.image.version="0.2.0" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.base.name="docker.io/library/${PYTHON_IMAGE}"
 # g++: Triton and torch.compile (FlexAttention in the trainer, vLLM) compile small launchers at run

@@ -1,3 +1,3 @@
 """Distil large language models by preference, on clusters."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

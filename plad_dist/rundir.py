@@ -226,10 +226,10 @@ def open_run(config: Config) -> RunDir:
 def run_document(config: Config) -> bytes:
     """Return the content of `run.yaml`."""
     document = {
-        "config": config.model_dump(mode="json"),
-        "fingerprint": config.fingerprint(),
-        "version": __version__,
         "format": FORMAT,
+        "version": __version__,
+        "fingerprint": config.fingerprint(),
+        "config": config.model_dump(mode="json"),
     }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 
@@ -319,17 +319,18 @@ def _read_run_file(run: RunDir) -> _RunFile | None:
         return None
     try:
         document = yaml.safe_load(data)
-        run_format, version = int(document.get("format", 1)), document.get("version")
-        if run_format == FORMAT:
-            return _RunFile(dict(document["config"]), str(document["fingerprint"]), version)
+        file = _RunFile(dict(document["config"]), str(document["fingerprint"]), document.get("version"))
+        run_format = int(document.get("format", 1))
     except yaml.YAMLError as error:
         problem = yaml_reason(error)
     except (AttributeError, KeyError, TypeError, ValueError):
         problem = "expected `config` and `fingerprint`; a plain config is not a run directory, its run.dir names one"
     else:
+        if run_format == FORMAT:
+            return file
         raise UserError(
             f"{run.storage.url}/{RUN_FILE}: the run has format {run_format}, plad-dist {__version__} reads format "
-            f"{FORMAT}. Finish it with plad-dist {version}, which started it, or use another run.dir"
+            f"{FORMAT}. Finish it with plad-dist {file.version}, which last worked on it, or use another run.dir"
         )
     raise RunFailed(
         f"{run.storage.url}/{RUN_FILE}: damaged ({problem}). Nothing was changed. Restore the file from a copy, or use "

@@ -13,7 +13,7 @@ Written for DeepSpeed 0.19.8. Relies on:
   `load_state_dict` (a list with one state per rank, of which it reads its own);
 - `DeepSpeedEngine.param_names` (names by parameter), and `ds_numel` of a partitioned parameter.
 
-Importing this module imports DeepSpeed, which the driver must not do.
+Importing this module imports DeepSpeed, which takes seconds: import it where an engine is built.
 """
 
 from __future__ import annotations

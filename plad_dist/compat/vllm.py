@@ -13,7 +13,8 @@ Relies on:
   (`vllm/v1/engine/utils.py`) and `WorkerProc.wait_for_ready`
   (`vllm/v1/executor/multiproc_executor.py`).
 
-Each reliance is asserted when it is first used.
+Names and signatures are asserted when they are first used. Messages are compared in tests only: a
+reworded one makes the reason of a failure less precise, and must not stop an engine.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def engine_argument_names() -> frozenset[str]:
         for field in node.body
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
-    assert {"model", "max_num_seqs", "enable_log_requests"} <= names, _mismatch("the fields of AsyncEngineArgs")
+    assert {"model", "max_num_seqs"} <= names, _mismatch("the fields of AsyncEngineArgs")
     return frozenset(names)
 
 
@@ -97,7 +98,6 @@ def assert_engine_internals(llm: Any) -> None:
         llm: an `AsyncLLM`.
     """
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
-    from vllm.v1.engine.exceptions import EngineDeadError
     from vllm.v1.engine.output_processor import RequestState
 
     states = getattr(getattr(llm, "output_processor", None), "request_states", None)
@@ -105,8 +105,8 @@ def assert_engine_internals(llm: Any) -> None:
     assert "detokenizer" in inspect.signature(RequestState).parameters, _mismatch("RequestState.detokenizer")
     count = getattr(IncrementalDetokenizer, "num_output_tokens", None)
     assert count is not None, _mismatch("IncrementalDetokenizer.num_output_tokens")
-    assert list(inspect.signature(count).parameters) == ["self"], _mismatch("num_output_tokens without arguments")
-    assert _FAILURE_ELSEWHERE.search(str(EngineDeadError())), _mismatch("the message of EngineDeadError")
+    required = [p for p in inspect.signature(count).parameters.values() if p.default is p.empty]
+    assert len(required) == 1, _mismatch("IncrementalDetokenizer.num_output_tokens without required arguments")
 
 
 def tokens_in_flight(llm: Any) -> int:

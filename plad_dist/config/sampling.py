@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
+from pydantic_core import to_jsonable_python
 
 from plad_dist.config.models import Model
 from plad_dist.config.section import OPERATIONAL, Section
@@ -67,8 +68,9 @@ class RoleSampling(Decoding):
         return self
 
     def deciding_engine(self) -> dict[str, Any]:
-        """Return the engine arguments that affect the samples."""
-        return {name: value for name, value in self.engine.items() if name not in OPERATIONAL_ENGINE}
+        """Return the engine arguments that affect the samples, as JSON values."""
+        arguments = {name: value for name, value in self.engine.items() if name not in OPERATIONAL_ENGINE}
+        return cast("dict[str, Any]", to_jsonable_python(arguments))
 
 
 class Sampling(Section):

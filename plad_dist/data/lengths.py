@@ -51,7 +51,7 @@ class Lengths:
     """Measures prompts with every pretrained model that responds to them.
 
     Scratch models have no tokenizer yet, so prompts are only rendered for them. Nothing is checked
-    for endpoints, which have neither a tokenizer nor a template here.
+    for endpoints, whose tokenizer is not available here.
     """
 
     def __init__(self, config: Config) -> None:

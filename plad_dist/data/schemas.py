@@ -1,4 +1,7 @@
-"""Arrow schemas of the datasets in a run directory. Columns are added, never removed or changed."""
+"""Arrow schemas of the datasets in a run directory.
+
+Columns of prompts, samples and pairs are added, never removed or changed.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One attempt at a block: read its prompts, draw or score the responses, commit the part.
 
-Rows never pass through the driver. A response that cost money is spooled at once, so that a later
-attempt takes it from the spool instead of paying for it again.
+Rows never pass through the driver. A response that cost money is spooled within two seconds, so
+that a later attempt takes it from the spool instead of paying for it again.
 """
 
 from __future__ import annotations

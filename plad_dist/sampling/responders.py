@@ -41,16 +41,16 @@ class Responder:
     sampling: RoleSampling
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> dict[str, Any]:
         """Everything that decides its responses, except for the decoding."""
-        identity: list[Any] = [
-            model_identity(self.path, self.settings),
-            self.settings.template,
-            self.settings.max_length,
-            self.sampling.deciding_engine(),
-        ]
+        identity: dict[str, Any] = {
+            "model": model_identity(self.path, self.settings),
+            "template": self.settings.template,
+            "max_length": self.settings.max_length,
+            "engine": self.sampling.deciding_engine(),
+        }
         if isinstance(self.settings, Teacher):
-            identity += [self.settings.share, self.settings.filter]
+            identity |= {"share": self.settings.share, "filter": self.settings.filter}
         return identity
 
     def decoding(self) -> Decoding:

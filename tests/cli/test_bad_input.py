@@ -403,7 +403,7 @@ def test_a_run_directory_without_write_permission_is_refused(tiny: tuple[Path, d
 
 
 def test_the_version_and_the_help_are_shown(command: Callable[..., tuple[int, str]]) -> None:
-    assert command("--version") == (0, "plad-dist 0.1.0\n")
+    assert command("--version") == (0, "plad-dist 0.2.0\n")
     code, printed = command("--help")
     assert code == 0
     for name in ("run", "prepare", "sample", "pair", "train", "evaluate", "report", "status", "validate"):

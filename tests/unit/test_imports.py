@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -70,10 +71,16 @@ def sources() -> dict[str, str]:
     return {module_name(file): file.read_text(encoding="utf-8") for file in files}
 
 
+@cache
+def statements(text: str) -> list[ast.AST]:
+    """Return the import statements of a source text."""
+    return [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imports_of(text: str, modules: Iterable[str]) -> set[str]:
     """Return the modules of the product that a source text imports, at any depth of nesting."""
     known, targets = set(modules), set()
-    for node in ast.walk(ast.parse(text)):
+    for node in statements(text):
         if isinstance(node, ast.Import):
             targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

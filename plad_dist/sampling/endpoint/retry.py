@@ -13,8 +13,10 @@ refused               an error row if the server responds to anything else
 blocked               ask the user; an error row if a firewall rejects only this prompt
 ====================  ====================================================================
 
-A prompt thus becomes an error row only if the server responds to other prompts while it fails.
-Otherwise the fault is the server's, and the outage rule decides when the stage stops.
+A prompt thus becomes an error row only if the server has responded to other prompts: while this one
+failed, or at any time before if the server refuses this prompt for good. A refusal that is no HTTP
+error needs no such proof. Otherwise the fault is the server's, and the outage rule decides when the
+stage stops.
 `Retry-After` pauses all requests of the client, not only the one that failed.
 """
 

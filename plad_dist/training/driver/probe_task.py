@@ -33,7 +33,9 @@ def generate_from_checkpoint(
         engine: vLLM's arguments for the student.
         seeds: seed of each response.
     """
-    from plad_dist.training.checkpoints.snapshot import write_snapshot  # imports torch, which the driver must not
+    from plad_dist.training.checkpoints.snapshot import (
+        write_snapshot,  # imports transformers' models, which the driver does not need
+    )
 
     with ScratchDir(job.staging, _FOLDER_PREFIX) as folder:
         write_snapshot(job, checkpoint, folder / "model")

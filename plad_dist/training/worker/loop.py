@@ -83,7 +83,7 @@ class Worker:
         self.attempt = from_rank_zero(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
         stop_if_stalled(job, self.attempt, None)
         check_on_every_rank(lambda: load_model_config(job.start, job.settings))
-        from plad_dist.compat.deepspeed import release_engine  # not at the top: the driver does without DeepSpeed
+        from plad_dist.compat.deepspeed import release_engine  # not at the top: importing DeepSpeed takes seconds
 
         self.engine, self._release_engine = build_engine(job, device), release_engine
         self.checkpoints = Checkpoints(

@@ -10,8 +10,8 @@ from plad_dist.config import Optimizer
 def learning_rate_factor(optimizer: Optimizer, step: int, steps: int) -> float:
     """Return the share of the peak learning rate at a step.
 
-    The rate rises linearly during the warm-up, then follows the schedule down to a tenth of the
-    peak.
+    The rate rises linearly during the warm-up. Then it stays at the peak, or falls to a tenth of it
+    along a line or a half cosine.
 
     Args:
         step: number of steps taken before.

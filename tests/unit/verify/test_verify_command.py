@@ -105,7 +105,9 @@ def test_status_reports_a_dataset_with_a_missing_or_truncated_part_as_damaged(
     [
         ("config: [", "run.yaml: damaged (line 1"),
         ("- 3\n", "run.yaml: damaged (expected `config` and `fingerprint`"),
-        ("config: {run: {}}\nfingerprint: f\n", "run.yaml"),
+        ("{}\n", "run.yaml: damaged (expected `config` and `fingerprint`"),
+        ("run: {dir: elsewhere}\n", "a plain config is not a run directory"),
+        (f"format: {FORMAT}\nconfig: {{run: {{}}}}\nfingerprint: f\n", "problems:\n  run.dir: missing"),
     ],
 )
 def test_a_damaged_run_file_is_named(
