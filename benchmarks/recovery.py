@@ -57,7 +57,7 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     try:
         nodes = [cluster.add(), cluster.add()]
         disturbed = Training(cluster, folder / "disturbed", steps, EVERY, phase=RATE)
-        found = disturb(cluster, nodes, disturbed)
+        recovery = disturb(cluster, nodes, disturbed)
         disturbed.finish()
         undisturbed = Training(cluster, folder / "undisturbed", steps, EVERY, phase=RATE)
         undisturbed.finish()
@@ -67,7 +67,7 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     assert len(expected) == len(losses) == steps
     stalls = [row["checkpoint_seconds"] for row in undisturbed.rows() if row["checkpoint_seconds"]]
     return {
-        **found,
+        **recovery,
         "checkpoint_stall_seconds": round(statistics.mean(stalls), 4),
         "max_rel_loss_diff": max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)),
         "checkpoint_every": EVERY,
@@ -78,28 +78,28 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
 
 def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str, Any]:
     training.wait_for_steps(STEPS["kill"])
-    blow = time.time()
+    fault_at = time.time()
     nodes[1].kill(quietly=False)
-    kill, lost_kill = training.recover(blow, 1)
+    kill, lost_kill = training.recover(fault_at, 1)
 
     training.wait_for_steps(STEPS["grow"])
     nodes[1] = cluster.add()
-    blow = time.time()
-    grow, lost_grow = training.recover(blow, 2)
+    fault_at = time.time()
+    grow, lost_grow = training.recover(fault_at, 2)
 
     training.wait_for_steps(STEPS["kill"])
-    blow = time.time()
+    fault_at = time.time()
     nodes[1].kill()
-    lost_node, lost_steps = training.recover(blow, 1)
+    lost_node, lost_steps = training.recover(fault_at, 1)
     cluster.add()
     training.recover(time.time(), 2)
 
     training.wait_for_steps(STEPS["preempt"])
     cluster.drain(nodes[0], NOTICE_S)
-    told = time.time()
+    drained_at = time.time()
     time.sleep(NOTICE_S)
     nodes[0].kill()
-    preempt, lost_preemption = training.recover(told, 1)
+    preempt, lost_preemption = training.recover(drained_at, 1)
     return {
         "recover_seconds_kill": round(kill, 1),
         "recover_seconds_resize_up": round(grow, 1),

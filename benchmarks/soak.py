@@ -112,12 +112,12 @@ class Soak:
 
     def disturb(self, seconds: float) -> None:
         """Run commands under random faults until the time is over; the last ends undisturbed."""
-        begun = time.monotonic()
-        until, self._spare_samplers_from = begun + seconds, begun + seconds / 3
+        started = time.monotonic()
+        until, self._spare_samplers_from = started + seconds, started + seconds / 3
         while time.monotonic() < until:
             self._begin(self._folder / f"run-{len(self._runs)}")
             self._start()
-            self._see_through(until)
+            self._finish(until)
             self._runs.append(self._run)
 
     def compare(self) -> float:
@@ -139,15 +139,15 @@ class Soak:
             apart = shutil.ignore_patterns("round-0", ".ray-train")
             shutil.copytree(disturbed.root / name, self._run.root / name, ignore=apart)
         self._start()
-        self._see_through(until=0.0)
+        self._finish(until=0.0)
         expected = read_metrics(self._run.root / "events/round-0")[0]
-        found = read_metrics(disturbed.root / "events/round-0")[0]
-        return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(found, expected, strict=True))
+        actual = read_metrics(disturbed.root / "events/round-0")[0]
+        return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(actual, expected, strict=True))
 
     def figures(self) -> dict[str, Any]:
         counts: Counter[str] = Counter(lost=0, duplicated=0)
         for run in self._runs:
-            counts.update(_wrong_with(run))
+            counts.update(_count_faults(run))
         return {
             "runs": len(self._runs),
             "faults": sum(self._faults.values()),
@@ -180,11 +180,11 @@ class Soak:
     def _start(self) -> None:
         self._command = self.cluster.run("run", str(self._config), log=self._config.with_name("log"))
 
-    def _see_through(self, until: float) -> None:
+    def _finish(self, until: float) -> None:
         """Follow a run to its end and inject faults until the time is over."""
         assert self._command is not None
         done, moved, hit = self._progress(), time.monotonic(), False
-        next_blow = time.monotonic() + self._random.uniform(*PAUSE_S)
+        next_fault_at = time.monotonic() + self._random.uniform(*PAUSE_S)
         while (code := self._command.poll()) is None:
             time.sleep(0.5)
             now, got = time.monotonic(), self._progress()
@@ -194,11 +194,11 @@ class Soak:
             elif now - moved > HUNG_S:
                 raise Broken("hung", self._config.with_name("log"))
             spared = now >= self._spare_samplers_from and not self._workers()
-            if now < until and now >= next_blow and not hit and got and not spared:
-                hit = self._blow()
+            if now < until and now >= next_fault_at and not hit and got and not spared:
+                hit = self._inject_fault()
                 time.sleep(_SETTLE_S if hit else 0.0)
                 done, moved = self._progress(), time.monotonic()
-                next_blow = time.monotonic() + self._random.uniform(*PAUSE_S)
+                next_fault_at = time.monotonic() + self._random.uniform(*PAUSE_S)
         if code != 0:
             raise Broken("failed", self._config.with_name("log"))
 
@@ -209,7 +209,7 @@ class Soak:
 
     # --- faults
 
-    def _blow(self) -> bool:
+    def _inject_fault(self) -> bool:
         """Inject a fault. Return False if it has no target at the moment."""
         trains = bool(self._workers())
         kinds = ["driver", "node"] + (["worker", "freeze", "leave"] if trains else ["engine"])
@@ -263,21 +263,21 @@ class Soak:
         self._nodes.append(self.cluster.add(cpus=2))
 
 
-def _wrong_with(run: RunDir) -> Counter[str]:
+def _count_faults(run: RunDir) -> Counter[str]:
     """Count lost, duplicated and repeated items in a finished run."""
-    found: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
     prompts = set(train_prompts(run.storage).read(["prompt_id"])["prompt_id"].to_pylist())
     for role in ("teacher", "student"):
         rows = Counter(run.samples(role).read(["prompt_id"])["prompt_id"].to_pylist())
-        found["lost"] += len(prompts - rows.keys())
-        found["duplicated"] += sum(count - 1 for count in rows.values())
+        faults["lost"] += len(prompts - rows.keys())
+        faults["duplicated"] += sum(count - 1 for count in rows.values())
     steps = Counter((row["attempt"], row["step"]) for row in _all_steps(run))
-    found["lost"] += len(set(range(1, STEPS + 1)) - {step for _, step in steps})
-    found["duplicated"] += sum(count - 1 for count in steps.values())
-    found["steps_taken_again"] += len(steps) - STEPS
+    faults["lost"] += len(set(range(1, STEPS + 1)) - {step for _, step in steps})
+    faults["duplicated"] += sum(count - 1 for count in steps.values())
+    faults["steps_taken_again"] += len(steps) - STEPS
     checked, others = verify(run.storage.url)
-    found["lost"] += len(others) + sum(len(item.problems) + (item.state != "complete") for item in checked)
-    return found
+    faults["lost"] += len(others) + sum(len(item.problems) + (item.state != "complete") for item in checked)
+    return faults
 
 
 def _all_steps(run: RunDir) -> list[dict[str, Any]]:

@@ -67,21 +67,21 @@ def commit_and_read(folder: Path, repeats: int, parts: int = 400) -> dict[str, f
     """Return the rates of writing and reading parts of 512 samples."""
     data = Dataset(Storage(str(folder)), "samples", SAMPLES)
     tables = [samples(seed) for seed in range(8)]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with ThreadPoolExecutor(4) as threads:
         committed = list(
             threads.map(lambda k: data.commit(k, tables[k % 8], fingerprint=FINGERPRINT, attempt="a")[0], range(parts))
         )
-    commit_rate = parts / (time.perf_counter() - begun)
+    commit_rate = parts / (time.perf_counter() - started)
     data.finish(parts, fingerprint=FINGERPRINT, facts={}, known_parts=committed)
     size = sum(part.bytes for part in committed)
     files = [str(folder / "samples" / part.name) for part in committed]
     seconds: dict[str, list[float]] = {"store": [], "pyarrow": []}
     for _ in range(repeats + 1):
         for name, tables_read in (("pyarrow", plain(files)), ("store", stored(data, parts))):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             total = sum(map(consume, tables_read))
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.perf_counter() - started)
             assert total > 0
     medians = {
         name: statistics.median(values[1:]) for name, values in seconds.items()
@@ -164,11 +164,11 @@ def resume_seconds(folder: Path, parts: int) -> float:
 def resume(folder: Path, parts: int) -> float:
     """Return the seconds until a new driver has written the manifest."""
     data = Dataset(Storage(str(folder)), "many", SAMPLES)
-    begun = time.perf_counter()
-    found = data.resume(FINGERPRINT)
-    assert len(found) == parts
-    data.finish(parts, fingerprint=FINGERPRINT, facts={}, known_parts=[part for part in found.values() if part])
-    return round(time.perf_counter() - begun, 3)
+    started = time.perf_counter()
+    resumed = data.resume(FINGERPRINT)
+    assert len(resumed) == parts
+    data.finish(parts, fingerprint=FINGERPRINT, facts={}, known_parts=[part for part in resumed.values() if part])
+    return round(time.perf_counter() - started, 3)
 
 
 if __name__ == "__main__":

@@ -96,9 +96,9 @@ def test_a_judge_gets_every_question_once(tmp_path: Path, local_ray: None) -> No
         responses = {(PLAD, WARMUP): (good, bad), (PLAD, SEQKD): (good, bad)}
         return ask_judge(config, run, "reader", config.evaluation.judges["reader"], prompts, responses, Progress())
 
-    found = judge(config)
-    assert found[PLAD, WARMUP].wins[:120].tolist() == [1.0] * 120
-    assert (found[PLAD, SEQKD].prompts_asked, len(found[PLAD, SEQKD].wins)) == (120, 200)
+    preferences = judge(config)
+    assert preferences[PLAD, WARMUP].wins[:120].tolist() == [1.0] * 120
+    assert (preferences[PLAD, SEQKD].prompts_asked, len(preferences[PLAD, SEQKD].wins)) == (120, 200)
     assert set(server.questions.values()) == {1}, "two systems with the same response are one question"
     assert server.questions.total() == 240
 
