@@ -7,7 +7,7 @@ import sys
 
 
 def main(*commands: str) -> None:
-    """Run `plad` commands one after the other, on the cluster that received the job.
+    """Run `plad` commands, one after the other, on the cluster that the job was submitted to.
 
     Exit codes are those of `plad`.
     """
