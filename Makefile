@@ -88,5 +88,5 @@ $(VENV)/.ready: $(LOCK) $(DEV_LOCK) pyproject.toml | $(UV)
 
 $(TOOLS)/.ready: $(TOOLS_LOCK) | $(UV)
 	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(TOOLS)
-	@$(UV) pip sync --quiet --python $(TOOLS)/bin/python $(TOOLS_LOCK)
+	@$(UV) pip sync --quiet $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --python $(TOOLS)/bin/python $(TOOLS_LOCK)
 	@touch $@

@@ -84,8 +84,7 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
 class _Steps:
     """Steps of one round.
 
-    Ray, torch and the engines are imported by the stages that use them, so that a finished run is
-    skipped in a moment.
+    The engines are imported by the stages that use them, so that a finished run is skipped quickly.
     """
 
     config: Config

@@ -90,10 +90,10 @@ ROUND = Recipe(
     "round",
     "train",
     order=4,
-    sections=("training.round", "training.heldout_pairs", "training.watch"),
+    sections=("training.round", "training.heldout_pairs", "training.watch", *_ALL_PHASES),
     traces=_phase_traces("round-0"),
 )
-CONTROL = Recipe("seqkd", "train", order=5, sections=("training.seqkd",), traces=_phase_traces("seqkd"))
+CONTROL = Recipe("seqkd", "train", order=5, sections=("training.seqkd", *_ALL_PHASES), traces=_phase_traces("seqkd"))
 EVALUATION = Recipe(
     "evaluation",
     "evaluate",

@@ -228,8 +228,8 @@ def run_document(config: Config) -> bytes:
     document = {
         "format": FORMAT,
         "version": __version__,
-        "fingerprint": config.fingerprint(),
         "config": config.model_dump(mode="json"),
+        "fingerprint": config.fingerprint(),  # last, so that a truncated file lacks it
     }
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
 

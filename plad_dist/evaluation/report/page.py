@@ -44,9 +44,9 @@ class PairingSummary:
 
     Attributes:
         drops: number of dropped pairs by reason.
-        teacher_win_share: share of scored pairs whose teacher response is the better one; None
-            without scores.
-        teacher_loss_share: share of scored pairs whose teacher response is the worse one.
+        teacher_win_share: share of scored combinations whose teacher response is the better
+            one; None without scores.
+        teacher_loss_share: share of scored combinations whose teacher response is the worse one.
     """
 
     pairs: int

@@ -14,7 +14,7 @@ from plad_dist.cli import main
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.fingerprint import FORMAT
-from plad_dist.rundir import RunDir
+from plad_dist.rundir import RunDir, load_run
 from tests.damaged_runs import alter, alter_config, damage_manifest, part_path, remove, truncate
 
 
@@ -139,3 +139,12 @@ def test_a_run_of_an_older_format_is_refused_with_its_format(
     message = capsys.readouterr().err
     assert f"run.yaml: the run has format 1, plad-dist {__version__} reads format {FORMAT}" in message
     assert "use another run.dir" in message
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_truncated_run_file_is_damaged(run: RunDir, share: float) -> None:
+    path = run.root / "run.yaml"
+    text = path.read_text()
+    path.write_text(text[: int(share * len(text))])
+    with pytest.raises(RunFailed, match="damaged"):
+        load_run(run.storage.url)
