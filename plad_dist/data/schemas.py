@@ -37,6 +37,7 @@ SAMPLES = pa.schema(
         pa.field("error", pa.string()),
         pa.field("model", pa.string(), nullable=False),
         pa.field("round", pa.int32(), nullable=False),
+        pa.field("reasoning", pa.string()),  # the thought before the answer, which is `text`; null without one
     ]
 )
 

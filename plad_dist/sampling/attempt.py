@@ -235,6 +235,7 @@ class BlockAttempt:
             "error": error,
             "model": job.model,
             "round": job.round,
+            "reasoning": completion.reasoning,
             "prompt_tokens": completion.prompt_tokens,
             "cost": completion.cost,
         }

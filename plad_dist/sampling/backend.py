@@ -32,6 +32,8 @@ class Completion:
         finish_reason: `stop`, `length` or `error`.
         prompt_tokens: tokens of the prompt.
         cost: money paid for it.
+        reasoning: thought of a model that thinks before it answers, None without one. `text` is
+            then the answer alone, while the tokens are those of both.
     """
 
     text: str
@@ -41,6 +43,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int = 0
     cost: float = 0.0
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,8 @@ class PaidBackend:
         if prompt == "stop" and self._requests.count("stop") == 1:
             await asyncio.sleep(0.05)  # after the other prompts
             raise StopStageError("the spending cap is reached", cost=0.25)
-        return Completion(prompt, [], 2, None, "stop", prompt_tokens=3, cost=0.25)
+        thought = f"about {prompt}" if prompt.startswith("think") else None
+        return Completion(prompt, [], 2, None, "stop", prompt_tokens=3, cost=0.25, reasoning=thought)
 
     async def load_weights(self, path: str) -> None:
         pass
@@ -95,6 +96,17 @@ def test_a_stopped_attempt_leaves_its_responses_and_its_lost_money_to_the_next_o
     assert not list(tmp_path.rglob("spool/*/*.arrow"))
 
 
+def test_a_thought_is_kept_in_its_own_column_of_samples_and_spool(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["think", "stop", "plain"])
+    with pytest.raises(StopStageError):
+        work(storage, job, [], "first")
+    spooled, _ = Spool(job.dataset(storage), job.fingerprint).load(0)
+    assert spooled["think", 0]["reasoning"] == "about think"
+    work(storage, job, ["stop"], "second")
+    samples = job.dataset(storage).read_block(0)
+    assert samples["reasoning"].to_pylist() == ["about think", None, None]
+
+
 def test_a_refused_prompt_is_an_error_row_with_its_cost(tmp_path: Path) -> None:
     storage, job = prepare(tmp_path, ["a", "refuse"])
     requests: list[str] = []
@@ -119,8 +131,8 @@ def test_a_second_response_to_a_prompt_is_charged_but_the_first_one_is_kept(tmp_
         spool = Spool(job.dataset(storage), job.fingerprint)
         row = {
             "prompt_id": "a", "sample_index": 0, "role": "teacher", "text": text, "token_ids": [], "logprob": None,
-            "num_tokens": 2, "finish_reason": "stop", "error": None, "model": "m", "round": 0, "prompt_tokens": 3,
-            "cost": 0.25,
+            "num_tokens": 2, "finish_reason": "stop", "error": None, "model": "m", "round": 0, "reasoning": None,
+            "prompt_tokens": 3, "cost": 0.25,
         }  # fmt: skip
         spool.add(0, row)
         spool.flush()

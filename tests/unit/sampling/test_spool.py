@@ -37,6 +37,7 @@ def row(prompt_id: str, index: int = 0, text: str = "fine", cost: float = 0.25) 
         "error": None,
         "model": "m",
         "round": 0,
+        "reasoning": None,
         "prompt_tokens": 12,
         "cost": cost,
     }
