@@ -166,6 +166,7 @@ class Work:
         from safetensors import safe_open
 
         from plad_dist.config import Decoding, Model
+        from plad_dist.data.conversation import Conversation
         from plad_dist.data.dataset import Dataset
         from plad_dist.data.schemas import PROMPTS as SCHEMA
         from plad_dist.data.storage import Storage
@@ -177,8 +178,8 @@ class Work:
             path=str(model), template="{{ messages[-1].content }}", max_length=ENGINE["max_model_len"]
         )
         self.decoding = Decoding(max_tokens=MAX_TOKENS)
-        conversations = [[{"role": "user", "content": text}] for text in texts]
-        rows = [{"prompt_id": f"{row:08d}", "messages": messages} for row, messages in enumerate(conversations)]
+        conversations = [Conversation([{"role": "user", "content": text}]) for text in texts]
+        rows = [{"prompt_id": f"{row:08d}", **prompt.to_row()} for row, prompt in enumerate(conversations)]
         self.ids = Renderer(str(model), self.settings).prompt_ids(conversations)
         self.seeds = [sample_seed(SEED, ROUND, "teacher", str(row["prompt_id"]), 0) for row in rows]
         self.storage = Storage(str(folder / "run"))

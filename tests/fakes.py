@@ -65,7 +65,7 @@ class FakeBackend:
         return None
 
     def render(self, prompts: Sequence[Any]) -> Sequence[Any]:
-        return [messages[-1]["content"] for messages in prompts]
+        return [prompt.messages[-1]["content"] for prompt in prompts]
 
     async def complete(self, prompt: Any, decoding: Decoding, seed: int, request_id: str) -> Completion:
         self._log(f"ask {prompt}")

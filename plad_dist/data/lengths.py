@@ -35,7 +35,7 @@ class _Limit:
             UserError: the model's template cannot render a row. The message names the row.
         """
         try:
-            return [len(ids) for ids in self.renderer.prompt_ids([prompt.messages for prompt in prompts])]
+            return [len(ids) for ids in self.renderer.prompt_ids([prompt.conversation for prompt in prompts])]
         except UserError as error:
             if len(prompts) == 1:
                 raise UserError(f"{prompts[0].location}: {self.name}: {error}") from None
@@ -80,7 +80,7 @@ class Lengths:
             for prompt in prompts:
                 if _responds_to(teacher, prompt):
                     try:
-                        render(template, prompt.messages, name)
+                        render(template, prompt.conversation, name)
                     except UserError as error:
                         raise UserError(f"{prompt.location}: {error}") from None
 

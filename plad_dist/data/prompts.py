@@ -255,15 +255,18 @@ class _Writer:
 
 
 def _table(rows: list[Prompt]) -> pa.Table:
-    columns = [
-        [row.prompt_id for row in rows],
-        [row.messages for row in rows],
-        [row.reference for row in rows],
-        [json.dumps(row.meta, sort_keys=True, default=str) for row in rows],
-        [row.teacher for row in rows],
-    ]
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, PROMPTS, strict=True)], schema=PROMPTS
+    return pa.Table.from_pylist(
+        [
+            {
+                "prompt_id": row.prompt_id,
+                "reference": row.reference,
+                "meta": json.dumps(row.meta, sort_keys=True, default=str),
+                "teacher": row.teacher,
+                **row.conversation.to_row(),
+            }
+            for row in rows
+        ],
+        schema=PROMPTS,
     )
 
 

@@ -21,6 +21,8 @@ PROMPTS = pa.schema(
         pa.field("reference", pa.string()),
         pa.field("meta", pa.string()),
         pa.field("teacher", pa.string()),  # the teacher that responds; null if the run has only one
+        pa.field("conversation", pa.string()),  # JSON of the messages; null if role and text are all they have
+        pa.field("tools", pa.string()),  # JSON of the tools that the model may call; null without
     ]
 )
 

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from plad_dist.config import Config, PythonFunctionsSource
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.hashset import HashSet
 from plad_dist.data.lengths import Lengths
 from plad_dist.data.sources import JINJA, JINJA_ERRORS, Prompt, make_prompt, read_prompts
@@ -224,9 +225,9 @@ def _rows(config: Config) -> Iterator[Row]:
                 content, reference = item.description, item.name
                 if prompts.source.answer == "description":
                     content, reference = reference, content
-                messages = [{"role": "user", "content": content}]
+                conversation = Conversation([{"role": "user", "content": content}])
                 location, meta = f"python_functions: row {index}", {"package": item.package}
-                yield name, make_prompt("python_functions", index, location, messages, reference, meta)
+                yield name, make_prompt("python_functions", index, location, conversation, reference, meta)
         return
     share = prompts.heldout_fraction if prompts.heldout is None else 0.0
     for prompt in read_prompts(prompts.source):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import jinja2.sandbox
 import xxhash
 
 from plad_dist.config import Columns, DatasetSource, FilesSource
+from plad_dist.data.conversation import Conversation, Messages, Tools, to_json
 from plad_dist.data.files import Record, expand, records
 from plad_dist.errors import UserError, first_line
 
@@ -25,7 +25,6 @@ ROLES = ("system", "user", "assistant", "tool")
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 # Errors that a template which compiles can raise on a row.
 JINJA_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +33,46 @@ class Prompt:
 
     Attributes:
         prompt_id: hash of source, row and messages, as 24 hexadecimal digits.
-        messages: chat messages (`role`, `content`), without the response.
+        messages: chat messages, without the response; see :class:`Conversation`.
         reference: gold response, or None.
         meta: source, row, and the columns to keep.
         location: file or data set and row, for messages.
-        content: 64-bit hash of the messages alone; equal messages have equal hashes.
+        content: 64-bit hash of the conversation alone; equal conversations have equal hashes.
         teacher: name of the teacher that responds, or None if the run has only one.
+        tools: definitions of the tools that the model may call, None without.
     """
 
     prompt_id: str
-    messages: list[dict[str, str]]
+    messages: Messages
     reference: str | None
     meta: dict[str, Any]
     location: str
     content: int
     teacher: str | None = None
+    tools: Tools | None = None
+
+    @property
+    def conversation(self) -> Conversation:
+        """Conversation to render."""
+        return Conversation(self.messages, self.tools)
 
 
 def make_prompt(
-    source: str, row: int, location: str, messages: list[dict[str, str]], reference: str | None, meta: dict[str, Any]
+    source: str,
+    row: int,
+    location: str,
+    conversation: Conversation,
+    reference: str | None,
+    meta: dict[str, Any],
 ) -> Prompt:
-    """Return a prompt with its id and the hash of its messages; see :class:`Prompt`."""
-    content = _json([[message["role"], message["content"]] for message in messages]).encode()
+    """Return a prompt with its id and the hash of its conversation; see :class:`Prompt`."""
+    messages, tools = conversation.messages, conversation.tools
+    if conversation.is_plain and tools is None:
+        content = to_json([[message["role"], message["content"]] for message in messages]).encode()
+    else:
+        content = to_json([messages, tools]).encode()
     prompt_id = hashlib.sha256(f"{source}\0{row}\0".encode() + content).hexdigest()[:24]
-    return Prompt(prompt_id, messages, reference, meta, location, xxhash.xxh3_64_intdigest(content))
+    return Prompt(prompt_id, messages, reference, meta, location, xxhash.xxh3_64_intdigest(content), tools=tools)
 
 
 def read_prompts(source: FilesSource | DatasetSource, key: str = "prompts.source") -> Iterator[Prompt]:
@@ -127,9 +142,9 @@ class _Reader:
                 messages, reference = self._messages(record, location), self._reference(record, location)
             columns = {name: self._column(record, name, "meta_columns", location) for name in source.meta_columns}
             meta = {"source": label, "row": row} | columns
-            yield make_prompt(label, row, location, messages, reference, meta)
+            yield make_prompt(label, row, location, Conversation(messages), reference, meta)
 
-    def _messages(self, record: dict[str, Any], location: str) -> list[dict[str, str]]:
+    def _messages(self, record: dict[str, Any], location: str) -> Messages:
         source = self._source
         if source.messages_column is not None:
             messages = self._column(record, source.messages_column, "messages_column", location)
@@ -151,7 +166,7 @@ class _Reader:
             columns = ", ".join(map(str, record))
             raise UserError(f"{location}: {self._key}.{option}: {error}; the row has the columns {columns}") from None
 
-    def _dialogue(self, text: Any, location: str) -> tuple[list[dict[str, str]], str | None]:
+    def _dialogue(self, text: Any, location: str) -> tuple[Messages, str | None]:
         """Return the turns of a dialogue before its final response, and that response, if any."""
         name = self._source.dialogue_column
         expected = (
@@ -167,7 +182,7 @@ class _Reader:
             raise UserError(f"{expected}, and a turn of the human before the last response; got {text!r:.60}")
         return messages, reference or None
 
-    def _without_response(self, messages: Any, location: str) -> list[dict[str, str]]:
+    def _without_response(self, messages: Any, location: str) -> Messages:
         """Return the turns of a conversation without a final response, which is the reference."""
         turns, source = self._parse_chat(messages, location), self._source
         if turns[-1]["role"] != "assistant":
@@ -184,7 +199,7 @@ class _Reader:
             raise UserError(f"{location}: {name!r}: expected a turn of another role before the assistant's last one")
         return turns[:-1]
 
-    def _parse_chat(self, messages: Any, location: str) -> list[dict[str, str]]:
+    def _parse_chat(self, messages: Any, location: str) -> Messages:
         expected = f"{location}: {self._source.messages_column!r}: expected a non-empty list of {{role, content}}"
         if not isinstance(messages, list) or not messages:
             raise UserError(f"{expected}, got {messages!r:.60}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ import jinja2.meta
 import jinja2.sandbox
 
 from plad_dist.config import Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import check_local_model
 from plad_dist.data.sources import JINJA_ERRORS
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 
-Messages = list[dict[str, str]]
 _PROBE_RESPONSE = "answer-b1946ac9"  # a text that no template contains
 
 
@@ -47,9 +47,9 @@ class Renderer:
         if generates and self.tokenizer.eos_token_id is None:
             raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so a response could never end")
 
-    def prompt_ids(self, prompts: Sequence[Messages]) -> list[list[int]]:
+    def prompt_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Return the token ids of prompts, with special tokens once. The response follows."""
-        texts = [self._render(messages) for messages in prompts]
+        texts = [self._render(prompt) for prompt in prompts]
         # A chat template adds the special tokens itself, and so may a template of the config.
         bos = self.tokenizer.bos_token
         needs_special = [self._template is not None and not (bos and text.startswith(bos)) for text in texts]
@@ -72,15 +72,17 @@ class Renderer:
         )["input_ids"]
         return encoded
 
-    def _render(self, messages: Messages) -> str:
+    def _render(self, prompt: Conversation) -> str:
         if self._template is not None:
-            return render(self._jinja, messages, self.model)
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, add_generation_prompt=self._generates, tokenize=False)
+            return render(self._jinja, prompt, self.model)
+        return _rendered(self._apply_chat_template, prompt, self.model)
+
+    def _apply_chat_template(self, prompt: Conversation) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                prompt.messages, tools=prompt.tools, add_generation_prompt=self._generates, tokenize=False
             )
-        except JINJA_ERRORS as error:
-            raise _rendering_error(messages, self.model, error) from None
+        )
 
     @property
     def identity(self) -> str:
@@ -124,33 +126,47 @@ class Renderer:
 
 
 def compile_template(template: str, model: str) -> jinja2.Template:
-    """Compile a model's template over `messages` in a sandbox.
+    """Compile a model's template over `messages` and `tools` in a sandbox.
 
     Raises:
-        UserError: the template is invalid, or uses another variable than `messages`.
+        UserError: the template is invalid, or uses another variable.
     """
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(template))
-        if unknown := names - {"messages"} - environment.globals.keys():
+        if unknown := names - {"messages", "tools"} - environment.globals.keys():
             raise UserError(
-                f"template of {model}: unknown variable {', '.join(sorted(unknown))}; the only variable is `messages`"
+                f"template of {model}: unknown variable {', '.join(sorted(unknown))}; the variables are `messages` and "
+                "`tools`"
             )
         return environment.from_string(template)
     except jinja2.TemplateError as error:
         raise UserError(f"template of {model}: not a valid Jinja template: {error}") from None
 
 
-def render(template: jinja2.Template, messages: Messages, model: str) -> str:
+def render(template: jinja2.Template, prompt: Conversation, model: str) -> str:
     """Return the text of a prompt. Raise :class:`UserError` if the template cannot render it."""
+    return _rendered(lambda prompt: template.render(messages=prompt.messages, tools=prompt.tools), prompt, model)
+
+
+def _rendered(apply: Callable[[Conversation], str], prompt: Conversation, model: str) -> str:
+    """Return the text of a prompt by a function that applies a template.
+
+    A template that would print the word None for a turn without text, or cannot take it, gets an
+    empty text instead. Other templates test for null, for example to tell apart a turn that only
+    calls tools.
+    """
     try:
-        return template.render(messages=messages)
+        if not prompt.has_null_content:
+            return apply(prompt)
+        with_empty = apply(prompt.with_empty_contents())
+        try:
+            text = apply(prompt)
+        except TypeError:
+            return with_empty
+        return with_empty if text.count("None") > with_empty.count("None") else text
     except JINJA_ERRORS as error:
-        raise _rendering_error(messages, model, error) from None
-
-
-def _rendering_error(messages: Messages, model: str, error: Exception) -> UserError:
-    return UserError(f"template of {model}: cannot render {messages!r:.80}: {error}")
+        raise UserError(f"template of {model}: cannot render {prompt.messages!r:.80}: {error}") from None
 
 
 def load_tokenizer(model: str, settings: Model) -> Any:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from plad_dist.config import Config, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.doctor.findings import Finding, fail, format_size, ok, run_check, warn
 from plad_dist.doctor.machine_checks import existing_ancestor
 from plad_dist.doctor.node import HERE, models_of
@@ -143,7 +144,7 @@ def _check_tokens(key: str, path: str, model: Model, renderer: Renderer) -> Iter
     embeddings, tokenizer = vocabulary_size(load_model_config(path, model)), renderer.tokenizer
     check_vocabulary(path, renderer, embeddings)
     known_tokens = set(tokenizer.get_vocab().values())
-    prompt = renderer.prompt_ids([[{"role": "user", "content": "Hello"}]])[0]
+    prompt = renderer.prompt_ids([Conversation([{"role": "user", "content": "Hello"}])])[0]
     bos = tokenizer.bos_token_id
     if bad_ends := sorted(token for token in renderer.end_ids if token not in known_tokens or token >= embeddings):
         yield fail(

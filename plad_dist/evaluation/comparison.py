@@ -12,6 +12,7 @@ import numpy as np
 
 from plad_dist.catalog import systems_of
 from plad_dist.config import Config, Decoding
+from plad_dist.data.conversation import COLUMNS
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Interval, JsonModel, Metrics, SystemName
 from plad_dist.evaluation.heldout import evaluated_prompts, outputs_of
@@ -144,7 +145,7 @@ def _distinct_names(paths: Sequence[str]) -> list[str]:
 
 def _open_run(path: str, name: str) -> _ComparedRun:
     config, run, metrics = evaluated_run(path)
-    prompts = evaluated_prompts(config, run).select(["messages", "reference"]).to_pylist()
+    prompts = evaluated_prompts(config, run).select([*COLUMNS, "reference"]).to_pylist()
     references = [prompt["reference"] for prompt in prompts]
     texts = [json.dumps(prompt, sort_keys=True) for prompt in prompts]
     return _ComparedRun(name, config, run, metrics, texts, references)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PROMPTS
@@ -92,10 +93,17 @@ def _reward_scores(
     from plad_dist.pairing.reward import as_model
     from plad_dist.sampling.engine_placement import engines_use_gpus
 
+    conversations = [Conversation.from_row(prompt) for prompt in prompts]
     answers = [
-        Answer(messages=prompt["messages"], reference=prompt["reference"], response=output.text, role=str(system))
+        Answer(
+            messages=conversation.messages,
+            tools=conversation.tools,
+            reference=prompt["reference"],
+            response=output.text,
+            role=str(system),
+        )
         for (system, _), responses in outputs.items()
-        for prompt, output in zip(prompts, responses, strict=True)
+        for prompt, conversation, output in zip(prompts, conversations, responses, strict=True)
     ]
     gpus = config.evaluation.gpus_per_judge if engines_use_gpus() else 0.0
     score = ray.remote(num_cpus=config.pairing.cpus_per_worker, num_gpus=gpus, max_retries=2)(_score)
@@ -219,7 +227,7 @@ def judge_questions(
         for order, (first, second) in enumerate(((a.text, b.text), (b.text, a.text))):
             try:
                 text = template.render(
-                    messages=prompt["messages"],
+                    messages=Conversation.from_row(prompt).with_empty_contents().messages,
                     reference=prompt["reference"],
                     first=_quoted(first),
                     second=_quoted(second),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from plad_dist.catalog import systems_of
+from plad_dist.data.conversation import COLUMNS
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Interval, Ranking
 from plad_dist.evaluation.heldout import candidates_of, evaluated_prompts, outputs_of
@@ -62,7 +63,7 @@ class FinishedRun:
         config, run, metrics = evaluated_run(path)
         prompts = evaluated_prompts(config, run)
         self.references = prompts["reference"].to_pylist()
-        self.prompts = [json.dumps(messages, sort_keys=True) for messages in prompts["messages"].to_pylist()]
+        self.prompts = [json.dumps(row, sort_keys=True) for row in prompts.select(COLUMNS).to_pylist()]
         main = metrics.main_decoding
         decodings = {"": main} | ({"greedy_": "greedy"} if main != "greedy" else {})
         self.scores = {

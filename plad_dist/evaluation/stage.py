@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plad_dist.catalog import systems_of, trained_systems
 from plad_dist.config import Config, LlmJudge, RewardJudge
+from plad_dist.data.conversation import COLUMNS
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.heldout import (
     candidates_of,
@@ -74,7 +75,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> Metrics:
     decodings = {system: config.system_decodings(system) for system in systems_of(config, run)}
     outputs = {(system, name): outputs_of(run, system, name) for system, names in decodings.items() for name in names}
     temperatures = {name: decoding.temperature for by_name in decodings.values() for name, decoding in by_name.items()}
-    prompts = evaluated_prompts(config, run).select(["prompt_id", "messages", "reference"]).to_pylist()
+    prompts = evaluated_prompts(config, run).select(["prompt_id", "reference", *COLUMNS]).to_pylist()
     references = [prompt["reference"] for prompt in prompts]
     previous, main = previous_system(run), main_decoding(outputs, temperatures)
     metrics = compare(

@@ -70,7 +70,8 @@ def _score(prompts: Sequence[SampledPrompt], scorer: Scorer, counts: Counter[str
             if not equal:
                 answers.append(
                     Answer(
-                        messages=prompt.messages,
+                        messages=prompt.conversation.messages,
+                        tools=prompt.conversation.tools,
                         reference=prompt.reference,
                         response=response.text,
                         role=response.role,

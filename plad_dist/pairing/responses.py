@@ -10,7 +10,8 @@ from typing import Literal
 import pyarrow as pa
 
 from plad_dist.config import Pairing
-from plad_dist.data.templates import Messages, Renderer
+from plad_dist.data.conversation import COLUMNS, Conversation
+from plad_dist.data.templates import Renderer
 
 Role = Literal["teacher", "student"]
 DropReason = Literal[
@@ -60,7 +61,7 @@ class SampledPrompt:
     """A prompt with the responses of both models, in the order of their sample indices."""
 
     prompt_id: str
-    messages: Messages
+    conversation: Conversation
     reference: str | None
     teacher: list[SampledResponse]
     student: list[SampledResponse]
@@ -78,11 +79,16 @@ def read_prompts(
     """Return the prompts of a block that have samples. Those beyond `sampling.limit` have none."""
     by_teacher = _responses(teacher, "teacher", pairing, renderer)
     by_student = _responses(student, "student", pairing, renderer)
-    columns = (prompts[name].to_pylist() for name in ("prompt_id", "messages", "reference"))
     return [
-        SampledPrompt(prompt_id, messages, reference, by_teacher.get(prompt_id, []), by_student.get(prompt_id, []))
-        for prompt_id, messages, reference in zip(*columns, strict=True)
-        if prompt_id in by_teacher or prompt_id in by_student
+        SampledPrompt(
+            prompt_id := row["prompt_id"],
+            Conversation.from_row(row),
+            row["reference"],
+            by_teacher.get(prompt_id, []),
+            by_student.get(prompt_id, []),
+        )
+        for row in prompts.select(["prompt_id", "reference", *COLUMNS]).to_pylist()
+        if row["prompt_id"] in by_teacher or row["prompt_id"] in by_student
     ]
 
 
@@ -127,7 +133,7 @@ def tokenize(prompts: Sequence[SampledPrompt], renderer: Renderer, limit: int) -
         limit: maximum length of prompt and response together, in tokens.
     """
     usable = [(prompt, responses) for prompt in prompts if (responses := prompt.usable())]
-    prompt_ids = renderer.prompt_ids([prompt.messages for prompt, _ in usable])
+    prompt_ids = renderer.prompt_ids([prompt.conversation for prompt, _ in usable])
     for (prompt, _), ids in zip(usable, prompt_ids, strict=True):
         prompt.prompt_ids = ids
     texts = list({r.text: None for _, responses in usable for r in responses if r.role == "teacher"})

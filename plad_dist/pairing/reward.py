@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from plad_dist.config import Model, RewardModel
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import check_weights, context_length, load_model_config, resolve_model
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError, first_line
@@ -66,7 +67,7 @@ class RewardScorer:
         Equal conversations are computed once.
         """
         conversations = [
-            [*answer["messages"], {"role": "assistant", "content": answer["response"]}] for answer in answers
+            Conversation(answer["messages"], answer["tools"]).with_response(answer["response"]) for answer in answers
         ]
         indices: dict[tuple[int, ...], list[int]] = {}
         for index, tokens in enumerate(self._renderer.prompt_ids(conversations)):

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.parts import Part
 from plad_dist.data.schemas import SAMPLES, is_usable_response
@@ -111,7 +112,7 @@ class BlockAttempt:
     def _read(self) -> BlockInputs:
         job, block = self._job, self._block
         prompts = job.input(self._storage).read_block(block).slice(0, job.cut.get(block)).to_pylist()
-        rendered = self._backend.render([prompt["messages"] for prompt in prompts])
+        rendered = self._backend.render([Conversation.from_row(prompt) for prompt in prompts])
         spooled, lost_cost = self._spool.load(block) if self._spool is not None else ({}, 0.0)
         return BlockInputs(prompts, rendered, self._read_responses(), spooled, lost_cost)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from plad_dist.config import Decoding
-from plad_dist.data.templates import Messages
+from plad_dist.data.conversation import Conversation
 
 
 class RefusedPromptError(ValueError):
@@ -86,7 +86,7 @@ class Backend(Protocol):
     async def check(self) -> str | None:
         """Return what the user must change, or None if the backend is ready."""
 
-    def render(self, prompts: Sequence[Messages]) -> Sequence[Any]:
+    def render(self, prompts: Sequence[Conversation]) -> Sequence[Any]:
         """Return prompts in the form that :meth:`complete` takes.
 
         A prompt that cannot be rendered is replaced by its exception.

@@ -9,8 +9,9 @@ from typing import Any
 
 from plad_dist.compat.vllm import assert_engine_internals, death_without_message, root_cause, tokens_in_flight
 from plad_dist.config import Decoding, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import load_model_config
-from plad_dist.data.templates import Messages, Renderer
+from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
@@ -76,16 +77,16 @@ class Engine:
         """Return None: the start of the engine has checked everything."""
         return None
 
-    def render(self, prompts: Sequence[Messages]) -> Sequence[list[int] | UserError]:
+    def render(self, prompts: Sequence[Conversation]) -> Sequence[list[int] | UserError]:
         """Return the token ids of each prompt, or the error why the template cannot render it."""
         try:
             return self._renderer.prompt_ids(prompts)
         except UserError:
-            return [self._render_one(messages) for messages in prompts]
+            return [self._render_one(prompt) for prompt in prompts]
 
-    def _render_one(self, messages: Messages) -> list[int] | UserError:
+    def _render_one(self, prompt: Conversation) -> list[int] | UserError:
         try:
-            return self._renderer.prompt_ids([messages])[0]
+            return self._renderer.prompt_ids([prompt])[0]
         except UserError as error:
             return error
 

@@ -369,7 +369,10 @@ def test_keys_of_steps_that_have_not_started_may_change(
     ("template", "message"),
     [
         ("{{ messages[-1", "template of student: not a valid Jinja template"),
-        ("{{ messags[-1].content }}", "template of student: unknown variable messags; the only variable is `messages`"),
+        (
+            "{{ messags[-1].content }}",
+            "template of student: unknown variable messags; the variables are `messages`",
+        ),
     ],
 )
 def test_an_unusable_template_is_refused_before_anything_is_read(

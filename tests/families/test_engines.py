@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from plad_dist.config import Decoding, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.sampling.backend import Response
 from plad_dist.sampling.engine import Engine
 from tests.tiny import TEMPLATE, make_random_model
@@ -44,7 +45,7 @@ def test_an_engine_reports_its_tokens_while_it_generates_a_response(tmp_path: Pa
     async def generate() -> tuple[list[int], int]:
         settings = Model(path=folder, template=TEMPLATE)
         engine = Engine(folder, settings, {"kv_cache_memory_bytes": 1 << 28, "max_num_seqs": 8}, 0)
-        [prompt] = engine.render([[{"role": "user", "content": PROMPT}]])
+        [prompt] = engine.render([Conversation([{"role": "user", "content": PROMPT}])])
         completion = asyncio.create_task(
             engine.complete(prompt, Decoding(temperature=1.0, min_p=0.0, max_tokens=1000), 1, "long")
         )
@@ -68,7 +69,7 @@ def test_gpt_neo_samples_scores_and_swaps_weights_like_transformers(tmp_path: Pa
     async def sample_and_score() -> list[tuple[Any, Any, Any]]:
         settings = Model(path=str(folders[0]), template=TEMPLATE)
         engine = Engine(str(folders[0]), settings, {"kv_cache_memory_bytes": 1 << 27, "max_num_seqs": 8}, 0)
-        [prompt] = engine.render([[{"role": "user", "content": PROMPT}]])
+        [prompt] = engine.render([Conversation([{"role": "user", "content": PROMPT}])])
         results = []
         for folder in folders:
             await engine.load_weights(str(folder))

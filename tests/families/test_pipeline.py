@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from plad_dist.config import Decoding, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.templates import Renderer
 from plad_dist.sampling.engine import Engine
 from tests.conftest import plad, write_config, write_prompts
@@ -63,7 +64,7 @@ def test_a_teacher_of_one_family_distils_into_a_student_of_another(tmp_path: Pat
     folder = tmp_path / "run/models/round-0"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = Renderer(str(folder), Model(path=str(folder), template=TEMPLATE)).prompt_ids(
-        [[{"role": "user", "content": "larger of 3 and 7"}]]
+        [Conversation([{"role": "user", "content": "larger of 3 and 7"}])]
     )[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "larger of 3 and 7"}]

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from plad_dist.config_file import load_config
+from plad_dist.data.conversation import Conversation
 from plad_dist.errors import UserError
 from plad_dist.evaluation.comparison import compare_runs
 from plad_dist.evaluation.over_seeds import study_over_seeds
@@ -301,7 +302,7 @@ def test_engines_with_swapped_weights_respond_like_the_model_of_those_weights(fi
         answers = run.system_samples(system, "greedy").read().to_pylist()
         same = 0
         for prompt, answer in zip(prompts, answers, strict=False):
-            ids = torch.tensor(renderer.prompt_ids([prompt["messages"]]))
+            ids = torch.tensor(renderer.prompt_ids([Conversation.from_row(prompt)]))
             written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
             same += written[0, ids.shape[1] :].tolist() == answer["token_ids"]
         assert same >= 0.95 * len(answers), f"{system}: {same} of {len(answers)}"

@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from plad_dist.config import Decoding, Model
+from plad_dist.data.conversation import Conversation, Messages, to_json
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.templates import Messages, compile_template, render
+from plad_dist.data.templates import compile_template, render
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import StopStageError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
@@ -44,15 +45,15 @@ class EndpointBackend:
         """Return what the user must correct, None if the key is set and the server responds."""
         return await self._client.check()
 
-    def render(self, prompts: Sequence[Messages]) -> Sequence[Any]:
-        """Return messages unchanged for `api: chat`, and rendered texts for `api: completions`."""
-        return [self._render_one(messages) for messages in prompts]
+    def render(self, prompts: Sequence[Conversation]) -> Sequence[Any]:
+        """Return messages for `api: chat`, and rendered texts for `api: completions`."""
+        return [self._render_one(prompt) for prompt in prompts]
 
-    def _render_one(self, messages: Messages) -> Messages | str | UserError:
+    def _render_one(self, prompt: Conversation) -> Messages | str | UserError:
         if self._template is None:
-            return [dict(message) for message in messages]
+            return [_as_sent(message) for message in prompt.messages]
         try:
-            return render(self._template, messages, str(self.path))
+            return render(self._template, prompt, str(self.path))
         except UserError as error:
             return error
 
@@ -80,3 +81,16 @@ class EndpointBackend:
     async def close(self) -> None:
         """Send nothing more, and wait briefly for the responses in flight, which are paid for."""
         await self._client.close(_DRAIN_S)
+
+
+def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message as the API takes it: arguments of tool calls are texts of JSON."""
+    if "tool_calls" not in message:
+        return dict(message)
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function")
+        if isinstance(function, dict) and not isinstance(function.get("arguments", ""), str):
+            call = {**call, "function": {**function, "arguments": to_json(function["arguments"])}}
+        calls.append(call)
+    return {**message, "tool_calls": calls}

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from plad_dist.config import Decoding, Endpoint
+from plad_dist.data.conversation import Messages
 from plad_dist.errors import UserError
 from plad_dist.sampling.endpoint.reply import Usage
 
-Prompt = list[dict[str, str]] | str
+Prompt = Messages | str
 
 _SET_BY_THE_RUN = ("model", "messages", "prompt", "stream", "n", "best_of")
 _TEMPLATE_TOKENS = 256  # allowance for what a server's chat template adds to a prompt, such as a system prompt

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from plad_dist.data.conversation import COLUMNS
 from plad_dist.data.schemas import is_usable_response
 from plad_dist.errors import RunFailed
 
@@ -31,7 +32,7 @@ class ReferenceRows:
     """Prompts with their references. Every prompt that has a reference is a group."""
 
     def __init__(self, prompts: pa.Table) -> None:
-        self._prompts = prompts.select(["prompt_id", "messages", "reference"])
+        self._prompts = prompts.select(["prompt_id", "reference", *COLUMNS])
         self._row_indices = np.flatnonzero(prompts["reference"].is_valid().to_numpy(zero_copy_only=False))
 
     def rows(self, number: int) -> list[Row]:
@@ -40,7 +41,7 @@ class ReferenceRows:
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the bytes of text of each group."""
-        sizes = _message_bytes(self._prompts["messages"]) + _text_bytes(self._prompts["reference"])
+        sizes = _prompt_bytes(self._prompts) + _text_bytes(self._prompts["reference"])
         return sizes[self._row_indices]
 
 
@@ -51,28 +52,29 @@ class ResponseRows:
     """
 
     def __init__(self, prompts: pa.Table, samples: pa.Table) -> None:
-        self._prompts, self._samples = prompts, samples.select(["prompt_id", "text"])
+        self._prompts, self._samples = prompts.select(COLUMNS), samples.select(["prompt_id", "text"])
         self._prompt_rows = {prompt_id: row for row, prompt_id in enumerate(prompts["prompt_id"].to_pylist())}
         rows = samples.select(["text", "finish_reason"]).to_pylist()
         self._row_indices = np.array([index for index, row in enumerate(rows) if is_usable_response(row)], np.int64)
 
     def rows(self, number: int) -> list[Row]:
         sample = self._samples.slice(int(self._row_indices[number]), 1).to_pylist()[0]
-        messages = self._prompts["messages"][self._prompt_rows[sample["prompt_id"]]].as_py()
-        return [{"prompt_id": sample["prompt_id"], "messages": messages, "reference": sample["text"]}]
+        prompt = self._prompts.slice(self._prompt_rows[sample["prompt_id"]], 1).to_pylist()[0]
+        return [prompt | {"prompt_id": sample["prompt_id"], "reference": sample["text"]}]
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the bytes of text of each group."""
         prompt_rows = [self._prompt_rows[prompt_id] for prompt_id in self._samples["prompt_id"].to_pylist()]
-        sizes = _message_bytes(self._prompts["messages"])[prompt_rows] + _text_bytes(self._samples["text"])
+        sizes = _prompt_bytes(self._prompts)[prompt_rows] + _text_bytes(self._samples["text"])
         return sizes[self._row_indices]
 
 
-def _message_bytes(messages: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return the bytes of text in all messages of each row."""
-    column = messages.combine_chunks()
-    sizes = _text_bytes(column.flatten().field("content"))
-    return np.bincount(pc.list_parent_indices(column).to_numpy(), sizes, len(column)).astype(np.int64)
+def _prompt_bytes(prompts: pa.Table) -> NDArray[np.int64]:
+    """Return the bytes of each prompt: of its texts or its whole conversation, and its tools."""
+    column = prompts["messages"].combine_chunks()
+    texts = _text_bytes(column.flatten().field("content"))
+    sizes = np.bincount(pc.list_parent_indices(column).to_numpy(), texts, len(column)).astype(np.int64)
+    return np.maximum(sizes, _text_bytes(prompts["conversation"])) + _text_bytes(prompts["tools"])
 
 
 def _text_bytes(texts: pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:

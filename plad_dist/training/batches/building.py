@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import Row
@@ -26,7 +27,7 @@ class TextGroupBuilder:
 
     def __call__(self, rows_of_groups: list[list[Row]]) -> list[Group]:
         rows = [row for (row,) in rows_of_groups]
-        prompts = self._renderer.prompt_ids([row["messages"] for row in rows])
+        prompts = self._renderer.prompt_ids([Conversation.from_row(row) for row in rows])
         responses = self._renderer.response_ids([row["reference"] for row in rows])
         groups = []
         for row, prompt, response in zip(rows, prompts, responses, strict=True):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from plad_dist.config import Config, Decoding
+from plad_dist.data.conversation import COLUMNS, Conversation
 from plad_dist.data.prompts import heldout_prompts
-from plad_dist.data.templates import Messages
 from plad_dist.rundir import RunDir
 from plad_dist.systems import PLAD, WARMUP
 from plad_dist.text_metrics import Output, main_decoding
@@ -24,7 +24,7 @@ class ProbePrompts:
     """
 
     ids: list[str]
-    prompts: list[Messages]
+    prompts: list[Conversation]
     references: list[str | None]
     start_outputs: list[Output]
     decoding: Decoding
@@ -46,7 +46,7 @@ def read_probe_prompts(config: Config, run: RunDir, round_number: int, count: in
     prompts = _read_prompts(run, {row["prompt_id"] for row in rows})
     return ProbePrompts(
         ids=[row["prompt_id"] for row in rows],
-        prompts=[prompts[row["prompt_id"]]["messages"] for row in rows],
+        prompts=[Conversation.from_row(prompts[row["prompt_id"]]) for row in rows],
         references=[prompts[row["prompt_id"]]["reference"] for row in rows],
         start_outputs=[Output(row["text"], row["num_tokens"], row["finish_reason"] == "stop") for row in rows],
         decoding=decodings[name],
@@ -60,6 +60,6 @@ def _read_prompts(run: RunDir, ids: set[str]) -> dict[str, dict[str, Any]]:
     for block in range(len(dataset.require("prepare").parts)):
         if len(prompts) == len(ids):
             break
-        rows = dataset.read_block(block).select(["prompt_id", "messages", "reference"]).to_pylist()
+        rows = dataset.read_block(block).select(["prompt_id", "reference", *COLUMNS]).to_pylist()
         prompts |= {row["prompt_id"]: row for row in rows if row["prompt_id"] in ids}
     return prompts

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from plad_dist.config import Decoding
-from plad_dist.data.templates import Messages
+from plad_dist.data.conversation import Conversation
 from plad_dist.sampling.backend import RefusedPromptError
 from plad_dist.sampling.engine import Engine
 from plad_dist.text_metrics import Output
@@ -23,7 +23,7 @@ def generate_from_checkpoint(
     job: PhaseJob,
     checkpoint: Checkpoint,
     engine: dict[str, Any],
-    prompts: Sequence[Messages],
+    prompts: Sequence[Conversation],
     decoding: Decoding,
     seeds: Sequence[int],
 ) -> list[Output]:
@@ -46,7 +46,7 @@ async def _generate(
     model: str,
     job: PhaseJob,
     arguments: dict[str, Any],
-    prompts: Sequence[Messages],
+    prompts: Sequence[Conversation],
     decoding: Decoding,
     seeds: Sequence[int],
 ) -> list[Output]:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import resolve_model
 from plad_dist.data.sources import read_prompts
 from plad_dist.data.templates import Renderer
@@ -92,7 +93,7 @@ def test_a_truncated_prompt_fits_every_model_that_responds_to_it(model: Path, te
             assert content
             assert original[1]["content"].startswith(content)
             truncated += content != original[1]["content"]
-            assert all(len(renderer.prompt_ids([row["messages"]])[0]) <= limit for renderer in renderers)
+            assert all(len(renderer.prompt_ids([Conversation.from_row(row)])[0]) <= limit for renderer in renderers)
         assert not originals
         assert sum(manifest_of(dataset).facts["truncated"] for dataset in data) == truncated
 

@@ -263,6 +263,8 @@ def test_datasets_have_the_documented_columns() -> None:
         ("reference", "string"),
         ("meta", "string"),
         ("teacher", "string"),
+        ("conversation", "string"),
+        ("tools", "string"),
     ]
     assert SAMPLES.names[:6] == ["prompt_id", "sample_index", "role", "text", "token_ids", "logprob"]
     assert str(SAMPLES.field("logprob").type) == "double"

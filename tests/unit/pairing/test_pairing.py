@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from plad_dist.config import Model, Pairing, ScratchModel
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.templates import Renderer
 from plad_dist.pairing.answer import Answer
@@ -68,7 +69,7 @@ def build(
 def test_a_pair_holds_the_teachers_text_and_the_students_own_tokens(renderer: Renderer) -> None:
     rows, counts = build(renderer, [sample("p", "one two", "teacher")], [sample("p", "four", "student", [9, 8, 2])])
     (row,) = rows
-    assert row["prompt_token_ids"] == renderer.prompt_ids([[{"role": "user", "content": "three"}]])[0]
+    assert row["prompt_token_ids"] == renderer.prompt_ids([Conversation([{"role": "user", "content": "three"}])])[0]
     assert row["prompt_token_ids"][0] == renderer.tokenizer.bos_token_id
     assert row["chosen_token_ids"] == renderer.response_ids(["one two"])[0]
     assert row["chosen_token_ids"][-1] == renderer.end_id

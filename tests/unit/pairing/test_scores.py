@@ -39,7 +39,7 @@ CHAT = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
 
 def answer(response: str, reference: str | None = "one two", question: str = "count", role: str = "teacher") -> Answer:
     messages = [{"role": "user", "content": question}]
-    return Answer(messages=messages, reference=reference, response=response, role=role)
+    return Answer(messages=messages, tools=None, reference=reference, response=response, role=role)
 
 
 # -- ROUGE-L
@@ -226,7 +226,7 @@ def test_a_function_receives_the_responses_and_returns_numbers_or_nulls(function
     scorer = function(
         "import numpy as np\n"
         "def f(answers):\n"
-        "    keys = {'messages', 'reference', 'response', 'role'}\n"
+        "    keys = {'messages', 'tools', 'reference', 'response', 'role'}\n"
         "    assert all(set(answer) == keys for answer in answers)\n"
         "    return [None, 2, np.float32(0.5)][: len(answers)]\n"
     )

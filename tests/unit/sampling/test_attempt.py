@@ -35,7 +35,7 @@ class PaidBackend:
         return None
 
     def render(self, prompts: Sequence[Any]) -> Sequence[Any]:
-        return [messages[-1]["content"] for messages in prompts]
+        return [prompt.messages[-1]["content"] for prompt in prompts]
 
     async def complete(self, prompt: str, decoding: Decoding, seed: int, request_id: str) -> Completion:
         self._requests.append(prompt)

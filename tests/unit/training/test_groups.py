@@ -14,6 +14,7 @@ import pytest
 
 from plad_dist.config import Loss, Model
 from plad_dist.config_file import parse_config
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS, SAMPLES
@@ -164,8 +165,8 @@ class TokensAsTexts:
 
     model = "here"
 
-    def prompt_ids(self, prompts: list[list[int]]) -> list[list[int]]:
-        return prompts
+    def prompt_ids(self, prompts: list[Conversation]) -> list[Any]:
+        return [prompt.messages for prompt in prompts]
 
     def response_ids(self, texts: list[list[int]]) -> list[list[int]]:
         return texts
