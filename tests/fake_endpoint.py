@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import ssl
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -77,7 +78,9 @@ class FakeServer:
 
 @asynccontextmanager
 async def serving(
-    respond: Callable[[str, int], Any], clock: Callable[[], float] = time.monotonic
+    respond: Callable[[str, int], Any],
+    clock: Callable[[], float] = time.monotonic,
+    certificate: ssl.SSLContext | None = None,
 ) -> AsyncIterator[FakeServer]:
     server = FakeServer(respond, clock)
     app = web.Application()
@@ -86,9 +89,9 @@ async def serving(
     app.router.add_get("/v1/models", server.list_models)
     runner = web.AppRunner(app, shutdown_timeout=0.05)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=certificate)
     await site.start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    server.url = f"{'https' if certificate else 'http'}://127.0.0.1:{runner.addresses[0][1]}/v1"
     try:
         yield server
     finally:
@@ -110,12 +113,14 @@ async def client_of(
 
 
 def good(
-    text: str = "fine", finish_reason: str | None = "stop", usage: Any = (10, 5), **message: Any
+    text: Any = "fine", finish_reason: str | None = "stop", usage: Any = (10, 5), **message: Any
 ) -> dict[str, Any]:
     """Return the body of a proper response."""
     body: dict[str, Any] = {"choices": [{"message": {"content": text} | message, "finish_reason": finish_reason}]}
+    if isinstance(usage, tuple):
+        usage = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
     if usage is not None:
-        body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1]}
+        body["usage"] = usage
     return body
 
 

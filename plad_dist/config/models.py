@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
+
+_VARIABLE, _HEADER = r"^[A-Za-z_][A-Za-z0-9_]*$", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_SET_HEADERS = ("content-type", "content-length", "host", "transfer-encoding")  # by the HTTP client
 
 
 class ScratchModel(Section):
@@ -37,9 +41,35 @@ class Endpoint(Section):
     )
     api_key_env: str | None = Field(
         None,
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        pattern=_VARIABLE,
         description="Environment variable that holds the API key. The key itself is never written anywhere. If unset, "
-        "requests carry no key.",
+        "and without `api_key_file` and `api_key_command`, requests carry no key.",
+        json_schema_extra=OPERATIONAL,
+    )
+    api_key_file: str | None = Field(
+        None,
+        min_length=1,
+        description="File that holds the API key, on the node that sends the requests. Read again when the server "
+        "rejects the key.",
+        json_schema_extra=OPERATIONAL,
+    )
+    api_key_command: str | None = Field(
+        None,
+        min_length=1,
+        description="Shell command that prints the API key, on the node that sends the requests. Run again when the "
+        "server rejects the key.",
+        json_schema_extra=OPERATIONAL,
+    )
+    headers_env: dict[str, str] = Field(
+        default={},
+        description="Further HTTP headers of every request. Each value is the name of the environment variable that "
+        "holds the header's value.",
+        json_schema_extra=OPERATIONAL,
+    )
+    ca_bundle: str | None = Field(
+        None,
+        min_length=1,
+        description="File or folder of certificates to trust besides those of the system.",
         json_schema_extra=OPERATIONAL,
     )
     concurrency: int = Field(
@@ -77,14 +107,24 @@ class Endpoint(Section):
     input_price: float | None = Field(
         None, ge=0, description="Price of one million prompt tokens.", json_schema_extra=OPERATIONAL
     )
+    cached_input_price: float | None = Field(
+        None,
+        ge=0,
+        description="Price of one million prompt tokens that the server had in its cache. If unset, `input_price`.",
+        json_schema_extra=OPERATIONAL,
+    )
     output_price: float | None = Field(
-        None, ge=0, description="Price of one million response tokens.", json_schema_extra=OPERATIONAL
+        None,
+        ge=0,
+        description="Price of one million response tokens, hidden reasoning included.",
+        json_schema_extra=OPERATIONAL,
     )
     max_spend: float | None = Field(
         None,
         gt=0,
         description="Spending cap, in the currency of the prices. The stage stops before a request that could exceed "
-        "it. Requires `input_price` and `output_price`. If unset, no cap.",
+        "it. Where the server bills more than the prompt and max_tokens allow, the cap holds to one request. Requires "
+        "`input_price` and `output_price`. If unset, no cap.",
         json_schema_extra=OPERATIONAL,
     )
     extra_body: dict[str, Any] = Field(default={}, description="Additional fields of every request.")
@@ -104,6 +144,27 @@ class Endpoint(Section):
                 "must contain no user, password, query or fragment; pass a key in the variable that api_key_env names"
             )
         return value.rstrip("/")
+
+    @field_validator("headers_env")
+    @classmethod
+    def _check_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        for header, name in value.items():
+            if not re.fullmatch(_HEADER, header) or header.lower() in _SET_HEADERS:
+                raise ValueError(f"{header!r:.60} is not a header that can be set")
+            if not re.fullmatch(_VARIABLE, name):
+                raise ValueError(
+                    f"{header}: expected the name of an environment variable, which holds the value of the header"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _check_credentials(self) -> Endpoint:
+        sources = [name for name in ("api_key_env", "api_key_file", "api_key_command") if getattr(self, name)]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)}: the key can have one source; remove all but one")
+        if sources and any(header.lower() == "authorization" for header in self.headers_env):
+            raise ValueError(f"headers_env.Authorization: the key of {sources[0]} is sent in it; remove one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_spending_cap(self) -> Endpoint:

@@ -14,6 +14,8 @@ from plad_dist.doctor.findings import Finding, fail, ok, warn
 from plad_dist.doctor.node import PROBE, Node, StorageSite
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.sampling.endpoint.connection import Connection
+from plad_dist.sampling.endpoint.credentials import key_source
+from plad_dist.sampling.endpoint.reply import CERTIFICATE
 
 _VISIBLE_WITHIN_S = 5.0  # shared file systems show a new folder with a delay
 _MAX_LISTED = 5
@@ -84,9 +86,8 @@ async def _check_all_endpoints(node: Node) -> list[Finding]:
 async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
     server = Connection(endpoint)
     try:
-        if (problem := server.key_problem()) is not None:
-            remedy = f"set {endpoint.api_key_env} in the environment of {node} before Ray starts there"
-            return fail(f"{key}: {problem}", remedy)
+        if (problem := server.problem()) is not None:
+            return fail(f"{key}: {problem}", _credentials_remedy(node, endpoint))
         failure = await server.check()
         if failure is not None:
             return fail(f"{key}: {endpoint.url}: {failure.text}", _endpoint_remedy(failure.status, node, key, endpoint))
@@ -103,13 +104,24 @@ async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
     return ok(f"{key}: {endpoint.url} answers {listing}")
 
 
+def _credentials_remedy(node: str, endpoint: Endpoint) -> str:
+    names = [name for name in (endpoint.api_key_env, *endpoint.headers_env.values()) if name]
+    if names:
+        return f"set {', '.join(names)} in the environment of {node} before Ray starts there"
+    return f"make the files and commands that the endpoint names work on {node}"
+
+
 def _endpoint_remedy(status: int, node: str, key: str, endpoint: Endpoint) -> str:
     """Return the remedy for a server that answers with a status, or not at all (0)."""
     match status:
         case 401 | 403 if endpoint.api_key_env:
             return f"the key is refused: set {endpoint.api_key_env} on {node} to a key for {endpoint.model}"
+        case 401 | 403 if source := key_source(endpoint):
+            return f"the key is refused: let {source} on {node} be a key for {endpoint.model}"
         case 401 | 403:
             return f"name the variable that holds the key in {key}.api_key_env, and set the variable on every node"
+        case status if status == CERTIFICATE:
+            return f"set {key}.ca_bundle to a file with the certificates to trust, on every node"
         case 0:
             return f"start the server, correct {key}.url, or let {node} reach it (DNS, proxy, firewall)"
         case status if 300 <= status < 400:

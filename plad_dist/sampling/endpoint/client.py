@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import random
 import time
@@ -40,7 +41,7 @@ from plad_dist.sampling.endpoint.errors import (
 )
 from plad_dist.sampling.endpoint.outage import Outage
 from plad_dist.sampling.endpoint.rates import Pace, TokenEstimate
-from plad_dist.sampling.endpoint.reply import Failure, Reply, Usage
+from plad_dist.sampling.endpoint.reply import Failure, Reply
 from plad_dist.sampling.endpoint.request import CompletionRequest, Prompt, check_extra_body, make_request
 from plad_dist.sampling.endpoint.retry import (
     AskUser,
@@ -52,6 +53,9 @@ from plad_dist.sampling.endpoint.retry import (
     RetryPolicy,
     backoff_s,
 )
+from plad_dist.sampling.endpoint.usage import Usage
+
+logger = logging.getLogger("plad")
 
 _PROBE_TEXT = "Say ok."
 _FEW_PROMPTS = 8  # with so few in progress, perhaps none succeeds in time to show that the server works
@@ -111,7 +115,7 @@ class EndpointClient:
         self._token_estimate = TokenEstimate()
         self._policy = RetryPolicy(endpoint.max_retries, endpoint.give_up_after_s)
         self._outage = Outage(endpoint.give_up_after_s)
-        self._budget = Budget(endpoint.max_spend, endpoint.input_price, endpoint.output_price, spent)
+        self._budget = Budget(endpoint, spent)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._turn_lock, self._probe_lock, self._settled = asyncio.Lock(), asyncio.Lock(), asyncio.Event()
         self._prompts_in_progress = self._requests_in_flight = 0
@@ -133,7 +137,7 @@ class EndpointClient:
 
     async def check(self) -> str | None:
         """Return what the user must correct before any money is spent, None if all is well."""
-        if problem := self._connection.key_problem():
+        if problem := self._connection.problem():
             return f"{self._endpoint.url}: {problem}"
         failure = None
         for tries in range(_CHECK_TRIES):
@@ -174,6 +178,7 @@ class EndpointClient:
                 finish_reason=outcome.finish_reason,
                 prompt_tokens=usage.prompt_tokens,
                 cost=call.cost,
+                reasoning=outcome.reasoning,
             )
         except (EndpointStoppedError, EndpointBlockedError) as error:
             error.cost = call.cost
@@ -200,7 +205,7 @@ class EndpointClient:
 
     def _start_call(self, prompt: Prompt, decoding: Decoding, seed: int) -> _Call:
         request = make_request(self._endpoint, prompt, decoding, seed)
-        return _Call(request, decoding, seed, self._budget.cost(request.worst_usage))
+        return _Call(request, decoding, seed, self._budget.worst_cost(request.worst_usage))
 
     async def _handle_failure(self, failure: Failure, call: _Call) -> None:
         """Carry out the policy's decision: return to send the prompt again, or raise."""
@@ -276,9 +281,24 @@ class EndpointClient:
                 outcome = await self._send(call.request)
                 cost = self._account(outcome, call.request, estimated_tokens)
             finally:
-                call.cost += self._budget.settle(call.worst_cost, cost)
+                call.cost += self._settle(call, cost)
                 self._settled.set()
         return outcome
+
+    def _settle(self, call: _Call, cost: float | None) -> float:
+        """Settle the reservation of a try, and warn the first time that it was too small."""
+        is_first = not self._budget.excess
+        counted = self._budget.settle(call.worst_cost, cost)
+        if is_first and self._budget.excess and self._budget.cap is not None:
+            logger.warning(
+                "%s: a response cost %.4g, although its prompt and max_tokens allow %.4g: the server bills tokens "
+                "beyond them, such as reasoning. endpoint.max_spend holds to one request; from here on each request "
+                "reserves as much more as any has cost",
+                self._endpoint.url,
+                counted,
+                call.worst_cost,
+            )
+        return counted
 
     async def _wait_for_turn(self, request: CompletionRequest) -> float:
         """Wait until a request may be sent, and return its estimated tokens."""

@@ -1,14 +1,14 @@
 """The HTTP connection to an OpenAI-compatible server.
 
-This is the only file that knows the API key. Every text of the server is redacted here, before it
-can reach an error or a log.
+Every text of the server is redacted here, before it can reach an error or a log.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-import os
+import ssl
 import time
 from dataclasses import replace
 from typing import NoReturn
@@ -18,8 +18,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 from plad_dist.config import Endpoint
-from plad_dist.sampling.endpoint.redaction import redacted
-from plad_dist.sampling.endpoint.reply import Failure, Reply, read_reply
+from plad_dist.sampling.endpoint.credentials import Credentials, trusted_certificates
+from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Reply, read_reply
 from plad_dist.sampling.endpoint.retry import retry_after_s
 
 _CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S = 30.0, 30.0
@@ -28,13 +28,13 @@ _CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S = 30.0, 30.0
 class Connection:
     """Sends single requests and returns their failures as values.
 
-    The key is read from the environment when the object is created. It is never shown, logged, put
-    into an error, or pickled.
+    The credentials are read when the object is created, and again when the server rejects them.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-        self.__key = os.environ.get(endpoint.api_key_env, "").strip() if endpoint.api_key_env else ""
+        self._endpoint, self._credentials = endpoint, Credentials(endpoint)
+        self._certificates = trusted_certificates(endpoint)
+        self._renewal, self._rejected_version = asyncio.Lock(), -1
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
@@ -43,32 +43,46 @@ class Connection:
     def __getstate__(self) -> NoReturn:
         raise TypeError("a connection holds a key and is not pickled; create it where it is used")
 
-    def key_problem(self) -> str | None:
-        """Return the problem with the API key, or None if it is usable or the config names none.
+    def problem(self) -> str | None:
+        """Return what the user must correct before a request can be sent, None if all is well.
 
-        A key is unusable if its variable is empty or unset, or if it has spaces, control or
-        non-ASCII characters. The server is not asked.
+        The key and the headers must be readable and fit for HTTP, and the certificates readable.
+        The server is not asked.
         """
-        name = self._endpoint.api_key_env
-        if name and not self.__key:
-            return f"the variable {name} (endpoint.api_key_env) is empty or not set on this node"
-        if not self.__key.isascii() or not self.__key.isprintable() or " " in self.__key:
-            return f"the value of {name} is not a key: it contains spaces, control or non-ASCII characters"
-        return None
+        return self._certificates if isinstance(self._certificates, str) else self._credentials.problem()
 
     async def post(self, body: bytes, max_tokens: int) -> Reply | Failure:
         """Request one response of at most `max_tokens` tokens.
 
+        A request whose key the server rejects is sent again if a new key can be read.
+
         The usage of a failure is None, that is unknown, if the server may have received the
         request: after a timeout and after a lost connection.
         """
+        version = self._credentials.version
+        outcome = await self._post_once(body, max_tokens)
+        if isinstance(outcome, Failure) and outcome.status == 401 and await self._has_new_credentials(version):
+            outcome = await self._post_once(body, max_tokens)
+        return outcome
+
+    async def _has_new_credentials(self, version: int) -> bool:
+        """Read the credentials after the server has rejected a version of them, once for each."""
+        async with self._renewal:
+            if version == self._credentials.version != self._rejected_version:
+                await asyncio.to_thread(self._credentials.read)
+                self._rejected_version = version
+        return self._credentials.version != version
+
+    async def _post_once(self, body: bytes, max_tokens: int) -> Reply | Failure:
         path = "chat/completions" if self._endpoint.api == "chat" else "completions"
-        url = f"{self._endpoint.url}/{path}"
+        url, headers = f"{self._endpoint.url}/{path}", self._credentials.headers()
         try:
-            async with self._open_session().post(url, data=body, allow_redirects=False) as response:
+            async with self._open_session().post(url, data=body, headers=headers, allow_redirects=False) as response:
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
-                raw, headers, status = await response.read(), response.headers, response.status
+                raw, received, status = await response.read(), response.headers, response.status
+        except aiohttp.ClientConnectorCertificateError as error:
+            return self._certificate_failure(error)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             return Failure("transient", self._redacted(f"no connection: {error}"))
         except TimeoutError:
@@ -78,7 +92,7 @@ class Connection:
             return Failure("transient", self._redacted(f"connection lost: {reason}"), usage=None)
         outcome = read_reply(status, raw, max_tokens, self._redacted)
         if isinstance(outcome, Failure):
-            return replace(outcome, retry_after_s=retry_after_s(headers, time.time()))
+            return replace(outcome, retry_after_s=retry_after_s(received, time.time()))
         return outcome
 
     async def check(self) -> Failure | None:
@@ -89,7 +103,10 @@ class Connection:
         limit_s = min(_CHECK_TIMEOUT_S, self._endpoint.timeout_s)
         try:
             async with self._open_session().get(
-                f"{self._endpoint.url}/models", allow_redirects=False, timeout=aiohttp.ClientTimeout(total=limit_s)
+                f"{self._endpoint.url}/models",
+                headers=self._credentials.headers(),
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=limit_s),
             ) as response:
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
@@ -97,6 +114,8 @@ class Connection:
                     return None
                 outcome = read_reply(response.status, await response.read(), 0, self._redacted)
                 return outcome if isinstance(outcome, Failure) else None
+        except aiohttp.ClientConnectorCertificateError as error:
+            return self._certificate_failure(error)
         except TimeoutError:
             return Failure("transient", f"no response within {limit_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
@@ -105,7 +124,8 @@ class Connection:
     async def list_models(self) -> tuple[int, list[str]]:
         """Return the HTTP status of the list of models, and the names in it if it can be read."""
         url = f"{self._endpoint.url}/models"
-        async with self._open_session().get(url, allow_redirects=False) as response:
+        headers = self._credentials.headers()
+        async with self._open_session().get(url, headers=headers, allow_redirects=False) as response:
             raw, status = await response.read(), response.status
         with contextlib.suppress(ValueError, TypeError, LookupError):
             return status, [self._redacted(str(model["id"])) for model in json.loads(raw)["data"]]
@@ -119,12 +139,10 @@ class Connection:
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             url, timeout_s = urlsplit(self._endpoint.url), self._endpoint.timeout_s
-            headers = {"Content-Type": "application/json"}
-            if self.__key:
-                headers["Authorization"] = f"Bearer {self.__key}"
+            certificates = self._certificates if isinstance(self._certificates, ssl.SSLContext) else True
             self._session = aiohttp.ClientSession(
-                headers=headers,
-                connector=aiohttp.TCPConnector(limit=self._endpoint.concurrency),
+                headers={"Content-Type": "application/json"},
+                connector=aiohttp.TCPConnector(limit=self._endpoint.concurrency, ssl=certificates),
                 timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(_CONNECT_TIMEOUT_S, timeout_s / 2)),
                 # Not `trust_env`, which would send a password from ~/.netrc instead of the key.
                 proxy=None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme),
@@ -136,5 +154,8 @@ class Connection:
         target = response.headers.get("Location", "").partition("?")[0]
         return Failure("blocked", self._redacted(f"HTTP {response.status} to {target}"), response.status)
 
+    def _certificate_failure(self, error: Exception) -> Failure:
+        return Failure("blocked", self._redacted(f"its certificate is not trusted: {error}"), CERTIFICATE)
+
     def _redacted(self, text: str) -> str:
-        return redacted(text, self.__key)
+        return self._credentials.redacted(text)

@@ -7,8 +7,9 @@ from datetime import datetime, timedelta
 from plad_dist.config import Endpoint
 from plad_dist.errors import UserError
 from plad_dist.sampling.endpoint.budget import Budget
+from plad_dist.sampling.endpoint.credentials import key_source
 from plad_dist.sampling.endpoint.outage import Outage
-from plad_dist.sampling.endpoint.reply import Failure
+from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure
 
 _KEPT = "Responses received so far are kept"
 
@@ -72,7 +73,7 @@ def spending_cap_reached(endpoint: Endpoint, budget: Budget, worst_cost: float) 
     )
     return SpendingCapReached(
         f"{endpoint.url}: {budget.spent:.6g} of {budget.cap:g} spent{assumed}; the next request may cost up to "
-        f"{worst_cost:.4g}. {_KEPT}; raise endpoint.max_spend to continue."
+        f"{worst_cost + budget.excess:.4g}. {_KEPT}; raise endpoint.max_spend to continue."
     )
 
 
@@ -85,12 +86,15 @@ def advice(endpoint: Endpoint, failure: Failure) -> str:
     """Return what is wrong with an endpoint, and what the user must correct."""
     detail = f"({failure.text})"
     match failure.status:
-        case 401 | 403 if endpoint.api_key_env:
-            problem = (
-                f"the server rejects the key in {endpoint.api_key_env} {detail}. Set a key that may use the model."
-            )
+        case 401 | 403 if source := key_source(endpoint):
+            problem = f"the server rejects the key from {source} {detail}. Set a key that may use the model."
         case 401 | 403:
-            problem = f"the server requires a key {detail}. Name the variable that holds it in endpoint.api_key_env."
+            problem = (
+                f"the server requires a key {detail}. Name its source in endpoint.api_key_env, api_key_file or "
+                "api_key_command."
+            )
+        case status if status == CERTIFICATE:
+            problem = f"{failure.text}. Set endpoint.ca_bundle to a file with the certificates to trust."
         case 402 | 429:
             problem = f"the account at the server is exhausted {detail}. Check its billing and its limits."
         case 404 | 405 | 410:

@@ -10,19 +10,22 @@ _SECRETS = re.compile(
 )
 _MAX_CHARACTERS = 300
 _KEY_PIECE = 8
+_SHORTEST_SECRET = 4  # a shorter value, such as a region in a header, protects nothing
 
 
-def redacted(text: str, key: str | None) -> str:
+def redacted(text: str, *secrets: str | None) -> str:
     """Return a server's text on one line, cut to a readable length, with secrets replaced by `***`.
 
-    Secrets are the key, each piece of eight characters of it, and anything in the form of a key, an
-    authorization header or a password in a URL. They are replaced before the text is cut.
+    Secrets are the given ones, each piece of eight characters of them, and anything in the form of
+    a key, an authorization header or a password in a URL. They are replaced before the text is cut.
     """
     text = " ".join(without_surrogates(text).split())
-    if key:
-        text = text.replace(key, "***")
-        for start in range(len(key) - _KEY_PIECE + 1):
-            text = text.replace(key[start : start + _KEY_PIECE], "***")
+    for secret in secrets:
+        if not secret or len(secret) < _SHORTEST_SECRET:
+            continue
+        text = text.replace(secret, "***")
+        for start in range(len(secret) - _KEY_PIECE + 1):
+            text = text.replace(secret[start : start + _KEY_PIECE], "***")
     text = _SECRETS.sub(lambda match: f"{match['scheme'] or ''}***", text)
     return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from plad_dist.sampling.endpoint.redaction import without_surrogates
+from plad_dist.sampling.endpoint.usage import NO_USAGE, Usage, read_usage
 
 FailureKind = Literal["transient", "throttled", "refused", "blocked"]
+
+CERTIFICATE = 495  # status of a failure: the certificate is not trusted; some servers number it so
 
 _STOP = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
 _LENGTH = {"length", "max_tokens", "model_length"}
@@ -26,27 +29,18 @@ _MAX_ERROR_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of one request, as the server bills them."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def total(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-NO_USAGE = Usage(0, 0)
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """A usable response. `usage` is None if the server did not report it."""
+    """A usable response.
+
+    Attributes:
+        usage: None if the server did not report it.
+        reasoning: thought that the server sends beside the text, None without one.
+    """
 
     text: str
     finish_reason: Literal["stop", "length"]
     usage: Usage | None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +80,7 @@ def read_reply(status: int, raw: bytes, max_tokens: int, redact: Callable[[str],
         return _read_error(status, raw, payload, redact)
     if not isinstance(payload, dict):
         return Failure("transient", redact(f"not a JSON object: {_decoded(raw)}"), status, usage=None)
-    usage = _read_usage(payload)
+    usage = read_usage(payload.get("usage"))
     choices = payload.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
         error = payload.get("error")
@@ -104,27 +98,89 @@ def _read_choice(
 ) -> Reply | Failure:
     """Parse a choice.
 
-    If `finish_reason` is null, the number of tokens decides between stop and length. An unknown
-    reason may mean that the response was cut, and is a failure.
+    A response that the server calls finished is an answer even if it has no text: the same request
+    would give none again. If `finish_reason` is null, the number of tokens decides between stop and
+    length. An unknown reason may mean that the response was cut, and is a failure.
     """
     message = choice.get("message")
     message = message if isinstance(message, dict) else {"content": choice.get("text")}
-    text, reason = message.get("content"), choice.get("finish_reason")
+    content, reason = _read_content(message.get("content")), choice.get("finish_reason")
+    calls_a_tool = (
+        reason in ("tool_calls", "function_call") or message.get("tool_calls") or message.get("function_call")
+    )
     if reason == "content_filter":
         return Failure("refused", "the server's content filter cut the response", 200, usage)
-    if reason in ("tool_calls", "function_call"):
+    if calls_a_tool and (reason not in _STOP | _LENGTH or not content.text):
         return Failure("refused", "the response is a tool call, although no tools were offered", 200, usage)
-    if text is None and isinstance(message.get("refusal"), str):
-        return Failure("refused", redact(f"the model refused: {message['refusal']}"), 200, usage)
-    if reason in _LENGTH and text is None:
-        text = ""  # hidden reasoning used all tokens, and would again in a retry
-    if not isinstance(text, str):
-        return Failure("transient", f"no text in the response: its content is {type(text).__name__}", 200, usage)
+    refusal = message.get("refusal") or content.refusal
+    if not content.text and isinstance(refusal, str) and refusal:
+        return Failure("refused", redact(f"the model refused: {refusal}"), 200, usage)
+    if content.other:
+        return Failure("refused", redact(f"the response is no text: it holds {content.other}"), 200, usage)
+    text = content.text
+    if text is None and reason in _STOP | _LENGTH:
+        text = ""  # for example because hidden reasoning used all tokens
+    if text is None:
+        return Failure("transient", "no text in the response, and no reason why it ended", 200, usage)
     if not reason:
         reason = "length" if usage is not None and usage.completion_tokens >= max_tokens else "stop"
     if reason not in _STOP | _LENGTH:
         return Failure("transient", redact(f"finish_reason {reason!r}"), 200, usage)
-    return Reply(without_surrogates(text), "stop" if reason in _STOP else "length", usage)
+    if text and usage is not None and not usage.completion_tokens:
+        usage = None  # a text has tokens, so the report is not of this response
+    thoughts = (message.get("reasoning_content"), message.get("reasoning"), content.reasoning)
+    reasoning = next((thought for thought in thoughts if isinstance(thought, str) and thought), None)
+    return Reply(
+        without_surrogates(text),
+        "stop" if reason in _STOP else "length",
+        usage,
+        without_surrogates(reasoning) if reasoning else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """Content of a message.
+
+    Attributes:
+        text: None without one.
+        reasoning: thought among the parts.
+        refusal: refusal among the parts.
+        other: name of what is neither text nor thought.
+    """
+
+    text: str | None
+    reasoning: str = ""
+    refusal: str = ""
+    other: str = ""
+
+
+def _read_content(content: Any) -> _Content:
+    """Parse the content of a message: a text, nothing, or parts in a list."""
+    if content is None or isinstance(content, str):
+        return _Content(content)
+    if not isinstance(content, list):
+        return _Content(None, other=type(content).__name__)
+    texts: dict[str, list[str]] = {"text": [], "reasoning": [], "refusal": []}
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        match kind:
+            case "text" | "output_text" if isinstance(part.get("text"), str):
+                texts["text"].append(part["text"])
+            case "refusal" if isinstance(part.get("refusal"), str):
+                texts["refusal"].append(part["refusal"])
+            case "thinking" | "reasoning":
+                texts["reasoning"].append(_read_thought(part.get(kind, part.get("text"))))
+            case "redacted_thinking":
+                pass
+            case _:
+                return _Content(None, other=f"a part of type {kind!r:.40}" if kind else type(part).__name__)
+    return _Content(*("".join(texts[name]) for name in ("text", "reasoning", "refusal")))
+
+
+def _read_thought(thought: Any) -> str:
+    """Return the text of a part that holds a thought, which is a text or parts again."""
+    return thought if isinstance(thought, str) else _read_content(thought).text or "" if thought else ""
 
 
 def _read_error(status: int, raw: bytes, payload: Any, redact: Callable[[str], str]) -> Failure:
@@ -152,16 +208,6 @@ def _read_error(status: int, raw: bytes, payload: Any, redact: Callable[[str], s
         case _:
             kind = "transient" if status >= 500 else "refused" if status >= 400 else "blocked"
     return Failure(kind, text, status, usage=None if status in (504, 524) else NO_USAGE)
-
-
-def _read_usage(payload: dict[str, Any]) -> Usage | None:
-    usage = payload.get("usage")
-    if not isinstance(usage, dict):
-        return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not isinstance(prompt, int) or not isinstance(completion, int) or min(prompt, completion) < 0:
-        return None
-    return Usage(prompt, completion)
 
 
 def _error_message(raw: bytes, payload: Any) -> str:

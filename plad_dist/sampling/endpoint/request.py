@@ -9,7 +9,7 @@ from typing import Any
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.data.conversation import Messages
 from plad_dist.errors import UserError
-from plad_dist.sampling.endpoint.reply import Usage
+from plad_dist.sampling.endpoint.usage import Usage
 
 Prompt = Messages | str
 

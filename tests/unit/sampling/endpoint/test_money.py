@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+from typing import Any
 
 import pytest
 
@@ -138,9 +140,76 @@ def test_the_error_that_stops_the_stage_carries_the_cost_of_failed_tries() -> No
 
 def test_a_budget_without_reservations_reserves_nothing() -> None:
     for count in range(1, 50):
-        budget = Budget(sum([0.1] * count), 1.0, 1.0, 0.0)
+        endpoint = Endpoint(url="http://x", model="m", max_spend=sum([0.1] * count), input_price=1.0, output_price=1.0)
+        budget = Budget(endpoint, 0.0)
+        for _ in range(count):  # as many may be in flight as were settled
+            assert budget.reserve(1e-300)
+            budget.settle(1e-300, 1e-300)
         assert all(budget.reserve(0.1) for _ in range(count))
         assert not budget.reserve(0.1)
         for _ in range(count):
             budget.settle(0.1, 0.0)
         assert budget.reserve(budget.cap or 0.0)  # to the last bit
+
+
+def reasoning_outside(prompt: int, completion: int, reasoning: int) -> dict[str, int]:
+    """Return the usage of a provider that counts reasoning in the total only."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion + reasoning}
+
+
+def price_of(prompt: int, output: int) -> float:
+    return (prompt * PRICES["input_price"] + output * PRICES["output_price"]) / 1e6
+
+
+@pytest.mark.parametrize("concurrency", [1, 8, 64])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_cap_holds_to_one_request_if_reasoning_is_billed_beyond_max_tokens(concurrency: int, seed: int) -> None:
+    """No bound is known here, as the provider reasons as long as it likes."""
+    rng = random.Random(seed)
+    thoughts = {f"p{row}": rng.choice([500] if seed == 0 else [0, 100, 2000 * seed]) for row in range(400)}
+
+    async def test() -> None:
+        billed: list[float] = []
+
+        def respond(prompt: str, count: int) -> Any:
+            billed.append(price_of(10, 5 + thoughts[prompt]))
+            return after(rng.random() * 0.005, good(usage=reasoning_outside(10, 5, thoughts[prompt])))
+
+        settings = PRICES | {"max_spend": 8.0, "concurrency": concurrency}
+        async with serving(respond) as server, client_of(server, **settings) as client:
+            outcomes = await complete_all(client, *thoughts)
+            completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+            assert client.spent == pytest.approx(sum(billed)), "the bill is the server's"
+            assert sum(completion.cost for completion in completions) == pytest.approx(sum(billed))
+            assert sum(billed) <= 8.0 + max(billed)
+            if sum(price_of(10, 5 + thought) for thought in thoughts.values()) > 8.0:
+                assert sum(billed) > 8.0 - 3 * max(billed), "the cap is used"
+                assert any(isinstance(outcome, SpendingCapReached) for outcome in outcomes)
+
+    run(test())
+
+
+def test_the_cap_holds_if_cached_tokens_have_their_own_price() -> None:
+    async def test() -> None:
+        usage = {"prompt_tokens": 280, "completion_tokens": 20, "prompt_tokens_details": {"cached_tokens": 200}}
+        settings = PRICES | {"cached_input_price": 1.0, "max_spend": 0.1, "concurrency": 8}
+        async with (
+            serving(lambda prompt, count: after(0.005, good(usage=usage))) as server,
+            client_of(server, **settings) as client,
+        ):
+            outcomes = await complete_all(client, *(f"p{row}" for row in range(100)))
+            completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+            assert client.spent == pytest.approx(len(completions) * (80 * 10 + 200 * 1 + 20 * 100) / 1e6)
+            assert 0.08 < client.spent <= 0.1
+
+    run(test())
+
+
+def test_a_response_whose_tokens_the_server_reports_as_zero_does_not_pass_under_a_cap() -> None:
+    async def test() -> None:
+        respond = lambda prompt, count: good(usage=(10, 0))  # noqa: E731
+        async with serving(respond) as server, client_of(server, max_spend=1.0, **PRICES) as client:
+            with pytest.raises(UserError, match="no token usage"):
+                await client.complete(messages("hi"), DECODING, 1)
+
+    run(test())

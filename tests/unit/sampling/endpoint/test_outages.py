@@ -24,7 +24,10 @@ from tests.fake_endpoint import DECODING, FakeTime, client_of, complete_all, err
         lambda: error(429, "Request too large for m: limit 100 tokens"),
         lambda: good("I", finish_reason="content_filter"),
         lambda: good("", finish_reason="tool_calls"),
-        lambda: good(None, refusal="I will not"),  # type: ignore[arg-type]
+        lambda: good(None, refusal="I will not"),
+        lambda: good([{"type": "refusal", "refusal": "I will not"}]),
+        lambda: good(None, tool_calls=[{"type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+        lambda: good([{"type": "image_url", "image_url": {"url": "http://x"}}]),
     ],
 )
 def test_a_refused_prompt_is_sent_once_and_does_not_affect_others(refusal: Callable[[], Any]) -> None:

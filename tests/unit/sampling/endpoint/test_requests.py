@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from plad_dist.config import Decoding, Endpoint
@@ -88,5 +90,49 @@ def test_half_a_character_at_the_end_of_a_response_can_be_stored() -> None:
         async with serving(lambda prompt, count: good("cut \ud83d")) as server, client_of(server) as client:
             completion = await client.complete(messages("hi"), DECODING, 1)
             assert completion.text.encode() == "cut \ufffd".encode()
+
+    run(test())
+
+
+@pytest.mark.parametrize("choice", [{"message": {"content": None}}, {"message": {"content": ""}}, {"message": {}}, {}])
+@pytest.mark.parametrize(("reason", "expected"), [("stop", "stop"), ("length", "length")])
+def test_an_answer_without_text_is_an_answer_and_is_paid_for_once(
+    choice: dict[str, Any], reason: str, expected: str
+) -> None:
+    async def test() -> None:
+        usage = {"prompt_tokens": 10, "completion_tokens": 4}
+        respond = lambda prompt, count: {"choices": [choice | {"finish_reason": reason}], "usage": usage}  # noqa: E731
+        async with serving(respond) as server, client_of(server, input_price=1.0, output_price=10.0) as client:
+            completion = await client.complete(messages("hi"), DECODING, 7)
+            assert (completion.text, completion.finish_reason, completion.num_tokens) == ("", expected, 4)
+            assert completion.cost == pytest.approx(50e-6)
+            assert (client.requests, client.retries) == (1, 0)
+
+    run(test())
+
+
+def test_a_content_in_parts_is_read() -> None:
+    async def test() -> None:
+        parts = [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "let me "}, {"type": "text", "text": "see"}]},
+            {"type": "text", "text": "It is "},
+            {"type": "output_text", "text": "4."},
+        ]
+        async with serving(lambda prompt, count: good(parts)) as server, client_of(server) as client:
+            completion = await client.complete(messages("hi"), DECODING, 7)
+            assert (completion.text, completion.reasoning) == ("It is 4.", "let me see")
+
+    run(test())
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_the_thought_that_a_server_sends_beside_the_answer_is_kept_apart(name: str) -> None:
+    async def test() -> None:
+        async with (
+            serving(lambda prompt, count: good("4", **{name: "2 + 2"})) as server,
+            client_of(server) as client,
+        ):
+            completion = await client.complete(messages("hi"), DECODING, 7)
+            assert (completion.text, completion.reasoning) == ("4", "2 + 2")
 
     run(test())

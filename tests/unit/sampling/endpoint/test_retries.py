@@ -36,7 +36,7 @@ _TRANSIENT = {
     "no object": web.json_response([]),
     "no choices": {"usage": {"prompt_tokens": 1, "completion_tokens": 1}},
     "empty choices": {"choices": []},
-    "null content": {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]},
+    "null content and no reason": {"choices": [{"message": {"content": None}, "finish_reason": None}]},
     "aborted": good("half", finish_reason="abort"),
     "error in 200": {"error": {"code": 503, "message": "overloaded"}},
 }
