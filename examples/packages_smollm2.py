@@ -14,6 +14,7 @@ FOLDER/student.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -194,7 +195,12 @@ def write_teacher(folder: Path) -> None:
         sys.exit("the packages of requirements/real.txt are not on the path; run `make real`")
     source = Path(next(iter(package.submodule_search_locations or [])))
     name = next(source.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype="float32")
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype="float32")
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the loaded weights are not quantized
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
     _save(model, AutoTokenizer.from_pretrained(source, gguf_file=name), folder)
 
 
