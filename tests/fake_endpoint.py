@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import ssl
 import time
@@ -138,6 +139,46 @@ def after(seconds: float, response: Any) -> Callable[[web.Request], Awaitable[An
         return response
 
     return delayed
+
+
+def streamed(
+    body: dict[str, Any], gap_s: float = 0.0, pieces: int = 3, *, usage: bool = True, last: str | None = "[DONE]"
+) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """Send a response as server-sent events, with a silence of real seconds before each.
+
+    Args:
+        pieces: number of deltas into which each choice is cut.
+        last: data of the last event; None to close the connection instead.
+    """
+    events: list[Any] = [{"choices": [], "prompt_filter_results": []}]
+    for index, choice in enumerate(body["choices"]):
+        deltas: list[dict[str, Any]] = [{"role": "assistant", "content": None}]
+        for name, text in choice["message"].items():
+            if isinstance(text, str):
+                size = max(1, -(-len(text) // pieces))
+                deltas += [{name: text[start : start + size]} for start in range(0, len(text), size)]
+            elif text is not None:
+                deltas.append({name: text})
+        events += [{"choices": [{"index": index, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        if last is not None:
+            events.append({"choices": [{"index": index, "delta": {}, "finish_reason": choice["finish_reason"]}]})
+    if usage and "usage" in body:
+        events.append({"choices": [], "usage": body["usage"]})
+
+    async def send(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in [*map(json.dumps, events), *([last] if last else [])]:
+            await asyncio.sleep(gap_s)
+            data = f": comment\n\ndata: {event}\n\n".encode()
+            await response.write(data[:9])  # lines and characters may be cut anywhere
+            await response.write(data[9:])
+        if last is None:
+            assert request.transport is not None
+            request.transport.close()
+        return response
+
+    return send
 
 
 async def cut(request: web.Request) -> web.StreamResponse:

@@ -88,7 +88,23 @@ class Endpoint(Section):
         json_schema_extra=OPERATIONAL,
     )
     timeout_s: float = Field(
-        300.0, gt=0, description="Timeout of one request, in seconds.", json_schema_extra=OPERATIONAL
+        300.0,
+        gt=0,
+        description="Seconds of silence of the server after which a request has failed. A stream is silent only "
+        "between its pieces, a response without `stream` until it is complete.",
+        json_schema_extra=OPERATIONAL,
+    )
+    stream: bool = Field(
+        True,
+        description="Receive responses piece by piece, so that a long one does not time out. A server that refuses "
+        "streams, or reports no usage in them although it is paid for, is asked for whole responses.",
+        json_schema_extra=OPERATIONAL,
+    )
+    n_in_one_request: bool = Field(
+        True,
+        description="Ask for all `n` responses to a prompt in one request, whose prompt is billed once. A server that "
+        "does not take `n`, or returns fewer, is asked for the others one by one.",
+        json_schema_extra=OPERATIONAL,
     )
     max_retries: int = Field(
         6,

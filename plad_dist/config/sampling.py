@@ -106,7 +106,7 @@ class Sampling(Section):
         1800.0,
         gt=0,
         description="Seconds without a new token after which an actor with heartbeats is given up as hung. For an "
-        "endpoint, seconds without a response, and at least its give_up_after_s plus twice its timeout_s.",
+        "endpoint, seconds without a piece of a response, and at least its give_up_after_s plus twice its timeout_s.",
         json_schema_extra=OPERATIONAL,
     )
     engine_start_timeout_s: float = Field(

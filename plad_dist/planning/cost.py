@@ -35,7 +35,7 @@ def estimate_cost(
 def _endpoint_cost(endpoint: Endpoint, work: Workload, requests: float) -> float | None:
     """Return the cost of an endpoint, or None if it has no prices.
 
-    Each response is a request of its own.
+    Each response is counted with its prompt, as if it were a request of its own.
     """
     if endpoint.input_price is None or endpoint.output_price is None:
         return None

@@ -22,7 +22,7 @@ from plad_dist.data.schemas import SAMPLES, is_usable_response
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.fleet.protocol import BlockKey, BlockResult, Hints
-from plad_dist.sampling.backend import Backend, Completion, RefusedPromptError, Response
+from plad_dist.sampling.backend import Backend, Completion, DrawsMany, RefusedPromptError, Response
 from plad_dist.sampling.endpoint.budget import MICROS
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.spool import Row, SampleKey, Spool
@@ -80,6 +80,7 @@ class BlockAttempt:
         self._job, self._block, self._name, self._hints = job, block, name, hints
         self._row_tries, self._on_sample = row_tries, on_sample
         self._samples: dict[int, list[Row]] = {}
+        self._lost_cost = 0.0  # of requests of this attempt without a response
         self.key: BlockKey = (job.output, block)
         self.rows_in_flight: set[int] = set()
 
@@ -137,7 +138,7 @@ class BlockAttempt:
             "finished": sum(is_usable_response(sample) for sample in samples),
         }
         if self._spool is not None:
-            cost = self._inputs.lost_cost + sum(sample["cost"] for sample in samples)
+            cost = self._inputs.lost_cost + self._lost_cost + sum(sample["cost"] for sample in samples)
             counts["cost_micros"] = round(cost * MICROS)
         table = pa.Table.from_pylist(samples, schema=SAMPLES)
         dataset, fingerprint = self._job.dataset(self._storage), self._job.fingerprint
@@ -168,9 +169,49 @@ class BlockAttempt:
         elif job.n == 1:
             samples = [await self._sample(row, 0)]
         else:
+            await self._draw_many(row)
             samples = list(await asyncio.gather(*(self._sample(row, index) for index in range(job.n))))
         self._samples[row] = samples
         self.rows_in_flight.discard(row)
+
+    async def _draw_many(self, row: int) -> None:
+        """Draw the missing samples of a prompt in one request if the backend can, and spool them.
+
+        Those that it does not return stay missing.
+        """
+        backend, job, rendered = self._backend, self._job, self._inputs.rendered[row]
+        prompt_id = self._inputs.prompts[row]["prompt_id"]
+        missing = [index for index in range(job.n) if (prompt_id, index) not in self._inputs.spooled]
+        is_drawn = job.responses is None and not isinstance(rendered, Exception) and len(missing) > 1
+        if not is_drawn or not isinstance(backend, DrawsMany) or not backend.takes_n:
+            return
+        request_id = f"{job.output}/{prompt_id}/{missing[0]}+{len(missing)}/{self._name}"
+        seeds = [sample_seed(job.seed, job.seed_round, job.role, prompt_id, index) for index in missing]
+        outcomes: list[Completion | RefusedPromptError | None]
+        try:
+            outcomes, lost_cost = await backend.complete_many(rendered, job.decoding, seeds, request_id)
+        except RefusedPromptError as refusal:
+            outcomes, lost_cost = [RefusedPromptError(str(refusal)) for _ in missing], refusal.cost
+        except self._backend.fatal as stop:
+            self._spool_lost_cost(row, stop)
+            raise
+        samples = [
+            self._row(row, index, outcome, None)
+            if isinstance(outcome, Completion)
+            else self._row(row, index, _no_response(outcome), str(outcome))
+            for index, outcome in zip(missing, outcomes, strict=True)
+            if outcome is not None
+        ]
+        self._inputs.spooled.update(((prompt_id, sample["sample_index"]), sample) for sample in samples)
+        for _ in samples:
+            self._on_sample()
+        if lost_cost:
+            self._lost_cost += lost_cost
+            samples.append(
+                self._row(row, -1, _no_response(RefusedPromptError("no response", lost_cost)), "no response")
+            )
+        if self._spool is not None:
+            self._spool.add(self._block, *samples)
 
     async def _sample(self, row: int, index: int) -> Row:
         """Return one sample of a prompt, from the spool or from the backend."""

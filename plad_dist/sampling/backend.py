@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from plad_dist.config import Decoding
 from plad_dist.data.conversation import Conversation
@@ -111,3 +111,25 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Release all processes and connections."""
+
+
+@runtime_checkable
+class DrawsMany(Protocol):
+    """A backend that can draw several responses to a prompt in one request."""
+
+    @property
+    def takes_n(self) -> bool:
+        """True as long as such requests are of use."""
+
+    async def complete_many(
+        self, prompt: Any, decoding: Decoding, seeds: Sequence[int], request_id: str
+    ) -> tuple[list[Completion | RefusedPromptError | None], float]:
+        """Draw several responses.
+
+        Returns:
+            An outcome for each seed, None for a response that must be drawn alone, and money that
+            was spent without an outcome.
+
+        Raises:
+            RefusedPromptError: the backend will never respond to this prompt.
+        """

@@ -77,11 +77,12 @@ class Spool:
                 lost_cost += row["cost"]
         return responses, lost_cost
 
-    def add(self, block: int, row: Row) -> None:
-        """Keep a row until the next flush."""
-        assert row.keys() == set(self._schema.names), sorted(row.keys() ^ set(self._schema.names))
+    def add(self, block: int, *rows: Row) -> None:
+        """Keep rows until the next flush. Rows that are added together are written together."""
+        for row in rows:
+            assert row.keys() == set(self._schema.names), sorted(row.keys() ^ set(self._schema.names))
         with self._rows_lock:
-            self._rows[block].append(row)
+            self._rows[block].extend(rows)
 
     def flush(self) -> None:
         """Write all rows that are not written yet.

@@ -28,7 +28,7 @@ class EndpointBackend:
             blocks have cost so far counts towards the spending cap.
     """
 
-    paid, dead, tokens = True, False, 0
+    paid, dead = True, False
     fatal: tuple[type[Exception], ...] = (StopStageError, UserError)
 
     def __init__(self, settings: Model, name: str, outputs: Sequence[tuple[Dataset, Collection[int]]]) -> None:
@@ -40,6 +40,16 @@ class EndpointBackend:
     @property
     def retries(self) -> int:
         return self._client.retries
+
+    @property
+    def tokens(self) -> int:
+        """Pieces of responses received so far, so that a long response is seen to grow."""
+        return self._client.events
+
+    @property
+    def takes_n(self) -> bool:
+        """True if several responses may be drawn in one request."""
+        return self._client.takes_n
 
     async def check(self) -> str | None:
         """Return what the user must correct, None if the key is set and the server responds."""
@@ -68,6 +78,19 @@ class EndpointBackend:
         """
         try:
             return await self._client.complete(prompt, decoding, seed)
+        except EndpointStoppedError as error:
+            raise StopStageError(str(error), error.cost) from None
+
+    async def complete_many(
+        self, prompt: Any, decoding: Decoding, seeds: Sequence[int], request_id: str
+    ) -> tuple[list[Completion | RefusedPromptError | None], float]:
+        """Draw several responses in one request: see :meth:`EndpointClient.complete_many`.
+
+        Raises:
+            Exception: as :meth:`complete`.
+        """
+        try:
+            return await self._client.complete_many(prompt, decoding, seeds)
         except EndpointStoppedError as error:
             raise StopStageError(str(error), error.cost) from None
 

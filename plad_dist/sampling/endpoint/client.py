@@ -22,13 +22,14 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.sampling.backend import Completion, RefusedPromptError
 from plad_dist.sampling.endpoint.budget import Budget
+from plad_dist.sampling.endpoint.choices import ManyChoices, completions_of
 from plad_dist.sampling.endpoint.connection import Connection
 from plad_dist.sampling.endpoint.errors import (
     ClientClosedError,
@@ -41,7 +42,7 @@ from plad_dist.sampling.endpoint.errors import (
 )
 from plad_dist.sampling.endpoint.outage import Outage
 from plad_dist.sampling.endpoint.rates import Pace, TokenEstimate
-from plad_dist.sampling.endpoint.reply import Failure, Reply
+from plad_dist.sampling.endpoint.reply import Failure, Outcome, Reply
 from plad_dist.sampling.endpoint.request import CompletionRequest, Prompt, check_extra_body, make_request
 from plad_dist.sampling.endpoint.retry import (
     AskUser,
@@ -116,6 +117,8 @@ class EndpointClient:
         self._policy = RetryPolicy(endpoint.max_retries, endpoint.give_up_after_s)
         self._outage = Outage(endpoint.give_up_after_s)
         self._budget = Budget(endpoint, spent)
+        self._is_paid = endpoint.max_spend is not None or endpoint.output_price is not None
+        self._many_choices = ManyChoices(endpoint)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._turn_lock, self._probe_lock, self._settled = asyncio.Lock(), asyncio.Lock(), asyncio.Event()
         self._prompts_in_progress = self._requests_in_flight = 0
@@ -129,6 +132,11 @@ class EndpointClient:
 
     def __getstate__(self) -> NoReturn:
         raise TypeError("a client holds a key and is not pickled; create it where it is used")
+
+    @property
+    def events(self) -> int:
+        """Pieces of streamed responses received so far."""
+        return self._connection.events
 
     @property
     def spent(self) -> float:
@@ -164,22 +172,51 @@ class EndpointClient:
                 account.
         """
         call = self._start_call(prompt, decoding, seed)
+        replies = [choice for choice in await self._draw(call) if isinstance(choice, Reply)]
+        self._many_choices.note_single()
+        (completion,) = self._completions_of(replies[:1], call)
+        assert isinstance(completion, Completion)
+        return completion
+
+    @property
+    def takes_n(self) -> bool:
+        """True as long as several responses may be asked for in one request."""
+        return self._many_choices.are_possible
+
+    async def complete_many(
+        self, prompt: Prompt, decoding: Decoding, seeds: Sequence[int]
+    ) -> tuple[list[Completion | RefusedPromptError | None], float]:
+        """Draw several responses in one request, with the first seed.
+
+        Returns:
+            An outcome for each seed, None if the server has returned none for it, and money that
+            was spent without an outcome. Together with the costs of the outcomes, it is all that
+            was paid.
+
+        Raises:
+            Exception: as :meth:`complete`.
+        """
+        call = self._start_call(prompt, decoding, seeds[0], len(seeds))
+        choices = (await self._draw(call))[: len(seeds)]
+        self._many_choices.note_many(len(choices), len(seeds))
+        if not any(isinstance(choice, Reply) for choice in choices):
+            return [None for _ in seeds], call.cost
+        outcomes = self._completions_of(choices, call)
+        return outcomes + [None] * (len(seeds) - len(outcomes)), 0.0
+
+    async def _draw(self, call: _Call) -> list[Reply | Failure]:
+        """Send the request of a call until it succeeds, and return its choices.
+
+        There are none if the server refuses a request for several: perhaps it refuses only `n`.
+        """
         self._prompts_in_progress += 1
         try:
             while isinstance(outcome := await self._try(call), Failure):
+                if call.request.n > 1 and outcome.kind == "refused" and outcome.status >= 400:
+                    return []
                 await self._handle_failure(outcome, call)
                 self.retries += 1
-            usage = self._usage_of(outcome, call.request)
-            return Completion(
-                text=outcome.text,
-                token_ids=[],
-                num_tokens=usage.completion_tokens,
-                logprob=None,
-                finish_reason=outcome.finish_reason,
-                prompt_tokens=usage.prompt_tokens,
-                cost=call.cost,
-                reasoning=outcome.reasoning,
-            )
+            return outcome
         except (EndpointStoppedError, EndpointBlockedError) as error:
             error.cost = call.cost
             raise
@@ -203,8 +240,13 @@ class EndpointClient:
 
     # -- one prompt
 
-    def _start_call(self, prompt: Prompt, decoding: Decoding, seed: int) -> _Call:
-        request = make_request(self._endpoint, prompt, decoding, seed)
+    def _completions_of(
+        self, choices: Sequence[Reply | Failure], call: _Call
+    ) -> list[Completion | RefusedPromptError | None]:
+        return completions_of(self._endpoint.model, choices, self._usage_of(choices, call.request), call.cost)
+
+    def _start_call(self, prompt: Prompt, decoding: Decoding, seed: int, n: int = 1) -> _Call:
+        request = make_request(self._endpoint, prompt, decoding, seed, n)
         return _Call(request, decoding, seed, self._budget.worst_cost(request.worst_usage))
 
     async def _handle_failure(self, failure: Failure, call: _Call) -> None:
@@ -266,7 +308,7 @@ class EndpointClient:
 
     # -- one try
 
-    async def _try(self, call: _Call) -> Reply | Failure:
+    async def _try(self, call: _Call) -> Outcome:
         """Send the request of a call once, as soon as it may be sent, and account for its cost."""
         async with self._slots:
             while not self._budget.reserve(call.worst_cost):
@@ -302,7 +344,7 @@ class EndpointClient:
 
     async def _wait_for_turn(self, request: CompletionRequest) -> float:
         """Wait until a request may be sent, and return its estimated tokens."""
-        tokens = self._token_estimate.tokens(request.prompt_bytes, request.max_tokens)
+        tokens = self._token_estimate.tokens(request.prompt_bytes, request.most_tokens)
         async with self._turn_lock:
             while True:
                 if self._is_closing:
@@ -319,19 +361,23 @@ class EndpointClient:
                     return tokens
                 await self._sleep(min(wait_s, remaining_s))
 
-    async def _send(self, request: CompletionRequest) -> Reply | Failure:
+    async def _send(self, request: CompletionRequest) -> Outcome:
         self.requests += 1
         self._requests_in_flight += 1
         try:
-            outcome = await self._connection.post(request.body, request.max_tokens)
+            outcome = await self._connection.post(request)
         finally:
             self._requests_in_flight -= 1
-        if isinstance(outcome, Reply) and outcome.usage is None and self._budget.cap is not None:
+        if isinstance(outcome, Failure) or not self._is_paid or _reported_usage(outcome) is not None:
+            return outcome
+        if any(isinstance(choice, Reply) and choice.is_streamed for choice in outcome):
+            self._connection.stop_streaming("reports no token usage in streams")
+        elif self._budget.cap is not None:
             text = "the server reports no token usage, which endpoint.max_spend requires"
             return Failure("blocked", text, 200, usage=None)
         return outcome
 
-    def _account(self, outcome: Reply | Failure, request: CompletionRequest, estimated_tokens: float) -> float | None:
+    def _account(self, outcome: Outcome, request: CompletionRequest, estimated_tokens: float) -> float | None:
         """Record an outcome, and return its cost, None if that is unknown."""
         if isinstance(outcome, Failure):
             if outcome.kind in ("transient", "throttled"):
@@ -342,21 +388,28 @@ class EndpointClient:
         else:
             self._outage.record_success()
             usage = self._usage_of(outcome, request)
-            if outcome.usage is None:
+            if _reported_usage(outcome) is None:
                 self.usage_missing += 1
+                if self._budget.cap is not None:
+                    return None
             else:
                 self._token_estimate.learn(
-                    request.prompt_bytes, request.max_tokens, usage.prompt_tokens, usage.completion_tokens
+                    request.prompt_bytes, request.most_tokens, usage.prompt_tokens, usage.completion_tokens
                 )
         self.prompt_tokens += usage.prompt_tokens
         self.completion_tokens += usage.completion_tokens
         self._pace.correct(usage.total - estimated_tokens)
         return self._budget.cost(usage)
 
-    def _usage_of(self, reply: Reply, request: CompletionRequest) -> Usage:
-        """Return the tokens of a reply as the server reported them, or else an estimate."""
-        if reply.usage is not None:
-            return reply.usage
+    def _usage_of(self, choices: Sequence[Reply | Failure], request: CompletionRequest) -> Usage:
+        """Return the tokens of a request as the server reported them, or else an estimate."""
+        if (reported := _reported_usage(choices)) is not None:
+            return reported
+        texts = [choice.text + (choice.reasoning or "") for choice in choices if isinstance(choice, Reply)]
+        tokens = [round(self._token_estimate.prompt_tokens(len(text.encode()))) + 1 for text in texts]
         prompt_tokens = round(self._token_estimate.prompt_tokens(request.prompt_bytes))
-        completion_tokens = round(self._token_estimate.prompt_tokens(len(reply.text.encode()))) + 1
-        return Usage(prompt_tokens, min(completion_tokens, request.max_tokens))
+        return Usage(prompt_tokens, min(sum(tokens), request.most_tokens))
+
+
+def _reported_usage(choices: Sequence[Reply | Failure]) -> Usage | None:
+    return next((choice.usage for choice in choices if isinstance(choice, Reply)), None)

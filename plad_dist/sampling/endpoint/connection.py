@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import ssl
 import time
 from dataclasses import replace
@@ -19,22 +20,31 @@ import aiohttp
 
 from plad_dist.config import Endpoint
 from plad_dist.sampling.endpoint.credentials import Credentials, trusted_certificates
-from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Reply, read_reply
+from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Outcome, Reply, read_replies
+from plad_dist.sampling.endpoint.request import CompletionRequest
 from plad_dist.sampling.endpoint.retry import retry_after_s
+from plad_dist.sampling.endpoint.stream import ResponseBody
 
-_CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S = 30.0, 30.0
+logger = logging.getLogger("plad")
+
+_CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S, _END_S = 30.0, 30.0, 1.0
+_STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 class Connection:
     """Sends single requests and returns their failures as values.
 
     The credentials are read when the object is created, and again when the server rejects them.
+
+    Attributes:
+        events: events received so far, of all streams.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint, self._credentials = endpoint, Credentials(endpoint)
         self._certificates = trusted_certificates(endpoint)
         self._renewal, self._rejected_version = asyncio.Lock(), -1
+        self._streams, self.events = endpoint.stream, 0
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
@@ -51,19 +61,34 @@ class Connection:
         """
         return self._certificates if isinstance(self._certificates, str) else self._credentials.problem()
 
-    async def post(self, body: bytes, max_tokens: int) -> Reply | Failure:
-        """Request one response of at most `max_tokens` tokens.
+    async def post(self, request: CompletionRequest) -> Outcome:
+        """Request responses, and return them or why there are none.
 
-        A request whose key the server rejects is sent again if a new key can be read.
+        A request whose key the server rejects is sent again if a new key can be read, and one that
+        the server rejects because it is to be streamed is sent again without that.
 
         The usage of a failure is None, that is unknown, if the server may have received the
         request: after a timeout and after a lost connection.
         """
-        version = self._credentials.version
-        outcome = await self._post_once(body, max_tokens)
+        version, is_streaming = self._credentials.version, self._streams
+        outcome = await self._post_once(request)
         if isinstance(outcome, Failure) and outcome.status == 401 and await self._has_new_credentials(version):
-            outcome = await self._post_once(body, max_tokens)
+            outcome = await self._post_once(request)
+        if is_streaming and isinstance(outcome, Failure) and outcome.rejects_stream:
+            self.stop_streaming(f"refuses streams ({outcome.text})")
+            outcome = await self._post_once(request)
         return outcome
+
+    def stop_streaming(self, reason: str) -> None:
+        """Ask for whole responses from now on, and log the reason once."""
+        if self._streams:
+            logger.warning(
+                "%s: the server %s, so responses are not streamed from here on; a response that takes longer than "
+                "endpoint.timeout_s times out. Set endpoint.stream to false to start like this",
+                self._endpoint.url,
+                reason,
+            )
+        self._streams = False
 
     async def _has_new_credentials(self, version: int) -> bool:
         """Read the credentials after the server has rejected a version of them, once for each."""
@@ -73,27 +98,52 @@ class Connection:
                 self._rejected_version = version
         return self._credentials.version != version
 
-    async def _post_once(self, body: bytes, max_tokens: int) -> Reply | Failure:
+    async def _post_once(self, request: CompletionRequest) -> Outcome:
         path = "chat/completions" if self._endpoint.api == "chat" else "completions"
-        url, headers = f"{self._endpoint.url}/{path}", self._credentials.headers()
+        data = json.dumps(request.body | (_STREAM if self._streams else {})).encode()
+        headers, body = self._credentials.headers(), ResponseBody()
         try:
-            async with self._open_session().post(url, data=body, headers=headers, allow_redirects=False) as response:
+            async with self._open_session().post(
+                f"{self._endpoint.url}/{path}", data=data, headers=headers, allow_redirects=False
+            ) as response:
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
-                raw, received, status = await response.read(), response.headers, response.status
+                await self._receive(response, body)
         except aiohttp.ClientConnectorCertificateError as error:
             return self._certificate_failure(error)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             return Failure("transient", self._redacted(f"no connection: {error}"))
         except TimeoutError:
-            return Failure("transient", f"no response within {self._endpoint.timeout_s:g} s", usage=None)
+            return Failure("transient", f"silence of {self._endpoint.timeout_s:g} s (endpoint.timeout_s)", usage=None)
         except (aiohttp.ClientError, OSError) as error:
             reason = str(error) or type(error).__name__
             return Failure("transient", self._redacted(f"connection lost: {reason}"), usage=None)
-        outcome = read_reply(status, raw, max_tokens, self._redacted)
+        return self._read(response, body, request)
+
+    async def _receive(self, response: aiohttp.ClientResponse, body: ResponseBody) -> None:
+        """Read a body up to its last event, behind which some servers leave the connection open."""
+        async for data in response.content.iter_any():
+            events = body.events
+            body.feed(data)
+            self.events += body.events - events
+            if body.is_done:
+                # For the end, which lets the connection be used again.
+                with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+                    await asyncio.wait_for(response.content.read(), _END_S)
+                return
+        body.end()
+
+    def _read(self, response: aiohttp.ClientResponse, body: ResponseBody, request: CompletionRequest) -> Outcome:
+        """Parse a received body."""
+        if not body.is_complete:
+            return Failure("transient", "the stream ended in the middle of a response", usage=None)
+        outcome = read_replies(response.status, body.raw(), request.max_tokens, self._redacted)
         if isinstance(outcome, Failure):
-            return replace(outcome, retry_after_s=retry_after_s(received, time.time()))
-        return outcome
+            pause_s = retry_after_s(response.headers, time.time())
+            return replace(outcome, retry_after_s=pause_s, usage=None if body.has_output else outcome.usage)
+        if not body.is_stream:
+            return outcome
+        return [replace(reply, is_streamed=True) if isinstance(reply, Reply) else reply for reply in outcome]
 
     async def check(self) -> Failure | None:
         """Return None if the server responds and accepts the key. Costs nothing.
@@ -112,7 +162,7 @@ class Connection:
                     return self._redirect_failure(response)
                 if response.status not in (401, 403) and response.status < 500:
                     return None
-                outcome = read_reply(response.status, await response.read(), 0, self._redacted)
+                outcome = read_replies(response.status, await response.read(), 0, self._redacted)
                 return outcome if isinstance(outcome, Failure) else None
         except aiohttp.ClientConnectorCertificateError as error:
             return self._certificate_failure(error)
@@ -143,7 +193,9 @@ class Connection:
             self._session = aiohttp.ClientSession(
                 headers={"Content-Type": "application/json"},
                 connector=aiohttp.TCPConnector(limit=self._endpoint.concurrency, ssl=certificates),
-                timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=min(_CONNECT_TIMEOUT_S, timeout_s / 2)),
+                timeout=aiohttp.ClientTimeout(
+                    total=None, sock_read=timeout_s, sock_connect=min(_CONNECT_TIMEOUT_S, timeout_s / 2)
+                ),
                 # Not `trust_env`, which would send a password from ~/.netrc instead of the key.
                 proxy=None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme),
             )

@@ -33,14 +33,16 @@ class Reply:
     """A usable response.
 
     Attributes:
-        usage: None if the server did not report it.
+        usage: tokens of all choices of the request; None if the server did not report them.
         reasoning: thought that the server sends beside the text, None without one.
+        is_streamed: True if it came as a stream, in which some servers report no usage.
     """
 
     text: str
     finish_reason: Literal["stop", "length"]
     usage: Usage | None
     reasoning: str | None = None
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +66,23 @@ class Failure:
     usage: Usage | None = NO_USAGE
     retry_after_s: float | None = None
 
+    @property
+    def rejects_stream(self) -> bool:
+        """True if the server seems to lack streams, or a field of theirs."""
+        return self.status in (400, 404, 405, 406, 415, 422, 501) and "stream" in self.text.lower()
 
-def read_reply(status: int, raw: bytes, max_tokens: int, redact: Callable[[str], str]) -> Reply | Failure:
-    """Parse the body of an HTTP response.
+
+# The choices of a request, at least one of which is a reply, or the failure of the request.
+Outcome = list[Reply | Failure] | Failure
+
+
+def read_replies(status: int, raw: bytes, max_tokens: int, redact: Callable[[str], str]) -> Outcome:
+    """Parse the body of an HTTP response: its choices, or the failure of the request.
+
+    If no choice has a reply, the request has failed.
 
     Args:
-        max_tokens: requested limit of the response, in tokens.
+        max_tokens: requested limit of each response, in tokens.
         redact: removes secrets from a server's text.
     """
     try:
@@ -82,7 +95,8 @@ def read_reply(status: int, raw: bytes, max_tokens: int, redact: Callable[[str],
         return Failure("transient", redact(f"not a JSON object: {_decoded(raw)}"), status, usage=None)
     usage = read_usage(payload.get("usage"))
     choices = payload.get("choices")
-    if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
+    choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    if not choices:
         error = payload.get("error")
         code = error.get("code") if isinstance(error, dict) else None
         if isinstance(code, int) and 400 <= code < 600:  # from a gateway that had already sent status 200
@@ -90,7 +104,9 @@ def read_reply(status: int, raw: bytes, max_tokens: int, redact: Callable[[str],
         return Failure(
             "transient", redact(f"no choices in the response: {_error_message(raw, payload)}"), status, usage
         )
-    return _read_choice(choices[0], usage, max_tokens, redact)
+    outcomes = [_read_choice(choice, usage, max_tokens * len(choices), redact) for choice in choices]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    return failures[0] if len(failures) == len(outcomes) else outcomes
 
 
 def _read_choice(
@@ -101,6 +117,10 @@ def _read_choice(
     A response that the server calls finished is an answer even if it has no text: the same request
     would give none again. If `finish_reason` is null, the number of tokens decides between stop and
     length. An unknown reason may mean that the response was cut, and is a failure.
+
+    Args:
+        usage: tokens of all choices.
+        max_tokens: limit of all choices together.
     """
     message = choice.get("message")
     message = message if isinstance(message, dict) else {"content": choice.get("text")}

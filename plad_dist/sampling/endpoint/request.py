@@ -1,4 +1,4 @@
-"""The HTTP body of a request for one response, and the bounds on its tokens for the budget."""
+"""The HTTP body of a request for responses, and the bounds on its tokens for the budget."""
 
 from __future__ import annotations
 
@@ -13,35 +13,44 @@ from plad_dist.sampling.endpoint.usage import Usage
 
 Prompt = Messages | str
 
-_SET_BY_THE_RUN = ("model", "messages", "prompt", "stream", "n", "best_of")
+_SET_BY_THE_RUN = ("model", "messages", "prompt", "stream", "stream_options", "n", "best_of")
 _TEMPLATE_TOKENS = 256  # allowance for what a server's chat template adds to a prompt, such as a system prompt
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A request for one response.
+    """A request for one or several responses to a prompt.
 
     Attributes:
-        body: JSON body.
+        body: body, before it becomes JSON.
         prompt_bytes: size of the prompt in UTF-8.
-        max_tokens: limit of the response, in tokens.
+        max_tokens: limit of each response, in tokens.
+        n: number of responses.
     """
 
-    body: bytes
+    body: dict[str, Any]
     prompt_bytes: int
     max_tokens: int
+    n: int = 1
+
+    @property
+    def most_tokens(self) -> int:
+        """Limit of all responses together, in tokens."""
+        return self.n * self.max_tokens
 
     @property
     def worst_usage(self) -> Usage:
         """Largest usage that the server can bill for one try: a token has at least one byte."""
-        return Usage(self.prompt_bytes + _TEMPLATE_TOKENS, self.max_tokens)
+        return Usage(self.prompt_bytes + _TEMPLATE_TOKENS, self.most_tokens)
 
 
-def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: int) -> CompletionRequest:
-    """Build the request for one response.
+def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: int, n: int = 1) -> CompletionRequest:
+    """Build a request.
 
     Args:
         prompt: messages for `api: chat`, a rendered text for `api: completions`.
+        seed: decides all responses; how several of them differ is up to the server.
+        n: number of responses.
     """
     is_chat = endpoint.api == "chat"
     assert isinstance(prompt, list) == is_chat, "messages for api: chat, text for api: completions"
@@ -51,7 +60,7 @@ def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: i
         "max_tokens": decoding.max_tokens,
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
-        "n": 1,
+        "n": n,
         "seed": seed,
     }
     # Not part of every server's API, so sent only if they are set.
@@ -64,9 +73,10 @@ def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: i
     body = {key: value for key, value in (body | endpoint.extra_body).items() if value is not None}
     limits = [body[key] for key in ("max_tokens", "max_completion_tokens") if isinstance(body.get(key), int)]
     return CompletionRequest(
-        body=json.dumps(body).encode(),
+        body=body,
         prompt_bytes=len(json.dumps(prompt, ensure_ascii=False).encode("utf-8", "surrogatepass")),
         max_tokens=max(limits, default=decoding.max_tokens),
+        n=n,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,60 @@ def test_a_second_response_to_a_prompt_is_charged_but_the_first_one_is_kept(tmp_
     assert result.part.counts["cost_micros"] == 500_000
     table = pa.ipc.open_file(next((tmp_path / "samples").glob("part-*.arrow"))).read_all()
     assert table["text"].to_pylist() == ["first"]
+
+
+class ManyBackend(PaidBackend):
+    """A server that returns up to two responses for a request, which costs 0.5 a response."""
+
+    takes_n = True
+
+    def __init__(self, requests: list[str], lost_cost: float = 0.0) -> None:
+        super().__init__(requests)
+        self._lost_cost = lost_cost
+
+    async def complete_many(
+        self, prompt: str, decoding: Decoding, seeds: Sequence[int], request_id: str
+    ) -> tuple[list[Completion | RefusedPromptError | None], float]:
+        self._requests.append(f"{len(seeds)} of {prompt}")
+        if self._lost_cost:
+            return [None for _ in seeds], self._lost_cost
+        if prompt == "refuse":
+            raise RefusedPromptError("refused", cost=0.25)
+        drawn = [Completion(f"{prompt}{seed}", [], 2, None, "stop", prompt_tokens=3, cost=0.5) for seed in seeds[:2]]
+        return [*drawn, *(None for _ in seeds[2:])], 0.0
+
+
+def draw_many(storage: Storage, job: SamplingJob, backend: PaidBackend) -> BlockResult:
+    async def run() -> BlockResult:
+        sampler = Sampler(storage, lambda: backend)
+        assert await sampler.start() is None
+        try:
+            return await sampler.work(job, 0, "attempt", Hints())
+        finally:
+            await sampler.stop()
+
+    return asyncio.run(run())
+
+
+def test_responses_drawn_together_are_completed_one_by_one_and_paid_for_once(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a", "refuse"])
+    requests: list[str] = []
+    result = draw_many(storage, replace(job, n=3), ManyBackend(requests))
+    assert sorted(requests) == ["3 of a", "3 of refuse", "a"], "a refused prompt is refused for all of its samples"
+    assert result.part.counts["errors"] == 3
+    assert result.part.counts["cost_micros"] == 500_000 * 2 + 250_000 + 250_000
+
+
+def test_only_missing_responses_are_drawn_together(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a", "stop"])
+    requests: list[str] = []
+    with pytest.raises(StopStageError):
+        draw_many(storage, replace(job, n=1), PaidBackend(requests))
+    draw_many(storage, replace(job, n=3), ManyBackend(requests))
+    assert sorted(requests) == ["2 of a", "3 of stop", "a", "stop", "stop"]
+
+
+def test_money_of_a_request_for_several_responses_that_returned_none_is_not_forgotten(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a"])
+    result = draw_many(storage, replace(job, n=2), ManyBackend([], lost_cost=0.75))
+    assert result.part.counts["cost_micros"] == 750_000 + 2 * 250_000

@@ -40,6 +40,8 @@ def test_a_request_sends_the_decoding_and_no_optional_field_that_is_not_set() ->
                 "top_p": 1.0,
                 "n": 1,
                 "seed": 7,
+                "stream": True,
+                "stream_options": {"include_usage": True},
             }
             extra = {"seed": None, "max_tokens": None, "max_completion_tokens": 30, "reasoning": {"effort": "low"}}
             async with client_of(server, extra_body=extra) as client:
@@ -66,7 +68,7 @@ def test_a_rendered_prompt_goes_to_completions() -> None:
     run(test())
 
 
-@pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "n"])
+@pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "stream_options", "n"])
 def test_extra_fields_cannot_replace_what_the_run_sets(name: str) -> None:
     with pytest.raises(UserError, match=rf"extra_body\.{name}"):
         EndpointClient(Endpoint(url="http://x", model="m", extra_body={name: 1}))
