@@ -28,6 +28,14 @@ A key marked ● decides what the run produces. Once a stage that depends on it 
 refuses another value. The other keys control how the work is carried out, and may change between resumes.
 `*` stands for a name of your choice.
 
+Numbers are decimal: `010`, `0x10`, `1:30`, `1_000`, `yes` and `.nan` are refused where a number is wanted. `.inf` is
+accepted where the meaning of a key names it, and means no bound. A text that YAML would read as another value is
+quoted: `revision: "0123456"`.
+
+In every path or URI, `~` stands for the home folder, and `$NAME` and `${NAME}` for an environment variable, which must
+be set. `$$` stands for a dollar sign. Paths are expanded when the config is read, by `plad submit` where it is called,
+and `run.yaml` holds the expanded ones.
+
 | key | default | meaning |
 | --- | --- | --- |
 """

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from plad_dist import __version__
+from plad_dist.cli_arguments import (
+    Address,
+    AsJson,
+    ConfigPath,
+    Follow,
+    JobName,
+    MeanTokens,
+    Overrides,
+    Rate,
+    RunDirPath,
+    expanded,
+    finite,
+)
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
@@ -26,31 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def _finite(parameter: typer.CallbackParam, value: float | None) -> float | None:
-    """Refuse infinity and NaN as the value of an option."""
-    if value is not None and not math.isfinite(value):
-        raise UserError(f"--{str(parameter.name).replace('_', '-')} {value}: expected a finite number")
-    return value
-
-
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as run.seed=3.")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        help="URL of the cluster's dashboard, such as http://host:8265. Default: RAY_API_SERVER_ADDRESS, or else this "
-        "machine's."
-    ),
-]
-JobName = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Default: the newest job.")]
-Follow = Annotated[bool, typer.Option("--follow", help="Show the log until the job has ended, and exit like the job.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-MeanTokens = Annotated[float | None, typer.Option(min=1, callback=_finite, help="Mean length in tokens.")]
-Rate = Annotated[float | None, typer.Option(min=0.001, callback=_finite, help="Measured tokens/s per device.")]
 
 
 def main() -> None:
@@ -170,7 +157,7 @@ def submit(
     job_stage = check_stage(stage)
     settings = load_submitted(config, overrides or [])
     server = JobServer(address)
-    job = server.submit(settings, config, overrides or [], job_stage)
+    job = server.submit(settings, job_stage)
     typer.echo(f"Submitted: {job}")
     if follow:
         _follow(server, job)
@@ -182,7 +169,11 @@ def submit(
 def status(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN_DIR or JOB]", help="A run directory, or the name of a job. Default: all jobs."),
+        typer.Argument(
+            metavar="[RUN_DIR or JOB]",
+            callback=expanded,
+            help="A run directory, or the name of a job. Default: all jobs.",
+        ),
     ] = None,
     address: Address = None,
 ) -> None:
@@ -244,7 +235,7 @@ def _follow(server: JobServer, job: str) -> None:
 
 @app.command()
 def verify(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory: path or URI.")],
+    run_dir: RunDirPath,
     repair: Annotated[
         bool, typer.Option("--repair", help="Set bad parts and checkpoints aside, so that the next run redoes them.")
     ] = False,
@@ -267,9 +258,12 @@ def verify(
 
 @app.command()
 def compare(
-    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")],
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", callback=expanded, help="Finished runs.")],
     output: Annotated[
-        str | None, typer.Option(metavar="PAGE.html", help="Also write a page, and the figures as JSON beside it.")
+        str | None,
+        typer.Option(
+            metavar="PAGE.html", callback=expanded, help="Also write a page, and the figures as JSON beside it."
+        ),
     ] = None,
     decoding: Annotated[
         str | None,
@@ -287,7 +281,9 @@ def compare(
 
 @app.command()
 def study(
-    file: Annotated[str, typer.Argument(metavar="STUDY.yaml", help="A base config, its variants and seeds.")],
+    file: Annotated[
+        str, typer.Argument(metavar="STUDY.yaml", callback=expanded, help="A base config, its variants and seeds.")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Run all variants of a config, do their common work once, and compare them.
@@ -309,7 +305,7 @@ def study(
 
 @app.command()
 def push(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run directory.")],
+    run_dir: RunDirPath,
     repo: Annotated[
         str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; created if it does not exist.")
     ],
@@ -346,7 +342,9 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 def doctor(
     config: Annotated[
         str | None,
-        typer.Argument(metavar="CONFIG", help="YAML file of the run. Default: only the machines are checked."),
+        typer.Argument(
+            metavar="CONFIG", callback=expanded, help="YAML file of the run. Default: only the machines are checked."
+        ),
     ] = None,
     overrides: Overrides = None,
     address: Annotated[
@@ -399,7 +397,7 @@ def plan(
     teacher_rate: Rate = None,
     student_rate: Rate = None,
     train_rate: Rate = None,
-    price: Annotated[float | None, typer.Option(min=0, callback=_finite, help="Price of a device per hour.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, callback=finite, help="Price of a device per hour.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a run's memory, disk, time and cost, without starting anything.

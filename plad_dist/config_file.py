@@ -6,15 +6,18 @@ import difflib
 import json
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
-from plad_dist.config import Config, schema_fields
+from plad_dist.config import Config, Section, schema_fields
+from plad_dist.config_yaml import Location, Scalar, load_yaml, plain
 from plad_dist.errors import UserError
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -34,7 +37,7 @@ def override(raw: dict[str, Any], keys: Mapping[str, Any], arguments: Sequence[s
     """
     raw = _unaliased(raw)
     for key, value in keys.items():
-        _set_key(raw, key, value, f"{key}={value}")
+        _set_key(raw, key, value, f"{key}={_shown(plain(value)[0])}")
     for argument in arguments:
         _apply_override(raw, argument)
     return raw
@@ -46,24 +49,37 @@ def parse_config(raw: dict[str, Any], origin: str) -> Config:
     Args:
         origin: name of the mapping in messages.
     """
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(explain(error, origin)) from None
+    return parse_section(Config, raw, origin)
 
 
-def explain(error: ValidationError, origin: str) -> str:
-    """Return the message for all problems with a mapping: a line for each.
+def parse_section(section: type[SectionType], raw: Mapping[str, Any], origin: str) -> SectionType:
+    """Return a section from a mapping, as :func:`read_yaml` returns it or without scalars of YAML.
+
+    Raises:
+        UserError: the mapping does not match the schema; the message has a line for each problem.
 
     Args:
-        origin: name of the mapping.
+        origin: name of the mapping in messages.
     """
-    lines = list(dict.fromkeys(line for item in error.errors() for line in _problem_lines(item)))
-    return f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines)
+    values, scalars = plain(raw)
+    unusable = {location: scalar for location, scalar in scalars.items() if scalar.problem is not None}
+    lines = [f"{'.'.join(location)}: {scalar.text}: {scalar.problem}" for location, scalar in unusable.items()]
+    try:
+        parsed = section.model_validate(values)
+    except ValidationError as error:
+        lines += [
+            line for item in error.errors() if not _is_about(item, unusable) for line in _problem_lines(item, scalars)
+        ]
+    else:
+        if not lines:
+            return parsed
+    lines = list(dict.fromkeys(lines))
+    raise UserError(f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines))
 
 
 def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...") -> dict[str, Any]:
-    """Return the mapping in a YAML file.
+    """Return the mapping in a YAML file, with a :class:`Scalar` for every plain number, boolean and
+    null.
 
     Args:
         expected: sections that the mapping should have, for messages.
@@ -78,13 +94,14 @@ def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
-        raw = _unaliased(yaml.load(text, Loader=_StrictLoader))  # noqa: S506 - a SafeLoader
+        raw = _unaliased(load_yaml(text))
     except RecursionError:
         raise UserError(f"{path}: not valid YAML: nested too deeply, or an alias contains itself") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(raw, dict):
-        content = "an empty file" if raw is None else _shown(raw)
+        value = plain(raw)[0]
+        content = "an empty file" if value is None else _shown(value)
         raise UserError(f"{path}: expected a mapping of sections ({expected}), got {content}")
     return raw
 
@@ -106,36 +123,12 @@ def yaml_reason(error: Exception) -> str:
     return where + (getattr(error, "problem", None) or " ".join(str(error).split()))
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML loader that refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 reads 1e-5 as a string.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, such as run.seed=3")
     try:
-        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        value = load_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if "{{" in text:  # a Jinja template, to be taken as a string
             return _set_key(raw, key, text, override)
@@ -147,7 +140,7 @@ def _set_key(raw: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, leaf = key.split(".")
     section = raw
     for depth, name in enumerate(parents):
-        if section.get(name) is None:
+        if plain(section.get(name))[0] is None:
             section[name] = {}
         section = section[name]
         if not isinstance(section, dict):
@@ -190,8 +183,19 @@ def _location(item: Any) -> tuple[list[str], bool]:
     return keys, has_several_types
 
 
-def _problem_lines(item: Any) -> list[str]:
-    """Return the lines for one validation error: key, expected value and given value."""
+def _is_about(item: Any, unusable: Collection[Location]) -> bool:
+    """Return True if a validation error is about an unusable scalar, or a list with one."""
+    keys = tuple(_location(item)[0])
+    is_key = item["type"] in ("extra_forbidden", "missing")
+    return not is_key and any(location[: len(keys)] == keys for location in unusable)
+
+
+def _problem_lines(item: Any, scalars: Mapping[Location, Scalar]) -> list[str]:
+    """Return the lines for one validation error: key, expected value and given value.
+
+    Args:
+        scalars: scalars as they were written, by location.
+    """
     location, has_several_types = _location(item)
     key = ".".join(location)
     match item["type"]:
@@ -213,7 +217,11 @@ def _problem_lines(item: Any) -> list[str]:
         expected = " or ".join(names)
     message = item["msg"].replace("Input should be", "expected")
     message = f"expected {expected}" if expected else re.sub("expected (greater|less)", r"expected a value \1", message)
-    return [f"{key}: {message[0].lower() + message[1:]}; got {_shown(item['input'])}"]
+    scalar = scalars.get(tuple(location))
+    got = _shown(item["input"]) if scalar is None else scalar.text or "null"
+    if scalar is not None and scalar.text not in ("", "null") and item["type"] == "string_type":
+        got += f', which is {scalar.kind} in YAML; if it is a text, quote it ("{scalar.text}")'
+    return [f"{key}: {message[0].lower() + message[1:]}; got {got}"]
 
 
 def _type_names(location: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from rich.table import Table
 from plad_dist import __version__
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
+from plad_dist.config_yaml import dump_yaml
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.reach import connection_problem
 from plad_dist.resources import resource
@@ -93,11 +94,11 @@ class JobServer:
         with self._explained_errors(is_first_contact=True):
             self._client: Any = JobSubmissionClient(self.address)
 
-    def submit(self, config: Config, file: str, overrides: list[str], stage: Stage) -> str:
+    def submit(self, config: Config, stage: Stage) -> str:
         """Submit a stage of a run and return the job's name. A run that is submitted again resumes.
 
         Args:
-            config: the config in `file`, as :func:`load_submitted` returns it.
+            config: as :func:`load_submitted` returns it.
 
         Raises:
             UserError: the config does not fit, or a job works on the run already.
@@ -112,9 +113,10 @@ class JobServer:
         name = _next_name(run_dir, [job.submission_id for job in earlier])
         with tempfile.TemporaryDirectory(prefix="plad-submit-") as temporary:
             folder = Path(temporary)
-            shutil.copy(file, folder / _CONFIG_FILE)
+            # Variables and `~` have been expanded here, where the user sees their values.
+            (folder / _CONFIG_FILE).write_text(dump_yaml(config.model_dump(mode="json", exclude_unset=True)))
             shutil.copytree(resource("ray_jobs"), folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
-            entrypoint = shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG_FILE, *overrides])
+            entrypoint = shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG_FILE])
             metadata = {"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()}
             try:
                 self._submit_once_up(entrypoint, name, folder, metadata)

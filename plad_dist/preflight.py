@@ -8,8 +8,26 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from plad_dist.config import Config, LlmJudge, Model, RewardJudge, ScratchModel, TeacherJudge
-from plad_dist.data.models import check_local_model, check_weights, context_length, load_model_config
+from plad_dist.config import (
+    Config,
+    Decoding,
+    LlmJudge,
+    Model,
+    RewardJudge,
+    RoleSampling,
+    ScratchModel,
+    Teacher,
+    TeacherJudge,
+)
+from plad_dist.data.models import (
+    check_local_model,
+    check_max_length,
+    check_weights,
+    context_length,
+    generation_defaults,
+    load_model_config,
+    resolve_model,
+)
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer, compile_template
 from plad_dist.errors import UserError
@@ -22,6 +40,8 @@ logger = logging.getLogger("plad")
 
 # A check raises UserError. The prefix, a config key or empty, precedes the error's message.
 Check = tuple[str, Callable[[], object]]
+
+_DISABLED = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # of keys that may be unset
 
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
@@ -46,6 +66,9 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(problems))
     if problems:
         raise UserError(*problems)
+    if command in (None, "sample"):
+        for note in _decoding_notes(config):
+            logger.info("%s", note)
     if all_rows and train_prompts(run.storage).manifest() is None:
         summary = check_prompts(config, all_rows=True)  # last, because it needs the tokenizers of sound models
         if summary:
@@ -96,9 +119,73 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     yield "", partial(check_deepspeed, config.training.deepspeed)
     yield "", partial(check_prompts, config, all_rows=False)
     for key, model in models.items():
-        yield from _model_checks(key, model)
+        yield from _model_checks(key, model, _sampling_of(config, key, model)[1])
     if config.student.path is not None:
         yield "", partial(_check_student_rope, config.student)
+        yield "", partial(_check_pair_length, config)
+
+
+def _sampling_of(config: Config, key: str, model: Model) -> tuple[str, RoleSampling]:
+    """Return the sampling section of a named model, with its config key."""
+    if key == "student":
+        return "sampling.student", config.sampling.student
+    assert isinstance(model, Teacher)
+    assert model.sampling is not None
+    teacher = config.teachers.get(key.removeprefix("teachers."))
+    has_own = teacher is not None and teacher.sampling is not None
+    return (f"{key}.sampling" if has_own else "sampling.teacher"), model.sampling
+
+
+def _check_max_length(key: str, model: Model) -> None:
+    """Check that the engine will accept `max_length`."""
+    try:
+        load_model_config(str(model.path), model)
+    except UserError:  # another check reports it
+        return
+    check_max_length(str(model.path), model, key)
+
+
+def _check_pair_length(config: Config) -> None:
+    """Check that `pairing.max_tokens` does not exceed the context of the student."""
+    try:
+        limit = context_length(str(config.student.path), config.student)
+    except UserError:  # another check reports it
+        return
+    if config.pairing.max_tokens is not None and config.pairing.max_tokens > limit:
+        raise UserError(
+            f"pairing.max_tokens: {config.pairing.max_tokens}: the context of the student is {limit} tokens; set at "
+            "most that, or leave it unset"
+        )
+
+
+def _decoding_notes(config: Config) -> Iterator[str]:
+    """Yield a line for every pretrained model whose own sampling parameters are not used, and for
+    every `max_tokens` over a model's context."""
+    for key, model in config.named_models().items():
+        if model.path is None:
+            continue
+        section, sampling = _sampling_of(config, key, model)
+        path = resolve_model(model)
+        used = {name: getattr(sampling, name) for name in Decoding.model_fields}
+        used = {name: _DISABLED.get(name) if value is None else value for name, value in used.items()}
+        set_aside = {
+            name: value
+            for name, value in generation_defaults(path, model).items()
+            if name not in sampling.model_fields_set and value != used[name]
+        }
+        if set_aside:
+            theirs = ", ".join(f"{name} {value:g}" for name, value in set_aside.items())
+            ours = ", ".join(f"{name} {used[name]:g}" for name in set_aside)
+            yield (
+                f"{key}: generation_config.json of {path} sets {theirs}, which are not used; {section} samples with "
+                f"{ours}"
+            )
+        limit = context_length(path, model)
+        if "max_tokens" in sampling.model_fields_set and sampling.max_tokens >= limit:
+            yield (
+                f"{section}.max_tokens: {sampling.max_tokens}: responses of {key} end earlier, at its context of "
+                f"{limit} tokens"
+            )
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
@@ -132,7 +219,7 @@ def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Ite
         yield "", partial(open_reward_model, judge, key)
     if isinstance(judge, LlmJudge):
         yield "", partial(load_template, judge, key)
-        yield from _model_checks(f"{key}.model", judge.model)
+        yield from _model_checks(f"{key}.model", judge.model, judge.sampling)
 
 
 def _check_run_dir(run: RunDir) -> None:
@@ -148,7 +235,7 @@ def _check_run_dir(run: RunDir) -> None:
         raise UserError(f"run.dir: {root}: cannot be written; use another folder, or give this user write access")
 
 
-def _model_checks(key: str, model: Model) -> Iterator[Check]:
+def _model_checks(key: str, model: Model, sampling: RoleSampling) -> Iterator[Check]:
     if model.template is not None:
         yield "", partial(compile_template, model.template, key)
     if model.scratch is not None:
@@ -156,4 +243,6 @@ def _model_checks(key: str, model: Model) -> Iterator[Check]:
     elif model.path is not None:
         for check in (load_model_config, Renderer):
             yield f"{key}.path: ", partial(check, model.path, model)
+        if "hf_overrides" not in sampling.engine:  # which may extend the context
+            yield "", partial(_check_max_length, key, model)
         yield f"{key}.path: ", partial(check_weights, model.path)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from plad_dist import __version__
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.config_file import parse_config, yaml_reason
+from plad_dist.config_yaml import dump_yaml
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
@@ -231,7 +232,7 @@ def run_document(config: Config) -> bytes:
         "config": config.model_dump(mode="json"),
         "fingerprint": config.fingerprint(),  # last, so that a truncated file lacks it
     }
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode()
+    return dump_yaml(document).encode()
 
 
 def check_same_run(config: Config, run: RunDir) -> None:

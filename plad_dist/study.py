@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from plad_dist.config import Config, Decoding
 from plad_dist.config.section import Section
-from plad_dist.config_file import explain, load_config, override, parse_config, read_yaml
+from plad_dist.config.values import PathText, escape_path
+from plad_dist.config_file import load_config, override, parse_config, parse_section, read_yaml
 from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir
 from plad_dist.systems import PLAD
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
 class Study(Section):
     """Variants of a run."""
 
-    base: str = Field(min_length=1, description="The run's config, relative to this file.")
-    dir: str = Field(min_length=1, description="Folder of the runs: <dir>/<variant>, or <dir>/seed-<seed>/<variant>.")
+    base: PathText = Field(min_length=1, description="The run's config, relative to this file.")
+    dir: PathText = Field(
+        min_length=1, description="Folder of the runs: <dir>/<variant>, or <dir>/seed-<seed>/<variant>."
+    )
     set: dict[str, Any] = Field(default={}, description="Keys of the config that are the same in all variants.")
     seeds: list[int] = Field(default=[], description="Values of run.seed; every variant is run with each.")
     variants: dict[str, dict[str, Any]] = Field(min_length=1, description="Keys of the config by variant.")
@@ -69,7 +72,7 @@ def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]
         runs = []
         for name, changes in study.variants.items():
             own_seed = {"run.seed": seed} if seed is not None else {}
-            keys = study.set | changes | own_seed | {"run.dir": f"{folder}/{name}"}
+            keys = study.set | changes | own_seed | {"run.dir": escape_path(f"{folder}/{name}")}
             runs.append((name, parse_config(override(base, keys, overrides), f"{path}: variant {name}")))
         _check_common_decoding(path, runs)
         by_seed.append(runs)
@@ -82,10 +85,9 @@ def _read_study(path: str) -> Study:
         raise UserError(f"{path}: is the config of a run (`plad run`); a study has {keys}")
     if unknown := raw.keys() - Study.model_fields.keys():
         raise UserError(f"{path}: {', '.join(map(str, sorted(unknown, key=str)))}: unknown key; a study has {keys}")
-    try:
-        study = Study.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(explain(error, path)) from None
+    study = parse_section(Study, raw, path)
+    # The scalars as they were written, for messages about the variants.
+    study = study.model_copy(update={"set": raw.get("set", {}), "variants": raw["variants"]})
     reserved = {"run", "run.dir", *(["run.seed"] if study.seeds else [])}
     for name, changes in study.variants.items():
         if conflicts := reserved & changes.keys():

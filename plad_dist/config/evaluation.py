@@ -11,6 +11,7 @@ from plad_dist.config.models import Model
 from plad_dist.config.pairing import RewardModel
 from plad_dist.config.sampling import Decoding, RoleSampling
 from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.values import PathText
 
 REFERENCE_JUDGES = ("rouge_1", "rouge_2", "rouge_l")
 
@@ -35,7 +36,7 @@ class TeacherJudge(Section):
 class JudgeSampling(RoleSampling):
     """How a judge is sampled, and by which engines."""
 
-    temperature: float = Field(0.0, ge=0.0, le=5.0, description="Sampling temperature. 0: greedy decoding.")
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="Sampling temperature. 0: greedy decoding.")
     max_tokens: int = Field(512, ge=1, description="Maximum length of a response, in tokens.")
 
 
@@ -44,7 +45,7 @@ class LlmJudge(Section):
 
     type: Literal["llm"] = Field(description="llm: a language model compares the responses of two systems.")
     model: Model = Field(description="Model that judges: a server (`endpoint`) or a local model (`path`).")
-    template: str | None = Field(
+    template: PathText | None = Field(
         None,
         description="For llm: file with the Jinja template of the question, over `messages`, `reference`, `first` and "
         "`second`. It must ask for the verdict as [[A]], [[B]] or, for a tie, [[C]]. Default: the template that comes "
@@ -81,7 +82,7 @@ class Evaluation(Section):
         description="Decodings by name. Default: `sampled`, the decoding of sampling.student, and `greedy`, the same "
         "at temperature 0.",
     )
-    warmup_temperatures: list[Annotated[float, Field(gt=0, le=5)]] = Field(
+    warmup_temperatures: list[Annotated[float, Field(gt=0, le=2)]] = Field(
         default=[0.5, 0.25], description="Lower temperatures at which the warm-up student is also evaluated."
     )
     judge: str = Field(
@@ -99,7 +100,8 @@ class Evaluation(Section):
         ge=0,
         le=256,
         description="Number of responses of the warm-up student to each held-out prompt, whose likelihoods under all "
-        "students are compared with their quality. Needs references. 0: none.",
+        "students are compared with their quality. Needs references, and a student that is not sampled greedily. 0: "
+        "none.",
     )
     bootstrap: int = Field(
         2000,

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.values import FreeMapping, MessagesTemplate, OptionalBound, PathText
 
 _VARIABLE, _HEADER = r"^[A-Za-z_][A-Za-z0-9_]*$", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
 _SET_HEADERS = ("content-type", "content-length", "host", "transfer-encoding")  # by the HTTP client
@@ -17,7 +18,7 @@ _SET_HEADERS = ("content-type", "content-length", "host", "transfer-encoding")  
 class ScratchModel(Section):
     """Model with random weights and a tokenizer trained on the prompts and references."""
 
-    architecture: dict[str, Any] = Field(
+    architecture: FreeMapping = Field(
         description="Arguments of the transformers config, including `model_type`. Vocabulary size and special tokens "
         "are filled in from the tokenizer."
     )
@@ -46,7 +47,7 @@ class Endpoint(Section):
         "and without `api_key_file` and `api_key_command`, requests carry no key.",
         json_schema_extra=OPERATIONAL,
     )
-    api_key_file: str | None = Field(
+    api_key_file: PathText | None = Field(
         None,
         min_length=1,
         description="File that holds the API key, on the node that sends the requests. Read again when the server "
@@ -66,7 +67,7 @@ class Endpoint(Section):
         "holds the header's value.",
         json_schema_extra=OPERATIONAL,
     )
-    ca_bundle: str | None = Field(
+    ca_bundle: PathText | None = Field(
         None,
         min_length=1,
         description="File or folder of certificates to trust besides those of the system.",
@@ -75,16 +76,16 @@ class Endpoint(Section):
     concurrency: int = Field(
         64, ge=1, le=10_000, description="Maximum number of requests in flight.", json_schema_extra=OPERATIONAL
     )
-    requests_per_minute: float | None = Field(
+    requests_per_minute: OptionalBound = Field(
         None,
         gt=0,
-        description="Maximum number of requests per minute. If unset, no limit.",
+        description="Maximum number of requests per minute. If unset or `.inf`, no limit.",
         json_schema_extra=OPERATIONAL,
     )
-    tokens_per_minute: float | None = Field(
+    tokens_per_minute: OptionalBound = Field(
         None,
         gt=0,
-        description="Maximum number of prompt and response tokens per minute. If unset, no limit.",
+        description="Maximum number of prompt and response tokens per minute. If unset or `.inf`, no limit.",
         json_schema_extra=OPERATIONAL,
     )
     timeout_s: float = Field(
@@ -135,15 +136,15 @@ class Endpoint(Section):
         description="Price of one million response tokens, hidden reasoning included.",
         json_schema_extra=OPERATIONAL,
     )
-    max_spend: float | None = Field(
+    max_spend: OptionalBound = Field(
         None,
         gt=0,
         description="Spending cap, in the currency of the prices. The stage stops before a request that could exceed "
         "it. Where the server bills more than the prompt and max_tokens allow, the cap holds to one request. Requires "
-        "`input_price` and `output_price`. If unset, no cap.",
+        "`input_price` and `output_price`. If unset or `.inf`, no cap.",
         json_schema_extra=OPERATIONAL,
     )
-    extra_body: dict[str, Any] = Field(default={}, description="Additional fields of every request.")
+    extra_body: FreeMapping = Field(default={}, description="Additional fields of every request.")
 
     @field_validator("url")
     @classmethod
@@ -192,7 +193,7 @@ class Endpoint(Section):
 class Model(Section):
     """Causal language model: pretrained (`path`), created from scratch, or behind a server."""
 
-    path: str | None = Field(None, description="Folder or hub name of a pretrained model with its tokenizer.")
+    path: PathText | None = Field(None, description="Folder or hub name of a pretrained model with its tokenizer.")
     revision: str | None = Field(
         None, description="Revision of the hub repository. If unset, the repository's default branch."
     )
@@ -204,7 +205,7 @@ class Model(Section):
     endpoint: Endpoint | None = Field(
         None, description="Send prompts to a server instead of loading the model. Not available for the student."
     )
-    template: str | None = Field(
+    template: MessagesTemplate | None = Field(
         None,
         description="Jinja template over `messages` that renders a prompt. Default: the tokenizer's chat template.",
     )

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.values import Bound, FromList, MessagesTemplate, PathText
 
 
 class RewardModel(Section):
     """Model that scores responses: any sequence classifier with one output."""
 
-    path: str = Field(description="Folder or hub name of an AutoModelForSequenceClassification with its tokenizer.")
+    path: PathText = Field(
+        description="Folder or hub name of an AutoModelForSequenceClassification with its tokenizer."
+    )
     revision: str | None = Field(
         None, description="Revision of the hub repository. If unset, the repository's default branch."
     )
-    template: str | None = Field(
+    template: MessagesTemplate | None = Field(
         None,
         description="Jinja template over `messages`, which include the response. Default: the tokenizer's chat "
         "template.",
     )
-    max_length: int = Field(
-        2048, ge=8, description="Maximum length of a conversation, in tokens. Longer conversations get no score."
+    max_length: int | None = Field(
+        None,
+        ge=8,
+        description="Maximum length of a conversation, in tokens. Longer conversations get no score. If unset, 2048, "
+        "or the context length of the model if that is shorter.",
     )
     batch_size: int = Field(16, ge=1, description="Conversations per batch.", json_schema_extra=OPERATIONAL)
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
@@ -61,10 +67,10 @@ class Pairing(Section):
         description="Maximum length of prompt and response together, in student tokens. If unset, the student's "
         "context length.",
     )
-    length_ratio: tuple[float, float] | None = Field(
+    length_ratio: Annotated[tuple[float, Bound], FromList] | None = Field(
         None,
         description="Allowed range [low, high] of the chosen response's tokens divided by the rejected response's "
-        "tokens. If unset, any ratio.",
+        "tokens. `.inf` as the high end is no bound. If unset, any ratio.",
     )
     identical: Literal["drop", "keep"] = Field("drop", description="Action for a pair of identical responses.")
     empty: Literal["drop", "keep"] = Field("drop", description="Action for a pair with an empty response.")
@@ -104,6 +110,8 @@ class Pairing(Section):
                 raise ValueError(f"`score: {score}` and `{name}` need each other; set both or neither")
         if self.score == "none" and (self.combine == "best_worst" or self.min_score_gap is not None):
             raise ValueError("`combine: best_worst` and `min_score_gap` need scores; set `score`")
-        if self.length_ratio is not None and not 0 <= self.length_ratio[0] <= self.length_ratio[1]:
-            raise ValueError(f"length_ratio: expected [low, high] with 0 <= low <= high, got {list(self.length_ratio)}")
+        if self.length_ratio is not None and not 0 <= self.length_ratio[0] <= self.length_ratio[1] > 0:
+            raise ValueError(
+                f"length_ratio: expected [low, high] with 0 <= low <= high > 0, got {list(self.length_ratio)}"
+            )
         return self

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.values import PathText
 
 
 class Columns(Section):
@@ -62,7 +63,7 @@ class FilesSource(Columns):
     """Prompts from JSON lines, Parquet, Arrow or CSV files, told apart by their suffix."""
 
     type: Literal["files"] = Field(description="files: JSON lines, Parquet, Arrow or CSV files, by suffix.")
-    paths: list[str] = Field(
+    paths: list[PathText] = Field(
         min_length=1,
         description="Files or glob patterns, read in sorted order. Paths or s3://, gs:// and az:// URIs.",
     )
@@ -72,9 +73,11 @@ class DatasetSource(Columns):
     """Prompts from the `datasets` library, read as a stream and never held in memory as a whole."""
 
     type: Literal["dataset"] = Field(description="dataset: a dataset read by the `datasets` library.")
-    name: str = Field(min_length=1, description="Hub name, folder of data files, or folder written by `save_to_disk`.")
+    name: PathText = Field(
+        min_length=1, description="Hub name, folder of data files, or folder written by `save_to_disk`."
+    )
     subset: str | None = Field(None, description="Configuration of the dataset, if it has several.")
-    data_dir: str | None = Field(
+    data_dir: PathText | None = Field(
         None,
         min_length=1,
         description="Folder of the dataset to read, such as that of a configuration in the Parquet copy on the hub "

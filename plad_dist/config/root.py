@@ -18,6 +18,7 @@ from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
+from plad_dist.config.values import PathText
 from plad_dist.fingerprint import fingerprint
 from plad_dist.systems import WARMUP, System
 
@@ -25,9 +26,9 @@ from plad_dist.systems import WARMUP, System
 class Run(Section):
     """Location of the run, and the seed that makes it repeatable."""
 
-    dir: str = Field(description="Run directory: a path, or a file://, s3://, gs:// or az:// URI.", min_length=1)
+    dir: PathText = Field(description="Run directory: a path, or a file://, s3://, gs:// or az:// URI.", min_length=1)
     seed: int = Field(17, ge=0, lt=2**31, description="Seed of all random choices in the run.")
-    reuse: str | None = Field(
+    reuse: PathText | None = Field(
         None,
         min_length=1,
         description="Directory of another run. A new run takes over the prompts, models, samples and pairs that both "
@@ -96,7 +97,7 @@ class Config(Section):
         """Raise one error for all conflicts between keys, with a line for each."""
         problems = [
             *_scratch_model_problems(self), *_teacher_problems(self), *_student_problems(self),
-            *_score_and_reference_problems(self), *_judge_problems(self),
+            *_score_and_reference_problems(self), *_judge_problems(self), *_decoding_problems(self),
         ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
@@ -104,9 +105,14 @@ class Config(Section):
 
     @property
     def candidates(self) -> int:
-        """Candidates per held-out prompt; 0 if no references exist to measure their quality."""
+        """Candidates per held-out prompt.
+
+        0 if no references exist to measure their quality, or if greedy decoding makes all of them
+        the same.
+        """
         source = self.prompts.heldout or self.prompts.source
-        return 0 if isinstance(source, Columns) and not source.has_references else self.evaluation.candidates
+        lacks_references = isinstance(source, Columns) and not source.has_references
+        return 0 if lacks_references or self.sampling.student.is_greedy else self.evaluation.candidates
 
     def all_teachers(self) -> dict[str, Teacher]:
         """Return the teachers by name, each with its sampling settings filled in.
@@ -204,6 +210,32 @@ def _student_problems(config: Config) -> Iterator[str]:
         yield "student.endpoint: the student is trained, which needs its weights; set `path` or `scratch`"
     if config.sampling.student.stop:
         yield "sampling.student.stop: the student must end with a token to learn it, not with a stop string; remove it"
+    if config.sampling.student.stop_token_ids:
+        yield (
+            "sampling.student.stop_token_ids: the student learns to end with the tokens that its model names; remove "
+            "it, or add the tokens to eos_token_id in the generation_config.json of the model"
+        )
+
+
+def _decoding_problems(config: Config) -> Iterator[str]:
+    roles = {"sampling.teacher": config.sampling.teacher, "sampling.student": config.sampling.student}
+    roles |= {f"teachers.{name}.sampling": item.sampling for name, item in config.teachers.items() if item.sampling}
+    for key, sampling in roles.items():
+        if sampling.n > 1 and sampling.is_greedy:
+            reason = "temperature 0" if sampling.temperature == 0 else "top_k 1"
+            yield (
+                f"{key}.n: {sampling.n}: with {reason}, all responses to a prompt are the same; set `n: 1`, or sample "
+                "at a temperature above 0 from more than one token"
+            )
+    if (
+        config.prompts.heldout is None
+        and config.prompts.heldout_fraction == 0
+        and isinstance(config.prompts.source, Columns)
+    ):
+        yield (
+            "prompts.heldout_fraction: 0: leaves no held-out prompts, on which the students are compared; set a "
+            "fraction above 0, or prompts.heldout"
+        )
 
 
 def _score_and_reference_problems(config: Config) -> Iterator[str]:

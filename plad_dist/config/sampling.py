@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import to_jsonable_python
 
 from plad_dist.config.models import Model
 from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.values import Bound, FreeMappingWithPaths
 
 # Engine arguments that control how sampling is carried out. All other arguments (precision,
 # quantization, ...) affect the samples.
@@ -20,21 +21,76 @@ OPERATIONAL_ENGINE = frozenset(
         "tensor_parallel_size",
     }
 )  # fmt: skip
+_LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
 
 
 class Decoding(Section):
     """How one response is drawn."""
 
-    temperature: float = Field(1.0, ge=0.0, le=5.0, description="Sampling temperature. 0: greedy decoding.")
+    temperature: float = Field(1.0, ge=0.0, le=2.0, description="Sampling temperature. 0: greedy decoding.")
     top_p: float = Field(
         1.0, gt=0.0, le=1.0, description="Nucleus sampling: total probability of the tokens to draw from."
     )
-    top_k: int = Field(0, ge=0, description="Number of most likely tokens to draw from. 0: no limit.")
-    min_p: float = Field(
-        0.0, ge=0.0, le=1.0, description="Minimum probability of a token, as a share of the most likely token's."
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        description="Number of most likely tokens to draw from. 0: no limit. If unset, no limit, and an endpoint is "
+        "not sent the key.",
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="Minimum probability of a token, as a share of the most likely token's. 0: no minimum. If unset, "
+        "no minimum, and an endpoint is not sent the key.",
+    )
+    presence_penalty: float | None = Field(
+        None,
+        ge=-2.0,
+        le=2.0,
+        description="Subtracted from the logits of tokens that the response contains. If unset, 0, and an endpoint is "
+        "not sent the key.",
+    )
+    frequency_penalty: float | None = Field(
+        None,
+        ge=-2.0,
+        le=2.0,
+        description="Subtracted from the logits of tokens for each time that the response contains them. If unset, 0, "
+        "and an endpoint is not sent the key.",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0.0,
+        description="Factor above 1 that makes tokens of the prompt and the response less likely. If unset, 1, and an "
+        "endpoint is not sent the key.",
     )
     max_tokens: int = Field(256, ge=1, description="Maximum length of a response, in tokens.")
-    stop: list[str] = Field(default=[], description="Strings that end a response.")
+    min_tokens: int = Field(0, ge=0, description="Minimum length of a response, in tokens.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[], description="Strings that end a response.")
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[], description="Tokens that end a response, in addition to those of the model."
+    )
+
+    @field_validator("temperature")
+    @classmethod
+    def _check_temperature(cls, value: float) -> float:
+        if 0 < value < _LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"{value:g}: vLLM samples at {_LOWEST_TEMPERATURE:g} at least; set 0 for greedy decoding, or a higher "
+                "value"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Decoding:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: {self.min_tokens}: must be at most max_tokens, which is {self.max_tokens}")
+        return self
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if all responses to a prompt are the same."""
+        return self.temperature == 0 or self.top_k == 1
 
 
 class RoleSampling(Decoding):
@@ -55,7 +111,7 @@ class RoleSampling(Decoding):
         json_schema_extra=OPERATIONAL,
     )
     cpus: float = Field(1.0, gt=0, description="CPU cores reserved for each actor.", json_schema_extra=OPERATIONAL)
-    engine: dict[str, Any] = Field(
+    engine: FreeMappingWithPaths = Field(
         default={},
         description="Engine arguments, by vLLM's own names. Arguments for parallelism, memory and batching may change "
         "between resumes.",
@@ -102,11 +158,12 @@ class Sampling(Section):
         description="Seconds without a heartbeat after which an actor is given up. Its blocks are leased again.",
         json_schema_extra=OPERATIONAL,
     )
-    stall_timeout_s: float = Field(
+    stall_timeout_s: Bound = Field(
         1800.0,
         gt=0,
         description="Seconds without a new token after which an actor with heartbeats is given up as hung. For an "
-        "endpoint, seconds without a piece of a response, and at least its give_up_after_s plus twice its timeout_s.",
+        "endpoint, seconds without a piece of a response, and at least its give_up_after_s plus twice its timeout_s. "
+        "`.inf`: no bound.",
         json_schema_extra=OPERATIONAL,
     )
     engine_start_timeout_s: float = Field(
@@ -116,11 +173,11 @@ class Sampling(Section):
         "given up.",
         json_schema_extra=OPERATIONAL,
     )
-    lease_timeout_s: float = Field(
+    lease_timeout_s: Bound = Field(
         7200.0,
         gt=0,
         description="Seconds that an actor may take for one block. After that, the attempt is cancelled, counts as a "
-        "failure, and the block is leased again. Endpoints have no such limit.",
+        "failure, and the block is leased again. `.inf`: no bound. Endpoints have none.",
         json_schema_extra=OPERATIONAL,
     )
     max_error_share: float = Field(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 # Marks a key that controls how a run is carried out but not what it produces. Such a key may
 # change between resumes.
@@ -12,6 +12,36 @@ OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
 class Section(BaseModel):
-    """Config section: immutable, with checked values and without unknown keys."""
+    """Config section: immutable, with checked values and without unknown keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    Values are strict: a number is no boolean and no string, and is finite.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), strict=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_whole_numbers(cls, values: Any) -> Any:
+        """Return a number such as 1e5 as an integer if its key takes integers only."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: int(value) if _is_whole(value) and cls._is_integer(name) else value for name, value in values.items()
+        }
+
+    @classmethod
+    def _is_integer(cls, name: str) -> bool:
+        types = _types_in(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+        return int in types and float not in types
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """Return the types that an annotation names directly or as a member of a union."""
+    members = [item for item in get_args(annotation) if isinstance(item, type) or get_args(item)]
+    return {annotation}.union(*map(_types_in, members)) if members else {annotation}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
+from plad_dist.config.values import Bound, FromList, OptionalBound, PathText
 
 
 class Loss(Section):
@@ -89,7 +90,7 @@ class Optimizer(Section):
     adam_lr: float | None = Field(
         None, gt=0.0, le=1.0, description="Peak learning rate of the AdamW part of muon. If unset, `lr`."
     )
-    betas: tuple[Beta, Beta] = Field(
+    betas: Annotated[tuple[Beta, Beta], FromList] = Field(
         (0.9, 0.95), description="Decay rates of AdamW's first and second moments, each at least 0 and below 1."
     )
     eps: float = Field(1e-8, gt=0.0, description="Term that AdamW adds to the denominator for numerical stability.")
@@ -101,11 +102,11 @@ class Optimizer(Section):
         "cosine",
         description="Learning rate after warm-up. constant: the peak. linear, cosine: decay to a tenth of the peak.",
     )
-    clip_norm: float = Field(
+    clip_norm: Bound = Field(
         1.0,
         gt=0.0,
-        description="Maximum gradient norm. muon ignores it, since the size of its updates does not depend on the "
-        "gradient norm.",
+        description="Maximum gradient norm. `.inf`: no bound. muon ignores it, since the size of its updates does not "
+        "depend on the gradient norm.",
     )
 
 
@@ -118,11 +119,11 @@ class Phase(Section):
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.", json_schema_extra=OPERATIONAL)
-    checkpoint_seconds: float | None = Field(
+    checkpoint_seconds: OptionalBound = Field(
         None,
         gt=0,
-        description="Seconds since the last checkpoint after which one is also written. If unset, only "
-        "checkpoint_every applies.",
+        description="Seconds since the last checkpoint after which one is also written. If unset or `.inf`, "
+        "only checkpoint_every applies.",
         json_schema_extra=OPERATIONAL,
     )
     keep_checkpoints: int = Field(
@@ -210,10 +211,11 @@ class CollapseBounds(Section):
         description="Minimum share of responses that end before the token limit, divided by the starting student's "
         "share. If unset, no bound.",
     )
-    max_length_ratio: float | None = Field(
+    max_length_ratio: OptionalBound = Field(
         2.0,
         gt=0.0,
-        description="Maximum mean length of a response, divided by the starting student's. If unset, no bound.",
+        description="Maximum mean length of a response, divided by the starting student's. If unset or `.inf`, no "
+        "bound.",
     )
     max_repetition: float | None = Field(
         0.3,
@@ -242,7 +244,7 @@ class Training(Section):
     cpus_per_worker: float = Field(
         1.0, gt=0, description="CPU cores reserved for each worker.", json_schema_extra=OPERATIONAL
     )
-    deepspeed: str = Field(
+    deepspeed: PathText = Field(
         "zero3",
         description="Name of a file in ds_configs/, or path to a DeepSpeed JSON file.",
         json_schema_extra=OPERATIONAL,
@@ -281,11 +283,12 @@ class Training(Section):
         description="Recompute activations in the backward pass to save memory.",
         json_schema_extra=OPERATIONAL,
     )
-    divergence_factor: float = Field(
+    divergence_factor: Bound = Field(
         10.0,
         gt=1.0,
         description="Stop at the last checkpoint if the loss of a step is not a finite number, or exceeds this "
-        "multiple of the loss of the first step. That loss counts as at least one nat per chosen token.",
+        "multiple of the loss of the first step. That loss counts as at least one nat per chosen token. `.inf`: no "
+        "bound.",
         json_schema_extra=OPERATIONAL,
     )
     trackers: list[Literal["wandb", "mlflow"]] = Field(
@@ -333,13 +336,13 @@ class Training(Section):
         "checked again.",
         json_schema_extra=OPERATIONAL,
     )
-    checkpoint_url: str | None = Field(
+    checkpoint_url: PathText | None = Field(
         None,
         min_length=1,
         description="Storage of the checkpoints: a path or a URI such as s3://. If unset, the run directory.",
         json_schema_extra=OPERATIONAL,
     )
-    staging_dir: str | None = Field(
+    staging_dir: PathText | None = Field(
         None,
         min_length=1,
         description="Folder on a local disk of every node, where checkpoints are staged until they are copied to "
@@ -377,7 +380,7 @@ class Training(Section):
         bounds = list(value) if isinstance(value, (list, tuple)) else [value, value]
         if not all(type(bound) is int for bound in bounds) or len(bounds) != 2 or not 1 <= bounds[0] <= bounds[1]:
             raise ValueError(f"expected a number of workers, or [minimum, maximum] such as [2, 16]; got {value!r:.60}")
-        return value
+        return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check_elastic_optimizers(self) -> Training:

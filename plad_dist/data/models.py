@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from plad_dist.config import Model
+from plad_dist.config import Model, RewardModel
 from plad_dist.data.storage import fsync, fsync_tree
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
@@ -18,6 +18,7 @@ from plad_dist.fingerprint import fingerprint
 MARKER = "plad.json"
 _IDENTIFYING_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
 _SAMPLES, _SAMPLE_BYTES = 32, 1 << 20
+_SAMPLING_PARAMETERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 
@@ -169,7 +170,7 @@ def _safetensors_problem(file: Path) -> str | None:
     return None if size == expected else f"has {size:,} bytes, but {expected:,} according to its header"
 
 
-def load_model_config(model: str, settings: Model) -> Any:
+def load_model_config(model: str, settings: Model | RewardModel) -> Any:
     """Return the transformers config of a model.
 
     Raises:
@@ -191,10 +192,42 @@ def load_model_config(model: str, settings: Model) -> Any:
         raise UserError(f"{model}: {problem}: {first_line(error)}") from None
 
 
+def _positions(config: Any) -> int | None:
+    """Return the context length by a transformers config, None if it states none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def context_length(model: str, settings: Model) -> int:
     """Return the largest sequence length in tokens, limited by the config and by the model."""
-    positions = getattr(load_model_config(model, settings).get_text_config(), "max_position_embeddings", None)
+    positions = _positions(load_model_config(model, settings))
     return int(min(length for length in (settings.max_length, positions, 1 << 20) if length))
+
+
+def check_max_length(model: str, settings: Model | RewardModel, key: str) -> None:
+    """Raise :class:`UserError` if a config sets a longer context than the model has.
+
+    Models whose config names no context length are not checked.
+
+    Args:
+        key: config section of the model, for messages.
+    """
+    limit = _positions(load_model_config(model, settings))
+    if settings.max_length is not None and limit and settings.max_length > limit:
+        raise UserError(
+            f"{key}.max_length: {settings.max_length}: {model} has a context of {limit} tokens "
+            "(max_position_embeddings of its config.json); set at most that, or leave it unset"
+        )
+
+
+def generation_defaults(model: str, settings: Model) -> dict[str, Any]:
+    """Return the sampling parameters that a model's generation config sets; none without one."""
+    from transformers import GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(model, revision=settings.revision).to_diff_dict()
+    except (OSError, ValueError):  # no generation config, or one that the check of the end tokens reports
+        return {}
+    return {name: config[name] for name in _SAMPLING_PARAMETERS if config.get(name) is not None}
 
 
 def vocabulary_size(config: Any) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 
 from plad_dist.config import Model, RewardModel
 from plad_dist.data.conversation import Conversation
-from plad_dist.data.models import check_weights, context_length, load_model_config, resolve_model
+from plad_dist.data.models import check_max_length, check_weights, context_length, load_model_config, resolve_model
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.pairing.answer import Answer
 
 _KEY = "pairing.reward_model"
+_MAX_LENGTH = 2048
 
 
 def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer, int]:
@@ -28,6 +29,7 @@ def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer,
     """
     model = as_model(settings)
     path = resolve_model(model)
+    check_max_length(path, settings, key)
     labels = load_model_config(path, model).num_labels
     if labels != 1:
         raise UserError(f"{key}: {path}: expected a classifier with one output, got {labels} outputs")
@@ -37,7 +39,8 @@ def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer,
 
 def as_model(settings: RewardModel) -> Model:
     """Return the config section of a reward model in the form of any other model."""
-    return Model(**settings.model_dump(include={"path", "revision", "template", "max_length", "trust_remote_code"}))
+    fields = settings.model_dump(include={"path", "revision", "template", "trust_remote_code"})
+    return Model(**fields, max_length=settings.max_length or _MAX_LENGTH)
 
 
 class RewardScorer:

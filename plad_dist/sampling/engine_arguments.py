@@ -44,13 +44,23 @@ def check_engine_args(engine: Mapping[str, Any], key: str) -> None:
     for name in _SET_BY_RUN:
         if name in engine:
             raise UserError(f"{key}.{name}: is set by the run itself; use the model's config section")
+    if "override_generation_config" in engine:
+        raise UserError(
+            f"{key}.override_generation_config: no response would follow it; set temperature, top_p and the other keys "
+            f"beside engine, in {key.removesuffix('.engine')}"
+        )
+    if engine.get("logprobs_mode", "raw_logprobs") != "raw_logprobs":
+        raise UserError(
+            f"{key}.logprobs_mode: {engine['logprobs_mode']}: samples hold the likelihoods that the trainer computes, "
+            "before temperature and penalties; remove it"
+        )
     if "hf_token" in engine:
         raise UserError(f"{key}.hf_token: secrets are not kept in configs; set the HF_TOKEN environment variable")
     for name in _COUNTS:
         if engine.get(name) is not None:
             _check_count(engine[name], f"{key}.{name}")
     share = engine.get("gpu_memory_utilization")
-    if share is not None and (not isinstance(share, (int, float)) or not 0 < share <= 1):
+    if share is not None and (type(share) not in (int, float) or not 0 < share <= 1):
         raise UserError(f"{key}.gpu_memory_utilization: expected a number above 0, at most 1, got {share!r:.60}")
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         _check_count(engine.get(name, 1), f"{key}.{name}")
@@ -62,7 +72,7 @@ def check_engine_args(engine: Mapping[str, Any], key: str) -> None:
 
 
 def _check_count(value: Any, key: str) -> None:
-    if not isinstance(value, int) or value < 1:
+    if type(value) is not int or value < 1:
         raise UserError(f"{key}: expected a whole number of at least 1, got {value!r:.60}")
 
 

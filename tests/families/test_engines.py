@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from plad_dist.config import Decoding, Model
 from plad_dist.data.conversation import Conversation
-from plad_dist.sampling.backend import Response
+from plad_dist.sampling.backend import Completion, Response
 from plad_dist.sampling.engine import Engine
 from tests.tiny import TEMPLATE, make_random_model
 
@@ -88,3 +88,29 @@ def test_gpt_neo_samples_scores_and_swaps_weights_like_transformers(tmp_path: Pa
         ids = torch.tensor([prompt])
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
         assert generated[0, len(prompt) :].tolist()[: len(drawn.token_ids)] == list(drawn.token_ids)
+
+
+def test_penalties_and_lengths_shape_responses_and_leave_their_likelihoods_alone(tmp_path: Path) -> None:
+    folder = make_random_model(tmp_path / "model")
+
+    async def generate() -> None:
+        engine = Engine(str(folder), Model(path=str(folder), template=TEMPLATE), {"kv_cache_memory_bytes": 1 << 28}, 0)
+        [prompt] = engine.render([Conversation([{"role": "user", "content": PROMPT}])])
+
+        async def draw(**decoding: Any) -> Completion:
+            return await engine.complete(prompt, Decoding(temperature=0.0, max_tokens=40, **decoding), 1, str(decoding))
+
+        plain = await draw()
+        penalised = await draw(repetition_penalty=2.0, presence_penalty=1.0, frequency_penalty=1.0)
+        end = int(plain.token_ids[len(plain.token_ids) // 2])
+        stopped, late = await draw(stop_token_ids=[end]), await draw(stop_token_ids=[end], min_tokens=38)
+        await engine.close()
+        assert list(penalised.token_ids) != list(plain.token_ids)
+        assert len(set(penalised.token_ids)) > len(set(plain.token_ids))
+        assert (stopped.finish_reason, stopped.token_ids[-1]) == ("stop", end)
+        assert stopped.num_tokens <= len(plain.token_ids) // 2 + 1 <= 38 <= late.num_tokens
+        for completion in (plain, penalised, stopped, late):
+            expected = logprob_by_transformers(folder, prompt, list(completion.token_ids))
+            assert completion.logprob == pytest.approx(expected, abs=1e-3)
+
+    asyncio.run(generate())

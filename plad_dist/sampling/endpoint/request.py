@@ -14,6 +14,9 @@ from plad_dist.sampling.endpoint.usage import Usage
 Prompt = Messages | str
 
 _SET_BY_THE_RUN = ("model", "messages", "prompt", "stream", "stream_options", "n", "best_of")
+_SENT_IF_SET = (
+    "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids",
+)  # fmt: skip
 _TEMPLATE_TOKENS = 256  # allowance for what a server's chat template adds to a prompt, such as a system prompt
 
 
@@ -64,12 +67,9 @@ def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: i
         "seed": seed,
     }
     # Not part of every server's API, so sent only if they are set.
-    if decoding.stop:
-        body["stop"] = decoding.stop
-    if decoding.top_k:
-        body["top_k"] = decoding.top_k
-    if decoding.min_p:
-        body["min_p"] = decoding.min_p
+    body |= {name: value for name in _SENT_IF_SET if (value := getattr(decoding, name)) not in (None, [])}
+    if decoding.min_tokens:
+        body["min_tokens"] = decoding.min_tokens
     body = {key: value for key, value in (body | endpoint.extra_body).items() if value is not None}
     limits = [body[key] for key in ("max_tokens", "max_completion_tokens") if isinstance(body.get(key), int)]
     return CompletionRequest(

@@ -30,7 +30,7 @@ def load_deepspeed(name: str) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing or not JSON, is not of ZeRO stage 2 or 3, offloads to NVMe,
-            or sets a key that the run's config decides.
+            or sets a key that the run's config decides. The message names all of these.
     """
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:
@@ -42,21 +42,34 @@ def load_deepspeed(name: str) -> dict[str, Any]:
         raise UserError(f"training.deepspeed: {name!r}: no such file {path}; available by name: {names}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"training.deepspeed: {path}: not valid JSON: {error}") from None
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (2, 3):
-        raise UserError(f"training.deepspeed: {path}: expected zero_optimization.stage 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme":
-            raise UserError(
-                f"training.deepspeed: {path}: zero_optimization.{key}.device: nvme: checkpoints do not contain states "
-                "on NVMe; set cpu"
-            )
-    for key, run_key in _RUN_KEYS.items():
-        if key in config:
-            raise UserError(
-                f"training.deepspeed: {path}: {key}: is decided by {run_key} of the run's config; remove it"
-            )
+    if not isinstance(config, dict):
+        raise UserError(f"training.deepspeed: {path}: expected a JSON object, got {type(config).__name__}")
+    problems = _conflicts(config)
+    if len(problems) > 1:
+        raise UserError(f"training.deepspeed: {path}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+    if problems:
+        raise UserError(f"training.deepspeed: {path}: {problems[0]}")
     return config
+
+
+def _conflicts(config: dict[str, Any]) -> list[str]:
+    """Return the keys of a DeepSpeed config that a run cannot use, each with what to do."""
+    problems = []
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (2, 3):
+        problems.append("expected zero_optimization.stage 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key) if isinstance(zero, dict) else None
+        if section is not None and not isinstance(section, dict):
+            problems.append(f'zero_optimization.{key}: expected an object such as {{"device": "cpu"}}')
+        elif section and section.get("device") == "nvme":
+            problems.append(f"zero_optimization.{key}.device: nvme: checkpoints do not contain states on NVMe; set cpu")
+    problems += [
+        f"{key}: is decided by {run_key} of the run's config; remove it"
+        for key, run_key in _RUN_KEYS.items()
+        if key in config
+    ]
+    return problems
 
 
 def is_offloaded(config: dict[str, Any]) -> bool:

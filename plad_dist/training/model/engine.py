@@ -97,7 +97,7 @@ def engine_config(deepspeed: dict[str, Any], optimizer: Optimizer, workers: int,
         half: train in bfloat16.
     """
     zero = dict(deepspeed["zero_optimization"])
-    clip_norm = optimizer.clip_norm
+    clip_norm = optimizer.clip_norm if math.isfinite(optimizer.clip_norm) else 0.0  # 0: DeepSpeed does not clip
     if optimizer.name == "muon":
         zero["reduce_scatter"] = False  # Muon needs whole gradients
         clip_norm = 0.0  # DeepSpeed would clip the orthogonalised updates, whose norm is the square root of their rank

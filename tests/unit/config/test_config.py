@@ -222,3 +222,59 @@ def test_the_stored_config_of_a_run_directory_can_be_loaded(tmp_path: Path) -> N
     config = load_config("examples/quickstart.yaml", [f"run.dir={tmp_path}"])
     (tmp_path / "run.yaml").write_bytes(run_document(config))
     assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_greedy_responses_are_drawn_once() -> None:
+    for greedy in ({"temperature": 0}, {"top_k": 1}):
+        for role in ("teacher", "student"):
+            with pytest.raises(UserError, match=rf"sampling.{role}.n: 4: with .* are the same; set `n: 1`"):
+                parse_config(MINIMAL | {"sampling": {role: {"n": 4} | greedy}}, "x")
+        raw = {key: value for key, value in MINIMAL.items() if key != "teacher"}
+        raw |= {"teachers": {"a": {"path": "x", "sampling": {"n": 2} | greedy}}, "sampling": {"teacher": {"n": 2}}}
+        with pytest.raises(UserError, match=r"teachers.a.sampling.n: 2: with"):
+            parse_config(raw, "x")
+        assert parse_config(MINIMAL | {"sampling": {"student": greedy}}, "x").candidates == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": {"teacher": {"min_tokens": 9, "max_tokens": 8}}}, "min_tokens: 9: must be at most max_tokens"),
+        ({"sampling": {"teacher": {"stop": [""]}}}, "sampling.teacher.stop.0: expected a non-empty string"),
+        ({"sampling": {"teacher": {"temperature": 3}}}, "less than or equal to 2"),
+        ({"sampling": {"teacher": {"temperature": 0.001}}}, "vLLM samples at 0.01 at least"),
+        ({"sampling": {"student": {"stop_token_ids": [3]}}}, "add the tokens to eos_token_id"),
+        ({"sampling": {"teacher": {"repetition_penalty": 0}}}, "repetition_penalty: expected a value greater than 0"),
+        ({"pairing": {"length_ratio": [0, 0]}}, "0 <= low <= high > 0"),
+        (
+            {"prompts": MINIMAL["prompts"] | {"heldout_fraction": 0}},
+            "prompts.heldout_fraction: 0: leaves no held-out prompts",
+        ),
+    ],
+)
+def test_combinations_that_cannot_be_meant_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_config(MINIMAL | change, "x")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("/models/chat.jinja", "is a path, expected the text of a template"),
+        ("chat.jinja", "is a path"),
+        ("Question: {prompt}", "uses no messages"),
+        ("{{ prompt }}", "uses no messages"),
+        ("{# messages #} x", "uses no messages"),
+        ("", "uses no messages"),
+    ],
+)
+def test_a_template_of_a_model_uses_the_messages(template: str, message: str) -> None:
+    judge = {"judges": {"a": {"type": "reward_model", "path": "x", "template": template}}}
+    for change in ({"student": {"path": "x", "template": template}}, {"evaluation": judge}):
+        with pytest.raises(UserError) as error:
+            parse_config(MINIMAL | change, "x")
+        assert message in str(error.value)
+        assert "template: " in str(error.value)
+    text = "{%- for m in messages %}{{ m.content }}{% endfor %}"
+    assert parse_config(MINIMAL | {"student": {"path": "x", "template": text}}, "x").student.template == text

@@ -58,6 +58,24 @@ def test_a_request_sends_the_decoding_and_no_optional_field_that_is_not_set() ->
     run(test())
 
 
+def test_a_value_that_the_config_sets_is_sent_even_if_it_is_the_default() -> None:
+    """A server applies the generation config of its model to every key that a request lacks."""
+    decoding = Decoding(
+        top_k=0, min_p=0.0, presence_penalty=0.0, frequency_penalty=0.5, repetition_penalty=1.0, min_tokens=2,
+        stop_token_ids=[7],
+    )  # fmt: skip
+
+    async def test() -> None:
+        async with serving(lambda prompt, count: good()) as server, client_of(server) as client:
+            await client.complete(messages("hi"), decoding, 7)
+            body = server.bodies[0]
+            names = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens")
+            assert [body[name] for name in names] == [0, 0.0, 0.0, 0.5, 1.0, 2]
+            assert body["stop_token_ids"] == [7]
+
+    run(test())
+
+
 def test_a_rendered_prompt_goes_to_completions() -> None:
     async def test() -> None:
         respond = lambda prompt, count: {"choices": [{"text": f"{prompt}!", "finish_reason": "length"}]}  # noqa: E731

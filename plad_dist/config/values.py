@@ -1,0 +1,144 @@
+"""Types of values that several config sections share: bounds, paths, free mappings, templates."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+# -- bounds and pairs of numbers
+
+
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("expected a number, or .inf for no bound; got .nan")
+    return value
+
+
+def _unset_if_infinite(value: Any) -> Any:
+    return None if value == math.inf else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# A bound, which may be infinite: no bound.
+Bound = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_not_nan)]
+# A bound that may be unset: `.inf` unsets it.
+OptionalBound = Annotated[float | None, BeforeValidator(_unset_if_infinite)]
+# For tuples, which YAML writes as lists.
+FromList = BeforeValidator(_as_tuple)
+
+
+# -- paths
+
+_VARIABLE = re.compile(r"\$(?:(?P<dollar>\$)|(?P<name>[A-Za-z_]\w*)|\{(?P<braced>[A-Za-z_]\w*)\}|)", re.ASCII)
+
+
+def expand_path(text: str) -> str:
+    """Return a path or URI with `~` and environment variables expanded.
+
+    `$$` stands for a dollar sign.
+
+    Raises:
+        ValueError: a variable is not set, or there is no such user.
+    """
+    path = _VARIABLE.sub(_value_of_variable, text)
+    if not path.startswith("~"):
+        return path
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - keeps `./` and a final `/`
+    if expanded == path:
+        raise ValueError(f"{text}: no home folder is known for {path.partition('/')[0]}; write the path")
+    return expanded
+
+
+def escape_path(path: str) -> str:
+    """Return an expanded path in the form that :func:`expand_path` reads."""
+    return path.replace("$", "$$")
+
+
+def _value_of_variable(match: re.Match[str]) -> str:
+    if match["dollar"]:
+        return "$"
+    name = match["name"] or match["braced"]
+    if name is None:
+        raise ValueError(f"{match.string}: expected $NAME or ${{NAME}} after `$`; write $$ for a dollar sign")
+    value = os.environ.get(name)
+    if not value or "$" in value:
+        state = "not set" if value is None else f"{value!r}, which is not a path" if value else "empty"
+        raise ValueError(f"{match.string}: the environment variable {name} is {state}; set it, or write the path")
+    return value
+
+
+# A path or URI. Every key that names a file or folder has this type.
+PathText = Annotated[str, AfterValidator(expand_path), PlainSerializer(escape_path)]
+
+
+# -- mappings for other programs
+
+
+_PATH_BEGINNINGS = ("~", "$", "/")
+
+
+def _convert_paths(mapping: dict[str, Any], convert: Callable[[str], str]) -> dict[str, Any]:
+    """Return a mapping with its paths converted: texts that begin like one, since `$` may end a
+    pattern."""
+    return {
+        key: convert(value) if isinstance(value, str) and value.startswith(_PATH_BEGINNINGS) else value
+        for key, value in mapping.items()
+    }
+
+
+def _check_json(mapping: dict[str, Any]) -> dict[str, Any]:
+    def check(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                check(item, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                check(item, f"{key}.{index}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}: expected a finite number; got {value}")
+        elif value is not None and not isinstance(value, (str, int, float)):
+            raise ValueError(f"{key}: expected a value that JSON can hold; got {value!r:.60}")
+
+    check(mapping, "")
+    return mapping
+
+
+# A mapping whose keys another program defines.
+FreeMapping = Annotated[dict[str, Any], AfterValidator(_check_json)]
+# A free mapping whose own texts may be paths.
+FreeMappingWithPaths = Annotated[
+    FreeMapping,
+    AfterValidator(lambda mapping: _convert_paths(mapping, expand_path)),
+    PlainSerializer(lambda mapping: _convert_paths(mapping, escape_path)),
+]
+
+
+# -- templates
+
+
+def _uses(variables: tuple[str, ...]) -> Callable[[str], str]:
+    """Return a check that a Jinja template uses one of some variables."""
+    use = re.compile(rf"\{{[{{%](?:(?!\}}\}}|%\}}).)*\b(?:{'|'.join(variables)})\b", re.DOTALL)
+
+    def check(template: str) -> str:
+        if use.search(template):
+            return template
+        looks_like_path = "\n" not in template and "{" not in template and re.search(r"/|\.[a-z0-9]+$", template)
+        advice = "is a path, expected the text of a template: copy the file's text here, with YAML's `|`"
+        if not looks_like_path:
+            advice = f"uses no {' or '.join(variables)}, so every prompt would be the same text"
+        raise ValueError(f"{template!r:.80} {advice}; a template is a text such as '{{{{ messages[-1].content }}}}'")
+
+    return check
+
+
+# Text of a Jinja template over the messages of a conversation.
+MessagesTemplate = Annotated[str, AfterValidator(_uses(("messages",)))]
