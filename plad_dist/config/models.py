@@ -207,7 +207,8 @@ class Model(Section):
     )
     template: MessagesTemplate | None = Field(
         None,
-        description="Jinja template over `messages` that renders a prompt. Default: the tokenizer's chat template.",
+        description="Jinja template over `messages` and `tools` that renders a prompt. Default: the tokenizer's chat "
+        "template.",
     )
     max_length: int | None = Field(
         None, ge=8, description="Maximum context length, in tokens. If unset, the context length of the model."

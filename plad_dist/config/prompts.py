@@ -18,7 +18,26 @@ class Columns(Section):
         description="Column with the prompt text. Ignored if `messages_column`, `template` or `dialogue_column` is "
         "set.",
     )
-    messages_column: str | None = Field(None, description="Column with chat messages, a list of {role, content}.")
+    messages_column: str | None = Field(
+        None,
+        description="Column with chat messages, a list of {role, content}. A message may also have `tool_calls`, "
+        "`tool_call_id`, `name`, and its thought as `reasoning_content`, `reasoning` or `thinking`, which chat "
+        "templates read; another field is an error, see `ignored_fields`. If the content is a list of text parts, they "
+        "are joined by line ends, as vLLM does it.",
+    )
+    messages_format: Literal["openai", "sharegpt"] = Field(
+        "openai",
+        description="Form of the items of `messages_column`. openai: {role, content}. sharegpt: {from, value}, by "
+        "human (user), gpt (assistant), system, tool or observation (tool), and function_call (a call of a tool).",
+    )
+    ignored_fields: list[str] = Field(
+        default=[], description="Fields of messages, and of their text parts, to leave out; others are an error."
+    )
+    tools_column: str | None = Field(
+        None,
+        description="Column with the tools that the model may call: a list of definitions {type, function}, or the "
+        "JSON of one. Chat templates get them as `tools`. A row without a value has no tools.",
+    )
     template: str | None = Field(
         None, description="Jinja template over the columns of a row that renders the prompt text."
     )
@@ -45,6 +64,12 @@ class Columns(Section):
         origins = (self.messages_column, self.template, self.dialogue_column)
         if sum(origin is not None for origin in origins) > 1:
             raise ValueError("needs at most one of `messages_column`, `template` and `dialogue_column`")
+        if self.messages_column is None and self.messages_format != "openai":
+            raise ValueError("`messages_format` describes `messages_column`, which is missing")
+        if self.messages_column is None and self.ignored_fields:
+            raise ValueError("`ignored_fields` names fields of `messages_column`, which is missing")
+        if kept := {"role", "content", "from", "value"} & set(self.ignored_fields):
+            raise ValueError(f"`ignored_fields` has `{min(kept)}`, which every message needs; remove it")
         references = (self.reference_column, self.reference_template, self.dialogue_column)
         if sum(origin is not None for origin in references) > 1:
             raise ValueError(
@@ -60,12 +85,13 @@ class Columns(Section):
 
 
 class FilesSource(Columns):
-    """Prompts from JSON lines, Parquet, Arrow or CSV files, told apart by their suffix."""
+    """Prompts from JSON, Parquet, Arrow or CSV files, told apart by their suffix."""
 
-    type: Literal["files"] = Field(description="files: JSON lines, Parquet, Arrow or CSV files, by suffix.")
+    type: Literal["files"] = Field(description="files: JSON Lines, JSON, Parquet, Arrow or CSV files, by suffix.")
     paths: list[PathText] = Field(
         min_length=1,
-        description="Files or glob patterns, read in sorted order. Paths or s3://, gs:// and az:// URIs.",
+        description="Files, glob patterns, or folders of parts as Spark and Hive write them, read in sorted order, "
+        "each file once. Paths or s3://, gs:// and az:// URIs.",
     )
 
 

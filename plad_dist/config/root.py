@@ -201,8 +201,20 @@ def _teacher_problems(config: Config) -> Iterator[str]:
                 f"teachers.{name}.sampling.n: {teacher.sampling.n}: must be equal to sampling.teacher.n, which is "
                 f"{config.sampling.teacher.n}"
             )
+    for name, teacher in config.all_teachers().items():
+        key = f"teachers.{name}" if config.teachers else name
+        if teacher.endpoint and teacher.endpoint.api == "chat" and _offers_tools(config):
+            yield (
+                f"{key}.endpoint.api: chat: a server returns calls of tools apart from the text, so they would be "
+                "lost; remove prompts.*.tools_column, or set `api: completions` and a `template`"
+            )
     if config.training.teacher and (config.teacher is None or config.teacher.endpoint):
         yield "training.teacher: needs a single `teacher` with `path` or `scratch`; remove it, or set one"
+
+
+def _offers_tools(config: Config) -> bool:
+    sources = (config.prompts.source, config.prompts.heldout)
+    return any(isinstance(source, Columns) and source.tools_column is not None for source in sources)
 
 
 def _student_problems(config: Config) -> Iterator[str]:

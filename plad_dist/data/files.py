@@ -1,14 +1,12 @@
 """Prompt files as streams of records: JSON Lines, CSV, Parquet or Arrow, local or remote.
 
-No file is held in memory: text is read line by line, tables are read in batches, and local Arrow
-files are memory-mapped.
+No file is held in memory, except one that is a JSON array: text is read line by line, tables are
+read in batches, and local Arrow files are memory-mapped.
 """
 
 from __future__ import annotations
 
 import csv
-import fnmatch
-import glob
 import gzip
 import io
 import json
@@ -21,41 +19,18 @@ from typing import Any, BinaryIO, cast
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
-from obstore.exceptions import BaseError, NotFoundError
-from obstore.store import from_url
+from obstore.exceptions import BaseError
 
+from plad_dist.data.source_files import open_store
 from plad_dist.data.storage import innermost_cause
 from plad_dist.errors import RunFailed, UserError
 
 Record = tuple[int, str, dict[str, Any]]  # row counted from 0, location for messages, columns
 
-_SCHEMES = ("s3", "gs", "az")
 _MAX_LINE_BYTES = 64 << 20  # a longer line means that the file does not have one row per line
+_MAX_ARRAY_BYTES = 512 << 20  # an array is read as a whole, and takes several times its size in memory
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
-
-
-def expand(patterns: list[str], key: str) -> list[str]:
-    """Return the paths and URIs of the files that match any pattern, without repetitions.
-
-    Args:
-        key: config section of the patterns, for messages.
-
-    Raises:
-        UserError: a pattern matches no file.
-    """
-    files: dict[str, None] = {}
-    for pattern in patterns:
-        matches = _remote_files(pattern, key) if "://" in pattern else _local_files(pattern, key)
-        if not matches:
-            raise UserError(f"{key}.paths: no file matches {pattern!r}")
-        files |= dict.fromkeys(matches)
-    return list(files)
-
-
-def local_bytes(files: list[str]) -> int | None:
-    """Return the total size of the files in bytes, or None if a file is on an object store."""
-    return None if any("://" in file for file in files) else sum(Path(file).stat().st_size for file in files)
 
 
 def records(file: str, columns: list[str] | None) -> Iterator[Record]:
@@ -72,16 +47,18 @@ def records(file: str, columns: list[str] | None) -> Iterator[Record]:
     suffix = _suffix(file)
     try:
         match suffix:
+            case ".json" | ".json.gz" if _is_array(file):
+                yield from _json_array(file)
             case ".jsonl" | ".json" | ".jsonl.gz" | ".json.gz":
                 yield from _json_lines(file)
             case ".csv" | ".csv.gz":
                 yield from _csv_rows(file)
             case ".parquet":
                 with _opened_for_arrow(file) as source:
-                    yield from _table_rows(file, _parquet_batches(source, columns))
+                    yield from _table_rows(file, _parquet_batches(file, source, columns))
             case ".arrow":
                 with _opened_for_arrow(file) as source:
-                    yield from _table_rows(file, _arrow_batches(source, columns))
+                    yield from _table_rows(file, _arrow_batches(file, source, columns))
             case _:
                 raise UserError(
                     f"{file}: unknown format {suffix!r}; expected .jsonl, .json or .csv (each also with .gz), .parquet "
@@ -96,71 +73,24 @@ def records(file: str, columns: list[str] | None) -> Iterator[Record]:
         raise RunFailed(f"{file}: cannot be read: {innermost_cause(error)}; fix the cause and run again") from None
 
 
+def is_table(file: str) -> bool:
+    """Return True for a format of Arrow, in whose structs null stands for a missing key."""
+    return _suffix(file) in (".parquet", ".arrow")
+
+
 def _suffix(file: str) -> str:
     path = Path(file.lower())
     return Path(path.stem).suffix + path.suffix if path.suffix == ".gz" else path.suffix
 
 
-# -- finding and opening files
-
-
-def _local_files(pattern: str, key: str) -> list[str]:
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [str(path)]
-    if not glob.has_magic(pattern):
-        raise UserError(f"{key}.paths: {path}: no such prompts file")
-    return [name for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-
-
-def _remote_files(pattern: str, key: str) -> list[str]:
-    """Return the URIs of the objects that match a pattern.
-
-    As on a file system, `*` matches within one folder and `**` across folders.
-    """
-    store, path, root = _store(pattern, key)
-    try:
-        if not glob.has_magic(path):
-            obstore.head(store, path)
-            return [pattern]
-        folder = path[: path.index(next(letter for letter in path if letter in "*?["))].rpartition("/")[0]
-        is_recursive = "**" in path
-        patterns = {path, path.replace("**/", "")}
-        return sorted(
-            f"{root}/{item['path']}"
-            for page in obstore.list(store, folder or None)
-            for item in page
-            if (is_recursive or item["path"].count("/") == path.count("/"))
-            and any(fnmatch.fnmatchcase(item["path"], pattern) for pattern in patterns)
-        )
-    except (NotFoundError, FileNotFoundError):
-        raise UserError(f"{key}.paths: {pattern}: no such prompts file") from None
-    except BaseError as error:
-        raise UserError(
-            f"{pattern}: cannot be listed: {innermost_cause(error)}; credentials are taken from the environment"
-        ) from None
-
-
-def _store(url: str, key: str = "prompts") -> tuple[Any, str, str]:
-    """Return the store of a URI, the path in the store, and the URI of the store."""
-    scheme, _, location = url.partition("://")
-    bucket, _, path = location.partition("/")
-    if scheme not in _SCHEMES or not bucket or not path or "@" in bucket:
-        raise UserError(
-            f"{key}.paths: {url!r}: expected a path, or s3://, gs:// or az:// with a bucket and a path in the bucket"
-        )
-    root = f"{scheme}://{bucket}"
-    try:
-        return from_url(root), path, root
-    except BaseError as error:
-        raise UserError(f"{key}.paths: {root}: {innermost_cause(error)}") from None
+# -- opening files
 
 
 class _RemoteFile(io.RawIOBase):
     """Raw file over an object, for the buffered readers of the standard library and of pyarrow."""
 
     def __init__(self, url: str) -> None:
-        store, path, _ = _store(url)
+        store, path, _ = open_store(url)
         self._reader = obstore.open_reader(store, path, buffer_size=8 * _BUFFER_BYTES)
 
     def readable(self) -> bool:
@@ -221,19 +151,84 @@ def _json_lines(file: str) -> Iterator[Record]:
         if not line.strip():
             continue
         location = f"{file}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+        expected = "expected one JSON object per line"
+        if number == 1 and line.strip() in ("[", "{"):
+            kind = "array; give it the suffix .json" if line.strip() == "[" else "object; write it on one line"
+            expected += f". The file looks like one {kind}"
+        record = _parsed(line, location, expected)
+        if isinstance(record, list) and number == 1:
             raise UserError(
-                f"{location}: not valid JSON: {error.msg} at column {error.colno}; expected one JSON object per line"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{location}: not valid JSON: {error}; expected one JSON object per line") from None
-        if ("\\ud" in line or "\\uD" in line) and not _is_unicode(record):
-            raise UserError(f"{location}: contains half of a surrogate pair, which is not valid Unicode; fix the text")
-        if not isinstance(record, dict):
-            raise UserError(f"{location}: expected a JSON object, got {type(record).__name__}")
-        yield number - 1, location, record
+                f"{location}: expected a JSON object, got list; a file that is one array needs the suffix .json"
+            )
+        yield number - 1, location, _checked(record, location, line)
+
+
+def _is_array(file: str) -> bool:
+    """Return True if the first character of a file opens a JSON array."""
+    for _, line in _lines(file):
+        if line.strip():
+            return line.lstrip().startswith("[")
+    return False
+
+
+def _json_array(file: str) -> Iterator[Record]:
+    """Yield the items of a file that is one JSON array."""
+    with _open(file) as raw, gzip.open(raw) if file.lower().endswith(".gz") else raw as stream:
+        data = stream.read(_MAX_ARRAY_BYTES + 1)
+    if len(data) > _MAX_ARRAY_BYTES:
+        raise UserError(
+            f"{file}: a JSON array of more than {_MAX_ARRAY_BYTES >> 20:,} MB, which is read as a whole; convert it to "
+            "JSON Lines, one object per line"
+        )
+    try:
+        text = data.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+    items = _parsed(text, file, "expected one JSON array of objects, or one JSON object per line")
+    for row, record in enumerate(items):
+        location = f"{file}: item {row} (counted from 0)"
+        yield row, location, _checked(record, location, text)
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raise :class:`ValueError` if an object has a key twice."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"the key {_first_repeated(key for key, _ in pairs)!r} is given twice in one object")
+    return record
+
+
+def _first_repeated(names: Iterable[str]) -> str | None:
+    """Return the first name that occurred before, None if there is none."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _parsed(text: str, location: str, expected: str) -> Any:
+    try:
+        return parse_json(text)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{location}: not valid JSON: {error.msg} at {place}; {expected}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{location}: not valid JSON: {error}; {expected}") from None
+
+
+def _checked(record: Any, location: str, text: str) -> dict[str, Any]:
+    """Return a record that is an object of valid Unicode, parsed from a text."""
+    if ("\\ud" in text or "\\uD" in text) and not _is_unicode(record):
+        raise UserError(f"{location}: contains half of a surrogate pair, which is not valid Unicode; fix the text")
+    if not isinstance(record, dict):
+        raise UserError(f"{location}: expected a JSON object, got {type(record).__name__}")
+    return record
 
 
 def _is_unicode(record: Any) -> bool:
@@ -249,6 +244,9 @@ def _csv_rows(file: str) -> Iterator[Record]:
     reader = csv.reader((line for _, line in _lines(file)), strict=True)
     try:
         header = next(reader, [])
+        # A column without a name, such as an index, cannot be used, so it may be there twice.
+        if (name := _first_repeated(filter(None, header))) is not None:
+            raise UserError(f"{file}: header: the column {name!r} is given twice; rename or remove one of the two")
         for row, fields in enumerate(fields for fields in reader if fields):
             location = _row_location(file, row)
             if len(fields) != len(header):
@@ -258,20 +256,35 @@ def _csv_rows(file: str) -> Iterator[Record]:
         raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _parquet_batches(source: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+def _parquet_batches(file: str, source: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     table = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES)
+    _check_names(table.schema_arrow, file)
     selected = _columns_to_read(columns, table.schema_arrow.names)
     return cast(Iterator[pa.RecordBatch], table.iter_batches(_BATCH_ROWS, columns=selected))
 
 
-def _arrow_batches(source: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(file: str, source: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     """Return the batches of a file in either IPC format; `datasets` writes the stream format."""
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
     reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    _check_names(reader.schema, file)
     selected = _columns_to_read(columns, reader.schema.names) or reader.schema.names
     batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
     return (batch.select(selected) for batch in batches)
+
+
+def _check_names(schema: Any, file: str, parent: str = "") -> None:
+    """Raise :class:`UserError` if a schema, or a struct in it, has a name twice."""
+    if (name := _first_repeated(field.name for field in schema)) is not None:
+        place = f" in {parent!r}" if parent else ""
+        raise UserError(f"{file}: schema: the column {name!r} is given twice{place}; rename or remove one of the two")
+    for field in schema:
+        kind = field.type
+        while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if pa.types.is_struct(kind):
+            _check_names(kind, file, f"{parent}.{field.name}" if parent else field.name)
 
 
 def _columns_to_read(needed: list[str] | None, existing: list[str]) -> list[str] | None:

@@ -20,11 +20,11 @@ import pyarrow as pa
 
 from plad_dist.config import Config, FilesSource, PythonFunctionsSource, is_operational
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.files import expand, local_bytes
 from plad_dist.data.manifest import Manifest
 from plad_dist.data.parts import Part, part_name
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
+from plad_dist.data.source_files import expand, local_bytes
 from plad_dist.data.sources import Prompt, read_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2.meta
 import jinja2.sandbox
 import xxhash
 
 from plad_dist.config import Columns, DatasetSource, FilesSource
+from plad_dist.data.chats import ChatParser, check_turns, parse_dialogue
 from plad_dist.data.conversation import Conversation, Messages, Tools, to_json
-from plad_dist.data.files import Record, expand, records
+from plad_dist.data.files import Record, is_table, records
+from plad_dist.data.source_files import SourceFile, expand
 from plad_dist.errors import UserError, first_line
 
-# Turns of a dialogue in the format of Anthropic's HH data.
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.DOTALL)
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-ROLES = ("system", "user", "assistant", "tool")
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 # Errors that a template which compiles can raise on a row.
 JINJA_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -86,21 +84,10 @@ def read_prompts(source: FilesSource | DatasetSource, key: str = "prompts.source
     """
     reader = _Reader(source, key)
     if isinstance(source, DatasetSource):
-        yield from reader.prompts(_dataset_name(source), _dataset_records(source, key, reader.columns))
-        return
-    files_by_name: Counter[str] = Counter()
-    for file in expand(source.paths, key):
-        name = Path(file).name
-        files_by_name[name] += 1
-        # Prompt ids depend on the name alone, so that files can be moved. A number distinguishes
-        # files of the same name in several folders.
-        label = name if files_by_name[name] == 1 else f"{name}#{files_by_name[name]}"
-        is_empty = True
-        for prompt in reader.prompts(label, records(file, reader.columns)):
-            is_empty = False
-            yield prompt
-        if is_empty:
-            raise UserError(f"{file}: no prompts; expected one row per prompt")
+        yield from reader.prompts(_dataset_name(source), _dataset_records(source, key, reader.columns), is_table=True)
+    else:
+        yield from _prompts_of_files(source, key, reader)
+    reader.check_variety()
 
 
 class _Reader:
@@ -108,15 +95,9 @@ class _Reader:
 
     def __init__(self, source: Columns, key: str) -> None:
         self._source, self._key = source, key
-        self._template = self._compile("template")
-        self._reference_template = self._compile("reference_template")
-
-    def _compile(self, option: str) -> jinja2.Template | None:
-        text = getattr(self._source, option)
-        try:
-            return None if text is None else JINJA.from_string(text)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{self._key}.{option}: not a valid Jinja template: {error}") from None
+        self._template = _RowTemplate.of(source, "template", key)
+        self._reference_template = _RowTemplate.of(source, "reference_template", key)
+        self._parsers = {is_table: ChatParser(source, key, is_table) for is_table in (False, True)}
 
     @property
     def columns(self) -> list[str] | None:
@@ -125,102 +106,91 @@ class _Reader:
         if source.template is not None or source.reference_template is not None:
             return None
         prompt = source.messages_column or source.dialogue_column or source.prompt_column
-        names = [prompt, source.reference_column, *source.meta_columns]
+        names = [prompt, source.reference_column, source.tools_column, *source.meta_columns]
         return list(dict.fromkeys(name for name in names if name is not None))
 
-    def prompts(self, label: str, rows: Iterator[Record]) -> Iterator[Prompt]:
+    def prompts(self, label: str, rows: Iterator[Record], *, is_table: bool) -> Iterator[Prompt]:
         """Yield the prompt of every record.
 
         In `meta`, a kept column named `source` or `row` replaces the value of that name.
+
+        Args:
+            is_table: records are rows of a table, in whose structs null stands for a missing key.
         """
         source = self._source
         for row, location, record in rows:
-            if source.dialogue_column is not None:
-                text = self._column(record, source.dialogue_column, "dialogue_column", location)
-                messages, reference = self._dialogue(text, location)
-            else:
-                messages, reference = self._messages(record, location), self._reference(record, location)
+            messages, reference = self._texts(record, location, is_table)
+            tools = None
+            if source.tools_column is not None:
+                value = self._column(record, source.tools_column, "tools_column", location)
+                tools = self._parsers[is_table].tools(value, f"{location}: {source.tools_column!r}")
             columns = {name: self._column(record, name, "meta_columns", location) for name in source.meta_columns}
             meta = {"source": label, "row": row} | columns
-            yield make_prompt(label, row, location, Conversation(messages), reference, meta)
+            yield make_prompt(label, row, location, Conversation(messages, tools), reference, meta)
 
-    def _messages(self, record: dict[str, Any], location: str) -> Messages:
+    def check_variety(self) -> None:
+        """Raise :class:`UserError` if the template made all prompts of different rows the same."""
+        if self._template is not None and self._template.is_constant:
+            raise UserError(
+                f"{self._key}.template: renders the same prompt for all {self._template.rows:,} rows, although the "
+                "rows differ; use the columns that hold the text of the prompt"
+            )
+
+    def _texts(self, record: dict[str, Any], location: str, is_table: bool) -> tuple[Messages, str | None]:
+        """Return the messages of a row without the response, and its reference."""
         source = self._source
+        if source.dialogue_column is not None:
+            text = self._column(record, source.dialogue_column, "dialogue_column", location)
+            return parse_dialogue(text, f"{location}: {source.dialogue_column!r}")
         if source.messages_column is not None:
-            messages = self._column(record, source.messages_column, "messages_column", location)
-            return self._without_response(messages, location)
+            value = self._column(record, source.messages_column, "messages_column", location)
+            where = f"{location}: {source.messages_column!r}"
+            messages, response = self._without_response(self._parsers[is_table].messages(value, where), where)
+            check_turns(messages, where)
+            is_reference = source.reference_column == source.messages_column
+            return messages, response if is_reference else self._reference(record, location)
         if self._template is None:
             name = source.prompt_column
             text = self._column(record, name, "prompt_column", location)
         else:
             name = f"{self._key}.template"
-            text = self._render(self._template, "template", record, location)
+            text = self._template.render(record, location)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{location}: {name!r}: expected a non-empty string, got {text!r:.60}")
-        return [{"role": "user", "content": text}]
+        if self._template is not None:
+            self._template.check_use(record, location)
+        return [{"role": "user", "content": text}], self._reference(record, location)
 
-    def _render(self, template: jinja2.Template, option: str, record: dict[str, Any], location: str) -> str:
-        try:
-            return template.render(record)
-        except JINJA_ERRORS as error:
-            columns = ", ".join(map(str, record))
-            raise UserError(f"{location}: {self._key}.{option}: {error}; the row has the columns {columns}") from None
-
-    def _dialogue(self, text: Any, location: str) -> tuple[Messages, str | None]:
-        """Return the turns of a dialogue before its final response, and that response, if any."""
-        name = self._source.dialogue_column
-        expected = (
-            f"{location}: {name!r}: expected a text of turns that begin with '\\n\\nHuman:' and '\\n\\nAssistant:', "
-            "the first by the human"
-        )
-        turns = [(speaker, turn.strip()) for speaker, turn in _TURN.findall(text)] if isinstance(text, str) else []
-        if not turns or turns[0][0] != "Human" or not str(text).lstrip().startswith("Human:"):
-            raise UserError(f"{expected}; got {text!r:.60}")
-        reference = turns.pop()[1] if turns[-1][0] == "Assistant" else None
-        messages = [{"role": _SPEAKERS[speaker], "content": turn} for speaker, turn in turns]
-        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"]:
-            raise UserError(f"{expected}, and a turn of the human before the last response; got {text!r:.60}")
-        return messages, reference or None
-
-    def _without_response(self, messages: Any, location: str) -> Messages:
-        """Return the turns of a conversation without a final response, which is the reference."""
-        turns, source = self._parse_chat(messages, location), self._source
-        if turns[-1]["role"] != "assistant":
-            return turns
-        name = source.messages_column
-        if source.reference_column != name:
+    def _without_response(self, turns: Messages, where: str) -> tuple[Messages, str | None]:
+        """Return a conversation without its final response, which is the reference."""
+        source, last = self._source, turns[-1]
+        if last["role"] != "assistant":
+            return turns, None
+        if source.reference_column != source.messages_column:
             has_reference = source.reference_column is not None or source.reference_template is not None
-            advice = f", or set {self._key}.reference_column to {name} too to make it the reference"
+            advice = f", or set {self._key}.reference_column to {source.messages_column} too to make it the reference"
             raise UserError(
-                f"{location}: {name!r}: ends with the assistant's turn, which would become part of the prompt; remove "
-                f"that turn{'' if has_reference else advice}"
+                f"{where}: ends with the assistant's turn, which would become part of the prompt; remove that turn"
+                f"{'' if has_reference else advice}"
             )
         if len(turns) == 1 or turns[-2]["role"] == "assistant":
-            raise UserError(f"{location}: {name!r}: expected a turn of another role before the assistant's last one")
-        return turns[:-1]
-
-    def _parse_chat(self, messages: Any, location: str) -> Messages:
-        expected = f"{location}: {self._source.messages_column!r}: expected a non-empty list of {{role, content}}"
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f"{expected}, got {messages!r:.60}")
-        for message in messages:
-            if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-                raise UserError(f"{expected}, got an item {message!r:.60}")
-            if message.get("role") not in ROLES:
-                raise UserError(f"{location}: role {message.get('role')!r}: expected one of {', '.join(ROLES)}")
-        return [{"role": message["role"], "content": message["content"]} for message in messages]
+            raise UserError(f"{where}: expected a turn of another role before the assistant's last one")
+        if lost := last.keys() - {"role", "content", "name"}:
+            raise UserError(
+                f"{where}: the last turn of the assistant has {', '.join(sorted(lost))}, but a reference is a text; "
+                f"remove the turn or the row, or list the field in {self._key}.ignored_fields"
+            )
+        return turns[:-1], last["content"] if last["content"].strip() else None
 
     def _reference(self, record: dict[str, Any], location: str) -> str | None:
         name = self._source.reference_column
         if self._reference_template is not None:
-            text = self._render(self._reference_template, "reference_template", record, location)
+            text = self._reference_template.render(record, location)
+            self._reference_template.check_use(record, location)
             return text if text.strip() else None
         if name is None:
             return None
         reference = self._column(record, name, "reference_column", location)
-        if name == self._source.messages_column:
-            last = self._parse_chat(reference, location)[-1]
-            reference = last["content"] if last["role"] == "assistant" else None
         if reference is not None and not isinstance(reference, str):
             raise UserError(f"{location}: {name!r}: expected a string or null, got {reference!r:.60}")
         return reference if reference and reference.strip() else None  # CSV cannot express a missing value otherwise
@@ -232,6 +202,98 @@ class _Reader:
                 f"{location}: no column {name!r}; it has {columns}. Set {self._key}.{option} to one of them"
             )
         return record[name]
+
+
+class _RowTemplate:
+    """Jinja template over the columns of a row.
+
+    Attributes:
+        rows: number of rows rendered so far.
+    """
+
+    _FEWEST_ROWS = 5  # of which the texts say something about the template
+
+    def __init__(self, text: str, key: str) -> None:
+        self._key, self._source = key, text
+        try:
+            self._names = jinja2.meta.find_undeclared_variables(JINJA.parse(text))
+            self._template = JINJA.from_string(text)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{key}: not a valid Jinja template: {error}") from None
+        self.rows, self._texts_differ, self._rows_differ = 0, False, False
+        self._first: tuple[str, dict[str, Any]] | None = None
+
+    @classmethod
+    def of(cls, source: Columns, option: str, key: str) -> _RowTemplate | None:
+        """Return the template of an option, None if it is not set."""
+        text = getattr(source, option)
+        return None if text is None else cls(text, f"{key}.{option}")
+
+    def render(self, record: dict[str, Any], location: str) -> str:
+        """Return the text of a row. Raise :class:`UserError` if the row cannot be rendered."""
+        try:
+            text = self._template.render(record)
+        except JINJA_ERRORS as error:
+            columns = ", ".join(map(str, record))
+            raise UserError(f"{location}: {self._key}: {error}; the row has the columns {columns}") from None
+        self.rows += 1
+        self._first = self._first or (text, record)
+        if not self._texts_differ:
+            self._texts_differ = text != self._first[0]
+            self._rows_differ |= record != self._first[1]
+        return text
+
+    @property
+    def is_constant(self) -> bool:
+        """True if the rows rendered so far differ, but their texts do not."""
+        return self.rows >= self._FEWEST_ROWS and self._rows_differ and not self._texts_differ
+
+    def check_use(self, record: dict[str, Any], location: str) -> None:
+        """Raise :class:`UserError` if the template uses no column of a row."""
+        if not self._names & record.keys():
+            raise UserError(
+                f"{location}: {self._key}: uses no column of the row, so its text is the same for all rows; the row "
+                f"has the columns {', '.join(map(str, record))}. Write a column as {{{{ name }}}}; got "
+                f"{self._source!r:.80}"
+            )
+
+
+# -- files
+
+
+def _prompts_of_files(source: FilesSource, key: str, reader: _Reader) -> Iterator[Prompt]:
+    files_by_name: Counter[str] = Counter()
+    empty_parts: list[str] = []
+    has_prompts = False
+    for file in expand(source.paths, key):
+        name = Path(file.path).name
+        files_by_name[name] += 1
+        # Prompt ids depend on the name alone, so that files can be moved. A number distinguishes
+        # files of the same name in several folders.
+        label = name if files_by_name[name] == 1 else f"{name}#{files_by_name[name]}"
+        is_empty = True
+        for prompt in reader.prompts(label, _records_of(file, reader.columns), is_table=is_table(file.path)):
+            is_empty, has_prompts = False, True
+            yield prompt
+        if is_empty and not file.is_part:  # a job can write empty parts, but not all of them can be empty
+            raise UserError(f"{file.path}: no prompts; expected one row per prompt")
+        empty_parts += [file.path] * is_empty
+    if not has_prompts:
+        raise UserError(f"{', '.join(empty_parts[:3])}: no prompts in any part; expected one row per prompt")
+
+
+def _records_of(file: SourceFile, columns: list[str] | None) -> Iterator[Record]:
+    """Yield the records of a file, with the columns that its folders give to every row."""
+    if columns is not None:
+        columns = [name for name in columns if name not in file.columns]
+    for row, location, record in records(file.path, columns):
+        for name, value in file.columns.items():
+            if name in record and str(record[name]) != value:
+                raise UserError(
+                    f"{location}: the column {name!r} is given twice: {value!r} by the folder, {record[name]!r:.60} by "
+                    "the file; correct one of the two"
+                )
+        yield row, location, file.columns | record
 
 
 # -- data sets

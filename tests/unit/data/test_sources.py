@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -13,60 +11,16 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from plad_dist.config import DatasetSource, FilesSource
 from plad_dist.data.hashset import HashSet
-from plad_dist.data.sources import Prompt, read_prompts
+from plad_dist.data.sources import read_prompts
 from plad_dist.errors import UserError
 from tests.conftest import write_prompts
-
-ROWS = [{"prompt": "a", "answer": "b"}, {"prompt": "c", "answer": "ü\n\u2028"}]
-KINDS = ("p.jsonl", "p.json", "p.jsonl.gz", "p.csv", "p.csv.gz", "p.parquet", "p.arrow", "stream.arrow")
-
-
-def source(path: Path | str, **options: Any) -> FilesSource:
-    return FilesSource(type="files", paths=[str(path)], **({"reference_column": "answer"} | options))
-
-
-def write(folder: Path, text: str, name: str = "p.jsonl") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
-
-
-def write_as(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows in the format that the name of the file implies."""
-    if path.name.endswith(".gz"):
-        plain = write_as(path.with_suffix(""), rows)
-        path.write_bytes(gzip.compress(plain.read_bytes()))
-        plain.unlink()
-        return path
-    table = pa.Table.from_pylist(rows)
-    match path.name:
-        case "p.parquet":
-            pq.write_table(table, path, row_group_size=3)
-        case "p.arrow":
-            with pa.ipc.new_file(path, table.schema) as writer:
-                writer.write_table(table, max_chunksize=3)
-        case "stream.arrow":
-            with pa.ipc.new_stream(path, table.schema) as writer:
-                writer.write_table(table)
-        case "p.csv":
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
-        case _:
-            write(path.parent, "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), path.name)
-    return path
-
-
-def contents(prompts: Iterator[Prompt]) -> list[tuple[str, str | None]]:
-    return [(prompt.messages[0]["content"], prompt.reference) for prompt in prompts]
+from tests.unit.data.prompt_files import KINDS, ROWS, contents, source, write, write_as
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -382,6 +336,14 @@ def test_globs_match_on_an_object_store_as_on_a_file_system(bucket: Callable[[st
         matches("tree/*.csv")
     with pytest.raises(UserError, match=r"s3://prompts/tree/none\.jsonl: no such prompts file"):
         matches("tree/none.jsonl")
+    for folder in ("tree", "tree/"):
+        assert matches(folder) == ["a", "b", "sub/c", "sub/deep/d"]
+    bucket("tree/lang=de/part-0.jsonl", b'{"prompt": "e", "answer": ""}')
+    bucket("tree/_SUCCESS", b"")
+    assert matches("tree") == ["a", "b", "e", "sub/c", "sub/deep/d"]
+    bucket("other/x.jsonl/part-0.jsonl", b'{"prompt": "x", "answer": ""}')
+    with pytest.raises(UserError, match=r"s3://prompts/other/x\.jsonl: is a folder"):
+        matches("other/*.jsonl")
     bucket("tree/broken.jsonl", b"{}\n{")
     with pytest.raises(UserError, match=r"s3://prompts/tree/broken\.jsonl:1: no column 'prompt'"):
         matches("tree/broken.jsonl")
