@@ -76,6 +76,14 @@ def load_submitted(file: str, overrides: list[str]) -> Config:
     return config
 
 
+def submitted_document(config: Config) -> str:
+    """Return the file of a submitted config.
+
+    Its paths are expanded here, since the cluster has other variables and another home.
+    """
+    return dump_yaml(config.model_dump(mode="json", exclude_unset=True))
+
+
 class JobServer:
     """Client of the job server of one cluster.
 
@@ -113,8 +121,7 @@ class JobServer:
         name = _next_name(run_dir, [job.submission_id for job in earlier])
         with tempfile.TemporaryDirectory(prefix="plad-submit-") as temporary:
             folder = Path(temporary)
-            # Variables and `~` have been expanded here, where the user sees their values.
-            (folder / _CONFIG_FILE).write_text(dump_yaml(config.model_dump(mode="json", exclude_unset=True)))
+            (folder / _CONFIG_FILE).write_text(submitted_document(config), encoding="utf-8")
             shutil.copytree(resource("ray_jobs"), folder / "ray_jobs", ignore=shutil.ignore_patterns("__pycache__"))
             entrypoint = shlex.join(["python", f"ray_jobs/{stage}.py", "--config", _CONFIG_FILE])
             metadata = {"run_dir": run_dir, "stage": stage, "fingerprint": config.fingerprint()}

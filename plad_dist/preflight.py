@@ -67,7 +67,7 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
     if problems:
         raise UserError(*problems)
     if command in (None, "sample"):
-        for note in _decoding_notes(config):
+        for note in decoding_notes(config):
             logger.info("%s", note)
     if all_rows and train_prompts(run.storage).manifest() is None:
         summary = check_prompts(config, all_rows=True)  # last, because it needs the tokenizers of sound models
@@ -158,9 +158,14 @@ def _check_pair_length(config: Config) -> None:
         )
 
 
-def _decoding_notes(config: Config) -> Iterator[str]:
-    """Yield a line for every pretrained model whose own sampling parameters are not used, and for
-    every `max_tokens` over a model's context."""
+def decoding_notes(config: Config) -> Iterator[str]:
+    """Yield a line for every setting of the decoding without the effect that a user may expect.
+
+    These are the sampling parameters of a model's own generation config, `max_tokens` over the
+    context of a model, and candidates of a student that is sampled greedily.
+    """
+    if config.sampling.student.is_greedy and "candidates" in config.evaluation.model_fields_set:
+        yield "evaluation.candidates: none are sampled, because all responses of a greedy student are the same"
     for key, model in config.named_models().items():
         if model.path is None:
             continue

@@ -395,6 +395,15 @@ class Training(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_group_tokens(self) -> Training:
+        if self.max_group_tokens is not None and self.max_group_tokens > self.micro_batch_tokens:
+            raise ValueError(
+                f"max_group_tokens: {self.max_group_tokens}: a group over micro_batch_tokens, which is "
+                f"{self.micro_batch_tokens}, is an error; set at most that, or raise micro_batch_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_evaluated_phases(self) -> Training:
         for name, phase in (("teacher", self.teacher), ("warmup", self.warmup)):
             if phase is not None and phase.evaluate_every is not None:

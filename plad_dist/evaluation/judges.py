@@ -299,6 +299,10 @@ def template_text(judge: LlmJudge, key: str) -> str:
     """
     if judge.template is None:
         return (resources.files("plad_dist.evaluation") / "judge.j2").read_text(encoding="utf-8")
+    if "{{" in judge.template or "\n" in judge.template:
+        raise UserError(
+            f"{key}.template: {judge.template!r:.80}: is the text of a template; expected the path of a file with it"
+        )
     try:
         return Path(judge.template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -126,12 +126,23 @@ def deepspeed_sets_the_batch(folder: Path, raw: dict[str, Any]) -> None:
     deepspeed_file(folder, raw, {"zero_optimization": {"stage": 3}, "train_batch_size": 64})
 
 
+def deepspeed_sets_many_keys(folder: Path, raw: dict[str, Any]) -> None:
+    keys = ("train_batch_size", "gradient_clipping", "bf16", "optimizer", "amp")
+    zero = {"stage": 1, "overlap_com": True, "offload_param": {"device": "nvme"}}
+    deepspeed_file(folder, raw, {"zero_optimization": zero} | dict.fromkeys(keys, "auto"))
+
+
 def deepspeed_misspelt(folder: Path, raw: dict[str, Any]) -> None:
     deepspeed_file(folder, raw, {"zero_optimization": {"stage": 3, "overlap_com": True}})
 
 
 def secret_in_the_engine(folder: Path, raw: dict[str, Any]) -> None:
     raw["sampling"]["student"]["engine"] = {"hf_token": "hf_secret"}
+
+
+def judge_template_as_text(folder: Path, raw: dict[str, Any]) -> None:
+    judge = {"type": "llm", "model": {"endpoint": {"url": "http://x", "model": "m"}}, "template": "{{ first }} [[A]]"}
+    raw["evaluation"]["judges"] = {"a": judge}
 
 
 def tensor_parallel_not_a_number(folder: Path, raw: dict[str, Any]) -> None:
@@ -207,9 +218,24 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (patience_without_evaluations, ["training.round", "evaluate_every"]),
         (margin_loss_without_scores, ["training.round.loss.name: margin needs scores", "pairing.score"]),
         (deepspeed_sets_the_batch, ["train_batch_size", "training.<phase>.batch_groups"]),
+        (
+            deepspeed_sets_many_keys,
+            [
+                "7 problems",
+                "stage 2 or 3",
+                "offload_param.device: nvme",
+                "train_batch_size: is decided by",
+                "gradient_clipping: is",
+                "bf16: is",
+                "optimizer: is",
+                "amp: is",
+                "overlap_com",
+            ],
+        ),
         (deepspeed_misspelt, ["zero_optimization.overlap_com", "installed DeepSpeed"]),
         (secret_in_the_engine, ["hf_token", "HF_TOKEN environment variable"]),
         (tensor_parallel_not_a_number, ["tensor_parallel_size: expected a whole number", "'two'"]),
+        (judge_template_as_text, ["evaluation.judges.a.template", "expected the path of a file"]),
         (deepspeed_missing, ["training.deepspeed", "zero9", "zero3"]),
         (deepspeed_not_stage_3, ["training.deepspeed", "stage 2 or 3"]),
         (deepspeed_on_nvme, ["training.deepspeed", "offload_optimizer.device: nvme", "set cpu"]),
@@ -290,7 +316,7 @@ def test_a_config_without_held_out_prompts_is_refused(
     folder, raw = tiny
     code, printed = command("validate", str(write_config(folder, raw)), "prompts.heldout_fraction=0")
     assert code == 2
-    assert "prompts.heldout_fraction: 0 of 600 rows leaves no held-out prompts" in printed
+    assert "prompts.heldout_fraction: 0: leaves no held-out prompts" in printed
 
 
 def test_all_conflicts_between_keys_are_reported_at_once(
@@ -370,7 +396,7 @@ def test_keys_of_steps_that_have_not_started_may_change(
     [
         ("{{ messages[-1", "template of student: not a valid Jinja template"),
         (
-            "{{ messags[-1].content }}",
+            "{{ messags[-1].content }}{{ messages[-1].content }}",
             "template of student: unknown variable messags; the variables are `messages`",
         ),
     ],

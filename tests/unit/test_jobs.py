@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from plad_dist.config_file import load_config, read_yaml
 from plad_dist.errors import UserError
-from plad_dist.jobs import JobServer, _Log, job_table, load_submitted
+from plad_dist.jobs import JobServer, _Log, job_table, load_submitted, submitted_document
 
 
 def test_a_log_that_is_sent_again_is_shown_once() -> None:
@@ -33,6 +34,20 @@ def test_a_bad_config_is_refused_without_a_cluster(override: str) -> None:
     with pytest.raises(UserError, match=override.partition("=")[0]):
         load_submitted("examples/quickstart.yaml", [override])
     assert load_submitted("examples/quickstart.yaml", ["run.dir=/mnt/run"]).run.dir == "/mnt/run"
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_submitted_config_has_the_overrides_and_the_expanded_paths(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "variants" in read_yaml(path):
+        pytest.skip("a study is not submitted")
+    monkeypatch.setenv("SCRATCH", "/mnt/scratch")
+    config = load_submitted(str(path), ["run.dir=$SCRATCH/a$$b", "run.seed=3"])
+    monkeypatch.delenv("SCRATCH")
+    (tmp_path / "run.yaml").write_text(submitted_document(config))
+    assert load_config(tmp_path / "run.yaml") == config
+    assert config.run.dir == "/mnt/scratch/a$b"
 
 
 def test_the_address_of_another_server_is_refused(tmp_path: Path) -> None:

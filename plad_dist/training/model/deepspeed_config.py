@@ -21,17 +21,30 @@ _RUN_KEYS = {
     "scheduler": "training.<phase>.optimizer.schedule",
     "bf16": "training.dtype",
     "fp16": "training.dtype",
+    "amp": "training.dtype",
+    "torch_autocast": "training.dtype",
     "data_types": "training.dtype",
 }
 
 
 def load_deepspeed(name: str) -> dict[str, Any]:
-    """Load a DeepSpeed config by its name in ds_configs/ or by its path.
+    """Return a DeepSpeed config by its name in ds_configs/ or by its path.
 
     Raises:
         UserError: the file is missing or not JSON, is not of ZeRO stage 2 or 3, offloads to NVMe,
             or sets a key that the run's config decides. The message names all of these.
     """
+    path, config = _read(name)
+    problems = _conflicts(config)
+    if len(problems) > 1:
+        raise UserError(f"training.deepspeed: {path}: {len(problems)} problems:\n  " + "\n  ".join(problems))
+    if problems:
+        raise UserError(f"training.deepspeed: {path}: {problems[0]}")
+    return config
+
+
+def _read(name: str) -> tuple[Path, dict[str, Any]]:
+    """Return the path and the content of a DeepSpeed config."""
     path = Path(name)
     if path.suffix != ".json" and "/" not in name:
         path = resource("ds_configs") / f"{name}.json"
@@ -44,12 +57,7 @@ def load_deepspeed(name: str) -> dict[str, Any]:
         raise UserError(f"training.deepspeed: {path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"training.deepspeed: {path}: expected a JSON object, got {type(config).__name__}")
-    problems = _conflicts(config)
-    if len(problems) > 1:
-        raise UserError(f"training.deepspeed: {path}: {len(problems)} problems:\n  " + "\n  ".join(problems))
-    if problems:
-        raise UserError(f"training.deepspeed: {path}: {problems[0]}")
-    return config
+    return path, config
 
 
 def _conflicts(config: dict[str, Any]) -> list[str]:
@@ -92,14 +100,20 @@ def check_optimizers(name: str, training: Training) -> None:
 
 
 def check_deepspeed(name: str) -> None:
-    """Raise :class:`UserError` if the installed DeepSpeed rejects `zero_optimization`."""
+    """Raise :class:`UserError` if the installed DeepSpeed rejects `zero_optimization`.
+
+    Conflicts with the run's config are left to :func:`load_deepspeed`, so that both are reported.
+    """
     # The import warns if there is no GPU, and a driver needs none.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    zero = _read(name)[1].get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
     try:
-        DeepSpeedZeroConfig(**load_deepspeed(name)["zero_optimization"])
+        DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         lines = [f"zero_optimization.{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         raise UserError(

@@ -6,7 +6,11 @@ import asyncio
 import time
 from typing import Any
 
+import pytest
+
+from plad_dist.errors import UserError
 from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.engine_arguments import check_engine_args
 
 
 class FakeLlm:
@@ -42,3 +46,19 @@ def test_a_cancelled_change_of_weights_ends_before_the_next_one_starts() -> None
 
     asyncio.run(change_weights())
     assert (most_running, started) == (1, ["b", "c"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"tensor_parallel_size": True}, "tensor_parallel_size: expected a whole number of at least 1, got True"),
+        ({"max_num_seqs": 8.0}, "max_num_seqs: expected a whole number"),
+        ({"gpu_memory_utilization": True}, "gpu_memory_utilization: expected a number above 0, at most 1, got True"),
+        ({"override_generation_config": {"temperature": 0.6}}, "beside engine, in sampling.student"),
+        ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode: processed_logprobs: samples hold the likelihoods"),
+    ],
+)
+def test_an_engine_argument_that_cannot_be_meant_is_refused(engine: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_engine_args(engine, "sampling.student.engine")
+    assert message in str(error.value)

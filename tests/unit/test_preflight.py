@@ -1,0 +1,43 @@
+"""Checks before a run: what a config names fits together, and what has no effect is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from plad_dist.config_file import parse_config
+from plad_dist.preflight import decoding_notes
+
+
+def model_folder(folder: Path, generation: dict[str, Any] | None = None) -> str:
+    """Write the configs of a model with a context of 512 tokens."""
+    folder.mkdir()
+    config = {"model_type": "llama", "hidden_size": 32, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return str(folder)
+
+
+def test_settings_without_the_expected_effect_are_named(tmp_path: Path) -> None:
+    thoughtful = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
+    raw: dict[str, Any] = {
+        "run": {"dir": "x"},
+        "prompts": {"source": {"type": "files", "paths": ["a.jsonl"]}},
+        "teachers": {
+            "a": {"path": model_folder(tmp_path / "a", thoughtful)},
+            "b": {"path": str(tmp_path / "a"), "sampling": thoughtful | {"do_sample": None}},
+        },
+        "student": {"path": model_folder(tmp_path / "s")},
+        "sampling": {"teacher": {"temperature": 0.6, "top_p": 1.0, "max_tokens": 512}},
+    }
+    del raw["teachers"]["b"]["sampling"]["do_sample"]
+    assert list(decoding_notes(parse_config(raw, "x"))) == [
+        f"teachers.a: generation_config.json of {tmp_path}/a sets top_k 20, repetition_penalty 1.05, which are not "
+        "used; sampling.teacher samples with top_k 0, repetition_penalty 1",
+        "sampling.teacher.max_tokens: 512: responses of teachers.a end earlier, at its context of 512 tokens",
+    ]
+    raw["sampling"] = {"student": {"temperature": 0}}
+    raw["evaluation"] = {"candidates": 4}
+    assert "evaluation.candidates: none are sampled" in next(decoding_notes(parse_config(raw, "x")))
