@@ -95,6 +95,19 @@ class Endpoint(Section):
         "between its pieces, a response without `stream` until it is complete.",
         json_schema_extra=OPERATIONAL,
     )
+    mode: Literal["realtime", "batch"] = Field(
+        "realtime",
+        description="realtime: one request for each prompt. batch: the provider's batch interface (OpenAI's `/files` "
+        "and `/batches`), which answers the prompts of a block within `batch_window`, usually at half the price. The "
+        "prices are to be those of the mode.",
+        json_schema_extra=OPERATIONAL,
+    )
+    batch_window: str = Field(
+        "24h",
+        min_length=1,
+        description="Time in which the provider is to answer a batch, in its own words.",
+        json_schema_extra=OPERATIONAL,
+    )
     stream: bool = Field(
         True,
         description="Receive responses piece by piece, so that a long one does not time out. A server that refuses "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,15 @@ from plad_dist.data.schemas import SAMPLES, is_usable_response
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.fleet.protocol import BlockKey, BlockResult, Hints
-from plad_dist.sampling.backend import Backend, Completion, DrawsMany, RefusedPromptError, Response
+from plad_dist.sampling.backend import (
+    Backend,
+    Completion,
+    DrawsBlocks,
+    DrawsMany,
+    RefusedPromptError,
+    Response,
+    SampleNumber,
+)
 from plad_dist.sampling.endpoint.budget import MICROS
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.spool import Row, SampleKey, Spool
@@ -153,6 +161,7 @@ class BlockAttempt:
     # -- samples
 
     async def _sample_all(self) -> None:
+        await self._draw_block()
         for rows in _in_order(len(self._inputs.prompts), self._hints):
             outcomes = await asyncio.gather(*map(self._sample_row, rows), return_exceptions=True)
             # All rows have ended before an exception is raised, so none outlives the attempt.
@@ -195,22 +204,47 @@ class BlockAttempt:
         except self._backend.fatal as stop:
             self._spool_lost_cost(row, stop)
             raise
+        drawn = {(row, index): outcome for index, outcome in zip(missing, outcomes, strict=True) if outcome is not None}
+        self._keep(drawn, lost_cost)
+
+    async def _draw_block(self) -> None:
+        """Draw the missing samples of the block as a batch if the backend can, and spool them."""
+        backend, job, inputs, spool = self._backend, self._job, self._inputs, self._spool
+        if spool is None or job.responses is not None or not isinstance(backend, DrawsBlocks):
+            return
+        requests: dict[SampleNumber, tuple[Any, int]] = {}
+        for row, (prompt, rendered) in enumerate(zip(inputs.prompts, inputs.rendered, strict=True)):
+            if row in self._hints.poison or isinstance(rendered, Exception):
+                continue
+            prompt_id = prompt["prompt_id"]
+            for index in range(job.n):
+                if (prompt_id, index) not in inputs.spooled:
+                    seed = sample_seed(job.seed, job.seed_round, job.role, prompt_id, index)
+                    requests[row, index] = rendered, seed
+
+        async def keep(outcomes: Mapping[SampleNumber, Completion | RefusedPromptError], lost_cost: float) -> None:
+            self._keep(outcomes, lost_cost)
+            await asyncio.to_thread(spool.flush)
+
+        dataset = job.dataset(self._storage)
+        await backend.draw_block(dataset, self._block, job.fingerprint, job.decoding, requests, keep)
+
+    def _keep(self, outcomes: Mapping[SampleNumber, Completion | RefusedPromptError], lost_cost: float) -> None:
+        """Spool what one request or batch has brought, so that all of it counts or nothing."""
         samples = [
             self._row(row, index, outcome, None)
             if isinstance(outcome, Completion)
             else self._row(row, index, _no_response(outcome), str(outcome))
-            for index, outcome in zip(missing, outcomes, strict=True)
-            if outcome is not None
+            for (row, index), outcome in outcomes.items()
         ]
-        self._inputs.spooled.update(((prompt_id, sample["sample_index"]), sample) for sample in samples)
+        self._inputs.spooled.update(((sample["prompt_id"], sample["sample_index"]), sample) for sample in samples)
         for _ in samples:
             self._on_sample()
         if lost_cost:
             self._lost_cost += lost_cost
-            samples.append(
-                self._row(row, -1, _no_response(RefusedPromptError("no response", lost_cost)), "no response")
-            )
-        if self._spool is not None:
+            lost = RefusedPromptError("requests without a response", lost_cost)
+            samples.append(self._row(0, -1, _no_response(lost), str(lost)))
+        if self._spool is not None and samples:
             self._spool.add(self._block, *samples)
 
     async def _sample(self, row: int, index: int) -> Row:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from plad_dist.config import Decoding
 from plad_dist.data.conversation import Conversation
+from plad_dist.data.dataset import Dataset
+
+SampleNumber = tuple[int, int]  # row of a block, sample_index
 
 
 class RefusedPromptError(ValueError):
@@ -132,4 +135,29 @@ class DrawsMany(Protocol):
 
         Raises:
             RefusedPromptError: the backend will never respond to this prompt.
+        """
+
+
+# Puts outcomes, and money that was spent without one, into storage.
+Keep = Callable[[Mapping[SampleNumber, Completion | RefusedPromptError], float], Awaitable[None]]
+
+
+@runtime_checkable
+class DrawsBlocks(Protocol):
+    """A backend that can draw the samples of a block before they are asked for one by one."""
+
+    async def draw_block(
+        self,
+        dataset: Dataset,
+        block: int,
+        fingerprint: str,
+        decoding: Decoding,
+        requests: Mapping[SampleNumber, tuple[Any, int]],
+        keep: Keep,
+    ) -> None:
+        """Draw samples of a block and keep them, or only those that were ordered before.
+
+        Args:
+            dataset: dataset of the samples, in whose folder the backend may keep records.
+            requests: prompt and seed of each missing sample.
         """

@@ -19,6 +19,7 @@ from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place, window_for
 
+_BATCH_WINDOW = 128  # blocks, each of which is a batch that may take a day
 _DEFAULT_CONCURRENCY = 256  # vLLM's max_num_seqs if it is not set; larger on large GPUs
 
 
@@ -136,6 +137,8 @@ def _endpoint_fleet(
     outputs = [(assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments]
     outputs += [(dataset, range(len(dataset.committed()))) for dataset in other_outputs]
     backend = partial(EndpointBackend, responder.settings, responder.path, outputs)
+    window = window_for(endpoint.concurrency, config.prompts.block_size, config.sampling.window)
+    is_batch = endpoint.mode == "batch"
     return Fleet(
         name=responder.name,
         assignments=tuple(assignments),
@@ -143,8 +146,10 @@ def _endpoint_fleet(
         arguments=(run.storage, backend, config.sampling.max_attempts),
         placement=Placement(responder.sampling.cpus),
         replicas=1,  # one client, because limits on requests, tokens and money belong to one key
-        window=window_for(endpoint.concurrency, config.prompts.block_size, config.sampling.window),
+        window=max(window, _BATCH_WINDOW) if is_batch else window,
         # The client has its own timeouts, and no other actor would process a block faster.
         lease_timeout_s=math.inf,
-        stall_timeout_s=max(config.sampling.stall_timeout_s, endpoint.give_up_after_s + 2 * endpoint.timeout_s),
+        stall_timeout_s=math.inf
+        if is_batch
+        else max(config.sampling.stall_timeout_s, endpoint.give_up_after_s + 2 * endpoint.timeout_s),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from plad_dist.config import Decoding, Model
@@ -11,10 +12,13 @@ from plad_dist.data.dataset import Dataset
 from plad_dist.data.templates import compile_template, render
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import StopStageError
-from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
+from plad_dist.sampling.backend import Completion, Keep, RefusedPromptError, Response, SampleNumber
+from plad_dist.sampling.endpoint.batch import BlockRequests
+from plad_dist.sampling.endpoint.batch_record import BatchLedger
 from plad_dist.sampling.endpoint.budget import spent_on
 from plad_dist.sampling.endpoint.client import EndpointClient
 from plad_dist.sampling.endpoint.errors import EndpointStoppedError
+from plad_dist.sampling.endpoint.request import make_request
 
 _DRAIN_S = 20.0
 
@@ -34,6 +38,7 @@ class EndpointBackend:
     def __init__(self, settings: Model, name: str, outputs: Sequence[tuple[Dataset, Collection[int]]]) -> None:
         assert settings.endpoint is not None
         self.path: str | None = name
+        self._endpoint = settings.endpoint
         self._client = EndpointClient(settings.endpoint, spent=spent_on(outputs))
         self._template = compile_template(settings.template, name) if settings.template else None
 
@@ -91,6 +96,39 @@ class EndpointBackend:
         """
         try:
             return await self._client.complete_many(prompt, decoding, seeds)
+        except EndpointStoppedError as error:
+            raise StopStageError(str(error), error.cost) from None
+
+    async def draw_block(
+        self,
+        dataset: Dataset,
+        block: int,
+        fingerprint: str,
+        decoding: Decoding,
+        requests: Mapping[SampleNumber, tuple[Any, int]],
+        keep: Keep,
+    ) -> None:
+        """Draw samples through the provider's batches with `mode: batch`.
+
+        With `mode: realtime`, only batches in flight are taken to their end, which a command with
+        `mode: batch` has left.
+
+        Raises:
+            Exception: as :meth:`complete`.
+        """
+        ledger = BatchLedger(dataset, block, fingerprint)
+        is_batch = self._endpoint.mode == "batch"
+        if not is_batch and not await asyncio.to_thread(ledger.open_records):
+            return
+        pending = {
+            number: make_request(self._endpoint, prompt, decoding, seed) for number, (prompt, seed) in requests.items()
+        }
+        block_requests = BlockRequests(ledger, pending, keep)
+        try:
+            if is_batch:
+                await self._client.batches.draw(block_requests)
+            else:
+                await self._client.batches.finish(block_requests, may_submit=False)
         except EndpointStoppedError as error:
             raise StopStageError(str(error), error.cost) from None
 

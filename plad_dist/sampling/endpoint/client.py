@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.sampling.backend import Completion, RefusedPromptError
+from plad_dist.sampling.endpoint.batch import BatchClient
 from plad_dist.sampling.endpoint.budget import Budget
 from plad_dist.sampling.endpoint.choices import ManyChoices, completions_of
 from plad_dist.sampling.endpoint.connection import Connection
@@ -95,6 +96,7 @@ class EndpointClient:
         prompt_tokens: billed tokens of prompts, as reported by the server or estimated.
         completion_tokens: billed tokens of responses, as reported by the server or estimated.
         usage_missing: responses for which the server reported no usage.
+        batches: draws whole blocks under the same cap.
 
     Raises:
         UserError: `extra_body` sets what the run sets, or removes what the spending cap needs.
@@ -119,6 +121,7 @@ class EndpointClient:
         self._budget = Budget(endpoint, spent)
         self._is_paid = endpoint.max_spend is not None or endpoint.output_price is not None
         self._many_choices = ManyChoices(endpoint)
+        self.batches = BatchClient(endpoint, self._connection, self._budget, clock, sleep, jitter)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._turn_lock, self._probe_lock, self._settled = asyncio.Lock(), asyncio.Lock(), asyncio.Event()
         self._prompts_in_progress = self._requests_in_flight = 0
@@ -135,8 +138,8 @@ class EndpointClient:
 
     @property
     def events(self) -> int:
-        """Pieces of streamed responses received so far."""
-        return self._connection.events
+        """Pieces of streamed responses and states of batches received so far."""
+        return self._connection.events + self.batches.polls
 
     @property
     def spent(self) -> float:
@@ -231,6 +234,7 @@ class EndpointClient:
         The wait is for the responses in flight, which are paid for.
         """
         self._is_closing = True
+        self.batches.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 while self._requests_in_flight:
@@ -331,6 +335,8 @@ class EndpointClient:
         """Settle the reservation of a try, and warn the first time that it was too small."""
         is_first = not self._budget.excess
         counted = self._budget.settle(call.worst_cost, cost)
+        if cost is not None:
+            self._budget.learn(call.worst_cost, cost)
         if is_first and self._budget.excess and self._budget.cap is not None:
             logger.warning(
                 "%s: a response cost %.4g, although its prompt and max_tokens allow %.4g: the server bills tokens "

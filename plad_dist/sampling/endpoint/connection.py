@@ -11,8 +11,10 @@ import json
 import logging
 import ssl
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -20,7 +22,7 @@ import aiohttp
 
 from plad_dist.config import Endpoint
 from plad_dist.sampling.endpoint.credentials import Credentials, trusted_certificates
-from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Outcome, Reply, read_replies
+from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Outcome, Reply, read_error, read_replies
 from plad_dist.sampling.endpoint.request import CompletionRequest
 from plad_dist.sampling.endpoint.retry import retry_after_s
 from plad_dist.sampling.endpoint.stream import ResponseBody
@@ -28,6 +30,7 @@ from plad_dist.sampling.endpoint.stream import ResponseBody
 logger = logging.getLogger("plad")
 
 _CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S, _END_S = 30.0, 30.0, 1.0
+_JSON = {"Content-Type": "application/json"}
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
@@ -45,6 +48,10 @@ class Connection:
         self._certificates = trusted_certificates(endpoint)
         self._renewal, self._rejected_version = asyncio.Lock(), -1
         self._streams, self.events = endpoint.stream, 0
+        timeout_s = endpoint.timeout_s
+        self._timeout = aiohttp.ClientTimeout(
+            total=None, sock_read=timeout_s, sock_connect=min(_CONNECT_TIMEOUT_S, timeout_s / 2)
+        )
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
@@ -101,7 +108,7 @@ class Connection:
     async def _post_once(self, request: CompletionRequest) -> Outcome:
         path = "chat/completions" if self._endpoint.api == "chat" else "completions"
         data = json.dumps(request.body | (_STREAM if self._streams else {})).encode()
-        headers, body = self._credentials.headers(), ResponseBody()
+        headers, body = self._credentials.headers() | _JSON, ResponseBody()
         try:
             async with self._open_session().post(
                 f"{self._endpoint.url}/{path}", data=data, headers=headers, allow_redirects=False
@@ -109,16 +116,81 @@ class Connection:
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
                 await self._receive(response, body)
-        except aiohttp.ClientConnectorCertificateError as error:
-            return self._certificate_failure(error)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return Failure("transient", self._redacted(f"no connection: {error}"))
-        except TimeoutError:
-            return Failure("transient", f"silence of {self._endpoint.timeout_s:g} s (endpoint.timeout_s)", usage=None)
         except (aiohttp.ClientError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            return Failure("transient", self._redacted(f"connection lost: {reason}"), usage=None)
+            return self._transport_failure(error)
         return self._read(response, body, request)
+
+    async def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        form: Callable[[], aiohttp.FormData] | None = None,
+        parameters: Mapping[str, str] | None = None,
+        silence_s: float = 0.0,
+    ) -> bytes | Failure:
+        """Call another method of the server's API and return the body of its answer.
+
+        Args:
+            body: document to send as JSON.
+            form: makes the form to send instead.
+            silence_s: silence that is no failure, if it is longer than `timeout_s`.
+        """
+        version = self._credentials.version
+        send = partial(self._call_once, method, path, body, form, parameters, silence_s)
+        answer = await send()
+        if isinstance(answer, Failure) and answer.status == 401 and await self._has_new_credentials(version):
+            answer = await send()
+        return answer
+
+    async def _call_once(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        form: Callable[[], aiohttp.FormData] | None,
+        parameters: Mapping[str, str] | None,
+        silence_s: float,
+    ) -> bytes | Failure:
+        headers = self._credentials.headers() | ({} if body is None else _JSON)
+        data = form() if form is not None else None if body is None else json.dumps(body).encode()
+        timeout = aiohttp.ClientTimeout(
+            sock_read=max(silence_s, self._endpoint.timeout_s), sock_connect=self._timeout.sock_connect
+        )
+        try:
+            async with self._open_session().request(
+                method,
+                f"{self._endpoint.url}/{path}",
+                params=parameters,
+                data=data,
+                headers=headers,
+                allow_redirects=False,
+                timeout=timeout,
+            ) as response:
+                if 300 <= response.status < 400:
+                    return self._redirect_failure(response)
+                raw = await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            return self._transport_failure(error)
+        if 200 <= response.status < 300:
+            return raw
+        failure = read_error(response.status, raw, self.redacted)
+        return replace(failure, retry_after_s=retry_after_s(response.headers, time.time()))
+
+    def _transport_failure(self, error: Exception) -> Failure:
+        """Return the failure of a request without an answer."""
+        match error:
+            case aiohttp.ClientConnectorCertificateError():
+                return self._certificate_failure(error)
+            case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
+                return Failure("transient", self.redacted(f"no connection: {error}"))
+            case TimeoutError():
+                silence = f"silence of {self._endpoint.timeout_s:g} s (endpoint.timeout_s)"
+                return Failure("transient", silence, usage=None)
+            case _:
+                reason = str(error) or type(error).__name__
+                return Failure("transient", self.redacted(f"connection lost: {reason}"), usage=None)
 
     async def _receive(self, response: aiohttp.ClientResponse, body: ResponseBody) -> None:
         """Read a body up to its last event, behind which some servers leave the connection open."""
@@ -137,7 +209,7 @@ class Connection:
         """Parse a received body."""
         if not body.is_complete:
             return Failure("transient", "the stream ended in the middle of a response", usage=None)
-        outcome = read_replies(response.status, body.raw(), request.max_tokens, self._redacted)
+        outcome = read_replies(response.status, body.raw(), request.max_tokens, self.redacted)
         if isinstance(outcome, Failure):
             pause_s = retry_after_s(response.headers, time.time())
             return replace(outcome, retry_after_s=pause_s, usage=None if body.has_output else outcome.usage)
@@ -162,14 +234,14 @@ class Connection:
                     return self._redirect_failure(response)
                 if response.status not in (401, 403) and response.status < 500:
                     return None
-                outcome = read_replies(response.status, await response.read(), 0, self._redacted)
+                outcome = read_replies(response.status, await response.read(), 0, self.redacted)
                 return outcome if isinstance(outcome, Failure) else None
         except aiohttp.ClientConnectorCertificateError as error:
             return self._certificate_failure(error)
         except TimeoutError:
             return Failure("transient", f"no response within {limit_s:g} s")
         except (aiohttp.ClientError, OSError) as error:
-            return Failure("transient", self._redacted(str(error) or type(error).__name__))
+            return Failure("transient", self.redacted(str(error) or type(error).__name__))
 
     async def list_models(self) -> tuple[int, list[str]]:
         """Return the HTTP status of the list of models, and the names in it if it can be read."""
@@ -178,7 +250,7 @@ class Connection:
         async with self._open_session().get(url, headers=headers, allow_redirects=False) as response:
             raw, status = await response.read(), response.status
         with contextlib.suppress(ValueError, TypeError, LookupError):
-            return status, [self._redacted(str(model["id"])) for model in json.loads(raw)["data"]]
+            return status, [self.redacted(str(model["id"])) for model in json.loads(raw)["data"]]
         return status, []
 
     async def close(self) -> None:
@@ -188,14 +260,11 @@ class Connection:
 
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            url, timeout_s = urlsplit(self._endpoint.url), self._endpoint.timeout_s
+            url = urlsplit(self._endpoint.url)
             certificates = self._certificates if isinstance(self._certificates, ssl.SSLContext) else True
             self._session = aiohttp.ClientSession(
-                headers={"Content-Type": "application/json"},
                 connector=aiohttp.TCPConnector(limit=self._endpoint.concurrency, ssl=certificates),
-                timeout=aiohttp.ClientTimeout(
-                    total=None, sock_read=timeout_s, sock_connect=min(_CONNECT_TIMEOUT_S, timeout_s / 2)
-                ),
+                timeout=self._timeout,
                 # Not `trust_env`, which would send a password from ~/.netrc instead of the key.
                 proxy=None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme),
             )
@@ -204,10 +273,11 @@ class Connection:
     def _redirect_failure(self, response: aiohttp.ClientResponse) -> Failure:
         """Return the failure for a redirect, which would carry the key to another address."""
         target = response.headers.get("Location", "").partition("?")[0]
-        return Failure("blocked", self._redacted(f"HTTP {response.status} to {target}"), response.status)
+        return Failure("blocked", self.redacted(f"HTTP {response.status} to {target}"), response.status)
 
     def _certificate_failure(self, error: Exception) -> Failure:
-        return Failure("blocked", self._redacted(f"its certificate is not trusted: {error}"), CERTIFICATE)
+        return Failure("blocked", self.redacted(f"its certificate is not trusted: {error}"), CERTIFICATE)
 
-    def _redacted(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
+        """Return a server's text without secrets, on one line."""
         return self._credentials.redacted(text)

@@ -11,7 +11,7 @@ from plad_dist.sampling.endpoint.credentials import key_source
 from plad_dist.sampling.endpoint.outage import Outage
 from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure
 
-_KEPT = "Responses received so far are kept"
+KEPT = "Responses received so far are kept"
 
 
 class EndpointStoppedError(RuntimeError):
@@ -59,7 +59,7 @@ def endpoint_down(endpoint: Endpoint, outage: Outage, pause_s: float, now: float
         since = datetime.now().astimezone() - timedelta(seconds=lasted_s)
         cause = f"no response since {since:%Y-%m-%d %H:%M:%S} ({lasted_s:.0f} s, {outage.failures} failures)"
     return EndpointDownError(
-        f"{endpoint.url}: {cause}; the last failure: {outage.last_failure}. {_KEPT}; run again when the server works, "
+        f"{endpoint.url}: {cause}; the last failure: {outage.last_failure}. {KEPT}; run again when the server works, "
         "or raise endpoint.give_up_after_s."
     )
 
@@ -73,13 +73,13 @@ def spending_cap_reached(endpoint: Endpoint, budget: Budget, worst_cost: float) 
     )
     return SpendingCapReached(
         f"{endpoint.url}: {budget.spent:.6g} of {budget.cap:g} spent{assumed}; the next request may cost up to "
-        f"{worst_cost + budget.excess:.4g}. {_KEPT}; raise endpoint.max_spend to continue."
+        f"{worst_cost + budget.excess:.4g}. {KEPT}; raise endpoint.max_spend to continue."
     )
 
 
 def blocked_message(endpoint: Endpoint, failure: Failure) -> str:
     """Return the message of :class:`EndpointBlockedError`."""
-    return f"{advice(endpoint, failure)} {_KEPT}; run again after that."
+    return f"{advice(endpoint, failure)} {KEPT}; run again after that."
 
 
 def advice(endpoint: Endpoint, failure: Failure) -> str:

@@ -85,10 +85,7 @@ def read_replies(status: int, raw: bytes, max_tokens: int, redact: Callable[[str
         max_tokens: requested limit of each response, in tokens.
         redact: removes secrets from a server's text.
     """
-    try:
-        payload = json.loads(raw)
-    except (ValueError, RecursionError):
-        payload = None
+    payload = _parsed(raw)
     if not 200 <= status < 300:
         return _read_error(status, raw, payload, redact)
     if not isinstance(payload, dict):
@@ -201,6 +198,18 @@ def _read_content(content: Any) -> _Content:
 def _read_thought(thought: Any) -> str:
     """Return the text of a part that holds a thought, which is a text or parts again."""
     return thought if isinstance(thought, str) else _read_content(thought).text or "" if thought else ""
+
+
+def read_error(status: int, raw: bytes, redact: Callable[[str], str]) -> Failure:
+    """Return the failure of a request that the server has answered with an error status."""
+    return _read_error(status, raw, _parsed(raw), redact)
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _read_error(status: int, raw: bytes, payload: Any, redact: Callable[[str], str]) -> Failure:

@@ -142,9 +142,10 @@ def test_a_budget_without_reservations_reserves_nothing() -> None:
     for count in range(1, 50):
         endpoint = Endpoint(url="http://x", model="m", max_spend=sum([0.1] * count), input_price=1.0, output_price=1.0)
         budget = Budget(endpoint, 0.0)
-        for _ in range(count):  # as many may be in flight as were settled
+        for _ in range(count):  # as many may be in flight as were paid
             assert budget.reserve(1e-300)
             budget.settle(1e-300, 1e-300)
+            budget.learn(1e-300, 1e-300)
         assert all(budget.reserve(0.1) for _ in range(count))
         assert not budget.reserve(0.1)
         for _ in range(count):

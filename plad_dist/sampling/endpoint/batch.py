@@ -1,0 +1,361 @@
+"""Batches: the requests of a block as a file at the provider, answered later at a lower price.
+
+A block is sampled in these steps, and the process may end between any two of them:
+
+1. Reserve the worst cost of a batch, and write its record (`batch_record.py`).
+2. Upload the requests as a file.
+3. Submit the batch, with the record's token in its metadata, and write its id into the record. If
+   the record has no id, the batch is looked for by its token before anything is submitted.
+4. Poll until the batch has ended.
+5. Download its results, put them into the spool, and write into the record that it is settled.
+
+What a batch has not answered, because it expired, was cancelled or had a failure, becomes part of
+the next batch of the block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from plad_dist.config import Endpoint
+from plad_dist.sampling.backend import Keep, SampleNumber
+from plad_dist.sampling.endpoint.batch_api import BatchApi
+from plad_dist.sampling.endpoint.batch_record import BatchLedger, BatchRecord
+from plad_dist.sampling.endpoint.batch_results import BatchResults, ResultReader, failure_of, lines_of
+from plad_dist.sampling.endpoint.budget import Budget
+from plad_dist.sampling.endpoint.connection import Connection
+from plad_dist.sampling.endpoint.errors import (
+    KEPT,
+    ClientClosedError,
+    EndpointBlockedError,
+    EndpointDownError,
+    blocked_message,
+    endpoint_down,
+    spending_cap_reached,
+)
+from plad_dist.sampling.endpoint.outage import Outage
+from plad_dist.sampling.endpoint.reply import Failure
+from plad_dist.sampling.endpoint.request import CompletionRequest
+from plad_dist.sampling.endpoint.retry import backoff_s
+
+logger = logging.getLogger("plad")
+
+_MOST_REQUESTS, _MOST_BYTES = 50_000, 100_000_000  # OpenAI allows 200 MB
+_TRIAL = 16  # requests under a cap before any response has shown its cost
+_FIRST_POLL_S, _LONGEST_POLL_S, _LOOK_AGAIN_S = 1.0, 60.0, 10.0
+_ENDED = ("completed", "failed", "expired", "cancelled")
+_ABSENT = (404, 405, 501)  # statuses of a server without a batch interface
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class BlockRequests:
+    """Requests of a block that have no outcome yet.
+
+    Attributes:
+        keep: puts outcomes, and money that brought none, into storage.
+        tries: batches in which a request had a failure.
+        barren: batches in a row without any outcome.
+        full_since: time since which the provider accepts no batch, None if it does.
+    """
+
+    ledger: BatchLedger
+    pending: dict[SampleNumber, CompletionRequest]
+    keep: Keep
+    tries: Counter[SampleNumber] = field(default_factory=Counter)
+    barren: int = 0
+    full_since: float | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A batch on its way.
+
+    Attributes:
+        requests: requests of the batch that have no outcome yet.
+        is_new: True if this process has made the record, so that the batch was never submitted.
+        may_submit: False if it is only to be looked for.
+    """
+
+    record: BatchRecord
+    requests: Mapping[SampleNumber, CompletionRequest]
+    is_new: bool
+    may_submit: bool = True
+
+
+class BatchClient:
+    """Draws the responses to blocks of prompts through a provider's batch interface.
+
+    Attributes:
+        polls: states of batches received, which show that the provider works.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        connection: Connection,
+        budget: Budget,
+        clock: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]],
+        jitter: Callable[[], float],
+    ) -> None:
+        self._endpoint, self._connection, self._budget = endpoint, connection, budget
+        self._clock, self._sleep, self._jitter = clock, sleep, jitter
+        self._api, self._outage = BatchApi(endpoint, connection), Outage(endpoint.give_up_after_s)
+        self._changed, self._requests_in_flight, self._is_closing = asyncio.Event(), 0, False
+        self._reader = ResultReader(endpoint, budget, connection.redacted)
+        self.polls = 0
+
+    def close(self) -> None:
+        """Send nothing more. Batches in flight are found again by the next process."""
+        self._is_closing = True
+        self._changed.set()
+
+    async def draw(self, block: BlockRequests) -> None:
+        """Have every pending request of a block answered.
+
+        Batches of an earlier process come first: their requests are not submitted again.
+
+        Raises:
+            EndpointDownError: the provider does not answer, or no batch brings a response.
+            SpendingCapReached: the next request could exceed `max_spend`.
+            ClientClosedError: the client was closed.
+            EndpointBlockedError: the user must correct the key, the address, the model or the
+                account.
+        """
+        await self.finish(block, may_submit=True)
+        while block.pending:
+            requests, worst_cost = await self._reserve(block.pending)
+            try:
+                try:
+                    record = await asyncio.to_thread(block.ledger.add, list(requests), worst_cost)
+                except BaseException:
+                    self._budget.settle(worst_cost, 0.0)
+                    raise
+                await self._run(block, _Batch(record, requests, is_new=True))
+            finally:
+                self._requests_in_flight -= len(requests)
+                self._changed.set()
+
+    async def finish(self, block: BlockRequests, *, may_submit: bool) -> None:
+        """Take the batches of an earlier process to their end.
+
+        Args:
+            may_submit: False to leave out what was not submitted before.
+        """
+        for record in await asyncio.to_thread(block.ledger.open_records):
+            requests = {key: block.pending[key] for key in record.keys if key in block.pending}
+            self._budget.adopt(record.worst_cost)
+            await self._run(block, _Batch(record, requests, is_new=False, may_submit=may_submit))
+
+    async def _reserve(
+        self, pending: Mapping[SampleNumber, CompletionRequest]
+    ) -> tuple[dict[SampleNumber, CompletionRequest], float]:
+        """Return as many requests as fit into a batch, and their worst cost, which is reserved.
+
+        As long as batches in flight may leave more room than they need, wait for them.
+        """
+        while True:
+            if self._is_closing:
+                raise self._closed()
+            requests, worst_cost, is_short_of_money = self._fitting(pending)
+            if requests and not (is_short_of_money and self._budget.reservations):
+                self._budget.reserve_batch(worst_cost)
+                self._requests_in_flight += len(requests)
+                return requests, worst_cost
+            if not self._budget.reservations:
+                first = next(iter(pending.values()))
+                raise spending_cap_reached(self._endpoint, self._budget, self._budget.worst_cost(first.worst_usage))
+            await self._wait_for_change()
+
+    def _fitting(
+        self, pending: Mapping[SampleNumber, CompletionRequest]
+    ) -> tuple[dict[SampleNumber, CompletionRequest], float, bool]:
+        """Return the first requests that fit, their worst cost, and True if money limits them.
+
+        Under a cap the first batch is small: its bill shows whether the provider bills more than
+        the worst cost.
+        """
+        requests: dict[SampleNumber, CompletionRequest] = {}
+        size, worst_cost, room = 0, 0.0, self._budget.room
+        most = min(_MOST_REQUESTS, _TRIAL * (1 + self._budget.known_responses) - self._requests_in_flight)
+        for key, request in pending.items():
+            size += len(self._api.line(key, request))
+            cost = self._budget.worst_cost(request.worst_usage) + self._budget.excess
+            if len(requests) >= most or (requests and size > _MOST_BYTES):
+                break
+            if worst_cost + cost > room:
+                return requests, worst_cost, True
+            requests[key] = request
+            worst_cost += cost
+        return requests, worst_cost, False
+
+    # -- one batch
+
+    async def _run(self, block: BlockRequests, batch: _Batch) -> None:
+        """Take a batch, whose worst cost is reserved, through the steps that it has not taken."""
+        cost = batch.record.worst_cost  # of a batch that is not settled, and stays recorded as open
+        try:
+            results = await self._results_of(block, batch)
+            await block.keep(results.outcomes, results.lost_cost)
+            await asyncio.to_thread(block.ledger.settle, batch.record)
+            cost = results.cost
+        finally:
+            self._budget.settle(batch.record.worst_cost, cost)
+            self._changed.set()
+        for key in results.outcomes:
+            block.pending.pop(key, None)
+        if not batch.may_submit:
+            return
+        if results.failure is not None and results.failure.kind != "throttled":
+            raise self._blocked(results.failure)
+        if results.outcomes:
+            block.barren, block.full_since = 0, None
+        elif batch.requests:
+            await self._handle_barren_batch(block, results.failure)
+
+    async def _results_of(self, block: BlockRequests, batch: _Batch) -> BatchResults:
+        """Submit a batch unless it was submitted before, wait for its end, and read its results."""
+        if not batch.requests:  # an earlier process has kept the results, and ended before it settled
+            return BatchResults()
+        batch_id = batch.record.batch_id
+        if batch_id is None:
+            batch_id = await self._find_or_submit(block, batch)
+            if batch_id is None:
+                return BatchResults()
+            batch.record = await asyncio.to_thread(block.ledger.submitted, batch.record, batch_id)
+        state = await self._wait(batch_id, block.ledger.path(batch.record))
+        logger.info("%s: batch %s of %s: %s", self._endpoint.url, batch_id, block.ledger.name, state.get("status"))
+        content = b""
+        for name in ("output_file_id", "error_file_id"):
+            if file_id := state.get(name):
+                content += await self._insist(partial(self._api.content, str(file_id))) + b"\n"
+        results = self._reader.read(lines_of(content), batch.requests, block.tries)
+        if state.get("status") == "failed" and not results.outcomes:
+            results.failure = failure_of(state, self._connection.redacted)
+        return results
+
+    async def _find_or_submit(self, block: BlockRequests, batch: _Batch) -> str | None:
+        """Return the id of a batch, None if it was never submitted and must not be."""
+        token = batch.record.token
+        if not batch.is_new:
+            for looks in range(2):
+                if looks:  # a list may lag behind
+                    await self._sleep(_LOOK_AGAIN_S)
+                if (batch_id := await self._insist(partial(self._api.find, token))) is not None:
+                    return batch_id
+            if not batch.may_submit:
+                return None
+        data = b"".join(self._api.line(key, request) for key, request in batch.requests.items())
+        file_id = await self._insist(partial(self._api.upload, f"plad-{token}.jsonl", data))
+        failures = 0
+        while isinstance(submitted := await self._api.create(file_id, token), Failure):
+            if submitted.kind in ("refused", "blocked"):
+                raise self._blocked(submitted)
+            failures += 1
+            await self._pause(submitted, failures)
+            # The answer may be what failed.
+            if (batch_id := await self._insist(partial(self._api.find, token))) is not None:
+                return batch_id
+        logger.info(
+            "%s: submitted batch %s with %d requests of %s",
+            self._endpoint.url,
+            submitted,
+            len(batch.requests),
+            block.ledger.name,
+        )
+        return submitted
+
+    async def _wait(self, batch_id: str, record_path: str) -> dict[str, Any]:
+        """Return the state of a batch once it has ended."""
+        wait_s = _FIRST_POLL_S
+        while True:
+            state = await self._insist(partial(self._api.get, batch_id), f"batch {batch_id}, recorded in {record_path}")
+            self.polls += 1
+            if state.get("status") in _ENDED:
+                return state
+            await self._sleep(wait_s)
+            wait_s = min(_LONGEST_POLL_S, 1.5 * wait_s)
+
+    # -- failures
+
+    async def _insist(self, send: Callable[[], Awaitable[_T | Failure]], what: str = "") -> _T:
+        """Call the provider until it answers.
+
+        Args:
+            what: thing that is missing if the provider answers with 404.
+        """
+        failures = 0
+        while isinstance(answer := await send(), Failure):
+            if answer.status == 404 and what:
+                raise EndpointBlockedError(
+                    f"{self._endpoint.url}: there is no {what}. Use the key of the account that has submitted it, or "
+                    "delete that file to submit its requests again"
+                )
+            if answer.kind in ("refused", "blocked"):
+                raise self._blocked(answer)
+            failures += 1
+            await self._pause(answer, failures)
+        self._outage.end()
+        if self._is_closing:
+            raise self._closed()
+        return answer
+
+    async def _pause(self, failure: Failure, failures: int) -> None:
+        """Wait after a failure that is not for good, as long as the outage lasts."""
+        now = self._clock()
+        self._outage.record_failure(failure.text, now)
+        remaining_s = self._outage.remaining_s(now)
+        if remaining_s <= 0 or (failure.retry_after_s or 0.0) > self._endpoint.give_up_after_s:
+            raise endpoint_down(self._endpoint, self._outage, failure.retry_after_s or 0.0, now)
+        wait_s = failure.retry_after_s or backoff_s(failures + 1, self._jitter())
+        await self._sleep(min(wait_s, remaining_s))
+        if self._is_closing:
+            raise self._closed()
+
+    async def _handle_barren_batch(self, block: BlockRequests, failure: Failure | None) -> None:
+        """Wait before the next batch of a block after one without outcomes, or give up."""
+        if failure is None or failure.kind != "throttled":
+            block.barren += 1
+            if block.barren > self._endpoint.max_retries:
+                raise EndpointDownError(
+                    f"{self._endpoint.url}: {block.barren} batches of {block.ledger.name} ended without a response. "
+                    "Look at them at the provider, then run again, or set endpoint.mode to realtime."
+                )
+            await self._sleep(backoff_s(block.barren, self._jitter()))
+        elif self._budget.reservations:  # batches of this client are what fills the queue
+            await self._wait_for_change()
+        else:
+            now = self._clock()
+            block.full_since = now if block.full_since is None else block.full_since
+            if now - block.full_since > self._endpoint.give_up_after_s:
+                raise EndpointDownError(
+                    f"{self._endpoint.url}: accepts no batch for {now - block.full_since:.0f} s: {failure.text}. Run "
+                    "again when the provider's queue is shorter, or use a smaller prompts.block_size."
+                )
+            await self._sleep(_LONGEST_POLL_S)
+
+    async def _wait_for_change(self) -> None:
+        if self._is_closing:
+            raise self._closed()
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _blocked(self, failure: Failure) -> EndpointBlockedError:
+        message = blocked_message(self._endpoint, failure)
+        if failure.kind == "refused":
+            message = (
+                f"{self._endpoint.url}: the provider refuses the batch ({failure.text}). Correct sampling.*, "
+                f"endpoint.model, endpoint.batch_window or endpoint.extra_body. {KEPT}; run again after that."
+            )
+        hint = " A server without a batch interface needs endpoint.mode: realtime." if failure.status in _ABSENT else ""
+        return EndpointBlockedError(message + hint)
+
+    def _closed(self) -> ClientClosedError:
+        return ClientClosedError(f"{self._endpoint.url}: stopped")

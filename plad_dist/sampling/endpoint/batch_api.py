@@ -1,0 +1,101 @@
+"""The batch interface of an OpenAI-compatible provider: files of requests, batches, and results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import aiohttp
+
+from plad_dist.config import Endpoint
+from plad_dist.sampling.backend import SampleNumber
+from plad_dist.sampling.endpoint.connection import Connection
+from plad_dist.sampling.endpoint.reply import Failure
+from plad_dist.sampling.endpoint.request import CompletionRequest
+
+LABEL = "plad"  # name of the token in the metadata of a batch
+_PAGE = 100
+_UPLOAD_TIMEOUT_S = 1800.0  # the server is silent while it receives a file
+
+
+class BatchApi:
+    """Calls of the batch interface. Each returns its result, or the failure of the call."""
+
+    def __init__(self, endpoint: Endpoint, connection: Connection) -> None:
+        self._endpoint, self._connection = endpoint, connection
+        self._target = "/v1/chat/completions" if endpoint.api == "chat" else "/v1/completions"
+
+    def line(self, key: SampleNumber, request: CompletionRequest) -> bytes:
+        """Return the line of a request in a file of requests."""
+        line = {"custom_id": custom_id(key), "method": "POST", "url": self._target, "body": request.body}
+        return json.dumps(line).encode() + b"\n"
+
+    async def upload(self, name: str, data: bytes) -> str | Failure:
+        """Upload a file of requests and return its id."""
+
+        def form() -> aiohttp.FormData:
+            form = aiohttp.FormData({"purpose": "batch"})
+            form.add_field("file", data, filename=name, content_type="application/jsonl")
+            return form
+
+        return _id_of(await self._connection.call("POST", "files", form=form, silence_s=_UPLOAD_TIMEOUT_S))
+
+    async def create(self, file_id: str, token: str) -> str | Failure:
+        """Submit a batch and return its id.
+
+        After a failure with unknown usage, the server may have accepted the batch nevertheless.
+        """
+        body = {
+            "input_file_id": file_id,
+            "endpoint": self._target,
+            "completion_window": self._endpoint.batch_window,
+            "metadata": {LABEL: token},
+        }
+        return _id_of(await self._connection.call("POST", "batches", body=body))
+
+    async def get(self, batch_id: str) -> dict[str, Any] | Failure:
+        """Return the state of a batch."""
+        return _document(await self._connection.call("GET", f"batches/{batch_id}"))
+
+    async def find(self, token: str) -> str | Failure | None:
+        """Return the id of the batch with a token, or None if there is none."""
+        parameters = {"limit": str(_PAGE)}
+        while True:
+            page = _document(await self._connection.call("GET", "batches", parameters=parameters))
+            if isinstance(page, Failure):
+                return page
+            batches = [batch for batch in page.get("data") or [] if isinstance(batch, dict)]
+            for batch in batches:
+                if (batch.get("metadata") or {}).get(LABEL) == token:
+                    return str(batch["id"])
+            last = page.get("last_id") or (batches[-1].get("id") if batches else None)
+            if not page.get("has_more") or not last or parameters.get("after") == last:
+                return None
+            parameters["after"] = str(last)
+
+    async def content(self, file_id: str) -> bytes | Failure:
+        """Return the content of a file."""
+        return await self._connection.call("GET", f"files/{file_id}/content")
+
+
+def custom_id(key: SampleNumber) -> str:
+    """Return the name of a request in a batch, which is short because some providers want that."""
+    return f"{key[0]}-{key[1]}"
+
+
+def _document(answer: bytes | Failure) -> dict[str, Any] | Failure:
+    if isinstance(answer, Failure):
+        return answer
+    try:
+        document = json.loads(answer)
+    except (ValueError, RecursionError):
+        document = None
+    return document if isinstance(document, dict) else Failure("transient", "not a JSON object", 200, usage=None)
+
+
+def _id_of(answer: bytes | Failure) -> str | Failure:
+    document = _document(answer)
+    if isinstance(document, Failure):
+        return document
+    name = document.get("id")
+    return name if isinstance(name, str) and name else Failure("transient", "an answer without an id", 200, usage=None)

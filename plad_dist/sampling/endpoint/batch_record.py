@@ -1,0 +1,125 @@
+"""Records of batches in storage: what was submitted to a provider, and what of it is settled.
+
+A record is written before its batch is submitted and names the batch by a token, which the batch
+carries in its metadata. So a batch is found again wherever the process ends: nothing is submitted
+twice. The records of a block lie in its folder of the spool and are deleted with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.parts import part_name
+from plad_dist.errors import RunFailed
+from plad_dist.sampling.backend import SampleNumber
+from plad_dist.sampling.spool import FOLDER
+
+_NAME = re.compile(r"batch-(\d{4})\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """A batch of a block.
+
+    Attributes:
+        number: number of the batch in its block.
+        token: value of `plad` in the metadata of the batch.
+        fingerprint: fingerprint of the samples.
+        keys: row and `sample_index` of the samples that the batch asks for.
+        worst_cost: largest cost of the batch.
+        batch_id: the provider's name of the batch, None before the answer to its submission.
+        is_settled: True once its results are in the spool.
+    """
+
+    number: int
+    token: str
+    fingerprint: str
+    keys: tuple[SampleNumber, ...]
+    worst_cost: float
+    batch_id: str | None = None
+    is_settled: bool = False
+
+
+class BatchLedger:
+    """Records of the batches of one block.
+
+    Args:
+        fingerprint: fingerprint of the samples; batches with another one are of no use.
+    """
+
+    def __init__(self, dataset: Dataset, block: int, fingerprint: str) -> None:
+        self._storage, self._fingerprint = dataset.storage, fingerprint
+        self._folder = f"{dataset.path}/{FOLDER}/{block:05d}"
+        self.name = f"{dataset.path} block {block}"
+
+    def open_records(self) -> list[BatchRecord]:
+        """Return the batches that are not settled, oldest first."""
+        records = _records(self._storage, self._folder)
+        return [record for record in records if not record.is_settled and record.fingerprint == self._fingerprint]
+
+    def add(self, keys: Collection[SampleNumber], worst_cost: float) -> BatchRecord:
+        """Write the record of a batch that will be submitted next.
+
+        Raises:
+            RunFailed: another process works on the block.
+        """
+        number = max((record.number for record in _records(self._storage, self._folder)), default=-1) + 1
+        record = BatchRecord(number, uuid.uuid4().hex, self._fingerprint, tuple(keys), worst_cost)
+        if not self._storage.create(self.path(record), _encode(record)):
+            raise RunFailed(f"{self._storage.url}/{self.path(record)}: another process submits batches of this block")
+        return record
+
+    def submitted(self, record: BatchRecord, batch_id: str) -> BatchRecord:
+        """Write the provider's name of a batch into its record."""
+        return self._replace(replace(record, batch_id=batch_id))
+
+    def settle(self, record: BatchRecord) -> None:
+        """Write into a record that the results of its batch are in the spool."""
+        self._replace(replace(record, is_settled=True))
+
+    def path(self, record: BatchRecord) -> str:
+        """Return the path of a record in the run directory."""
+        return f"{self._folder}/batch-{record.number:04d}.json"
+
+    def _replace(self, record: BatchRecord) -> BatchRecord:
+        self._storage.replace(self.path(record), _encode(record))
+        return record
+
+
+def open_cost(dataset: Dataset, blocks: Collection[int]) -> float:
+    """Return what the batches in flight of uncommitted blocks may cost, by whatever config."""
+    storage, spool = dataset.storage, f"{dataset.path}/{FOLDER}"
+    committed, counted = storage.sizes(dataset.path), set(blocks)
+    folders = [name.rstrip("/") for name in storage.sizes(spool) if re.fullmatch(r"\d{5,}/", name)]
+    return sum(
+        record.worst_cost
+        for folder in folders
+        if part_name(int(folder)) not in committed and int(folder) in counted
+        for record in _records(storage, f"{spool}/{folder}")
+        if not record.is_settled
+    )
+
+
+def _records(storage: Any, folder: str) -> Iterator[BatchRecord]:
+    for name in sorted(filter(_NAME.fullmatch, storage.sizes(folder))):
+        document = storage.read_json(f"{folder}/{name}")
+        if document is None:
+            continue  # its block was committed meanwhile
+        try:
+            keys = tuple((int(row), int(index)) for row, index in document.pop("keys"))
+            yield BatchRecord(keys=keys, **document)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise RunFailed(
+                f"{storage.url}/{folder}/{name}: not the record of a batch; restore it, or delete it if its batch may "
+                "be submitted and paid for again"
+            ) from None
+
+
+def _encode(record: BatchRecord) -> bytes:
+    return json.dumps(asdict(record)).encode()

@@ -1,0 +1,335 @@
+"""Batches: submitted once wherever the process ends, and what they answer is kept and paid once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from aiohttp import web
+
+from plad_dist.config import Endpoint, Model
+from plad_dist.data.storage import Storage
+from plad_dist.errors import UserError
+from plad_dist.fleet.protocol import BlockResult, Hints, StopStageError
+from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.endpoint import batch as batches
+from plad_dist.sampling.endpoint.backend import EndpointBackend
+from plad_dist.sampling.endpoint.batch_record import BatchLedger, open_cost
+from plad_dist.sampling.endpoint.budget import spent_on
+from plad_dist.sampling.endpoint.connection import Connection
+from plad_dist.sampling.job import SamplingJob
+from tests.fake_batches import BatchProvider, prompt_of, providing
+from tests.fake_endpoint import PRICES, error, good
+from tests.unit.sampling.test_attempt import prepare
+
+PROMPTS = ["a", "b", "c"]
+PRICE = (10 * 10 + 5 * 100) / 1e6  # of one answer
+
+
+class Killed(BaseException):
+    """End of the process."""
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FIRST_POLL_S", "_LONGEST_POLL_S", "_LOOK_AGAIN_S"):
+        monkeypatch.setattr(batches, name, 0.001)
+    monkeypatch.setattr(batches, "backoff_s", lambda failures, jitter: 0.001)
+
+
+async def process(
+    storage: Storage, job: SamplingJob, provider: BatchProvider, spent: list[float] | None = None, **settings: Any
+) -> BlockResult:
+    """Let a new process sample the block. It ends like a killed one if something raises."""
+    keys = {"url": provider.url, "model": "m", "mode": "batch"} | PRICES | settings
+    outputs = [(job.dataset(storage), [0])]
+    backends: list[EndpointBackend] = []
+
+    def make_backend() -> EndpointBackend:
+        backends.append(EndpointBackend(Model(endpoint=Endpoint(**keys)), "m", outputs))
+        return backends[0]
+
+    sampler = Sampler(storage, make_backend)
+    assert await sampler.start() is None
+    try:
+        return await sampler.work(job, 0, "attempt", Hints())
+    finally:
+        if spent is not None:
+            spent.append(backends[0]._client.spent)
+        assert sampler._flusher is not None
+        sampler._flusher.cancel()
+        await backends[0].close()
+
+
+def work(storage: Storage, job: SamplingJob, provider: BatchProvider, **settings: Any) -> BlockResult:
+    async def run() -> BlockResult:
+        async with providing(provider):
+            return await asyncio.wait_for(process(storage, job, provider, **settings), 60)
+
+    return asyncio.run(run())
+
+
+def texts(folder: Path) -> list[str]:
+    table = pa.ipc.open_file(next((folder / "samples").glob("part-*.arrow"))).read_all()
+    return list(table["text"].to_pylist())
+
+
+def test_a_block_is_one_batch_and_costs_what_the_provider_reports(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider, spent = BatchProvider(), list[float]()
+    result = work(storage, replace(job, n=2), provider, spent=spent)
+    assert texts(tmp_path) == ["a", "a", "b", "b", "c", "c"]
+    assert provider.submitted_lines == [6]
+    assert result.part.counts["cost_micros"] == round(6 * PRICE * 1e6)
+    assert spent == [pytest.approx(6 * PRICE)]
+    assert provider.calls.count("POST files") == provider.calls.count("POST batches") == 1
+    body = json.loads(provider.files["file-0"].splitlines()[0])
+    assert body["custom_id"] == "0-0"
+    assert body["body"]["messages"] == [{"role": "user", "content": "a"}]
+    assert "stream" not in body["body"]
+    assert not list((tmp_path / "samples").rglob("spool/*/*")), "the records go with the spool"
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_nothing_is_submitted_twice_wherever_the_process_is_killed(
+    after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+    deadly_step = 0
+
+    def step_of(real: Callable[..., Any]) -> Iterator[None]:
+        nonlocal steps
+        steps += 1
+        if steps == deadly_step and not after:
+            raise Killed
+        yield
+        if steps == deadly_step and after:
+            raise Killed
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            result = None
+            for _ in step_of(real):
+                result = real(*arguments, **keywords)
+            return result
+
+        return call
+
+    def watched_call(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def call(*arguments: Any, **keywords: Any) -> Any:
+            result = None
+            for _ in step_of(real):
+                result = await real(*arguments, **keywords)
+            return result
+
+        return call
+
+    monkeypatch.setattr(Connection, "call", watched_call(Connection.call))
+    for name in ("create", "replace"):
+        monkeypatch.setattr(Storage, name, watched(getattr(Storage, name)))
+    is_killed = True
+    while is_killed:
+        deadly_step += 1
+        folder = tmp_path / str(deadly_step)
+        steps = -100_000
+        storage, job = prepare(folder, PROMPTS)
+        provider, steps = BatchProvider(), 0
+
+        async def test(storage: Storage = storage, job: SamplingJob = job, provider: BatchProvider = provider) -> bool:
+            nonlocal steps
+            async with providing(provider):
+                try:
+                    await process(storage, job, provider)
+                except Killed:
+                    steps = 1_000_000
+                    result = await process(storage, job, provider)
+                    assert result.part.counts["cost_micros"] == round(3 * PRICE * 1e6)
+                    return True
+            return False
+
+        is_killed = asyncio.run(asyncio.wait_for(test(), 60))
+        assert provider.answered == {"a": 1, "b": 1, "c": 1}, f"killed at step {deadly_step}"
+        assert texts(folder) == PROMPTS
+    assert deadly_step > 9, "record, upload, submit, record, polls, downloads, spool, record, part"
+
+
+@pytest.mark.parametrize("status", ["expired", "cancelled"])
+def test_what_an_ended_batch_has_answered_is_kept_and_the_rest_is_submitted_again(status: str, tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.ending = lambda number: status if number == 0 else "completed"
+    provider.answer = lambda body: (
+        None if prompt_of(body) == "b" and len(provider.batches) == 1 else (200, good(prompt_of(body)))
+    )
+    result = work(storage, job, provider)
+    assert texts(tmp_path) == PROMPTS
+    assert provider.submitted_lines == [3, 1]
+    assert provider.answered == {"a": 1, "b": 1, "c": 1}
+    assert result.part.counts["cost_micros"] == round(3 * PRICE * 1e6)
+
+
+def test_a_submission_whose_answer_is_lost_is_found_again(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.lost_answers = {"POST batches", "POST files", "GET batches", "GET batches ID", "GET files ID"}
+    work(storage, job, provider)
+    assert texts(tmp_path) == PROMPTS
+    assert provider.submitted_lines == [3]
+
+
+def test_a_refused_prompt_is_an_error_row_and_a_failed_one_is_asked_again(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, ["a", "bad", "flaky", "poison"])
+    provider = BatchProvider()
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        match prompt_of(body):
+            case "bad":
+                return 400, {"error": {"message": "flagged by moderation"}}
+            case "flaky" if len(provider.batches) == 1:
+                return 500, {"error": {"message": "oops"}}
+            case "poison":
+                return 500, {"error": {"message": "always"}}
+        return 200, good(prompt_of(body))
+
+    provider.answer = answer
+    result = work(storage, job, provider, max_retries=2)
+    assert texts(tmp_path) == ["a", "", "flaky", ""]
+    assert provider.submitted_lines == [4, 2, 1]
+    assert result.part.counts["errors"] == 2
+    assert "flagged by moderation" in (result.first_error or "")
+
+
+@pytest.mark.parametrize(
+    ("refused", "fragments"),
+    [
+        ("every line", ["Unsupported value", "endpoint.extra_body"]),
+        ("the batch", ["invalid_url", "the batch has failed"]),
+        ("the key", ["rejects", "key"]),
+        ("the interface", ["endpoint.mode: realtime"]),
+    ],
+)
+def test_what_the_user_must_correct_stops_the_stage_and_makes_no_error_rows(
+    refused: str, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "sk-0123456789")
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    match refused:
+        case "every line":
+            provider.answer = lambda body: (400, {"error": {"message": "Unsupported value"}})
+        case "the batch":
+            provider.ending = lambda number: "failed"
+            provider.errors = [{"code": "invalid_url", "message": "no", "line": 1}]
+        case "the key":
+            provider.refuse = lambda call: error(401, "no sk-0123456789") if call == "POST files" else None
+        case "the interface":
+            provider.refuse = lambda call: web.Response(status=404) if call == "POST files" else None
+    with pytest.raises(UserError) as refusal:
+        work(storage, job, provider, api_key_env="TEACHER_KEY")
+    for fragment in fragments:
+        assert fragment in str(refusal.value)
+    assert "0123456789" not in str(refusal.value)
+    assert provider.answered.total() == 0
+
+
+def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.ending = lambda number: "failed" if number < 3 else "completed"
+    provider.errors = [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached for m"}]
+    work(storage, job, provider, max_retries=0)
+    assert texts(tmp_path) == PROMPTS
+    assert provider.submitted_lines == [3, 3, 3, 3]
+
+
+def test_batches_that_bring_nothing_stop_the_stage(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.ending = lambda number: "expired"
+    provider.answer = lambda body: None
+    with pytest.raises(StopStageError, match="3 batches of samples block 0 ended without a response"):
+        work(storage, job, provider, max_retries=2)
+
+
+def test_the_worst_cost_of_a_batch_in_flight_counts_towards_the_cap_of_the_next_process(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    dataset = job.dataset(storage)
+    ledger = BatchLedger(dataset, 0, job.fingerprint)
+    record = ledger.add([(0, 0), (1, 0)], 0.75)
+    assert open_cost(dataset, [0]) == spent_on([(dataset, [0])]) == 0.75
+    assert open_cost(dataset, [1]) == 0
+    ledger.settle(record)
+    assert open_cost(dataset, [0]) == 0
+    spent: list[float] = []
+    ledger.add([(0, 0)], 0.75)
+    provider = BatchProvider()
+    work(storage, job, provider, spent=spent, max_spend=1.0)
+    assert spent == [pytest.approx(3 * PRICE)], "the real cost replaces it"
+
+
+def test_the_cap_stops_before_a_batch_that_could_exceed_it(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, [f"p{row}" for row in range(40)])
+    provider, spent = BatchProvider(), list[float]()
+    with pytest.raises(StopStageError, match=r"raise endpoint\.max_spend"):
+        work(storage, job, provider, spent=spent, max_spend=0.05)
+    assert spent[0] == pytest.approx(provider.answered.total() * PRICE)
+    assert 0.02 < spent[0] <= 0.05
+    work(storage, job, provider, max_spend=1.0)
+    assert set(provider.answered.values()) == {1}
+    assert len(provider.answered) == 40
+
+
+def test_the_cap_holds_to_a_small_batch_if_reasoning_is_billed_beyond_max_tokens(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, [f"p{row}" for row in range(100)])
+    provider, spent = BatchProvider(), list[float]()
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 5015}
+    provider.answer = lambda body: (200, good(prompt_of(body), usage=usage))
+    price = (10 * 10 + 5005 * 100) / 1e6
+    with pytest.raises(StopStageError, match=r"raise endpoint\.max_spend"):
+        work(storage, job, provider, spent=spent, max_spend=20.0)
+    assert spent[0] == pytest.approx(provider.answered.total() * price)
+    assert 20.0 - price < spent[0] <= 20.0
+
+
+def test_requests_of_a_batch_in_flight_are_not_asked_in_realtime(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.polls = 3
+
+    def refuse(call: str) -> web.Response | None:
+        if provider.calls.count("GET batches ID") == 2:
+            raise Killed
+        return None
+
+    async def test() -> None:
+        async with providing(provider):
+            real = Connection.call
+
+            async def dying(self: Connection, method: str, path: str, **keywords: Any) -> Any:
+                if path.startswith("batches/") and provider.calls.count("GET batches ID") == 2:
+                    raise Killed
+                return await real(self, method, path, **keywords)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Connection, "call", dying)
+                with pytest.raises(Killed):
+                    await process(storage, job, provider)
+            await process(storage, job, provider, mode="realtime")
+
+    asyncio.run(test())
+    assert provider.answered == {"a": 1, "b": 1, "c": 1}
+    assert texts(tmp_path) == PROMPTS
+
+
+def test_a_batch_of_another_account_is_named_with_its_record(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    ledger = BatchLedger(job.dataset(storage), 0, job.fingerprint)
+    ledger.submitted(ledger.add([(0, 0)], 0.1), "batch-of-another")
+    with pytest.raises(UserError, match=r"no batch batch-of-another, recorded in samples/spool/00000/batch-0000.json"):
+        work(storage, job, BatchProvider())
