@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from plad_dist.config import Config, Section, schema_fields
+from plad_dist.config import Config, Section, path_keys, schema_fields
 from plad_dist.config_yaml import Location, Scalar, load_yaml, plain
 from plad_dist.errors import UserError
 
@@ -62,8 +62,8 @@ def parse_section(section: type[SectionType], raw: Mapping[str, Any], origin: st
         origin: name of the mapping in messages.
     """
     values, scalars = plain(raw)
-    unusable = {location: scalar for location, scalar in scalars.items() if scalar.problem is not None}
-    lines = [f"{'.'.join(location)}: {scalar.text}: {scalar.problem}" for location, scalar in unusable.items()]
+    unusable = {location: problem for location, scalar in scalars.items() if (problem := _problem(location, scalar))}
+    lines = [f"{'.'.join(location)}: {scalars[location].text}: {problem}" for location, problem in unusable.items()]
     try:
         parsed = section.model_validate(values)
     except ValidationError as error:
@@ -75,6 +75,14 @@ def parse_section(section: type[SectionType], raw: Mapping[str, Any], origin: st
             return parsed
     lines = list(dict.fromkeys(lines))
     raise UserError(f"{origin}: {len(lines)} problem{'s' * (len(lines) > 1)}:\n  " + "\n  ".join(lines))
+
+
+def _problem(location: Location, scalar: Scalar) -> str | None:
+    """Return why a scalar cannot be used at a place, or None if the schema decides."""
+    is_path = any(_matches(path.split("."), list(location)) for path in path_keys())
+    if scalar.text == "~" and is_path:
+        return 'YAML reads it as null; quote it ("~") if it is the home folder, or write null'
+    return scalar.problem
 
 
 def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...") -> dict[str, Any]:
@@ -197,7 +205,7 @@ def _problem_lines(item: Any, scalars: Mapping[Location, Scalar]) -> list[str]:
         scalars: scalars as they were written, by location.
     """
     location, has_several_types = _location(item)
-    key = ".".join(location)
+    key, scalar = ".".join(location), scalars.get(tuple(location))
     match item["type"]:
         case "extra_forbidden":
             return [f"{key}: unknown key{_suggestion(location)}"]
@@ -205,6 +213,8 @@ def _problem_lines(item: Any, scalars: Mapping[Location, Scalar]) -> list[str]:
             return [f"{key}: missing; it has no default"]
         case "value_error":
             message = item["msg"].removeprefix("Value error, ")
+            if scalar is not None:
+                message = message.replace(f"got {scalar.value!r}", f"got {scalar.text}")
             # The lines of an error of the whole config begin with their keys.
             return [f"{key}: {message}"] if key else message.splitlines()
         case "union_tag_invalid":
@@ -217,7 +227,6 @@ def _problem_lines(item: Any, scalars: Mapping[Location, Scalar]) -> list[str]:
         expected = " or ".join(names)
     message = item["msg"].replace("Input should be", "expected")
     message = f"expected {expected}" if expected else re.sub("expected (greater|less)", r"expected a value \1", message)
-    scalar = scalars.get(tuple(location))
     got = _shown(item["input"]) if scalar is None else scalar.text or "null"
     if scalar is not None and scalar.text not in ("", "null") and item["type"] == "string_type":
         got += f', which is {scalar.kind} in YAML; if it is a text, quote it ("{scalar.text}")'

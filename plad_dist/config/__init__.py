@@ -8,7 +8,17 @@ from plad_dist.config.evaluation import Evaluation, LlmJudge, RewardJudge, Teach
 from plad_dist.config.models import Endpoint, Model, ScratchModel
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, DatasetSource, FilesSource, Prompts, PythonFunctionsSource
-from plad_dist.config.root import Cluster, Config, Rounds, Run, flatten, is_operational, operational_keys, schema_fields
+from plad_dist.config.root import (
+    Cluster,
+    Config,
+    Rounds,
+    Run,
+    flatten,
+    is_operational,
+    operational_keys,
+    path_keys,
+    schema_fields,
+)
 from plad_dist.config.sampling import Decoding, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import CollapseBounds, Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup
@@ -49,5 +59,6 @@ __all__ = [
     "flatten",
     "is_operational",
     "operational_keys",
+    "path_keys",
     "schema_fields",
 ]

@@ -18,7 +18,7 @@ from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
-from plad_dist.config.values import PathText
+from plad_dist.config.values import PathText, expand_path
 from plad_dist.fingerprint import fingerprint
 from plad_dist.systems import WARMUP, System
 
@@ -322,6 +322,17 @@ def operational_keys() -> set[str]:
     """Return the keys that do not affect what a run produces, and may differ between resumes."""
     operational = {path for path, field in schema_fields() if (field.json_schema_extra or {}) == OPERATIONAL}
     return operational | {"run.dir"}
+
+
+@cache
+def path_keys() -> set[str]:
+    """Return the keys that hold a path or a list of paths."""
+
+    def expands(annotation: Any, metadata: list[Any]) -> bool:
+        own = any(getattr(item, "func", None) is expand_path for item in metadata)
+        return own or any(expands(item, list(get_args(item)[1:])) for item in get_args(annotation))
+
+    return {path for path, field in schema_fields() if expands(field.annotation, field.metadata)}
 
 
 def is_operational(key: str) -> bool:

@@ -9,7 +9,7 @@ from pydantic_core import to_jsonable_python
 
 from plad_dist.config.models import Model
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.values import Bound, FreeMappingWithPaths
+from plad_dist.config.values import Bound, FreeMappingWithPaths, OptionalCount
 
 # Engine arguments that control how sampling is carried out. All other arguments (precision,
 # quantization, ...) affect the samples.
@@ -132,8 +132,10 @@ class RoleSampling(Decoding):
 class Sampling(Section):
     """Step 1: teacher and student answer the same prompts."""
 
-    limit: int | None = Field(
-        None, ge=1, description="Number of training prompts to sample, starting with the first. If unset, all."
+    limit: OptionalCount = Field(
+        None,
+        ge=1,
+        description="Number of training prompts to sample, starting with the first. If unset or `.inf`, all.",
     )
     teacher: RoleSampling = RoleSampling()
     student: RoleSampling = RoleSampling()

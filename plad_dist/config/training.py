@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.values import Bound, FromList, OptionalBound, PathText
+from plad_dist.config.values import Bound, FromList, OptionalBound, OptionalCount, PathText
 
 
 class Loss(Section):
@@ -114,7 +114,7 @@ class Phase(Section):
     """Training phase. A global step processes `batch_groups` groups on any number of workers."""
 
     epochs: float = Field(1.0, gt=0.0, description="Passes over the data of the phase.")
-    max_steps: int | None = Field(None, ge=1, description="Maximum number of steps. If unset, no limit.")
+    max_steps: OptionalCount = Field(None, ge=1, description="Maximum number of steps. If unset or `.inf`, no limit.")
     batch_groups: int = Field(32, ge=1, description="Groups (a prompt and its responses) in a global batch.")
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
@@ -258,12 +258,12 @@ class Training(Section):
         description="Maximum number of tokens in a forward pass of one worker.",
         json_schema_extra=OPERATIONAL,
     )
-    max_group_tokens: int | None = Field(
+    max_group_tokens: OptionalCount = Field(
         None,
         ge=16,
-        description="Maximum number of tokens in a group (a prompt and all its responses). If unset, no limit. A "
-        "group over micro_batch_tokens is an error. Before the first step, all pairs are checked, and the longest "
-        "references and teacher responses.",
+        description="Maximum number of tokens in a group (a prompt and all its responses). If unset or `.inf`, no "
+        "limit. A group over micro_batch_tokens is an error. Before the first step, all pairs are checked, and the "
+        "longest references and teacher responses.",
     )
     over_long: Literal["fail", "drop", "truncate"] | None = Field(
         None,

@@ -31,6 +31,8 @@ def _as_tuple(value: Any) -> Any:
 Bound = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_not_nan)]
 # A bound that may be unset: `.inf` unsets it.
 OptionalBound = Annotated[float | None, BeforeValidator(_unset_if_infinite)]
+# A limit on a count, with the same rule.
+OptionalCount = Annotated[int | None, BeforeValidator(_unset_if_infinite)]
 # For tuples, which YAML writes as lists.
 FromList = BeforeValidator(_as_tuple)
 

@@ -7,9 +7,8 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic.fields import FieldInfo
 
-from plad_dist.config import schema_fields
+from plad_dist.config import path_keys, schema_fields
 from plad_dist.config.sampling import RoleSampling
 from plad_dist.config.values import PathText, expand_path
 from plad_dist.config_file import load_config, parse_config
@@ -37,25 +36,15 @@ NOT_PATHS = {
 }  # fmt: skip
 
 
-def is_path(field: FieldInfo) -> bool:
-    """Return True if the type of a key is a path, an optional path, or a list of paths."""
-
-    def expands(annotation: Any, metadata: list[Any]) -> bool:
-        members = get_args(annotation)
-        own = any(getattr(item, "func", None) is expand_path for item in metadata)
-        return own or any(expands(item, list(get_args(item)[1:])) for item in members)
-
-    return expands(field.annotation, field.metadata)
-
-
 def test_every_key_that_names_a_file_or_folder_is_a_path() -> None:
-    paths = {path for path, field in schema_fields() if is_path(field)}
+    paths = path_keys()
     assert paths >= PATH_KEYS
     texts = [(path, field) for path, field in schema_fields() if field.annotation in (str, str | None, list[str])]
     words = ("folder", "file ", "files", "path to", "uri", "directory")
     suspects = {path for path, field in texts if any(word in str(field.description).lower() for word in words)}
     assert suspects - paths - NOT_PATHS == set()
-    assert all(is_path(Study.model_fields[name]) for name in ("base", "dir"))
+    for name in ("base", "dir"):
+        assert expand_path in [getattr(item, "func", None) for item in Study.model_fields[name].metadata]
 
 
 def set_key(key: str, value: Any) -> dict[str, Any]:
@@ -132,6 +121,15 @@ def test_a_path_that_cannot_be_expanded_is_refused_by_name(key: str, text: str, 
         parse_config(set_key(key, text), "x")
     assert message in str(error.value)
     assert key.replace("*", "a") in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["student.path", "run.reuse", "training.staging_dir", "run.dir"])
+def test_a_plain_tilde_is_not_taken_for_an_unset_path(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(RAW))
+    with pytest.raises(UserError, match=f'{key}: ~: YAML reads it as null; quote it \\("~"\\) if it is the home'):
+        load_config(file, [f"{key}=~"])
+    assert load_config(file, ["run.dir='~'"]).run.dir == "/home/me"
 
 
 def test_paths_of_engine_arguments_are_expanded_and_patterns_are_not() -> None:

@@ -94,6 +94,12 @@ def test_spellings_of_python_are_called_so(config: Path, text: str, advice: str)
         assert advice in message
 
 
+@pytest.mark.parametrize("key", ["run.seed", "training.num_workers"])
+def test_messages_show_a_boolean_as_it_was_written(config: Path, key: str) -> None:
+    for text in ("yes", "off", "TRUE"):
+        assert problem(config, f"{key}={text}").endswith(f"got {text}")
+
+
 def test_null_unsets_a_key(config: Path) -> None:
     for text in ("null", "~", ""):
         assert load_config(config, [f"student.revision={text}"]).student.revision is None
@@ -122,6 +128,7 @@ def test_free_mappings_hold_decimal_numbers(config: Path, key: str, text: str) -
         ("training.divergence_factor", math.inf), ("training.round.optimizer.clip_norm", math.inf),
         ("sampling.lease_timeout_s", math.inf), ("sampling.stall_timeout_s", math.inf),
         ("training.round.checkpoint_seconds", None), ("training.watch.max_length_ratio", None),
+        ("training.round.max_steps", None), ("training.max_group_tokens", None), ("sampling.limit", None),
     ],
 )  # fmt: skip
 def test_infinity_is_no_bound(config: Path, key: str, value: float | None) -> None:
