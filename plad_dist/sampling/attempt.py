@@ -226,8 +226,10 @@ class BlockAttempt:
             self._keep(outcomes, lost_cost)
             await asyncio.to_thread(spool.flush)
 
+        self.rows_in_flight.update(row for row, _ in requests)
         dataset = job.dataset(self._storage)
         await backend.draw_block(dataset, self._block, job.fingerprint, job.decoding, requests, keep)
+        self.rows_in_flight.clear()
 
     def _keep(self, outcomes: Mapping[SampleNumber, Completion | RefusedPromptError], lost_cost: float) -> None:
         """Spool what one request or batch has brought, so that all of it counts or nothing."""

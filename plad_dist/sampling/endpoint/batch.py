@@ -4,9 +4,10 @@ A block is sampled in these steps, and the process may end between any two of th
 
 1. Reserve the worst cost of a batch, and write its record (`batch_record.py`).
 2. Upload the requests as a file.
-3. Submit the batch, with the record's token in its metadata, and write its id into the record. If
-   the record has no id, the batch is looked for by its token before anything is submitted.
-4. Poll until the batch has ended.
+3. Write the name of the file into the record, and submit the batch with the record's token in its
+   metadata. A record of an earlier process that has no more than the name of its file may be of a
+   submitted batch, which is looked for first.
+4. Write the id of the batch into the record, and poll until the batch has ended.
 5. Download its results, put them into the spool, and write into the record that it is settled.
 
 What a batch has not answered, because it expired, was cancelled or had a failure, becomes part of
@@ -79,13 +80,11 @@ class _Batch:
 
     Attributes:
         requests: requests of the batch that have no outcome yet.
-        is_new: True if this process has made the record, so that the batch was never submitted.
         may_submit: False if it is only to be looked for.
     """
 
     record: BatchRecord
     requests: Mapping[SampleNumber, CompletionRequest]
-    is_new: bool
     may_submit: bool = True
 
 
@@ -117,6 +116,11 @@ class BatchClient:
         self._is_closing = True
         self._changed.set()
 
+    async def check(self) -> str | None:
+        """Return what the user must correct, None if the provider has batches for the key."""
+        failure = await self._api.check()
+        return str(self._blocked(failure)) if failure is not None and failure.kind == "blocked" else None
+
     async def draw(self, block: BlockRequests) -> None:
         """Have every pending request of a block answered.
 
@@ -138,7 +142,7 @@ class BatchClient:
                 except BaseException:
                     self._budget.settle(worst_cost, 0.0)
                     raise
-                await self._run(block, _Batch(record, requests, is_new=True))
+                await self._run(block, _Batch(record, requests))
             finally:
                 self._requests_in_flight -= len(requests)
                 self._changed.set()
@@ -152,7 +156,7 @@ class BatchClient:
         for record in await asyncio.to_thread(block.ledger.open_records):
             requests = {key: block.pending[key] for key in record.keys if key in block.pending}
             self._budget.adopt(record.worst_cost)
-            await self._run(block, _Batch(record, requests, is_new=False, may_submit=may_submit))
+            await self._run(block, _Batch(record, requests, may_submit=may_submit))
 
     async def _reserve(
         self, pending: Mapping[SampleNumber, CompletionRequest]
@@ -204,7 +208,7 @@ class BatchClient:
         try:
             results = await self._results_of(block, batch)
             await block.keep(results.outcomes, results.lost_cost)
-            await asyncio.to_thread(block.ledger.settle, batch.record)
+            await self._note(block, batch, is_settled=True)
             cost = results.cost
         finally:
             self._budget.settle(batch.record.worst_cost, cost)
@@ -229,9 +233,9 @@ class BatchClient:
             batch_id = await self._find_or_submit(block, batch)
             if batch_id is None:
                 return BatchResults()
-            batch.record = await asyncio.to_thread(block.ledger.submitted, batch.record, batch_id)
+            batch.record = await self._note(block, batch, batch_id=batch_id)
         state = await self._wait(batch_id, block.ledger.path(batch.record))
-        logger.info("%s: batch %s of %s: %s", self._endpoint.url, batch_id, block.ledger.name, state.get("status"))
+        self._log(block, batch_id, str(state.get("status")))
         content = b""
         for name in ("output_file_id", "error_file_id"):
             if file_id := state.get(name):
@@ -243,34 +247,37 @@ class BatchClient:
 
     async def _find_or_submit(self, block: BlockRequests, batch: _Batch) -> str | None:
         """Return the id of a batch, None if it was never submitted and must not be."""
-        token = batch.record.token
-        if not batch.is_new:
+        token, file_id = batch.record.token, batch.record.file_id
+        if file_id is not None:  # an earlier process was about to submit it, and perhaps has
             for looks in range(2):
-                if looks:  # a list may lag behind
+                if looks:  # the list of batches may lag behind
                     await self._sleep(_LOOK_AGAIN_S)
-                if (batch_id := await self._insist(partial(self._api.find, token))) is not None:
+                if (batch_id := await self._insist(partial(self._api.find, token, file_id))) is not None:
                     return batch_id
-            if not batch.may_submit:
-                return None
-        data = b"".join(self._api.line(key, request) for key, request in batch.requests.items())
-        file_id = await self._insist(partial(self._api.upload, f"plad-{token}.jsonl", data))
+        if not batch.may_submit:
+            return None
+        if file_id is None:
+            data = b"".join(self._api.line(key, request) for key, request in batch.requests.items())
+            file_id = await self._insist(partial(self._api.upload, f"plad-{token}.jsonl", data))
+            batch.record = await self._note(block, batch, file_id=file_id)
         failures = 0
         while isinstance(submitted := await self._api.create(file_id, token), Failure):
             if submitted.kind in ("refused", "blocked"):
                 raise self._blocked(submitted)
             failures += 1
             await self._pause(submitted, failures)
-            # The answer may be what failed.
-            if (batch_id := await self._insist(partial(self._api.find, token))) is not None:
+            # Perhaps only the answer was lost.
+            if (batch_id := await self._insist(partial(self._api.find, token, file_id))) is not None:
                 return batch_id
-        logger.info(
-            "%s: submitted batch %s with %d requests of %s",
-            self._endpoint.url,
-            submitted,
-            len(batch.requests),
-            block.ledger.name,
-        )
+        self._log(block, submitted, f"submitted with {len(batch.requests)} requests")
         return submitted
+
+    async def _note(self, block: BlockRequests, batch: _Batch, **changes: Any) -> BatchRecord:
+        """Write changes of a batch's record."""
+        return await asyncio.to_thread(block.ledger.update, batch.record, **changes)
+
+    def _log(self, block: BlockRequests, batch_id: str, state: str) -> None:
+        logger.info("%s: batch %s of %s: %s", self._endpoint.url, batch_id, block.ledger.name, state)
 
     async def _wait(self, batch_id: str, record_path: str) -> dict[str, Any]:
         """Return the state of a batch once it has ended."""

@@ -53,12 +53,17 @@ class BatchApi:
         }
         return _id_of(await self._connection.call("POST", "batches", body=body))
 
+    async def check(self) -> Failure | None:
+        """Return why the provider has no batches for this key, None if it lists them."""
+        answer = await self._connection.call("GET", "batches", parameters={"limit": "1"})
+        return answer if isinstance(answer, Failure) else None
+
     async def get(self, batch_id: str) -> dict[str, Any] | Failure:
         """Return the state of a batch."""
         return _document(await self._connection.call("GET", f"batches/{batch_id}"))
 
-    async def find(self, token: str) -> str | Failure | None:
-        """Return the id of the batch with a token, or None if there is none."""
+    async def find(self, token: str, file_id: str) -> str | Failure | None:
+        """Return the id of the batch with a token or a file, or None if there is none."""
         parameters = {"limit": str(_PAGE)}
         while True:
             page = _document(await self._connection.call("GET", "batches", parameters=parameters))
@@ -66,7 +71,7 @@ class BatchApi:
                 return page
             batches = [batch for batch in page.get("data") or [] if isinstance(batch, dict)]
             for batch in batches:
-                if (batch.get("metadata") or {}).get(LABEL) == token:
+                if (batch.get("metadata") or {}).get(LABEL) == token or batch.get("input_file_id") == file_id:
                     return str(batch["id"])
             last = page.get("last_id") or (batches[-1].get("id") if batches else None)
             if not page.get("has_more") or not last or parameters.get("after") == last:

@@ -1,8 +1,9 @@
 """Records of batches in storage: what was submitted to a provider, and what of it is settled.
 
-A record is written before its batch is submitted and names the batch by a token, which the batch
-carries in its metadata. So a batch is found again wherever the process ends: nothing is submitted
-twice. The records of a block lie in its folder of the spool and are deleted with it.
+A record is written before its batch is submitted. It has a token, which the batch carries in its
+metadata, and the name of the file of requests. By either the batch is found again wherever the
+process ends: nothing is submitted twice. The records of a block lie in its folder of the spool and
+are deleted with it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class BatchRecord:
         fingerprint: fingerprint of the samples.
         keys: row and `sample_index` of the samples that the batch asks for.
         worst_cost: largest cost of the batch.
+        file_id: the provider's name of the uploaded requests, None before the upload is complete.
         batch_id: the provider's name of the batch, None before the answer to its submission.
         is_settled: True once its results are in the spool.
     """
@@ -42,6 +44,7 @@ class BatchRecord:
     fingerprint: str
     keys: tuple[SampleNumber, ...]
     worst_cost: float
+    file_id: str | None = None
     batch_id: str | None = None
     is_settled: bool = False
 
@@ -75,21 +78,15 @@ class BatchLedger:
             raise RunFailed(f"{self._storage.url}/{self.path(record)}: another process submits batches of this block")
         return record
 
-    def submitted(self, record: BatchRecord, batch_id: str) -> BatchRecord:
-        """Write the provider's name of a batch into its record."""
-        return self._replace(replace(record, batch_id=batch_id))
-
-    def settle(self, record: BatchRecord) -> None:
-        """Write into a record that the results of its batch are in the spool."""
-        self._replace(replace(record, is_settled=True))
+    def update(self, record: BatchRecord, **changes: Any) -> BatchRecord:
+        """Write changes of a record and return it."""
+        record = replace(record, **changes)
+        self._storage.replace(self.path(record), _encode(record))
+        return record
 
     def path(self, record: BatchRecord) -> str:
         """Return the path of a record in the run directory."""
         return f"{self._folder}/batch-{record.number:04d}.json"
-
-    def _replace(self, record: BatchRecord) -> BatchRecord:
-        self._storage.replace(self.path(record), _encode(record))
-        return record
 
 
 def open_cost(dataset: Dataset, blocks: Collection[int]) -> float:

@@ -85,7 +85,9 @@ class ResultReader:
     def _read_line(self, line: Mapping[str, Any] | None, request: CompletionRequest) -> Outcome | None:
         """Return the outcome of a request, None if the batch ended before it was processed."""
         response = (line or {}).get("response")
-        if isinstance(response, dict) and isinstance(status := response.get("status_code"), int):
+        if isinstance(response, dict) and response.get("body") is not None:
+            status = response.get("status_code")
+            status = status if isinstance(status, int) else 200
             return read_replies(status, json.dumps(response.get("body")).encode(), request.max_tokens, self._redact)
         error = (line or {}).get("error")
         if not isinstance(error, dict) or str(error.get("code")) in _UNPROCESSED:

@@ -157,6 +157,8 @@ class EndpointClient:
             failure = await self._connection.check()
             if failure is None or failure.kind == "blocked":
                 break
+        if failure is None and self._endpoint.mode == "batch":
+            return await self.batches.check()
         return advice(self._endpoint, failure) if failure else None
 
     async def complete(self, prompt: Prompt, decoding: Decoding, seed: int) -> Completion:

@@ -19,8 +19,10 @@ FailureKind = Literal["transient", "throttled", "refused", "blocked"]
 
 CERTIFICATE = 495  # status of a failure: the certificate is not trusted; some servers number it so
 
-_STOP = {"stop", "eos", "eos_token", "end_turn", "stop_sequence"}
-_LENGTH = {"length", "max_tokens", "model_length"}
+# Reasons why a response ended, in lower case.
+_STOP = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}
+_LENGTH = {"length", "max_tokens", "max_output_tokens", "model_length"}
+_FILTERED = {"content_filter", "safety", "refusal", "prohibited_content", "recitation", "blocklist"}
 _EXHAUSTED_ACCOUNT = re.compile(r"insufficient_(quota|balance)|billing_(hard_limit|not_active)", re.IGNORECASE)
 _REFUSED_CONTENT = re.compile(
     r"moderation|\bflagged\b|content[ _]?(policy|filter|management)|request too large", re.IGNORECASE
@@ -122,10 +124,11 @@ def _read_choice(
     message = choice.get("message")
     message = message if isinstance(message, dict) else {"content": choice.get("text")}
     content, reason = _read_content(message.get("content")), choice.get("finish_reason")
+    reason = reason.lower() if isinstance(reason, str) else None
     calls_a_tool = (
         reason in ("tool_calls", "function_call") or message.get("tool_calls") or message.get("function_call")
     )
-    if reason == "content_filter":
+    if reason in _FILTERED:
         return Failure("refused", "the server's content filter cut the response", 200, usage)
     if calls_a_tool and (reason not in _STOP | _LENGTH or not content.text):
         return Failure("refused", "the response is a tool call, although no tools were offered", 200, usage)

@@ -103,7 +103,7 @@ def test_nothing_is_submitted_twice_wherever_the_process_is_killed(
     steps = 0
     deadly_step = 0
 
-    def step_of(real: Callable[..., Any]) -> Iterator[None]:
+    def step() -> Iterator[None]:
         nonlocal steps
         steps += 1
         if steps == deadly_step and not after:
@@ -115,7 +115,7 @@ def test_nothing_is_submitted_twice_wherever_the_process_is_killed(
     def watched(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
             result = None
-            for _ in step_of(real):
+            for _ in step():
                 result = real(*arguments, **keywords)
             return result
 
@@ -124,7 +124,7 @@ def test_nothing_is_submitted_twice_wherever_the_process_is_killed(
     def watched_call(real: Callable[..., Any]) -> Callable[..., Any]:
         async def call(*arguments: Any, **keywords: Any) -> Any:
             result = None
-            for _ in step_of(real):
+            for _ in step():
                 result = await real(*arguments, **keywords)
             return result
 
@@ -154,7 +154,8 @@ def test_nothing_is_submitted_twice_wherever_the_process_is_killed(
             return False
 
         is_killed = asyncio.run(asyncio.wait_for(test(), 60))
-        assert provider.answered == {"a": 1, "b": 1, "c": 1}, f"killed at step {deadly_step}"
+        assert provider.submitted_lines == [3], f"killed at step {deadly_step}"
+        assert provider.answered == {"a": 1, "b": 1, "c": 1}
         assert texts(folder) == PROMPTS
     assert deadly_step > 9, "record, upload, submit, record, polls, downloads, spool, record, part"
 
@@ -264,7 +265,7 @@ def test_the_worst_cost_of_a_batch_in_flight_counts_towards_the_cap_of_the_next_
     record = ledger.add([(0, 0), (1, 0)], 0.75)
     assert open_cost(dataset, [0]) == spent_on([(dataset, [0])]) == 0.75
     assert open_cost(dataset, [1]) == 0
-    ledger.settle(record)
+    ledger.update(record, is_settled=True)
     assert open_cost(dataset, [0]) == 0
     spent: list[float] = []
     ledger.add([(0, 0)], 0.75)
@@ -302,11 +303,6 @@ def test_requests_of_a_batch_in_flight_are_not_asked_in_realtime(tmp_path: Path)
     provider = BatchProvider()
     provider.polls = 3
 
-    def refuse(call: str) -> web.Response | None:
-        if provider.calls.count("GET batches ID") == 2:
-            raise Killed
-        return None
-
     async def test() -> None:
         async with providing(provider):
             real = Connection.call
@@ -323,13 +319,27 @@ def test_requests_of_a_batch_in_flight_are_not_asked_in_realtime(tmp_path: Path)
             await process(storage, job, provider, mode="realtime")
 
     asyncio.run(test())
+    assert provider.submitted_lines == [3]
     assert provider.answered == {"a": 1, "b": 1, "c": 1}
     assert texts(tmp_path) == PROMPTS
+
+
+def test_a_provider_without_batches_is_recognized_before_any_work(tmp_path: Path) -> None:
+    async def test() -> None:
+        provider = BatchProvider()
+        provider.refuse = lambda call: web.Response(status=404) if call == "GET batches" else None
+        async with providing(provider):
+            endpoint = Endpoint(url=provider.url, model="m", mode="batch")
+            backend = EndpointBackend(Model(endpoint=endpoint), "m", [])
+            assert "endpoint.mode: realtime" in (await backend.check() or "")
+            await backend.close()
+
+    asyncio.run(test())
 
 
 def test_a_batch_of_another_account_is_named_with_its_record(tmp_path: Path) -> None:
     storage, job = prepare(tmp_path, PROMPTS)
     ledger = BatchLedger(job.dataset(storage), 0, job.fingerprint)
-    ledger.submitted(ledger.add([(0, 0)], 0.1), "batch-of-another")
+    ledger.update(ledger.add([(0, 0)], 0.1), batch_id="batch-of-another")
     with pytest.raises(UserError, match=r"no batch batch-of-another, recorded in samples/spool/00000/batch-0000.json"):
         work(storage, job, BatchProvider())

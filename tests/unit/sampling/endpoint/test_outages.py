@@ -23,6 +23,7 @@ from tests.fake_endpoint import DECODING, FakeTime, client_of, complete_all, err
         lambda: error(403, "Your input was flagged by moderation"),
         lambda: error(429, "Request too large for m: limit 100 tokens"),
         lambda: good("I", finish_reason="content_filter"),
+        lambda: good("I", finish_reason="SAFETY"),
         lambda: good("", finish_reason="tool_calls"),
         lambda: good(None, refusal="I will not"),
         lambda: good([{"type": "refusal", "refusal": "I will not"}]),
