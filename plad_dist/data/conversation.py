@@ -56,11 +56,6 @@ class Conversation:
         """Return the conversation with an empty text in place of each null content."""
         return replace(self, messages=[{**message, "content": message["content"] or ""} for message in self.messages])
 
-    @property
-    def has_null_content(self) -> bool:
-        """True if the content of a message is None, as beside tool calls."""
-        return any(message["content"] is None for message in self.messages)
-
 
 def to_json(value: Any) -> str:
     """Return JSON with the keys in their order, in which templates show them."""

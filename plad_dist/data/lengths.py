@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from plad_dist.config import Config, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import context_length, resolve_model
 from plad_dist.data.sources import Prompt
 from plad_dist.data.templates import Renderer, compile_template, render
@@ -47,6 +48,22 @@ def _responds_to(teacher: str | None, prompt: Prompt) -> bool:
     return teacher is None or teacher == (prompt.teacher or "teacher")
 
 
+def _without_tools(prompt: Prompt) -> Prompt | None:
+    return None if prompt.tools is None else replace(prompt, tools=None)
+
+
+def _without_calls(prompt: Prompt) -> Prompt | None:
+    if not any("tool_calls" in message for message in prompt.messages):
+        return None
+    messages = [{name: value for name, value in message.items() if name != "tool_calls"} for message in prompt.messages]
+    return replace(prompt, messages=Conversation(messages).with_empty_contents().messages)
+
+
+# What a template can leave out, with a function that returns a prompt without it, or None if the
+# prompt does not have it.
+_KINDS = {"tools": _without_tools, "tool_calls": _without_calls}
+
+
 class Lengths:
     """Measures prompts with every pretrained model that responds to them.
 
@@ -63,6 +80,7 @@ class Lengths:
             for name, teacher, model in models
             if model.path is not None
         ]
+        self._examined: set[tuple[str, _Limit]] = set()
         # A teacher with the student's template needs no check: the student gets its prompts too.
         self._scratch_models = [
             (name, teacher, compile_template(model.template or "", name))
@@ -83,6 +101,24 @@ class Lengths:
                         render(template, prompt.conversation, name)
                     except UserError as error:
                         raise UserError(f"{prompt.location}: {error}") from None
+
+    def unshown(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Return what the templates of models leave out of prompts with tools or calls.
+
+        Each model is examined once for each of the two, on the first prompt that has it.
+        """
+        phrases = []
+        for kind, without in _KINDS.items():
+            for limit in self._limits:
+                has_kind = (p for p in prompts if _responds_to(limit.teacher, p) and without(p) is not None)
+                if (kind, limit) in self._examined or (prompt := next(has_kind, None)) is None:
+                    continue
+                self._examined.add((kind, limit))
+                reduced = without(prompt)
+                assert reduced is not None
+                if limit.lengths([prompt]) == limit.lengths([reduced]):
+                    phrases.append(f"the template of {limit.name} shows nothing of `{kind}`")
+        return phrases
 
     def over_long(self, prompts: Sequence[Prompt]) -> dict[int, str]:
         """Return the indices of prompts that are too long.

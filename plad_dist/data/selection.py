@@ -40,6 +40,7 @@ class Selection:
         self._config = config
         self._router, self._lengths = Router(config), Lengths(config)
         self._seen, self._heldout = HashSet(), HashSet()
+        self._unshown: list[str] = []
         self.counts: dict[str, Counter[str]] = {TRAIN: Counter(), HELDOUT: Counter()}
 
     def __iter__(self) -> Iterator[Row]:
@@ -114,6 +115,7 @@ class Selection:
         """Count over-long prompts, and apply `prompts.over_long` to them."""
         prompts = [prompt for _, prompt in rows]
         self._lengths.check_rendering(prompts)
+        self._unshown += self._lengths.unshown(prompts)
         excesses = self._lengths.over_long(prompts)
         fitting = []
         for index, (name, prompt) in enumerate(rows):
@@ -137,7 +139,8 @@ class Selection:
     def summary(self) -> str | None:
         """Return a log line on duplicate, over-long and dropped prompts, or None if all is normal.
 
-        It also warns if neither references nor judges can measure the quality of responses.
+        It also warns of templates that leave out tools or their calls, and if neither references
+        nor judges can measure the quality of responses.
         """
         total = self.counts[TRAIN] + self.counts[HELDOUT]
         prompts, participles = self._config.prompts, {"keep": "kept", "drop": "dropped", "truncate": "truncated"}
@@ -146,7 +149,7 @@ class Selection:
             (total["over_long"], f"over-long {participles.get(prompts.over_long)}"),
             (total["dropped.heldout"], "dropped from training because prompts.heldout has them"),
         ]
-        phrases = [f"{count:,} {change}" for count, change in changes if count]
+        phrases = [f"{count:,} {change}" for count, change in changes if count] + self._unshown
         if not self.counts[HELDOUT]["references"] and not self._config.evaluation.judges:
             phrases.append(
                 "no held-out prompt has a reference and evaluation.judges is empty, so nothing can measure the quality "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,15 @@ class Renderer:
     def _render(self, prompt: Conversation) -> str:
         if self._template is not None:
             return render(self._jinja, prompt, self.model)
-        return _rendered(self._apply_chat_template, prompt, self.model)
-
-    def _apply_chat_template(self, prompt: Conversation) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                prompt.messages, tools=prompt.tools, add_generation_prompt=self._generates, tokenize=False
+        try:
+            # The library leaves out null contents, so no template prints the word None for them.
+            return str(
+                self.tokenizer.apply_chat_template(
+                    prompt.messages, tools=prompt.tools, add_generation_prompt=self._generates, tokenize=False
+                )
             )
-        )
+        except JINJA_ERRORS as error:
+            raise _rendering_error(prompt, self.model, error) from None
 
     @property
     def identity(self) -> str:
@@ -146,27 +147,16 @@ def compile_template(template: str, model: str) -> jinja2.Template:
 
 def render(template: jinja2.Template, prompt: Conversation, model: str) -> str:
     """Return the text of a prompt. Raise :class:`UserError` if the template cannot render it."""
-    return _rendered(lambda prompt: template.render(messages=prompt.messages, tools=prompt.tools), prompt, model)
-
-
-def _rendered(apply: Callable[[Conversation], str], prompt: Conversation, model: str) -> str:
-    """Return the text of a prompt by a function that applies a template.
-
-    A template that would print the word None for a turn without text, or cannot take it, gets an
-    empty text instead. Other templates test for null, for example to tell apart a turn that only
-    calls tools.
-    """
+    # A turn that only calls tools has a null content, which a template would print as None.
+    messages = prompt.with_empty_contents().messages
     try:
-        if not prompt.has_null_content:
-            return apply(prompt)
-        with_empty = apply(prompt.with_empty_contents())
-        try:
-            text = apply(prompt)
-        except TypeError:
-            return with_empty
-        return with_empty if text.count("None") > with_empty.count("None") else text
+        return template.render(messages=messages, tools=prompt.tools)
     except JINJA_ERRORS as error:
-        raise UserError(f"template of {model}: cannot render {prompt.messages!r:.80}: {error}") from None
+        raise _rendering_error(prompt, model, error) from None
+
+
+def _rendering_error(prompt: Conversation, model: str, error: Exception) -> UserError:
+    return UserError(f"template of {model}: cannot render {prompt.messages!r:.80}: {error}")
 
 
 def load_tokenizer(model: str, settings: Model) -> Any:

@@ -73,6 +73,25 @@ def test_a_config_is_unchanged_after_writing_and_reading() -> None:
             {"prompts": {"source": {"type": "web"}}},
             "prompts.source.type: 'web': expected one of files, dataset, python_functions",
         ),
+        (
+            {
+                "prompts": {"source": MINIMAL["prompts"]["source"] | {"tools_column": "t"}},
+                "teacher": {"endpoint": {"url": "http://host/v1", "model": "m"}},
+            },
+            "teacher.endpoint.api: chat: a server returns calls of tools apart from the text",
+        ),
+        (
+            {"prompts": {"source": MINIMAL["prompts"]["source"] | {"messages_format": "sharegpt"}}},
+            "`messages_format` describes `messages_column`, which is missing",
+        ),
+        (
+            {
+                "prompts": {
+                    "source": MINIMAL["prompts"]["source"] | {"messages_column": "m", "ignored_fields": ["content"]}
+                }
+            },
+            "`ignored_fields` has `content`, which every message needs",
+        ),
         ({"sampling": {"student": {"stop": ["x"]}}}, "sampling.student.stop: the student must end with a token"),
         (
             {"evaluation": {"warmup_temperatures": [-3]}},

@@ -119,3 +119,54 @@ def test_the_error_names_a_row_that_the_template_of_a_scratch_model_cannot_rende
     raw["student"]["template"] = "{{ messages[0].content if messages[0].content != '33' else messages[1].content }}"
     with pytest.raises(UserError, match=r"prompts\.jsonl:34: template of student: cannot render .*'33'"):
         prepared(config_of(raw))
+
+
+# -- tools
+
+
+CALL = {"function": {"name": "weather", "arguments": {"town": "Graz"}}}
+TURNS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+TURNS_WITH_CALLS = "{% for m in messages %}{{ m.content }}{{ m.get('tool_calls') }}{% endfor %}{{ tools }}"
+
+
+def agent_config(folder: Path, model: Path, template: str, **prompts: Any) -> dict[str, Any]:
+    """Return a config whose prompts have calls of tools, and a pretrained student."""
+    raw = raw_config(folder, [], **prompts)
+    with (folder / "prompts.jsonl").open("w") as file:
+        for row in range(40):
+            call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+            last = {"role": "tool", "content": f"grey {row} " + "x" * 40, "tool_call_id": "c"}
+            turns = [{"role": "user", "content": f"hi {row}"}, call, last]
+            file.write(json.dumps({"m": turns, "t": [{"name": "weather"}]}) + "\n")
+    raw["prompts"]["source"] |= {"messages_column": "m", "tools_column": "t", "reference_column": None}
+    raw["training"] |= {"warmup": None, "teacher": None}
+    raw["teacher"] = raw["student"] = {"path": str(model), "template": template}
+    return raw
+
+
+def test_a_template_that_shows_no_tools_is_reported_once(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "plad")
+    config = config_of(agent_config(tmp_path, model, TURNS, heldout_fraction=0.3, over_long="truncate"))
+    prepared(config)
+    for kind in ("tools", "tool_calls"):
+        assert caplog.text.count(f"the template of student ({model}) shows nothing of `{kind}`") == 1
+    raw = agent_config(tmp_path, model, TURNS_WITH_CALLS, heldout_fraction=0.3, over_long="drop", max_tokens=60)
+    caplog.clear()
+    with pytest.raises(UserError, match="over_long"):
+        prepared(config_of(raw | {"run": raw["run"] | {"dir": str(tmp_path / "other")}}))
+    assert "shows nothing" not in caplog.text
+
+
+def test_a_truncated_prompt_keeps_its_tools_and_fields(tmp_path: Path, model: Path) -> None:
+    raw = agent_config(tmp_path, model, TURNS, heldout_fraction=0.3, over_long="truncate", max_tokens=20)
+    for dataset in prepared(config_of(raw)):
+        for row in rows_of(dataset):
+            _, call, last = Conversation.from_row(row).messages
+            assert (call["tool_calls"], last["tool_call_id"], json.loads(row["tools"])) == (
+                [CALL],
+                "c",
+                [{"name": "weather"}],
+            )
+            assert len(last["content"]) < 40

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from plad_dist.config import Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.data.templates import Renderer
 from tests.tiny import TEMPLATE, make_random_model
 
@@ -43,3 +44,35 @@ def test_responses_end_with_end_of_sequence_if_the_turn_ends_with_no_end_token_o
     (chat_model / "generation_config.json").unlink()
     renderer = Renderer(str(chat_model), Model(path=str(chat_model)))
     assert renderer.response_ids(["one"])[0][-1] == renderer.tokenizer.eos_token_id
+
+
+def decoded(renderer: Renderer, prompt: Conversation) -> str:
+    return str(renderer.tokenizer.decode(renderer.prompt_ids([prompt])[0], skip_special_tokens=True)).strip()
+
+
+def test_templates_get_tools_and_whole_messages(chat_model: Path) -> None:
+    call = {"function": {"name": "weather", "arguments": {"town": "Graz"}}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "user", "content": "ho"},
+    ]
+    prompt = Conversation(messages, [{"name": "weather"}])
+    text = "{% for m in messages %}{{ m.content or '' }}{{ m.get('tool_calls', '') }}{% endfor %}{{ tools }}"
+    expected = f"hi{[call]}ho{prompt.tools}"
+    by_config = Renderer(str(chat_model), Model(path=str(chat_model), template=text))
+    assert decoded(by_config, prompt) == expected
+    by_model = Renderer(str(chat_model), Model(path=str(chat_model)))
+    by_model.tokenizer.chat_template = text
+    assert decoded(by_model, prompt) == expected
+
+
+@pytest.mark.parametrize("is_configured", [True, False])
+def test_a_turn_without_text_is_rendered_as_an_empty_one(chat_model: Path, is_configured: bool) -> None:
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    settings = Model(path=str(chat_model), template=template if is_configured else None)
+    renderer = Renderer(str(chat_model), settings)
+    renderer.tokenizer.chat_template = template
+    turns = [("user", "hi"), ("assistant", None), ("user", "None of it")]
+    prompt = Conversation([{"role": role, "content": content} for role, content in turns])
+    assert decoded(renderer, prompt) == "[hi][][None of it]"

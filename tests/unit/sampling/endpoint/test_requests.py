@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from plad_dist.config import Decoding, Endpoint
+from plad_dist.config import Decoding, Endpoint, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.errors import UserError
 from plad_dist.sampling.backend import Completion
+from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.endpoint.client import EndpointClient
 from tests.fake_endpoint import DECODING, after, client_of, good, messages, run, serving
 
@@ -156,3 +158,13 @@ def test_the_thought_that_a_server_sends_beside_the_answer_is_kept_apart(name: s
             assert (completion.text, completion.reasoning) == ("4", "2 + 2")
 
     run(test())
+
+
+def test_a_server_gets_the_arguments_of_calls_as_text() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call, {"name": "other"}]}
+    settings = Model(endpoint=Endpoint(url="http://host/v1", model="m"))
+    ((sent,),) = EndpointBackend(settings, "m", []).render([Conversation([turn])])
+    as_text = {"name": "weather", "arguments": '{"town": "Graz"}'}
+    assert sent == turn | {"tool_calls": [call | {"function": as_text}, {"name": "other"}]}
+    assert turn["tool_calls"][0]["function"]["arguments"] == {"town": "Graz"}, "the prompt is unchanged"
