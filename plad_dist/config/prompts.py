@@ -57,6 +57,11 @@ class Columns(Section):
         description="Jinja template over the columns of a row that renders the reference. If the result is empty, the "
         "row has no reference.",
     )
+    invalid_rows: Literal["fail", "drop"] = Field(
+        "fail",
+        description="Action for a row whose prompt, conversation, tools or reference cannot be read in the form that "
+        "the other keys name. drop: leave it out and count it. A missing column is an error in any case.",
+    )
     meta_columns: list[str] = Field(default=[], description="Columns to keep in `meta`, for the filters of teachers.")
 
     @model_validator(mode="after")

@@ -39,6 +39,10 @@ _OTHER_SPEAKER = re.compile(
 )
 
 
+class InvalidRowError(UserError):
+    """A row holds no prompt in the form that the config names. `invalid_rows` decides about it."""
+
+
 def without_nulls(value: Any) -> Any:
     """Return a value without the keys whose value is null, which tables add to their structs."""
     if isinstance(value, dict):
@@ -47,13 +51,13 @@ def without_nulls(value: Any) -> Any:
 
 
 def check_turns(messages: Messages, where: str) -> None:
-    """Raise :class:`UserError` if the user has no turn in a conversation, or an empty one."""
+    """Raise :class:`InvalidRowError` if the user has no turn in a conversation, or an empty one."""
     turns = [(number, message) for number, message in enumerate(messages) if message["role"] == "user"]
     if not turns:
-        raise UserError(f"{where}: has no turn of the user; expected at least one. Correct or remove the row")
+        raise InvalidRowError(f"{where}: has no turn of the user; expected at least one. Correct or remove the row")
     for number, message in turns:
         if not (message["content"] or "").strip():
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: message {number} (counted from 0): the user's turn is empty; expected a text. Correct or "
                 "remove the row"
             )
@@ -77,17 +81,17 @@ class ChatParser:
         """Return the messages of a conversation.
 
         Raises:
-            UserError: it is invalid, or has something that a prompt cannot carry.
+            InvalidRowError: it is invalid, or has something that a prompt cannot carry.
         """
         is_sharegpt = self.source.messages_format == "sharegpt"
         form = "{from, value}" if is_sharegpt else "{role, content}"
         if not isinstance(value, list) or not value:
-            raise UserError(f"{where}: expected a non-empty list of {form}, got {value!r:.60}")
+            raise InvalidRowError(f"{where}: expected a non-empty list of {form}, got {value!r:.60}")
         messages = []
         for number, item in enumerate(value):
             place = f"{where}: message {number} (counted from 0)"
             if not isinstance(item, dict):
-                raise UserError(f"{place}: expected a non-empty list of {form}, got an item {item!r:.60}")
+                raise InvalidRowError(f"{place}: expected a non-empty list of {form}, got an item {item!r:.60}")
             message = {name: field for name, field in item.items() if field is not None}
             messages.append(self._message(self._from_sharegpt(message, place) if is_sharegpt else message, place))
         return messages
@@ -95,18 +99,20 @@ class ChatParser:
     def _from_sharegpt(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
         """Return a turn of ShareGPT data in the form of chat messages."""
         if "from" not in turn and "role" in turn:
-            raise UserError(f"{where}: expected {{from, value}}, got {{role, ...}}; remove {self.key}.messages_format")
+            raise InvalidRowError(
+                f"{where}: expected {{from, value}}, got {{role, ...}}; remove {self.key}.messages_format"
+            )
         speaker, value = turn.pop("from", None), turn.pop("value", None)
         if speaker == "function_call":
             try:
                 calls = parse_json(value)
             except (TypeError, ValueError) as error:
-                raise UserError(
+                raise InvalidRowError(
                     f"{where}: function_call: expected the JSON of a call, got {value!r:.60}: {error}"
                 ) from None
             return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **turn}
         if speaker not in _SHAREGPT:
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: unknown speaker {speaker!r}; expected one of {', '.join(_SHAREGPT)}. Rename it in the data"
             )
         return {"role": _SHAREGPT[speaker], "content": value, **turn}
@@ -116,18 +122,20 @@ class ChatParser:
         role, content = fields.pop("role", None), fields.pop("content", None)
         if role not in ROLES:
             advice = f"; for {{from, value}}, set {self.key}.messages_format to sharegpt" if "from" in fields else ""
-            raise UserError(f"{where}: role {role!r}: expected one of {', '.join(ROLES)}{advice}")
+            raise InvalidRowError(f"{where}: role {role!r}: expected one of {', '.join(ROLES)}{advice}")
         calls = self._tool_calls(fields.pop("tool_calls", None), role, where)
-        if content is None and calls is None:
-            raise UserError(f"{where}: expected a non-empty list of {{role, content}}, got an item {message!r:.60}")
         for name, value in fields.items():
             if name not in _TEXT_FIELDS:
-                raise UserError(
+                raise InvalidRowError(
                     f"{where}: has the field {name!r}, which no prompt carries; remove it, or list it in "
                     f"{self.key}.ignored_fields"
                 )
             if not isinstance(value, str):
-                raise UserError(f"{where}: {name}: expected a text, got {value!r:.60}")
+                raise InvalidRowError(f"{where}: {name}: expected a text, got {value!r:.60}")
+        if content is None and calls is None:
+            raise InvalidRowError(
+                f"{where}: expected a non-empty list of {{role, content}}, got an item {message!r:.60}"
+            )
         text = None if content is None else self._text(content, where)
         return {"role": role, "content": text, **({} if calls is None else {"tool_calls": calls}), **fields}
 
@@ -136,7 +144,7 @@ class ChatParser:
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise UserError(f"{where}: content: expected a text or a list of text parts, got {content!r:.60}")
+            raise InvalidRowError(f"{where}: content: expected a text or a list of text parts, got {content!r:.60}")
         return "\n".join(self._part(part, f"{where}: content") for part in content)
 
     def _part(self, part: Any, where: str) -> str:
@@ -145,12 +153,12 @@ class ChatParser:
         fields = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else {}
         kind, text = fields.pop("type", "text"), fields.pop("text", None)
         if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: has a part of type {kind!r}; expected parts {{type: text, text: ...}}, because prompts are "
                 f"texts. Remove the part or the row; got {part!r:.60}"
             )
         if unknown := fields.keys() - set(self.source.ignored_fields):
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: a part has the field {min(unknown)!r}, which no prompt carries; remove it, or list it in "
                 f"{self.key}.ignored_fields"
             )
@@ -162,7 +170,7 @@ class ChatParser:
         if calls is None or calls == []:
             return None
         if role != "assistant" or not isinstance(calls, list):
-            raise UserError(f"{where}: tool_calls: expected a list in a turn of the assistant, got {calls!r:.60}")
+            raise InvalidRowError(f"{where}: tool_calls: expected a list in a turn of the assistant, got {calls!r:.60}")
         places = (f"{where}: tool_calls: item {number} (counted from 0)" for number in range(len(calls)))
         return [self._call(call, place) for call, place in zip(calls, places, strict=True)]
 
@@ -173,7 +181,7 @@ class ChatParser:
         name = _function(call).get("name")
         arguments = _function(call).get("arguments")
         if not isinstance(name, str) or not name or not isinstance(arguments, dict | str | None):
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: expected {{function: {{name, arguments}}}} with an object or its JSON as arguments, got "
                 f"{call!r:.60}"
             )
@@ -193,7 +201,7 @@ class ChatParser:
         """Return the definitions of tools in a column, None without any.
 
         Raises:
-            UserError: it is neither a list of definitions nor the JSON of one.
+            InvalidRowError: it is neither a list of definitions nor the JSON of one.
         """
         expected = f"{where}: expected a list of tools {{type: function, function: {{name, ...}}}}, or the JSON of one"
         tools = value
@@ -201,13 +209,13 @@ class ChatParser:
             try:
                 tools = parse_json(value) if value.strip() else None
             except ValueError as error:
-                raise UserError(f"{expected}; got {value!r:.60}: {error}") from None
+                raise InvalidRowError(f"{expected}; got {value!r:.60}: {error}") from None
         elif self.is_table:
             tools = without_nulls(value)
         if tools is None or tools == []:
             return None
         if not isinstance(tools, list) or not all(isinstance(_function(tool).get("name"), str) for tool in tools):
-            raise UserError(f"{expected}; got {value!r:.60}")
+            raise InvalidRowError(f"{expected}; got {value!r:.60}")
         return tools
 
 
@@ -224,7 +232,7 @@ def parse_dialogue(text: Any, where: str) -> tuple[Messages, str | None]:
     """Return the turns of a dialogue before its final response, and that response, if any.
 
     Raises:
-        UserError: the text is no dialogue in this format, or begins a turn in another way.
+        InvalidRowError: the text is no dialogue in this format, or begins a turn in another way.
     """
     problem, turns = "", []
     if isinstance(text, str):
@@ -234,7 +242,7 @@ def parse_dialogue(text: Any, where: str) -> tuple[Messages, str | None]:
             turns = []
         problem = _dialogue_problem(turns)
     if not turns or problem:
-        raise UserError(
+        raise InvalidRowError(
             f"{where}: expected a text of turns that begin with '\\n\\nHuman:' and '\\n\\nAssistant:', the first by "
             f"the human; {problem or 'it does not begin so'}. Correct or remove the row; got {text!r:.60}"
         )

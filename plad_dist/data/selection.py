@@ -41,6 +41,7 @@ class Selection:
         self._router, self._lengths = Router(config), Lengths(config)
         self._seen, self._heldout = HashSet(), HashSet()
         self._unshown: list[str] = []
+        self._first_invalid: str | None = None
         self.counts: dict[str, Counter[str]] = {TRAIN: Counter(), HELDOUT: Counter()}
 
     def __iter__(self) -> Iterator[Row]:
@@ -49,7 +50,7 @@ class Selection:
         Raises:
             UserError: a row is invalid, or a set has no prompts.
         """
-        rows = _rows(self._config)
+        rows = self._rows()
         while batch := list(islice(rows, _BATCH_ROWS)):
             unique = self._without_duplicates(self._without_heldout(batch))
             if self._config.teachers:
@@ -62,6 +63,36 @@ class Selection:
             if not self.counts[name]["rows"]:
                 raise UserError(self._empty_set_message(name, key))
 
+    def _rows(self) -> Iterator[Row]:
+        """Yield all rows of the sources.
+
+        The rows of `prompts.heldout` come first, because they are dropped from the training set.
+        """
+        prompts, seed = self._config.prompts, self._config.run.seed
+        if prompts.heldout is not None:
+            rows = read_prompts(prompts.heldout, "prompts.heldout", lambda error: self._drop_invalid(HELDOUT, error))
+            yield from ((HELDOUT, prompt) for prompt in rows)
+        if isinstance(prompts.source, PythonFunctionsSource):
+            train, heldout = harvest(prompts.source, seed)
+            for name, functions in ((TRAIN, train), (HELDOUT, heldout if prompts.heldout is None else [])):
+                for index, item in enumerate(functions):
+                    content, reference = item.description, item.name
+                    if prompts.source.answer == "description":
+                        content, reference = reference, content
+                    conversation = Conversation([{"role": "user", "content": content}])
+                    location, meta = f"python_functions: row {index}", {"package": item.package}
+                    yield name, make_prompt("python_functions", index, location, conversation, reference, meta)
+            return
+        share = prompts.heldout_fraction if prompts.heldout is None else 0.0
+        for prompt in read_prompts(prompts.source, on_invalid=lambda error: self._drop_invalid(TRAIN, error)):
+            # The hash covers the content alone, so equal prompts are in the same set.
+            yield (HELDOUT if _unit_hash(seed, f"{prompt.content:016x}") < share else TRAIN), prompt
+
+    def _drop_invalid(self, name: str, error: UserError) -> None:
+        """Count a row that `invalid_rows` drops."""
+        self.counts[name]["dropped.invalid"] += 1
+        self._first_invalid = self._first_invalid or str(error)
+
     def _empty_set_message(self, name: str, key: str) -> str:
         """Return why a set has no prompts, and what to do."""
         kind = "training" if name == TRAIN else "held-out"
@@ -71,8 +102,8 @@ class Selection:
             f"{n:,} {key.removeprefix('dropped.')}" for key, n in self.counts[name].items() if "dropped" in key
         ]:
             return (
-                f"{key}: no {kind} prompts remain, all were dropped: {', '.join(dropped)}; see prompts.duplicates and "
-                "prompts.over_long"
+                f"{key}: no {kind} prompts remain, all were dropped: {', '.join(dropped)}; see prompts.duplicates, "
+                "prompts.over_long and invalid_rows of the source"
             )
         rows = self.counts[HELDOUT if name == TRAIN else TRAIN]["rows"]
         if self._config.prompts.heldout is not None or not rows:
@@ -147,6 +178,7 @@ class Selection:
         changes = [
             (total["duplicates"], f"duplicates {participles.get(prompts.duplicates)}"),
             (total["over_long"], f"over-long {participles.get(prompts.over_long)}"),
+            (total["dropped.invalid"], f"invalid rows dropped, the first: {self._first_invalid}"),
             (total["dropped.heldout"], "dropped from training because prompts.heldout has them"),
         ]
         phrases = [f"{count:,} {change}" for count, change in changes if count] + self._unshown
@@ -211,31 +243,6 @@ def _compile_filter(filter: str | None, key: str) -> Callable[[Prompt], bool]:
             ) from None
 
     return accepts
-
-
-def _rows(config: Config) -> Iterator[Row]:
-    """Yield all rows of the sources.
-
-    The rows of `prompts.heldout` come first, because they are dropped from the training set.
-    """
-    prompts, seed = config.prompts, config.run.seed
-    if prompts.heldout is not None:
-        yield from ((HELDOUT, prompt) for prompt in read_prompts(prompts.heldout, "prompts.heldout"))
-    if isinstance(prompts.source, PythonFunctionsSource):
-        train, heldout = harvest(prompts.source, seed)
-        for name, functions in ((TRAIN, train), (HELDOUT, heldout if prompts.heldout is None else [])):
-            for index, item in enumerate(functions):
-                content, reference = item.description, item.name
-                if prompts.source.answer == "description":
-                    content, reference = reference, content
-                conversation = Conversation([{"role": "user", "content": content}])
-                location, meta = f"python_functions: row {index}", {"package": item.package}
-                yield name, make_prompt("python_functions", index, location, conversation, reference, meta)
-        return
-    share = prompts.heldout_fraction if prompts.heldout is None else 0.0
-    for prompt in read_prompts(prompts.source):
-        # The hash covers the content alone, so equal prompts are in the same set.
-        yield (HELDOUT if _unit_hash(seed, f"{prompt.content:016x}") < share else TRAIN), prompt
 
 
 def _hashes(rows: list[Row]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jinja2.sandbox
 import xxhash
 
 from plad_dist.config import Columns, DatasetSource, FilesSource
-from plad_dist.data.chats import ChatParser, check_turns, parse_dialogue
+from plad_dist.data.chats import ChatParser, InvalidRowError, check_turns, parse_dialogue
 from plad_dist.data.conversation import Conversation, Messages, Tools, to_json
 from plad_dist.data.files import Record, is_table, records
 from plad_dist.data.source_files import SourceFile, expand
@@ -73,16 +73,21 @@ def make_prompt(
     return Prompt(prompt_id, messages, reference, meta, location, xxhash.xxh3_64_intdigest(content), tools=tools)
 
 
-def read_prompts(source: FilesSource | DatasetSource, key: str = "prompts.source") -> Iterator[Prompt]:
+def read_prompts(
+    source: FilesSource | DatasetSource,
+    key: str = "prompts.source",
+    on_invalid: Callable[[InvalidRowError], None] = lambda error: None,
+) -> Iterator[Prompt]:
     """Yield the prompts of a source in order.
 
     Args:
         key: config section of the source, for messages.
+        on_invalid: called for each row that `invalid_rows: drop` leaves out.
 
     Raises:
         UserError: the source or a row is invalid. The message names the file and the row.
     """
-    reader = _Reader(source, key)
+    reader = _Reader(source, key, on_invalid)
     if isinstance(source, DatasetSource):
         yield from reader.prompts(_dataset_name(source), _dataset_records(source, key, reader.columns), is_table=True)
     else:
@@ -91,10 +96,15 @@ def read_prompts(source: FilesSource | DatasetSource, key: str = "prompts.source
 
 
 class _Reader:
-    """Maps the records of a source to prompts."""
+    """Maps the records of a source to prompts.
 
-    def __init__(self, source: Columns, key: str) -> None:
-        self._source, self._key = source, key
+    Attributes:
+        rows: number of records read so far.
+    """
+
+    def __init__(self, source: Columns, key: str, on_invalid: Callable[[InvalidRowError], None]) -> None:
+        self._source, self._key, self._on_invalid = source, key, on_invalid
+        self.rows = 0
         self._template = _RowTemplate.of(source, "template", key)
         self._reference_template = _RowTemplate.of(source, "reference_template", key)
         self._parsers = {is_table: ChatParser(source, key, is_table) for is_table in (False, True)}
@@ -119,14 +129,26 @@ class _Reader:
         """
         source = self._source
         for row, location, record in rows:
-            messages, reference = self._texts(record, location, is_table)
-            tools = None
-            if source.tools_column is not None:
-                value = self._column(record, source.tools_column, "tools_column", location)
-                tools = self._parsers[is_table].tools(value, f"{location}: {source.tools_column!r}")
+            self.rows += 1
+            try:
+                messages, reference = self._texts(record, location, is_table)
+                tools = self._tools(record, location, is_table)
+            except InvalidRowError as error:
+                if source.invalid_rows == "fail":
+                    raise
+                self._on_invalid(error)
+                continue
             columns = {name: self._column(record, name, "meta_columns", location) for name in source.meta_columns}
             meta = {"source": label, "row": row} | columns
             yield make_prompt(label, row, location, Conversation(messages, tools), reference, meta)
+
+    def _tools(self, record: dict[str, Any], location: str, is_table: bool) -> Tools | None:
+        name = self._source.tools_column
+        if name is None:
+            return None
+        return self._parsers[is_table].tools(
+            self._column(record, name, "tools_column", location), f"{location}: {name!r}"
+        )
 
     def check_variety(self) -> None:
         """Raise :class:`UserError` if the template made all prompts of different rows the same."""
@@ -156,7 +178,7 @@ class _Reader:
             name = f"{self._key}.template"
             text = self._template.render(record, location)
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{location}: {name!r}: expected a non-empty string, got {text!r:.60}")
+            raise InvalidRowError(f"{location}: {name!r}: expected a non-empty string, got {text!r:.60}")
         if self._template is not None:
             self._template.check_use(record, location)
         return [{"role": "user", "content": text}], self._reference(record, location)
@@ -169,14 +191,14 @@ class _Reader:
         if source.reference_column != source.messages_column:
             has_reference = source.reference_column is not None or source.reference_template is not None
             advice = f", or set {self._key}.reference_column to {source.messages_column} too to make it the reference"
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: ends with the assistant's turn, which would become part of the prompt; remove that turn"
                 f"{'' if has_reference else advice}"
             )
         if len(turns) == 1 or turns[-2]["role"] == "assistant":
-            raise UserError(f"{where}: expected a turn of another role before the assistant's last one")
+            raise InvalidRowError(f"{where}: expected a turn of another role before the assistant's last one")
         if lost := last.keys() - {"role", "content", "name"}:
-            raise UserError(
+            raise InvalidRowError(
                 f"{where}: the last turn of the assistant has {', '.join(sorted(lost))}, but a reference is a text; "
                 f"remove the turn or the row, or list the field in {self._key}.ignored_fields"
             )
@@ -192,7 +214,7 @@ class _Reader:
             return None
         reference = self._column(record, name, "reference_column", location)
         if reference is not None and not isinstance(reference, str):
-            raise UserError(f"{location}: {name!r}: expected a string or null, got {reference!r:.60}")
+            raise InvalidRowError(f"{location}: {name!r}: expected a string or null, got {reference!r:.60}")
         return reference if reference and reference.strip() else None  # CSV cannot express a missing value otherwise
 
     def _column(self, record: dict[str, Any], name: str, option: str, location: str) -> Any:
@@ -264,21 +286,19 @@ class _RowTemplate:
 def _prompts_of_files(source: FilesSource, key: str, reader: _Reader) -> Iterator[Prompt]:
     files_by_name: Counter[str] = Counter()
     empty_parts: list[str] = []
-    has_prompts = False
     for file in expand(source.paths, key):
         name = Path(file.path).name
         files_by_name[name] += 1
         # Prompt ids depend on the name alone, so that files can be moved. A number distinguishes
         # files of the same name in several folders.
         label = name if files_by_name[name] == 1 else f"{name}#{files_by_name[name]}"
-        is_empty = True
-        for prompt in reader.prompts(label, _records_of(file, reader.columns), is_table=is_table(file.path)):
-            is_empty, has_prompts = False, True
-            yield prompt
+        earlier = reader.rows
+        yield from reader.prompts(label, _records_of(file, reader.columns), is_table=is_table(file.path))
+        is_empty = reader.rows == earlier
         if is_empty and not file.is_part:  # a job can write empty parts, but not all of them can be empty
             raise UserError(f"{file.path}: no prompts; expected one row per prompt")
         empty_parts += [file.path] * is_empty
-    if not has_prompts:
+    if not reader.rows:
         raise UserError(f"{', '.join(empty_parts[:3])}: no prompts in any part; expected one row per prompt")
 
 
@@ -313,6 +333,8 @@ def _dataset_records(source: DatasetSource, key: str, columns: list[str] | None)
             data = data.select_columns(columns)  # other columns, such as images, are not decoded
         row = -1
         for row, record in enumerate(data):
+            if row == 0 and data.info.builder_name == "csv":
+                _check_header(record, source, key)
             yield row, f"{source.name}: row {row} (counted from 0)", record
     except UserError:
         raise
@@ -326,6 +348,14 @@ def _dataset_records(source: DatasetSource, key: str, columns: list[str] | None)
         raise UserError(f"{key}: {source.name}: cannot be read as a data set: {cause}") from None
     if row < 0:
         raise UserError(f"{key}: {source.name}: no prompts in split {source.split!r}; expected one row per prompt")
+
+
+def _check_header(record: dict[str, Any], source: DatasetSource, key: str) -> None:
+    """Raise :class:`UserError` if a CSV header has a name twice; pandas numbers the second."""
+    if twice := [name for name in record if f"{name}.1" in record]:
+        raise UserError(
+            f"{key}: {source.name}: header: the column {twice[0]!r} is given twice; rename or remove one of the two"
+        )
 
 
 def _load(source: DatasetSource, key: str) -> Any:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from plad_dist.config import FilesSource
+from plad_dist.data.chats import InvalidRowError
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.prompts import _table
 from plad_dist.data.sources import Prompt, read_prompts
@@ -152,6 +153,19 @@ def test_a_row_can_have_no_tools(tmp_path: Path, tools: Any) -> None:
 def test_tools_in_another_form_are_refused(tmp_path: Path, tools: Any) -> None:
     with pytest.raises(UserError, match=r"m\.jsonl:1: 't': expected a list of tools"):
         read(tmp_path, {"m": user("hi"), "t": tools}, tools_column="t")
+
+
+def test_invalid_rows_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [{"m": user("hi")}, {"m": user("")}, {"m": "text"}, {"m": user("ho")}]
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = FilesSource(type="files", paths=[str(path)], messages_column="m", invalid_rows="drop")
+    errors: list[InvalidRowError] = []
+    prompts = list(read_prompts(source, on_invalid=errors.append))
+    assert [prompt.meta["row"] for prompt in prompts] == [0, 3]
+    assert ["jsonl:2" in str(errors[0]), "jsonl:3" in str(errors[1]), len(errors)] == [True, True, 2]
+    with pytest.raises(UserError, match="no column 'x'"):
+        list(read_prompts(source.model_copy(update={"messages_column": "x"})))
 
 
 # -- ShareGPT

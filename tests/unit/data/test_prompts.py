@@ -322,3 +322,18 @@ def test_memory_does_not_grow_with_the_number_of_prompts(tmp_path: Path, monkeyp
     prepared_rows = prepare(config_of(raw), Storage(str(tmp_path / "run")))
     assert sum(prepared_rows.values()) == 200_000
     assert max(resident) - resident[10] < 24 << 20
+
+
+def test_dropped_invalid_rows_are_counted_and_the_first_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "plad")
+    raw = raw_config(tmp_path, [" " if row in (3, 7) else f"q {row}" for row in range(40)], heldout_fraction=0.3)
+    with pytest.raises(UserError, match=r"prompts\.jsonl:4: 'prompt': expected a non-empty string"):
+        prepared(config_of(raw))
+    raw["prompts"]["source"]["invalid_rows"] = "drop"
+    train, heldout = prepared(config_of(raw))
+    assert manifest_of(train).rows + manifest_of(heldout).rows == 38
+    assert manifest_of(train).facts["dropped"] == {"invalid": 2}
+    assert "2 invalid rows dropped, the first: " in caplog.text
+    assert "prompts.jsonl:4: " in caplog.text

@@ -267,15 +267,17 @@ def test_one_configuration_of_a_parquet_copy_is_read(tmp_path: Path) -> None:
         ("none/at/all", {}, r"prompts\.source: none/at/all: cannot be read as a data set"),
         ("files", {"prompt_column": "q"}, r"files: row 0 \(counted from 0\): no column 'q'; it has answer, prompt"),
         ("broken", {}, r"prompts\.source: .*broken: cannot be read as a data set"),
+        ("twice", {}, r"prompts\.source: .*twice: header: the column 'prompt' is given twice"),
     ],
 )
 def test_the_error_names_a_bad_data_set(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
     rows = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "several")
-    for folder in ("files", "broken", "scripted"):
+    for folder in ("files", "broken", "scripted", "twice"):
         (tmp_path / folder).mkdir()
     (tmp_path / "scripted" / "scripted.py").write_text("raise SystemExit('run')")
     rows.to_json(tmp_path / "files" / "train.jsonl")
+    write(tmp_path / "twice", "prompt,prompt\na,b\n", "train.csv")
     write(tmp_path / "broken", '{"prompt": "a"}\n{"prompt": \n', "train.jsonl")
     path = tmp_path / name
     with pytest.raises(UserError, match=message):

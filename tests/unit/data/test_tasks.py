@@ -143,10 +143,11 @@ def test_every_example_is_valid_if_its_models_and_data_are_available(tmp_path: P
             source["split"] = source["split"].partition("_")[0]  # the only split of a folder of files
             source |= {"name": str(folder_of(rows, tmp_path / part, source["split"], 10)), "subset": None}
         if source and source["type"] == "files":
-            (tmp_path / "p.jsonl").write_text(
-                "".join(json.dumps({"messages": [{"role": "user", "content": f"Say {n}"}]}) + "\n" for n in range(200))
-            )
-            source["paths"] = [str(tmp_path / "p.jsonl")]
+            texts = {"text": "x", "synopsis": "y", "package": "z"}
+            turns = ([{"role": "user", "content": f"Say {part} {n}"}] for n in range(200))
+            rows = [texts | {"messages": messages, "text": messages[0]["content"]} for messages in turns]
+            (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            source["paths"] = [str(tmp_path / f"{part}.jsonl")]
     raw["prompts"] |= {"duplicates": "keep", "heldout_fraction": 0.4}
     config = parse_config(raw, path.name)
     check_inputs(config, RunDir.of(config), all_rows=True)
