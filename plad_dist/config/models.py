@@ -42,7 +42,6 @@ class Endpoint(Section):
     )
     api_key_env: str | None = Field(
         None,
-        pattern=_VARIABLE,
         description="Environment variable that holds the API key. The key itself is never written anywhere. If unset, "
         "and without `api_key_file` and `api_key_command`, requests carry no key.",
         json_schema_extra=OPERATIONAL,
@@ -174,6 +173,14 @@ class Endpoint(Section):
                 "must contain no user, password, query or fragment; pass a key in the variable that api_key_env names"
             )
         return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _check_key_variable(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(_VARIABLE, value):
+            # The text may be the key, so it is not shown.
+            raise ValueError("expected the name of the environment variable that holds the key, not the key itself")
+        return value
 
     @field_validator("headers_env")
     @classmethod

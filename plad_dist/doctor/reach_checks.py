@@ -87,7 +87,7 @@ async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
     server = Connection(endpoint)
     try:
         if (problem := server.problem()) is not None:
-            return fail(f"{key}: {problem}", _credentials_remedy(node, endpoint))
+            return fail(f"{key}: {problem}", _credentials_remedy(problem, node, endpoint))
         failure = await server.check()
         if failure is not None:
             return fail(f"{key}: {endpoint.url}: {failure.text}", _endpoint_remedy(failure.status, node, key, endpoint))
@@ -104,11 +104,11 @@ async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
     return ok(f"{key}: {endpoint.url} answers {listing}")
 
 
-def _credentials_remedy(node: str, endpoint: Endpoint) -> str:
-    names = [name for name in (endpoint.api_key_env, *endpoint.headers_env.values()) if name]
+def _credentials_remedy(problem: str, node: str, endpoint: Endpoint) -> str:
+    names = [name for name in (endpoint.api_key_env, *endpoint.headers_env.values()) if name and name in problem]
     if names:
-        return f"set {', '.join(names)} in the environment of {node} before Ray starts there"
-    return f"make the files and commands that the endpoint names work on {node}"
+        return f"set {names[0]} in the environment of {node} before Ray starts there"
+    return f"make the files and the command that {endpoint.model}'s endpoint names work on {node}"
 
 
 def _endpoint_remedy(status: int, node: str, key: str, endpoint: Endpoint) -> str:

@@ -6,7 +6,8 @@ Every try of a prompt takes these steps:
 2. Reserve the worst cost under the spending cap (`budget.py`). If only requests in flight stand in
    the way, wait until they are settled.
 3. Wait for the rate limits and the server's pauses (`rates.py`).
-4. Send the request (`connection.py`) and parse the response (`reply.py`).
+4. Send the request (`connection.py`), receive the response in pieces (`stream.py`) and parse it
+   (`reply.py`).
 5. Settle the reservation at the real cost, or at the worst cost if the response was lost.
 
 The retry policy (`retry.py`) decides whether a failed prompt is sent again, becomes an error row,

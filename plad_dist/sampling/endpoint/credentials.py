@@ -86,7 +86,7 @@ def key_source(endpoint: Endpoint) -> str | None:
     if endpoint.api_key_env is not None:
         return f"the variable {endpoint.api_key_env}"
     if endpoint.api_key_file is not None:
-        return f"the file {endpoint.api_key_file}"
+        return f"the file {redacted(endpoint.api_key_file)}"
     return "the output of endpoint.api_key_command" if endpoint.api_key_command is not None else None
 
 
@@ -120,7 +120,7 @@ def _from_file(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise _UnreadableError(
-            f"the file {path} (endpoint.api_key_file) cannot be read on this node: {reason}"
+            f"the file {redacted(path)} (endpoint.api_key_file) cannot be read on this node: {reason}"
         ) from None
     if not text:
         raise _UnreadableError(f"the file {path} (endpoint.api_key_file) is empty on this node")

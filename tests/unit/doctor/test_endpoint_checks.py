@@ -72,6 +72,22 @@ def test_a_missing_key_fails_with_variable_and_node() -> None:
     assert "node-3" in finding.remedy
 
 
+@pytest.mark.parametrize(
+    ("settings", "fragment", "remedy"),
+    [
+        ({"api_key_file": "/nowhere/key"}, "/nowhere/key", "work on node-3"),
+        ({"api_key_command": "exit 3"}, "exited with 3", "work on node-3"),
+        ({"headers_env": {"X-Org": "PLAD_NO_SUCH"}}, "PLAD_NO_SUCH", "set PLAD_NO_SUCH"),
+        ({"ca_bundle": "/nowhere/ca.pem"}, "/nowhere/ca.pem", "work on node-3"),
+    ],
+)
+def test_a_source_of_credentials_that_cannot_be_read_fails(
+    settings: dict[str, Any], fragment: str, remedy: str
+) -> None:
+    finding = finding_about(lambda: listing("big"), **settings)
+    assert (finding.state, fragment in finding.text, remedy in finding.remedy) == ("fail", True, True)
+
+
 def test_a_model_that_the_server_does_not_list_is_a_warning() -> None:
     finding = finding_about(lambda: listing("small", "other"))
     assert (finding.state, "'big'" in finding.text, "small, other" in finding.remedy) == ("warn", True, True)

@@ -89,6 +89,7 @@ def test_a_key_that_stays_rejected_is_read_once_more_and_stops_the_stage(tmp_pat
     ("settings", "fragment"),
     [
         ({"api_key_file": "/nowhere/key"}, "/nowhere/key (endpoint.api_key_file) cannot be read"),
+        ({"api_key_file": "sk-secret-in-stderr"}, "the file *** (endpoint.api_key_file) cannot be read"),
         ({"api_key_file": "{empty}"}, "is empty"),
         ({"api_key_command": "echo secret-in-stderr >&2; exit 3"}, "exited with 3"),
         ({"api_key_command": "true"}, "printed nothing"),
@@ -156,6 +157,7 @@ def test_credentials_are_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"api_key_env": "A", "headers_env": {"authorization": "B"}}, "headers_env.Authorization"),
         ({"headers_env": {"bad header": "B"}}, "'bad header'"),
         ({"headers_env": {"Content-Length": "B"}}, "Content-Length"),
+        ({"api_key_env": "sk-a-secret!"}, "not the key itself"),
         ({"headers_env": {"X-Key": "sk-a-secret!"}}, "X-Key: expected the name of an environment variable"),
     ],
 )
