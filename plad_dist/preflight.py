@@ -8,28 +8,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from plad_dist.config import (
-    Config,
-    Decoding,
-    LlmJudge,
-    Model,
-    RewardJudge,
-    RoleSampling,
-    ScratchModel,
-    Teacher,
-    TeacherJudge,
-)
-from plad_dist.data.models import (
-    check_local_model,
-    check_max_length,
-    check_weights,
-    context_length,
-    generation_defaults,
-    load_model_config,
-    resolve_model,
-)
+from plad_dist.config import Config, LlmJudge, Model, RewardJudge, ScratchModel, TeacherJudge
+from plad_dist.data.models import check_local_model, check_weights, context_length, load_model_config
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer, compile_template
+from plad_dist.decoding_checks import check_decoding, check_pair_length, decoding_notes, sampled_models
 from plad_dist.errors import UserError
 from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
@@ -40,8 +23,6 @@ logger = logging.getLogger("plad")
 
 # A check raises UserError. The prefix, a config key or empty, precedes the error's message.
 Check = tuple[str, Callable[[], object]]
-
-_DISABLED = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # of keys that may be unset
 
 
 def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command: str | None = None) -> None:
@@ -119,78 +100,12 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     yield "", partial(check_deepspeed, config.training.deepspeed)
     yield "", partial(check_prompts, config, all_rows=False)
     for key, model in models.items():
-        yield from _model_checks(key, model, _sampling_of(config, key, model)[1])
+        yield from _model_checks(key, model)
+    for sampled in sampled_models(config):
+        yield "", partial(check_decoding, sampled)
     if config.student.path is not None:
         yield "", partial(_check_student_rope, config.student)
-        yield "", partial(_check_pair_length, config)
-
-
-def _sampling_of(config: Config, key: str, model: Model) -> tuple[str, RoleSampling]:
-    """Return the sampling section of a named model, with its config key."""
-    if key == "student":
-        return "sampling.student", config.sampling.student
-    assert isinstance(model, Teacher)
-    assert model.sampling is not None
-    teacher = config.teachers.get(key.removeprefix("teachers."))
-    has_own = teacher is not None and teacher.sampling is not None
-    return (f"{key}.sampling" if has_own else "sampling.teacher"), model.sampling
-
-
-def _check_max_length(key: str, model: Model) -> None:
-    """Check that the engine will accept `max_length`."""
-    try:
-        load_model_config(str(model.path), model)
-    except UserError:  # another check reports it
-        return
-    check_max_length(str(model.path), model, key)
-
-
-def _check_pair_length(config: Config) -> None:
-    """Check that `pairing.max_tokens` does not exceed the context of the student."""
-    try:
-        limit = context_length(str(config.student.path), config.student)
-    except UserError:  # another check reports it
-        return
-    if config.pairing.max_tokens is not None and config.pairing.max_tokens > limit:
-        raise UserError(
-            f"pairing.max_tokens: {config.pairing.max_tokens}: the context of the student is {limit} tokens; set at "
-            "most that, or leave it unset"
-        )
-
-
-def decoding_notes(config: Config) -> Iterator[str]:
-    """Yield a line for every setting of the decoding without the effect that a user may expect.
-
-    These are the sampling parameters of a model's own generation config, `max_tokens` over the
-    context of a model, and candidates of a student that is sampled greedily.
-    """
-    if config.sampling.student.is_greedy and "candidates" in config.evaluation.model_fields_set:
-        yield "evaluation.candidates: none are sampled, because all responses of a greedy student are the same"
-    for key, model in config.named_models().items():
-        if model.path is None:
-            continue
-        section, sampling = _sampling_of(config, key, model)
-        path = resolve_model(model)
-        used = {name: getattr(sampling, name) for name in Decoding.model_fields}
-        used = {name: _DISABLED.get(name) if value is None else value for name, value in used.items()}
-        set_aside = {
-            name: value
-            for name, value in generation_defaults(path, model).items()
-            if name not in sampling.model_fields_set and value != used[name]
-        }
-        if set_aside:
-            theirs = ", ".join(f"{name} {value:g}" for name, value in set_aside.items())
-            ours = ", ".join(f"{name} {used[name]:g}" for name in set_aside)
-            yield (
-                f"{key}: generation_config.json of {path} sets {theirs}, which are not used; {section} samples with "
-                f"{ours}"
-            )
-        limit = context_length(path, model)
-        if "max_tokens" in sampling.model_fields_set and sampling.max_tokens >= limit:
-            yield (
-                f"{section}.max_tokens: {sampling.max_tokens}: responses of {key} end earlier, at its context of "
-                f"{limit} tokens"
-            )
+        yield "", partial(check_pair_length, config)
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
@@ -224,7 +139,7 @@ def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Ite
         yield "", partial(open_reward_model, judge, key)
     if isinstance(judge, LlmJudge):
         yield "", partial(load_template, judge, key)
-        yield from _model_checks(f"{key}.model", judge.model, judge.sampling)
+        yield from _model_checks(f"{key}.model", judge.model)
 
 
 def _check_run_dir(run: RunDir) -> None:
@@ -240,7 +155,7 @@ def _check_run_dir(run: RunDir) -> None:
         raise UserError(f"run.dir: {root}: cannot be written; use another folder, or give this user write access")
 
 
-def _model_checks(key: str, model: Model, sampling: RoleSampling) -> Iterator[Check]:
+def _model_checks(key: str, model: Model) -> Iterator[Check]:
     if model.template is not None:
         yield "", partial(compile_template, model.template, key)
     if model.scratch is not None:
@@ -248,6 +163,4 @@ def _model_checks(key: str, model: Model, sampling: RoleSampling) -> Iterator[Ch
     elif model.path is not None:
         for check in (load_model_config, Renderer):
             yield f"{key}.path: ", partial(check, model.path, model)
-        if "hf_overrides" not in sampling.engine:  # which may extend the context
-            yield "", partial(_check_max_length, key, model)
         yield f"{key}.path: ", partial(check_weights, model.path)

@@ -35,7 +35,7 @@ class ScratchModel(Section):
 class Endpoint(Section):
     """OpenAI-compatible server that answers prompts. Only the text of its responses is needed."""
 
-    url: str = Field(description="Base URL, such as http://host:8000/v1.", json_schema_extra=OPERATIONAL)
+    url: PathText = Field(description="Base URL, such as http://host:8000/v1.", json_schema_extra=OPERATIONAL)
     model: str = Field(min_length=1, description="Name of the model at the server.")
     api: Literal["chat", "completions"] = Field(
         "chat", description="chat: the server renders the messages. completions: `template` renders the prompt."

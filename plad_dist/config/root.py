@@ -112,7 +112,7 @@ class Config(Section):
         """
         source = self.prompts.heldout or self.prompts.source
         lacks_references = isinstance(source, Columns) and not source.has_references
-        return 0 if lacks_references or self.sampling.student.is_greedy else self.evaluation.candidates
+        return 0 if lacks_references or self.sampling.student.greedy_by else self.evaluation.candidates
 
     def all_teachers(self) -> dict[str, Teacher]:
         """Return the teachers by name, each with its sampling settings filled in.
@@ -233,11 +233,10 @@ def _decoding_problems(config: Config) -> Iterator[str]:
     roles = {"sampling.teacher": config.sampling.teacher, "sampling.student": config.sampling.student}
     roles |= {f"teachers.{name}.sampling": item.sampling for name, item in config.teachers.items() if item.sampling}
     for key, sampling in roles.items():
-        if sampling.n > 1 and sampling.is_greedy:
-            reason = "temperature 0" if sampling.temperature == 0 else "top_k 1"
+        if sampling.n > 1 and sampling.greedy_by:
             yield (
-                f"{key}.n: {sampling.n}: with {reason}, all responses to a prompt are the same; set `n: 1`, or sample "
-                "at a temperature above 0 from more than one token"
+                f"{key}.n: {sampling.n}: with {sampling.greedy_by}, all responses to a prompt are the same; set "
+                "`n: 1`, or sample at a temperature above 0 from more than one token"
             )
     if (
         config.prompts.heldout is None

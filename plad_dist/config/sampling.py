@@ -88,9 +88,10 @@ class Decoding(Section):
         return self
 
     @property
-    def is_greedy(self) -> bool:
-        """True if all responses to a prompt are the same."""
-        return self.temperature == 0 or self.top_k == 1
+    def greedy_by(self) -> str | None:
+        """Setting that makes all responses to a prompt the same, None without one."""
+        settings = {"temperature 0": self.temperature == 0, "top_k 1": self.top_k == 1, "min_p 1": self.min_p == 1}
+        return next((name for name, is_set in settings.items() if is_set), None)
 
 
 class RoleSampling(Decoding):

@@ -65,7 +65,7 @@ def model_identity(path: str, settings: Model) -> str:
     revision and files. Large files are hashed by their size and samples of their bytes, which
     suffices for weights: training changes nearly all of them.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     input_fingerprint = model_fingerprint(folder)
     if input_fingerprint is not None:
         return input_fingerprint
@@ -91,13 +91,13 @@ def _file_hash(file: str, size: int, mtime_ns: int) -> str:
 
 def resolve_model(settings: Model) -> str:
     """Return the absolute path of a pretrained model, or its hub name if it is not local."""
-    path = Path(str(settings.path)).expanduser()
+    path = Path(str(settings.path))
     return str(path.absolute()) if path.exists() else str(settings.path)
 
 
 def check_local_model(model: str) -> None:
     """Raise :class:`UserError` if a path is not a model folder. Names on a hub are not checked."""
-    path = Path(model).expanduser()
+    path = Path(model)
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     if not path.exists():
         if looks_like_path:
@@ -109,7 +109,7 @@ def check_local_model(model: str) -> None:
 
 def check_weights(model: str) -> None:
     """Raise :class:`UserError` if a local model folder lacks complete safetensors weights."""
-    path = Path(model).expanduser()
+    path = Path(model)
     if path.is_dir() and (problems := weights_problems(path)):
         raise UserError(
             f"{model}: {'; '.join(problems)}. Copy the model again; convert weights in other formats to safetensors, "
@@ -186,7 +186,7 @@ def load_model_config(model: str, settings: Model | RewardModel) -> Any:
     except Exception as error:  # noqa: BLE001 - config classes raise their own errors for bad values
         problem = (
             "transformers cannot load this model"
-            if Path(model).expanduser().is_dir()
+            if Path(model).is_dir()
             else "neither a local folder nor a model on the hub that transformers can load"
         )
         raise UserError(f"{model}: {problem}: {first_line(error)}") from None

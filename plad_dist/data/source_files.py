@@ -95,7 +95,7 @@ def _log_once(message: str) -> None:
 
 
 def _local_files(pattern: str, key: str) -> list[SourceFile]:
-    path = Path(pattern).expanduser()
+    path = Path(pattern)
     if _exists(path) or not glob.has_magic(pattern):
         if path.is_dir():
             return _parts(_in_folder(path, key), str(path), key)

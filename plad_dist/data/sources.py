@@ -321,7 +321,7 @@ def _records_of(file: SourceFile, columns: list[str] | None) -> Iterator[Record]
 
 def _dataset_name(source: DatasetSource) -> str:
     """Return the name of a data set in prompt ids and `meta`, without its parent folders."""
-    folder = Path(source.name).expanduser()
+    folder = Path(source.name)
     name = folder.absolute().name if folder.is_dir() else source.name
     return ":".join(part for part in (name, source.subset or source.data_dir, source.split) if part)
 
@@ -362,7 +362,7 @@ def _load(source: DatasetSource, key: str) -> Any:
     """Return the split as a stream, or memory-mapped if `save_to_disk` wrote it."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
-    folder = Path(source.name).expanduser()
+    folder = Path(source.name)
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         name = str(folder) if folder.is_dir() else source.name
         return load_dataset(

@@ -48,7 +48,7 @@ class Storage:
         """Folder on this machine's file system, or None for an object store."""
         parsed = urlparse(self.url)
         if parsed.scheme in ("", "file") or len(parsed.scheme) == 1:
-            return Path(unquote(parsed.path) if parsed.scheme == "file" else self.url).expanduser().absolute()
+            return Path(unquote(parsed.path) if parsed.scheme == "file" else self.url).absolute()
         if parsed.scheme not in _REMOTE_SCHEMES or not parsed.netloc:
             raise UserError(f"run.dir: {self.url!r}: expected a path or a file://, s3://, gs:// or az:// URI")
         if parsed.password or parsed.query:

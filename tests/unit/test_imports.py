@@ -42,6 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plad_dist.rundir",),
     ("plad_dist.catalog",),
     ("plad_dist.reuse",),
+    ("plad_dist.decoding_checks",),
     ("plad_dist.fleet.",),
     ("plad_dist.sampling.backend", "plad_dist.sampling.spool", "plad_dist.sampling.vllm_models."),
     ("plad_dist.sampling.endpoint.",),

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from plad_dist.config_file import parse_config
-from plad_dist.preflight import decoding_notes
+from plad_dist.decoding_checks import check_decoding, decoding_notes, sampled_models
+from plad_dist.errors import UserError
 
 
 def model_folder(folder: Path, generation: dict[str, Any] | None = None) -> str:
@@ -18,6 +22,35 @@ def model_folder(folder: Path, generation: dict[str, Any] | None = None) -> str:
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"stop_token_ids": [3, 32000]}, "sampling.teacher.stop_token_ids: 32000: .* has tokens 0 to 31999"),
+        ({"engine": {"max_model_len": 513}}, "sampling.teacher.engine.max_model_len: 513: .* a context of 512 tokens"),
+        ({"engine": {"max_model_len": 512}, "stop_token_ids": [31999]}, None),
+        ({"engine": {"max_model_len": 513, "hf_overrides": {}}}, None),
+    ],
+)
+def test_a_decoding_that_the_engine_would_refuse_is_refused(
+    tmp_path: Path, sampling: dict[str, Any], message: str | None
+) -> None:
+    raw = {
+        "run": {"dir": "x"},
+        "prompts": {"source": {"type": "files", "paths": ["a.jsonl"]}},
+        "teacher": {"path": model_folder(tmp_path / "a")},
+        "student": {"path": model_folder(tmp_path / "s"), "max_length": 513},
+        "sampling": {"teacher": sampling},
+        "evaluation": {"judges": {"j": {"type": "llm", "model": {"path": str(tmp_path / "s"), "max_length": 600}}}},
+    }
+    student, teacher, judge = sampled_models(parse_config(raw, "x"))
+    with pytest.raises(UserError, match=r"student.max_length: 513: "):
+        check_decoding(student)
+    with pytest.raises(UserError, match=r"evaluation.judges.j.model.max_length: 600: "):
+        check_decoding(judge)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_decoding(teacher)
 
 
 def test_settings_without_the_expected_effect_are_named(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def test_the_stored_config_of_a_run_directory_can_be_loaded(tmp_path: Path) -> N
 
 
 def test_greedy_responses_are_drawn_once() -> None:
-    for greedy in ({"temperature": 0}, {"top_k": 1}):
+    for greedy in ({"temperature": 0}, {"top_k": 1}, {"min_p": 1}):
         for role in ("teacher", "student"):
             with pytest.raises(UserError, match=rf"sampling.{role}.n: 4: with .* are the same; set `n: 1`"):
                 parse_config(MINIMAL | {"sampling": {role: {"n": 4} | greedy}}, "x")

@@ -1,0 +1,126 @@
+"""Checks of lengths and sampling parameters against the models that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling
+from plad_dist.data.models import (
+    check_max_length,
+    context_length,
+    generation_defaults,
+    load_model_config,
+    resolve_model,
+    vocabulary_size,
+)
+from plad_dist.errors import UserError
+
+_DISABLED = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}  # of keys that may be unset
+
+
+@dataclass(frozen=True)
+class SampledModel:
+    """A pretrained model that an engine samples.
+
+    Attributes:
+        key: config key of the model.
+        path: its folder or hub name.
+        section: config key of its sampling.
+    """
+
+    key: str
+    path: str
+    settings: Model
+    section: str
+    sampling: RoleSampling
+
+
+def sampled_models(config: Config) -> list[SampledModel]:
+    """Return the teachers, the student and the judges that are sampled by an engine and not created
+    by the run."""
+    models = [("student", config.student, "sampling.student", config.sampling.student)]
+    for name, teacher in config.all_teachers().items():
+        assert teacher.sampling is not None
+        has_own = name in config.teachers and config.teachers[name].sampling is not None
+        key = f"teachers.{name}" if config.teachers else name
+        models.append((key, teacher, f"{key}.sampling" if has_own else "sampling.teacher", teacher.sampling))
+    for name, judge in config.evaluation.judges.items():
+        if isinstance(judge, LlmJudge):
+            key = f"evaluation.judges.{name}"
+            models.append((f"{key}.model", judge.model, f"{key}.sampling", judge.sampling))
+    return [
+        SampledModel(key, resolve_model(model), model, section, sampling)
+        for key, model, section, sampling in models
+        if model.path is not None
+    ]
+
+
+def check_decoding(model: SampledModel) -> None:
+    """Raise :class:`UserError` if the engine would refuse the lengths or tokens of a config."""
+    try:
+        config = load_model_config(model.path, model.settings)
+    except UserError:  # another check reports it
+        return
+    size, tokens = vocabulary_size(config), model.sampling.stop_token_ids
+    if unknown := [token for token in tokens if token >= size]:
+        raise UserError(
+            f"{model.section}.stop_token_ids: {', '.join(map(str, unknown))}: {model.path} has tokens 0 to {size - 1}"
+        )
+    engine = model.sampling.engine
+    if "hf_overrides" in engine:  # which may extend the context
+        return
+    check_max_length(model.path, model.settings, model.key)
+    length = engine.get("max_model_len")
+    if isinstance(length, int):
+        settings = model.settings.model_copy(update={"max_length": length})
+        try:
+            check_max_length(model.path, settings, model.key)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{model.key}.max_length: ")
+            raise UserError(f"{model.section}.engine.max_model_len: {reason}") from None
+
+
+def check_pair_length(config: Config) -> None:
+    """Raise :class:`UserError` if `pairing.max_tokens` exceeds the context of the student."""
+    try:
+        limit = context_length(str(config.student.path), config.student)
+    except UserError:  # another check reports it
+        return
+    if config.pairing.max_tokens is not None and config.pairing.max_tokens > limit:
+        raise UserError(
+            f"pairing.max_tokens: {config.pairing.max_tokens}: the context of the student is {limit} tokens; set at "
+            "most that, or leave it unset"
+        )
+
+
+def decoding_notes(config: Config) -> Iterator[str]:
+    """Yield a line for every setting of the decoding without the effect that a user may expect.
+
+    These are the sampling parameters of a model's own generation config, `max_tokens` over the
+    context of a model, and candidates of a student that is sampled greedily.
+    """
+    if config.sampling.student.greedy_by and "candidates" in config.evaluation.model_fields_set:
+        yield "evaluation.candidates: none are sampled, because all responses of a greedy student are the same"
+    for model in sampled_models(config):
+        sampling = model.sampling
+        used = {name: getattr(sampling, name) for name in Decoding.model_fields}
+        used = {name: _DISABLED.get(name) if value is None else value for name, value in used.items()}
+        set_aside = {
+            name: value
+            for name, value in generation_defaults(model.path, model.settings).items()
+            if name not in sampling.model_fields_set and value != used[name]
+        }
+        if set_aside:
+            theirs = ", ".join(f"{name} {value:g}" for name, value in set_aside.items())
+            ours = ", ".join(f"{name} {used[name]:g}" for name in set_aside)
+            yield (
+                f"{model.key}: generation_config.json of {model.path} sets {theirs}, which are not used; "
+                f"{model.section} samples with {ours}"
+            )
+        limit = context_length(model.path, model.settings)
+        if "max_tokens" in sampling.model_fields_set and sampling.max_tokens >= limit:
+            yield (
+                f"{model.section}.max_tokens: {sampling.max_tokens}: responses of {model.key} end earlier, at its "
+                f"context of {limit} tokens"
+            )
