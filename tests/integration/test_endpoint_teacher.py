@@ -22,6 +22,9 @@ import pyarrow as pa
 import pytest
 from aiohttp import web
 
+from plad_dist.config import Decoding, Endpoint
+from plad_dist.sampling.backend import Completion
+from plad_dist.sampling.endpoint.client import EndpointClient
 from tests.conftest import in_this_process, plad, write_config
 from tests.tiny import TEMPLATE, make_random_model, sampling_config
 
@@ -187,3 +190,31 @@ def test_a_missing_key_is_reported_before_any_request_is_sent(
     assert "NO_SUCH_KEY" in stderr
     assert "Traceback" not in stderr
     assert proxy.requests.total() == requests
+
+
+def test_a_real_server_returns_all_responses_of_one_request(
+    proxy: CountingProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    prices = {"input_price": 1000.0, "output_price": 1000.0}
+    keys = {"url": f"http://127.0.0.1:{proxy.port}/v1", "model": "big", "api_key_env": "TEACHER_KEY"} | prices
+    requests = proxy.requests.total()
+
+    async def draw(stream: bool) -> list[str]:
+        client = EndpointClient(Endpoint(**keys, stream=stream))
+        prompt = [{"role": "user", "content": "larger of 3 and 4"}]
+        try:
+            outcomes, _ = await client.complete_many(prompt, Decoding(max_tokens=12), [7, 8, 9])
+        finally:
+            await client.close()
+        completions = [outcome for outcome in outcomes if isinstance(outcome, Completion)]
+        assert len(completions) == 3
+        assert client.usage_missing == 0
+        tokens = sum(completion.num_tokens + completion.prompt_tokens for completion in completions)
+        assert sum(completion.cost for completion in completions) == pytest.approx(tokens / 1000)
+        return [completion.text for completion in completions]
+
+    streamed, whole = asyncio.run(draw(stream=True)), asyncio.run(draw(stream=False))
+    assert streamed == whole, "a stream has the same responses"
+    assert len(set(streamed)) == 3, "one seed gives different responses"
+    assert proxy.requests.total() == requests + 2

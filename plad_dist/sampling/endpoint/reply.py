@@ -97,9 +97,9 @@ def read_replies(status: int, raw: bytes, max_tokens: int, redact: Callable[[str
     choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     if not choices:
         error = payload.get("error")
-        code = error.get("code") if isinstance(error, dict) else None
-        if isinstance(code, int) and 400 <= code < 600:  # from a gateway that had already sent status 200
-            return _read_error(code, raw, payload, redact)
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        if re.fullmatch(r"[45]\d\d", code):  # from a gateway that had already sent status 200
+            return _read_error(int(code), raw, payload, redact)
         return Failure(
             "transient", redact(f"no choices in the response: {_error_message(raw, payload)}"), status, usage
         )

@@ -138,6 +138,7 @@ class ResponseBody:
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
+                self._usage = choice.get("usage") or self._usage  # where some servers report it
                 index = choice.get("index")
                 streamed = self._choices.setdefault(index if isinstance(index, int) else 0, _StreamedChoice())
                 streamed.add(choice)

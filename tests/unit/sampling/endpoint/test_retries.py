@@ -39,6 +39,7 @@ _TRANSIENT = {
     "null content and no reason": {"choices": [{"message": {"content": None}, "finish_reason": None}]},
     "aborted": good("half", finish_reason="abort"),
     "error in 200": {"error": {"code": 503, "message": "overloaded"}},
+    "error in 200 as text": {"error": {"code": "503", "message": "overloaded"}},
 }
 
 

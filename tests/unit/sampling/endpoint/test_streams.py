@@ -172,14 +172,20 @@ def test_a_connection_that_stays_open_after_the_last_event_does_not_delay_the_re
     run(test())
 
 
+USAGE = {"usage": {"prompt_tokens": 1, "completion_tokens": 2}}
+
+
+@pytest.mark.parametrize(
+    "usage_event", [{"choices": [], **USAGE}, {"choices": [{"index": 1, "delta": {}, **USAGE}]}, {**USAGE}]
+)
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-def test_events_may_be_cut_anywhere(size: int) -> None:
+def test_events_may_be_cut_anywhere(size: int, usage_event: dict[str, Any]) -> None:
     events = [
         {"choices": [{"index": 1, "delta": {"content": "zwölf"}}]},
         {"choices": [{"index": 0, "delta": {"reasoning": "hm", "reasoning_content": "hm"}}]},
         {"choices": [{"index": 0, "delta": {"content": "é"}, "finish_reason": "stop"}], "usage": None},
         {"choices": [{"index": 1, "delta": {}, "finish_reason": "length"}]},
-        {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+        usage_event,
     ]
     data = "".join(f"event: x\r\ndata: {json.dumps(event, ensure_ascii=False)}\r\n\r\n" for event in events).encode()
     body = ResponseBody()
