@@ -20,11 +20,12 @@ from plad_dist.evaluation.rounds import continues_after
 from plad_dist.evaluation.stage import evaluate, is_evaluated, require_inputs
 from plad_dist.holders import Holder
 from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
+from plad_dist.pairing.tells import warnings as pair_warnings
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.preflight import check_inputs
 from plad_dist.progress import Progress
 from plad_dist.reuse import reused_run, take_over
-from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run, read_timings
+from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run, read_timings, with_date
 
 logger = logging.getLogger("plad")
 
@@ -174,6 +175,7 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     check_inputs(config, run, command=command)
     if source := reused_run(config):
         take_over(config, [source])
+    config = with_date(config, run)
     progress = Progress()
 
     def steps() -> Iterator[Step]:
@@ -231,6 +233,8 @@ def _prepare(config: Config, run: RunDir) -> str:
 
 def _pair(config: Config, run: RunDir, progress: Progress) -> str:
     facts = build_pairs(config, run, progress)
+    for warning in pair_warnings(facts):
+        logger.warning(warning)
     drops = ", ".join(f"{reason} {count:,}" for reason, count in facts.drops.items()) or "none"
     summary = f"{facts.pairs:,} pairs of {facts.prompts:,} prompts; dropped: {drops}"
     if facts.teacher_better_share is not None and facts.teacher_worse_share is not None:

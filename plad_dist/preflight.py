@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from plad_dist.compat.vllm import reasoning_parser_names
 from plad_dist.config import Config, LlmJudge, Model, RewardJudge, ScratchModel, TeacherJudge
-from plad_dist.data.models import check_local_model, check_weights, context_length, load_model_config
+from plad_dist.data.chat_templates import check_template
+from plad_dist.data.model_checks import check_vocabulary, template_warnings
+from plad_dist.data.models import (
+    check_local_model,
+    check_weights,
+    context_length,
+    load_model_config,
+    vocabulary_size,
+)
 from plad_dist.data.prompts import check_prompts, train_prompts
-from plad_dist.data.templates import Renderer, compile_template
+from plad_dist.data.templates import Renderer
 from plad_dist.decoding_checks import check_decoding, check_pair_length, decoding_notes, sampled_models
 from plad_dist.errors import UserError
 from plad_dist.reuse import reused_run
@@ -157,10 +166,29 @@ def _check_run_dir(run: RunDir) -> None:
 
 def _model_checks(key: str, model: Model) -> Iterator[Check]:
     if model.template is not None:
-        yield "", partial(compile_template, model.template, key)
+        yield "", partial(check_template, model.template, key, tuple(model.template_kwargs))
+    if model.reasoning_parser is not None:
+        yield f"{key}.reasoning_parser: ", partial(_check_reasoning_parser, model.reasoning_parser)
     if model.scratch is not None:
         yield f"{key}.", partial(_check_scratch, model.scratch)
     elif model.path is not None:
-        for check in (load_model_config, Renderer):
-            yield f"{key}.path: ", partial(check, model.path, model)
+        yield f"{key}.path: ", partial(load_model_config, model.path, model)
+        yield f"{key}.path: ", partial(_check_tokens, key, model.path, model)
         yield f"{key}.path: ", partial(check_weights, model.path)
+
+
+def _check_tokens(key: str, path: str, model: Model) -> None:
+    """Check tokenizer and template of a model, and log what is strange about the template."""
+    renderer = Renderer(path, model)
+    for warning in template_warnings(renderer, model):
+        logger.warning("%s: %s", key, warning)
+    try:
+        rows = vocabulary_size(load_model_config(path, model))
+    except UserError:  # another check reports it
+        return
+    check_vocabulary(path, renderer, rows)
+
+
+def _check_reasoning_parser(name: str) -> None:
+    if name not in (known := reasoning_parser_names()):
+        raise UserError(f"{name!r}: vLLM has no such parser; it has {', '.join(sorted(known))}")

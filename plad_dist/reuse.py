@@ -16,7 +16,7 @@ from plad_dist.config import Config, flatten
 from plad_dist.data.storage import fsync_tree
 from plad_dist.errors import UserError
 from plad_dist.recipes import ROUND, is_decisive, recipes_decided_by
-from plad_dist.rundir import RUN_FILE, RunDir, load_run, run_document
+from plad_dist.rundir import RUN_FILE, RunDir, load_run, run_document, with_date
 
 logger = logging.getLogger("plad")
 
@@ -42,7 +42,11 @@ def take_over(config: Config, earlier: list[Config]) -> None:
     run = RunDir.of(config)
     if not earlier or run.storage.local_root is None or _is_taken(run.root):
         return
-    candidates = [(_shared_products(config, other), other) for other in earlier]
+    # A date that the config does not set is no difference: the new run takes that of the source.
+    earlier = [with_date(other, RunDir.of(other)) for other in earlier]
+    candidates = [
+        (_shared_products(config.with_date(config.run.date or other.run.date), other), other) for other in earlier
+    ]
     shared, source = max(candidates, key=lambda candidate: len({product.recipe for product in candidate[0]}))
     origin, name = RunDir.of(source).root, f".begun-{uuid.uuid4().hex}"
     draft = run.root / name if run.root.exists() else run.root.with_name(name)
@@ -50,7 +54,7 @@ def take_over(config: Config, earlier: list[Config]) -> None:
     if count:
         names = dict.fromkeys(product.recipe.name for product in shared)
         outcome = f"{count} files taken over: {', '.join(names)}"
-        (draft / RUN_FILE).write_bytes(run_document(config))
+        (draft / RUN_FILE).write_bytes(run_document(config.with_date(config.run.date or source.run.date)))
         fsync_tree(draft)
         if not _put_in_place(draft, run.root):
             outcome = "nothing taken over: another command has started the run in the meantime"

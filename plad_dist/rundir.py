@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
+from plad_dist.data.templates import any_reads_clock
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import FORMAT
 from plad_dist.recipes import RECIPES, recipes_decided_by
@@ -235,11 +237,35 @@ def run_document(config: Config) -> bytes:
     return dump_yaml(document).encode()
 
 
+def with_date(config: Config, run: RunDir) -> Config:
+    """Return a config with the date that the templates of its run read from the clock.
+
+    A run that has started keeps its date. A new one gets today's, if any of its templates reads the
+    clock.
+
+    Raises:
+        UserError: the run directory cannot be used.
+    """
+    if config.run.date is not None:
+        return config
+    file = _read_existing(run)
+    if file is None:
+        return config.with_date(date.today().isoformat()) if any_reads_clock(config) else config
+    return _dated_like(config, file)
+
+
+def _dated_like(config: Config, file: _RunFile) -> Config:
+    """Return a config with the date of a stored run, unless it has one of its own."""
+    stored = dict(file.config.get("run") or {}).get("date")
+    return config.with_date(str(stored)) if stored and config.run.date is None else config
+
+
 def check_same_run(config: Config, run: RunDir) -> None:
     """Raise :class:`UserError` if existing products depend on keys that have changed."""
     file = _read_existing(run)
     if file is None:
         return
+    config = _dated_like(config, file)
     before, now = dict(flatten(_with_defaults(file.config))), config.flat()
     differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     conflicts = [key for key in differing if not is_operational(key) and _is_in_use(key, run)]

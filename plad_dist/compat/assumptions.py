@@ -35,6 +35,12 @@ class Assumptions:
             problem = f"{function.__qualname__} takes ({', '.join(actual)}), expected ({', '.join(names)})"
             raise self._broken(problem)
 
+    def starts_with_parameters(self, function: Callable[..., Any], *names: str) -> None:
+        """Check the names of a function's first parameters, in order."""
+        actual = tuple(inspect.signature(function).parameters)[: len(names)]
+        if actual != names:
+            raise self._broken(f"{function.__qualname__} takes ({', '.join(actual)}, ...), expected {', '.join(names)}")
+
     def value(self, actual: Any, expected: Any, name: str) -> None:
         """Check the value of a constant."""
         if actual != expected:

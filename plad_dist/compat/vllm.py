@@ -8,6 +8,8 @@ Relies on:
   text, because importing vLLM takes many seconds;
 - `AsyncLLM.output_processor.request_states` with `detokenizer.num_output_tokens()`
   (`vllm/v1/engine/output_processor.py`);
+- the table `_REASONING_PARSERS_TO_REGISTER` of `vllm/reasoning/__init__.py`, read as source text,
+  and `extract_reasoning(text, request)` of the parsers;
 - the messages by which one process of an engine reports the failure of another one:
   `EngineDeadError` (`vllm/v1/engine/exceptions.py`), `wait_for_engine_startup`
   (`vllm/v1/engine/utils.py`) and `WorkerProc.wait_for_ready`
@@ -23,6 +25,7 @@ import ast
 import importlib.util
 import inspect
 import re
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,6 +80,50 @@ def cpu_head_sizes() -> tuple[int, ...]:
     assert len(returned) == 1, _mismatch("one get_supported_head_sizes in cpu_attn.py")
     assert isinstance(returned[0], ast.List), _mismatch("get_supported_head_sizes returning a list literal")
     return tuple(ast.literal_eval(returned[0]))
+
+
+@cache
+def reasoning_parser_names() -> frozenset[str]:
+    """Return the names of vLLM's parsers that separate thought and answer.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    tables = [
+        node.value
+        for node in _parse("reasoning/__init__.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_REASONING_PARSERS_TO_REGISTER"
+    ]
+    assert len(tables) == 1, _mismatch("_REASONING_PARSERS_TO_REGISTER in vllm/reasoning/__init__.py")
+    return frozenset(map(str, ast.literal_eval(tables[0])))
+
+
+def load_reasoning_parser(
+    name: str, tokenizer: Any, template_kwargs: Mapping[str, Any]
+) -> Callable[[str], tuple[str | None, str | None]]:
+    """Return a function that returns the thought and the answer of a response, None for a part
+    that it lacks.
+
+    Raises:
+        UserError: the parser does not fit the tokenizer.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.reasoning import ReasoningParserManager
+
+    request = ChatCompletionRequest(model="m", messages=[], chat_template_kwargs=dict(template_kwargs))
+    try:
+        parser = ReasoningParserManager.get_reasoning_parser(name)(
+            tokenizer, chat_template_kwargs=dict(template_kwargs)
+        )
+        parser.extract_reasoning("", request)
+    except Exception as error:  # noqa: BLE001 - parsers raise whatever they meet
+        raise UserError(f"reasoning_parser: {name}: cannot be used with this model: {first_line(error)}") from None
+
+    def extract(text: str) -> tuple[str | None, str | None]:
+        thought, answer = parser.extract_reasoning(text, request)
+        return thought, answer
+
+    return extract
 
 
 def _parse(file: str) -> ast.Module:

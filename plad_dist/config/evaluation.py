@@ -62,6 +62,8 @@ class LlmJudge(Section):
     def _check_judge(self) -> LlmJudge:
         if self.model.scratch is not None:
             raise ValueError("model.scratch: a judge needs a trained model; set `path` or `endpoint`")
+        if self.model.reasoning != "strip":
+            raise ValueError("model.reasoning: is for teachers; the verdict is read from a judge's answer alone")
         if self.sampling.n != 1:
             raise ValueError("sampling.n: must be 1; a judge is asked once in each order")
         return self

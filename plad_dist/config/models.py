@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.values import FreeMapping, MessagesTemplate, OptionalBound, PathText
@@ -227,13 +228,53 @@ class Model(Section):
     )
     template: MessagesTemplate | None = Field(
         None,
-        description="Jinja template over `messages` and `tools` that renders a prompt. Default: the tokenizer's chat "
-        "template.",
+        description="Jinja template over `messages` and `tools` that renders a prompt, as transformers renders a chat "
+        "template. Default: the tokenizer's chat template.",
+    )
+    template_kwargs: FreeMapping = Field(
+        default={},
+        description="Further variables of the template, such as `enable_thinking: false`. A server gets them as "
+        "chat_template_kwargs.",
+    )
+    reasoning: Literal["keep", "strip", "refuse"] = Field(
+        "strip",
+        description="Thoughts of a teacher that thinks before it answers. strip: the student learns the answer. keep: "
+        "it learns thought and answer. refuse: such a response is an error row. Not available for the student and "
+        "judges.",
+    )
+    reasoning_parser: str | None = Field(
+        None,
+        min_length=1,
+        description="Name of vLLM's parser that separates thought and answer. If unset, the usual tags and channels "
+        "are recognised.",
     )
     max_length: int | None = Field(
         None, ge=8, description="Maximum context length, in tokens. If unset, the context length of the model."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    _date: date | None = PrivateAttr(None)  # of the run, which the root of the config fills in
+
+    @property
+    def today(self) -> date:
+        """Date that templates read from the clock: the run's, or today's before the run starts."""
+        return self._date or date.today()
+
+    def rendering(self) -> dict[str, Any]:
+        """Return what decides how prompts are rendered, apart from the tokenizer, for
+        fingerprints."""
+        return {
+            "template": self.template,
+            "template_kwargs": self.template_kwargs,
+            "date": self._date.isoformat() if self._date else None,
+        }
+
+    @model_validator(mode="after")
+    def _check_reasoning(self) -> Model:
+        if self.reasoning_parser and self.endpoint:
+            raise ValueError("reasoning_parser: is the server's; start it with --reasoning-parser, and remove the key")
+        if self.endpoint and self.template_kwargs and "chat_template_kwargs" in self.endpoint.extra_body:
+            raise ValueError("template_kwargs: endpoint.extra_body has chat_template_kwargs too; keep one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_origin(self) -> Model:

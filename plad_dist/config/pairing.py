@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.values import Bound, FromList, MessagesTemplate, PathText
@@ -32,6 +33,7 @@ class RewardModel(Section):
     )
     batch_size: int = Field(16, ge=1, description="Conversations per batch.", json_schema_extra=OPERATIONAL)
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    _date: date | None = PrivateAttr(None)  # of the run, which the root of the config fills in
 
 
 class Pairing(Section):

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import types
 from collections.abc import Iterator
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from plad_dist.config.evaluation import REFERENCE_JUDGES, Evaluation, TeacherJudge
+from plad_dist.config.evaluation import REFERENCE_JUDGES, Evaluation, LlmJudge, TeacherJudge
 from plad_dist.config.models import Model
-from plad_dist.config.pairing import Pairing
+from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
@@ -28,6 +29,11 @@ class Run(Section):
 
     dir: PathText = Field(description="Run directory: a path, or a file://, s3://, gs:// or az:// URI.", min_length=1)
     seed: int = Field(17, ge=0, lt=2**31, description="Seed of all random choices in the run.")
+    date: str | None = Field(
+        None,
+        description='Date that templates read from the clock (`strftime_now`), as `"2026-01-31"`. If unset, the day '
+        "on which the run begins, which run.yaml keeps.",
+    )
     reuse: PathText | None = Field(
         None,
         min_length=1,
@@ -35,6 +41,16 @@ class Run(Section):
         "runs would produce identically. If unset, the run produces everything itself.",
         json_schema_extra=OPERATIONAL,
     )
+
+    @field_validator("date")
+    @classmethod
+    def _check_date(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                dt.date.fromisoformat(value)
+            except ValueError as error:
+                raise ValueError(f"{value!r:.40}: expected a date such as 2026-01-31: {error}") from None
+        return value
 
 
 class Cluster(Section):
@@ -93,6 +109,37 @@ class Config(Section):
     rounds: Rounds = Rounds()
 
     @model_validator(mode="after")
+    def _date_models(self) -> Config:
+        self._set_dates()
+        return self
+
+    def _set_dates(self) -> None:
+        """Let every model render its prompts with the date of the run."""
+        for model in self.rendering_models().values():
+            model._date = None if self.run.date is None else dt.date.fromisoformat(self.run.date)
+
+    def with_date(self, date: str | None) -> Config:
+        """Return the config of a run with another date."""
+        config = self.model_copy(update={"run": self.run.model_copy(update={"date": date})})
+        config._set_dates()
+        return config
+
+    def rendering_models(self) -> dict[str, Model | RewardModel]:
+        """Return all models that render prompts or conversations, by their config keys."""
+        models: dict[str, Model | RewardModel] = {f"teachers.{name}": model for name, model in self.teachers.items()}
+        if self.teacher is not None:
+            models["teacher"] = self.teacher
+        models["student"] = self.student
+        if self.pairing.reward_model is not None:
+            models["pairing.reward_model"] = self.pairing.reward_model
+        for name, judge in self.evaluation.judges.items():
+            if isinstance(judge, LlmJudge):
+                models[f"evaluation.judges.{name}.model"] = judge.model
+            elif isinstance(judge, RewardModel):
+                models[f"evaluation.judges.{name}"] = judge
+        return models
+
+    @model_validator(mode="after")
     def _check_across_sections(self) -> Config:
         """Raise one error for all conflicts between keys, with a line for each."""
         problems = [
@@ -119,7 +166,7 @@ class Config(Section):
 
         A single teacher is named `teacher`.
         """
-        teachers = {"teacher": Teacher(**self.teacher.model_dump())} if self.teacher else self.teachers
+        teachers = {"teacher": Teacher.of(self.teacher)} if self.teacher else self.teachers
         return {
             name: teacher.model_copy(update={"sampling": teacher.sampling or self.sampling.teacher})
             for name, teacher in teachers.items()
@@ -220,6 +267,11 @@ def _offers_tools(config: Config) -> bool:
 def _student_problems(config: Config) -> Iterator[str]:
     if config.student.endpoint:
         yield "student.endpoint: the student is trained, which needs its weights; set `path` or `scratch`"
+    if config.student.reasoning != "strip":
+        yield (
+            "student.reasoning: is for teachers; a student that thinks is trained on whole responses. Remove it, or "
+            "turn its thoughts off by student.template_kwargs"
+        )
     if config.sampling.student.stop:
         yield "sampling.student.stop: the student must end with a token to learn it, not with a stop string; remove it"
     if config.sampling.student.stop_token_ids:

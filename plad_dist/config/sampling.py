@@ -206,3 +206,10 @@ class Teacher(Model):
     sampling: RoleSampling | None = Field(
         None, description="Sampling settings of the teacher. If unset, those of sampling.teacher."
     )
+
+    @classmethod
+    def of(cls, model: Model) -> Teacher:
+        """Return a single teacher in the form of one of several."""
+        teacher = cls(**model.model_dump())
+        teacher._date = model._date
+        return teacher

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from plad_dist.config import Config, Model
+from plad_dist.data.chat_templates import config_template
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import context_length, resolve_model
 from plad_dist.data.sources import Prompt
-from plad_dist.data.templates import Renderer, compile_template, render
+from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 
 
@@ -83,9 +84,9 @@ class Lengths:
         self._examined: set[tuple[str, _Limit]] = set()
         # A teacher with the student's template needs no check: the student gets its prompts too.
         self._scratch_models = [
-            (name, teacher, compile_template(model.template or "", name))
+            (teacher, config_template(model, name))
             for name, teacher, model in models
-            if model.scratch is not None and (teacher is None or model.template != config.student.template)
+            if model.scratch is not None and (teacher is None or model.rendering() != config.student.rendering())
         ]
 
     def check_rendering(self, prompts: Sequence[Prompt]) -> None:
@@ -94,11 +95,11 @@ class Lengths:
         Raises:
             UserError: a template cannot render a row. The message names the row.
         """
-        for name, teacher, template in self._scratch_models:
+        for teacher, template in self._scratch_models:
             for prompt in prompts:
                 if _responds_to(teacher, prompt):
                     try:
-                        render(template, prompt.conversation, name)
+                        template.render(prompt.conversation)
                     except UserError as error:
                         raise UserError(f"{prompt.location}: {error}") from None
 

@@ -147,7 +147,7 @@ def _input_fingerprint(config: Config) -> str:
     # The tokenizers of these models decide which prompts are too long.
     models = [model for model in (*config.all_teachers().values(), config.student) if model.path is not None]
     lengths = [
-        {"path": model.path, "revision": model.revision, "template": model.template, "max_length": model.max_length}
+        {"path": model.path, "revision": model.revision, "max_length": model.max_length} | model.rendering()
         for model in models
     ]
     return fingerprint("prompts", keys=prompts, seed=config.run.seed, teachers=teachers, lengths=lengths)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import jinja2.meta
-import jinja2.sandbox
-
-from plad_dist.config import Model
+from plad_dist.config import Config, Model, RewardModel
+from plad_dist.data.chat_templates import ChatTemplate, config_template, reads_clock
+from plad_dist.data.control_tokens import ControlTokens
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import check_local_model
-from plad_dist.data.sources import JINJA_ERRORS
+from plad_dist.data.reasoning import ResponseForm, opened_tag, response_form
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 
-_PROBE_RESPONSE = "answer-b1946ac9"  # a text that no template contains
+PROBE = Conversation([{"role": "user", "content": "question"}])
+_PROBE_ANSWER, _PROBE_THOUGHT = "answer-b1946ac9", "thought-6f1ed002"  # texts that no template contains
+_TAIL = 16  # tokens at the end of a prompt that may open a thought
 
 
 class Renderer:
@@ -29,6 +31,9 @@ class Renderer:
         generates: True for a model that generates responses. False for a model that reads
             conversations with their responses, such as a reward model.
 
+    Attributes:
+        uses_config: True if the template is the config's, False if it is the tokenizer's.
+
     Raises:
         UserError: the tokenizer cannot be loaded, has no chat template although the config has no
             template, or has no end-of-sequence token although the model generates.
@@ -37,9 +42,11 @@ class Renderer:
     def __init__(self, model: str, settings: Model, *, generates: bool = True) -> None:
         self.model, self._generates = model, generates
         self.tokenizer = load_tokenizer(model, settings)
-        self._template, self._revision = settings.template, settings.revision
-        self._jinja = compile_template(settings.template or "", model)
-        if self._template is None and self.tokenizer.chat_template is None:
+        self._settings, self.uses_config = settings, settings.template is not None
+        self._variables = {**self.tokenizer.special_tokens_map, **settings.template_kwargs}
+        if self.uses_config:
+            self._config_template = config_template(settings, model, self._variables)
+        elif not self.tokenizer.chat_template:
             raise UserError(
                 f"{model}: its tokenizer has no chat template. Set `template` beside `path`, for example "
                 "template: '{{ messages[-1].content }}'"
@@ -47,43 +54,94 @@ class Renderer:
         if generates and self.tokenizer.eos_token_id is None:
             raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so a response could never end")
 
+    # -- texts
+
+    def template(self, prompt: Conversation = PROBE) -> ChatTemplate:
+        """Return the template of a prompt. A tokenizer may have one of its own for tools."""
+        if self.uses_config:
+            return self._config_template
+        try:
+            text = str(self.tokenizer.get_chat_template(tools=prompt.tools))
+        except ValueError as error:
+            raise UserError(f"{self.model}: {first_line(error)}") from None
+        return ChatTemplate(text, self.model, self._variables, self._settings.today)
+
+    def prompt_text(self, prompt: Conversation) -> str:
+        """Return the text of a prompt, which a response follows."""
+        return self.template(prompt).render(prompt, add_generation_prompt=self._generates)
+
+    def conversation_text(self, conversation: Conversation) -> str:
+        """Return the text of a conversation that ends with a response."""
+        return self.template(conversation).render(conversation, add_generation_prompt=False)
+
+    # -- tokens
+
     def prompt_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Return the token ids of prompts, with special tokens once. The response follows."""
-        texts = [self._render(prompt) for prompt in prompts]
-        # A chat template adds the special tokens itself, and so may a template of the config.
+        texts = [self.prompt_text(prompt) for prompt in prompts]
+        # A chat template writes the special tokens itself, and so may a template of the config.
         bos = self.tokenizer.bos_token
-        needs_special = [self._template is not None and not (bos and text.startswith(bos)) for text in texts]
-        with_special = iter(self._encode([text for text, add in zip(texts, needs_special, strict=True) if add], True))
-        without = iter(self._encode([text for text, add in zip(texts, needs_special, strict=True) if not add], False))
-        return [next(with_special if add else without) for add in needs_special]
+        needs_prefix = [self.uses_config and not (bos and text.startswith(bos)) for text in texts]
+        encoded = zip(needs_prefix, self._encode(texts), strict=True)
+        return [[*self._prefix, *ids] if needs else ids for needs, ids in encoded]
+
+    def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts that continue a prompt."""
+        return self._encode(texts)
 
     def response_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of finished responses, with the token that ends them."""
-        return [[*ids, self.end_id] for ids in self._encode(texts, False)]
+        """Return the token ids of finished responses, with the token that ends them.
 
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        For texts from outside, see :attr:`control_tokens` first.
+        """
+        return [[*ids, self.end_id] for ids in self._encode(texts)]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of tokens, control tokens included."""
+        return [
+            str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            for tokens in ids
+        ]
+
+    def without_end(self, ids: Sequence[int]) -> list[int]:
+        """Return tokens without those at their end that end a response."""
+        length = len(ids)
+        while length and ids[length - 1] in self.end_ids:
+            length -= 1
+        return list(ids[:length])
+
+    def opened_tag(self, prompt_ids: Sequence[int]) -> str | None:
+        """Return the tag of a thought with which a prompt ends, so that a response begins inside
+        the thought."""
+        return opened_tag(self.decode([prompt_ids[-_TAIL:]])[0])
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """Tokens that the tokenizer puts before a whole text, such as begin-of-sequence.
+
+        Those that it appends are left out, because a response follows the prompt.
+        """
+        [plain] = self._encode(["a"])
+        whole = [int(token) for token in self.tokenizer("a")["input_ids"]]
+        starts = range(len(whole) - len(plain) + 1)
+        start = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
+        if start is None:
+            special = set(self.tokenizer.all_special_ids)
+            return list(takewhile(lambda token: token in special, whole))
+        return whole[:start]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
         encoded: list[list[int]] = self.tokenizer(
             list(texts),
-            add_special_tokens=add_special_tokens,
+            add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
         )["input_ids"]
         return encoded
 
-    def _render(self, prompt: Conversation) -> str:
-        if self._template is not None:
-            return render(self._jinja, prompt, self.model)
-        try:
-            # The library leaves out null contents, so no template prints the word None for them.
-            return str(
-                self.tokenizer.apply_chat_template(
-                    prompt.messages, tools=prompt.tools, add_generation_prompt=self._generates, tokenize=False
-                )
-            )
-        except JINJA_ERRORS as error:
-            raise _rendering_error(prompt, self.model, error) from None
+    # -- the end of a response
 
     @property
     def identity(self) -> str:
@@ -94,19 +152,17 @@ class Renderer:
     def end_id(self) -> int:
         """Token that ends a response.
 
-        It is the first token in :attr:`end_ids` that the chat template puts after a response,
-        otherwise end-of-sequence. Many chat models end a turn with another token than the
-        end-of-sequence of their tokenizer.
+        It is the first token in :attr:`end_ids` that the template puts after a response, otherwise
+        end-of-sequence. Many chat models end a turn with another token than the end-of-sequence of
+        their tokenizer.
         """
         eos = int(self.tokenizer.eos_token_id)
-        if self._template is not None:
-            return eos
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE_RESPONSE}]
         try:
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        except JINJA_ERRORS:
+            text = self.conversation_text(PROBE.with_response(_PROBE_ANSWER))
+        except UserError:
             return eos
-        suffix = self._encode([text.rpartition(_PROBE_RESPONSE)[2]], False)[0]
+        _, found, after = text.rpartition(_PROBE_ANSWER)
+        suffix = self._encode([after])[0] if found else []
         return next((token for token in suffix if token in self.end_ids), eos)
 
     @cached_property
@@ -115,7 +171,7 @@ class Renderer:
         from transformers import GenerationConfig
 
         try:
-            configured = GenerationConfig.from_pretrained(self.model, revision=self._revision).eos_token_id
+            configured = GenerationConfig.from_pretrained(self.model, revision=self._settings.revision).eos_token_id
         except OSError as error:
             if (Path(self.model) / "generation_config.json").is_file():
                 raise UserError(f"{self.model}/generation_config.json: cannot be read: {first_line(error)}") from None
@@ -125,41 +181,40 @@ class Renderer:
             *(configured if isinstance(configured, list) else [configured] if configured is not None else []),
         }
 
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """Tokens that no text from outside may bring into a response."""
+        return ControlTokens(self.tokenizer, self.end_ids)
 
-def compile_template(template: str, model: str) -> jinja2.Template:
-    """Compile a model's template over `messages` and `tools` in a sandbox.
-
-    Raises:
-        UserError: the template is invalid, or uses another variable.
-    """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-    try:
-        names = jinja2.meta.find_undeclared_variables(environment.parse(template))
-        if unknown := names - {"messages", "tools"} - environment.globals.keys():
-            raise UserError(
-                f"template of {model}: unknown variable {', '.join(sorted(unknown))}; the variables are `messages` and "
-                "`tools`"
-            )
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"template of {model}: not a valid Jinja template: {error}") from None
+    @cached_property
+    def form(self) -> ResponseForm:
+        """Form in which the model writes a thought and an answer."""
+        answer = {"role": "assistant", "content": _PROBE_ANSWER}
+        texts: list[str | None] = []
+        for turn in (answer, answer | {"reasoning_content": _PROBE_THOUGHT}):
+            try:
+                texts.append(self.conversation_text(Conversation([*PROBE.messages, turn])))
+            except UserError:
+                texts.append(None)
+        return response_form(self.prompt_text(PROBE), texts[0], texts[1], (_PROBE_THOUGHT, _PROBE_ANSWER))
 
 
-def render(template: jinja2.Template, prompt: Conversation, model: str) -> str:
-    """Return the text of a prompt. Raise :class:`UserError` if the template cannot render it."""
-    # A turn that only calls tools has a null content, which a template would print as None.
-    messages = prompt.with_empty_contents().messages
-    try:
-        return template.render(messages=messages, tools=prompt.tools)
-    except JINJA_ERRORS as error:
-        raise _rendering_error(prompt, model, error) from None
+def any_reads_clock(config: Config) -> bool:
+    """Return True if the template of any model of a run reads the clock."""
+    return any(_reads_clock(model) for model in config.rendering_models().values())
 
 
-def _rendering_error(prompt: Conversation, model: str, error: Exception) -> UserError:
-    return UserError(f"template of {model}: cannot render {prompt.messages!r:.80}: {error}")
+def _reads_clock(model: Model | RewardModel) -> bool:
+    if model.template is not None or model.path is None:
+        return reads_clock(model.template or "")
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        return reads_clock(str(load_tokenizer(model.path, model).chat_template))
+    files = (*folder.rglob("*.jinja"), folder / "tokenizer_config.json", folder / "chat_template.json")
+    return any(reads_clock(file.read_text(encoding="utf-8", errors="replace")) for file in files if file.is_file())
 
 
-def load_tokenizer(model: str, settings: Model) -> Any:
+def load_tokenizer(model: str, settings: Model | RewardModel) -> Any:
     """Return the tokenizer of a model. Raise :class:`UserError` if it cannot be loaded."""
     from transformers import AutoTokenizer
 

@@ -138,8 +138,8 @@ def check_models(config: Config, unreadable: Collection[str]) -> Iterator[Findin
 
 def _check_tokens(key: str, path: str, model: Model, renderer: Renderer) -> Iterator[Finding]:
     """Check that a model has embeddings for all tokens of its tokenizer and its template."""
+    from plad_dist.data.model_checks import check_vocabulary, template_warnings
     from plad_dist.data.models import load_model_config, vocabulary_size
-    from plad_dist.training.plan import check_vocabulary
 
     embeddings, tokenizer = vocabulary_size(load_model_config(path, model)), renderer.tokenizer
     check_vocabulary(path, renderer, embeddings)
@@ -161,6 +161,8 @@ def _check_tokens(key: str, path: str, model: Model, renderer: Renderer) -> Iter
             f"{key}: its prompts begin with {tokenizer.bos_token} twice",
             f"remove it from the template: set {key}.template, or correct the tokenizer's chat template",
         )
+    for warning in template_warnings(renderer, model):
+        yield warn(f"{key}: {warning}", "see `plad validate`")
     if not bad_ends and not missing:
         padded = f", padded to {embeddings:,}" if embeddings > len(tokenizer) else ""
         template = "its own chat template" if model.template is None else "the config's template"

@@ -12,9 +12,11 @@ from plad_dist.data.models import context_length, model_identity, resolve_model
 from plad_dist.data.parts import Part
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.fingerprint import fingerprint
 from plad_dist.pairing.facts import PairFacts
+from plad_dist.pairing.forms import teacher_forms
 from plad_dist.pairing.reward import as_model
 from plad_dist.pairing.worker import PairJob, PairWorker
 from plad_dist.progress import Progress
@@ -47,14 +49,21 @@ def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
         (train_prompts(run.storage), run.samples, run.pairs(), config.sampling.student.n),
         (heldout_prompts(run.storage), run.heldout_samples, run.heldout_pairs(), 1),
     )
+    missing = [dataset for dataset in datasets if dataset[2].manifest() is None]
+    if not missing:
+        return []
+    for _, samples, _, _ in missing:
+        for role in ("teacher", "student"):
+            samples(role).require("sample")
+    require_model(run.student(config), run.student_made_by)
+    forms = teacher_forms(config, run)
     return [
-        _job(config, run, prompts, samples("teacher"), samples("student"), output, n)
-        for prompts, samples, output, n in datasets
-        if output.manifest() is None
+        _job(config, run, prompts, samples("teacher"), samples("student"), output, forms, n)
+        for prompts, samples, output, n in missing
     ]
 
 
-def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, Pairing, str]:
+def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, Pairing, TeacherForms, str]:
     """Return the arguments of :class:`PairWorker`.
 
     Paths are absolute, because workers have other working directories.
@@ -63,7 +72,7 @@ def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, 
     if pairing.reward_model is not None:
         path = resolve_model(as_model(pairing.reward_model))
         pairing = pairing.model_copy(update={"reward_model": pairing.reward_model.model_copy(update={"path": path})})
-    return run.storage, run.student(config), config.student, pairing, str(Path.cwd())
+    return run.storage, run.student(config), config.student, pairing, teacher_forms(config, run), str(Path.cwd())
 
 
 def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:
@@ -92,7 +101,14 @@ def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run
 
 
 def _job(
-    config: Config, run: RunDir, prompts: Dataset, teacher: Dataset, student: Dataset, output: Dataset, n: int
+    config: Config,
+    run: RunDir,
+    prompts: Dataset,
+    teacher: Dataset,
+    student: Dataset,
+    output: Dataset,
+    forms: TeacherForms,
+    n: int,
 ) -> tuple[PairJob, list[int]]:
     """Return the job of one dataset, and the number of prompts in each block.
 
@@ -101,7 +117,6 @@ def _job(
     """
     samples = [dataset.require("sample") for dataset in (teacher, student)]
     path = run.student(config)
-    require_model(path, run.student_made_by)
     keys = flatten(config.pairing.model_dump(mode="json"), "pairing")
     reward = as_model(config.pairing.reward_model) if config.pairing.reward_model is not None else None
     input_fingerprint = fingerprint(
@@ -110,7 +125,8 @@ def _job(
         teacher_samples=samples[0].fingerprint,
         student_samples=samples[1].fingerprint,
         student=model_identity(path, config.student),
-        template=config.student.template,
+        rendering=config.student.rendering(),
+        teachers=forms.to_json(),
         context=context_length(path, config.student),
         reward_model=model_identity(resolve_model(reward), reward) if reward is not None else None,
     )

@@ -11,6 +11,8 @@ from plad_dist.data.manifest import Manifest
 from plad_dist.data.parts import Part
 from plad_dist.errors import RunFailed
 
+_SIDES = ("chosen", "rejected")
+
 
 @dataclass(frozen=True)
 class PairFacts:
@@ -30,6 +32,12 @@ class PairFacts:
             score.
         scored: combinations with two scores.
         unscored: distinct responses without a score.
+        first_tokens: pairs by the kind of the first token, of each side.
+        thoughts: pairs whose response has a thought, of each side.
+        unmatched_tags: pairs whose response opens or closes a thought without its counterpart, of
+            each side.
+        opened: pairs whose prompt opens a thought.
+        control_prompts: prompts with control tokens of the student in the text of a message.
     """
 
     prompts: int
@@ -39,21 +47,30 @@ class PairFacts:
     teacher_worse_share: float | None
     scored: int
     unscored: int
+    first_tokens: Mapping[str, Mapping[str, int]]
+    thoughts: Mapping[str, int]
+    unmatched_tags: Mapping[str, int]
+    opened: int
+    control_prompts: int
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, int]) -> PairFacts:
         """Sum up the counts of a :class:`~plad_dist.pairing.pairs.PairBuilder`."""
         better, worse, equal = (counts.get(name, 0) for name in ("better", "worse", "equal"))
         scored = better + worse + equal
-        drops = {key.removeprefix("drop:"): count for key, count in sorted(counts.items()) if key.startswith("drop:")}
         return cls(
             prompts=counts.get("prompts", 0),
             pairs=counts.get("pairs", 0),
-            drops=drops,
+            drops=_with_prefix(counts, "drop:"),
             teacher_better_share=better / scored if scored else None,
             teacher_worse_share=worse / scored if scored else None,
             scored=scored,
             unscored=counts.get("unscored", 0),
+            first_tokens={side: _with_prefix(counts, f"first:{side}:") for side in _SIDES},
+            thoughts={side: counts.get(f"thought:{side}", 0) for side in _SIDES},
+            unmatched_tags={side: counts.get(f"unmatched:{side}", 0) for side in _SIDES},
+            opened=counts.get("opened", 0),
+            control_prompts=counts.get("control_prompts", 0),
         )
 
     @classmethod
@@ -74,3 +91,8 @@ class PairFacts:
     def as_dict(self) -> dict[str, Any]:
         """Return the facts as a manifest holds them."""
         return asdict(self)
+
+
+def _with_prefix(counts: Mapping[str, int], prefix: str) -> dict[str, int]:
+    """Return the counts whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): count for name, count in sorted(counts.items()) if name.startswith(prefix)}

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from plad_dist.config import Pairing
 from plad_dist.data.schemas import PAIRS
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.pairing.answer import Answer, Scorer
 from plad_dist.pairing.responses import SampledPrompt, SampledResponse, read_prompts, tokenize
 from plad_dist.pairing.selection import Combination, select_pairs
+from plad_dist.pairing.tells import TellCounter
 
 _Pair = tuple[SampledPrompt, Combination]
 
@@ -30,12 +32,14 @@ class PairBuilder:
         renderer: templates and tokenizer of the student.
         context: context length of the student, in tokens.
         scorer: scores single responses; None for `score: none`.
+        forms: how teachers' responses become responses of the student.
     """
 
     pairing: Pairing
     renderer: Renderer
     context: int
     scorer: Scorer | None
+    forms: TeacherForms = field(default_factory=TeacherForms)
 
     def build(
         self, prompts: pa.Table, teacher: pa.Table, student: pa.Table, round_: int = 0
@@ -46,16 +50,20 @@ class PairBuilder:
             pairs: rows of the pairs dataset.
             counts: `prompts` and `pairs`; `groups`, `responses:*` and `tokens:*` of what is trained
                 on; `unscored` responses; and the counts of
-                :func:`~plad_dist.pairing.selection.select_pairs`.
+                :func:`~plad_dist.pairing.selection.select_pairs` and
+                :class:`~plad_dist.pairing.tells.TellCounter`.
         """
         counts: Counter[str] = Counter()
-        sampled = read_prompts(prompts, teacher, student, self.pairing, self.renderer)
+        tells = TellCounter(self.renderer)
+        sampled = read_prompts(prompts, teacher, student, self.pairing, self.renderer, self.forms)
+        tells.count_prompts(sampled, counts)
         counts["prompts"] = len(sampled)
         tokenize(sampled, self.renderer, min(self.pairing.max_tokens or self.context, self.context))
         if self.scorer is not None:
             _score(sampled, self.scorer, counts)
         pairs = [(prompt, pair) for prompt in sampled for pair in select_pairs(prompt, self.pairing, counts)]
         counts["pairs"] = len(pairs)
+        tells.count(pairs, counts)
         _count_groups(pairs, counts)
         return _table(pairs, round_), counts
 
@@ -66,14 +74,14 @@ def _score(prompts: Sequence[SampledPrompt], scorer: Scorer, counts: Counter[str
     answers: list[Answer] = []
     for prompt in prompts:
         for response in prompt.usable():
-            equal = responses.setdefault((prompt.prompt_id, response.role, response.text), [])
+            equal = responses.setdefault((prompt.prompt_id, response.role, response.answer), [])
             if not equal:
                 answers.append(
                     Answer(
                         messages=prompt.conversation.messages,
                         tools=prompt.conversation.tools,
                         reference=prompt.reference,
-                        response=response.text,
+                        response=response.answer,
                         role=response.role,
                     )
                 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from plad_dist.config import Pairing
 from plad_dist.data.conversation import COLUMNS, Conversation
+from plad_dist.data.teacher_texts import OutsideText, TeacherForms, learn, outside_text
 from plad_dist.data.templates import Renderer
 
 Role = Literal["teacher", "student"]
@@ -21,6 +21,7 @@ DropReason = Literal[
     "rejected_truncated",
     "chosen_empty",
     "rejected_empty",
+    "control_token",
     "too_long",
     # of a combination
     "identical",
@@ -40,7 +41,11 @@ class SampledResponse:
     """One sample.
 
     Attributes:
+        text: what the student learns, with the thought if it learns one.
+        answer: the text without a thought, which is scored.
         ids: student tokens. Of a teacher response they are set by :func:`tokenize`.
+        has_thought: the text has a thought.
+        outside: a teacher's response before it is tokenized, None for the student's.
         is_finished: the response ended with an end-of-sequence token.
         problem: reason for which no pair can contain the response, None for a usable one.
         logprob: log-likelihood that the engine reported for exactly `ids`, None without one.
@@ -49,9 +54,12 @@ class SampledResponse:
 
     role: Role
     text: str
+    answer: str
     ids: list[int]
     is_finished: bool
     problem: DropReason | None
+    has_thought: bool = False
+    outside: OutsideText | None = None
     logprob: float | None = None
     score: float | None = None
 
@@ -74,43 +82,76 @@ class SampledPrompt:
 
 
 def read_prompts(
-    prompts: pa.Table, teacher: pa.Table, student: pa.Table, pairing: Pairing, renderer: Renderer
+    prompts: pa.Table, teacher: pa.Table, student: pa.Table, pairing: Pairing, renderer: Renderer, forms: TeacherForms
 ) -> list[SampledPrompt]:
     """Return the prompts of a block that have samples. Those beyond `sampling.limit` have none."""
-    by_teacher = _responses(teacher, "teacher", pairing, renderer)
-    by_student = _responses(student, "student", pairing, renderer)
+    rows = prompts.select(["prompt_id", "reference", "teacher", *COLUMNS]).to_pylist()
+    by_teacher: dict[str, list[SampledResponse]] = {}
+    teachers = {row["prompt_id"]: row["teacher"] or "teacher" for row in rows}
+    for row in _ordered(teacher, ["reasoning", "token_ids"]):
+        outside = outside_text(teachers[row["prompt_id"]], row["text"], row["reasoning"], row["token_ids"], forms)
+        by_teacher.setdefault(row["prompt_id"], []).append(_teacher_response(row, outside, pairing, renderer))
+    by_student: dict[str, list[SampledResponse]] = {}
+    for row in _ordered(student, ["reasoning", "token_ids", "logprob"]):
+        by_student.setdefault(row["prompt_id"], []).append(_student_response(row, pairing, renderer))
     return [
         SampledPrompt(
-            prompt_id := row["prompt_id"],
+            row["prompt_id"],
             Conversation.from_row(row),
             row["reference"],
-            by_teacher.get(prompt_id, []),
-            by_student.get(prompt_id, []),
+            by_teacher.get(row["prompt_id"], []),
+            by_student.get(row["prompt_id"], []),
         )
-        for row in prompts.select(["prompt_id", "reference", *COLUMNS]).to_pylist()
+        for row in rows
         if row["prompt_id"] in by_teacher or row["prompt_id"] in by_student
     ]
 
 
-def _responses(samples: pa.Table, role: Role, pairing: Pairing, renderer: Renderer) -> dict[str, list[SampledResponse]]:
-    """Return the responses of each prompt, in the order of their sample indices."""
-    names = ("prompt_id", "sample_index", "text", "finish_reason", "logprob")
-    # The teacher's tokens belong to another vocabulary: its text is tokenized later.
-    ids_column = samples["token_ids"].to_pylist() if role == "student" else repeat([], samples.num_rows)
-    rows = sorted(
-        zip(*(samples[name].to_pylist() for name in names), ids_column, strict=True), key=lambda row: (row[0], row[1])
+def _ordered(samples: pa.Table, columns: list[str]) -> list[dict[str, Any]]:
+    """Return the rows of samples in the order of prompts and sample indices."""
+    rows = samples.select(["prompt_id", "sample_index", "text", "finish_reason", *columns]).to_pylist()
+    return sorted(rows, key=lambda row: (row["prompt_id"], row["sample_index"]))
+
+
+def _teacher_response(
+    row: dict[str, Any], outside: OutsideText, pairing: Pairing, renderer: Renderer
+) -> SampledResponse:
+    """Return a teacher's response, without end tokens in its text. Its tokens are set later."""
+    control = renderer.control_tokens
+    answer = control.without_end(outside.text)
+    problem = _problem("teacher", row["finish_reason"], not answer.strip(), pairing)
+    if problem is None and (control.find(answer) or control.find(outside.reasoning or "")):
+        problem = "control_token"
+    return SampledResponse(
+        role="teacher",
+        text=answer,
+        answer=answer,
+        ids=[],
+        is_finished=row["finish_reason"] == "stop",
+        problem=problem,
+        has_thought=outside.reasoning is not None,
+        outside=outside,
     )
-    responses: dict[str, list[SampledResponse]] = {}
-    for prompt_id, _, text, finish_reason, logprob, ids in rows:
-        is_empty = not text.strip() or (role == "student" and not ids)
-        problem = _problem(role, finish_reason, is_empty, pairing)
-        is_finished = finish_reason == "stop"
-        if is_finished and not (ids and ids[-1] in renderer.end_ids):
-            ids, logprob = [*ids, renderer.end_id], None
-        responses.setdefault(prompt_id, []).append(
-            SampledResponse(role, text, ids, is_finished, problem, logprob if role == "student" else None)
-        )
-    return responses
+
+
+def _student_response(row: dict[str, Any], pairing: Pairing, renderer: Renderer) -> SampledResponse:
+    """Return a student's response as it was sampled, thought included."""
+    ids, logprob, answer = row["token_ids"], row["logprob"], row["text"]
+    text = answer if row["reasoning"] is None else renderer.decode([renderer.without_end(ids)])[0]
+    is_finished = row["finish_reason"] == "stop"
+    problem = _problem("student", row["finish_reason"], not text.strip() or not ids, pairing)
+    if is_finished and not (ids and ids[-1] in renderer.end_ids):
+        ids, logprob = [*ids, renderer.end_id], None
+    return SampledResponse(
+        role="student",
+        text=text,
+        answer=answer,
+        ids=ids,
+        is_finished=is_finished,
+        problem=problem,
+        has_thought=row["reasoning"] is not None,
+        logprob=logprob,
+    )
 
 
 def _problem(role: Role, finish_reason: str, is_empty: bool, pairing: Pairing) -> DropReason | None:
@@ -136,13 +177,17 @@ def tokenize(prompts: Sequence[SampledPrompt], renderer: Renderer, limit: int) -
     prompt_ids = renderer.prompt_ids([prompt.conversation for prompt, _ in usable])
     for (prompt, _), ids in zip(usable, prompt_ids, strict=True):
         prompt.prompt_ids = ids
-    texts = list({r.text: None for _, responses in usable for r in responses if r.role == "teacher"})
-    ids_of = dict(zip(texts, renderer.response_ids(texts), strict=True))
+    from_teachers = [response for _, responses in usable for response in responses if response.outside is not None]
+    learnt = learn([response.outside for response in from_teachers if response.outside is not None], renderer)
+    for response, text in zip(from_teachers, learnt, strict=True):
+        if text is None:
+            response.problem = "control_token"
+            continue
+        response.text, response.ids = text.text, [*text.ids, *([renderer.end_id] if response.is_finished else [])]
     for prompt, responses in usable:
         for response in responses:
-            if response.role == "teacher":
-                ids = ids_of[response.text]
-                response.ids = ids if response.is_finished else ids[:-1]
+            if response.problem is not None:
+                continue
             if not response.ids:  # truncated before its first token, so nothing can be learnt from it
                 response.problem = _EMPTY[response.role]
             elif len(prompt.prompt_ids) + len(response.ids) > limit:

@@ -7,7 +7,15 @@ from typing import Any
 
 from plad_dist.config import Model, RewardModel
 from plad_dist.data.conversation import Conversation
-from plad_dist.data.models import check_max_length, check_weights, context_length, load_model_config, resolve_model
+from plad_dist.data.model_checks import check_vocabulary
+from plad_dist.data.models import (
+    check_max_length,
+    check_weights,
+    context_length,
+    load_model_config,
+    resolve_model,
+    vocabulary_size,
+)
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.pairing.answer import Answer
@@ -34,13 +42,17 @@ def open_reward_model(settings: RewardModel, key: str = _KEY) -> tuple[Renderer,
     if labels != 1:
         raise UserError(f"{key}: {path}: expected a classifier with one output, got {labels} outputs")
     check_weights(path)
-    return Renderer(path, model, generates=False), context_length(path, model)
+    renderer = Renderer(path, model, generates=False)
+    check_vocabulary(path, renderer, vocabulary_size(load_model_config(path, model)))
+    return renderer, context_length(path, model)
 
 
 def as_model(settings: RewardModel) -> Model:
     """Return the config section of a reward model in the form of any other model."""
     fields = settings.model_dump(include={"path", "revision", "template", "trust_remote_code"})
-    return Model(**fields, max_length=settings.max_length or _MAX_LENGTH)
+    model = Model(**fields, max_length=settings.max_length or _MAX_LENGTH)
+    model._date = settings._date
+    return model
 
 
 class RewardScorer:

@@ -15,6 +15,7 @@ from plad_dist.data.models import context_length
 from plad_dist.data.parts import Part
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockJob, BlockResult, Heartbeat, Hints
@@ -58,13 +59,20 @@ class PairWorker:
     Args:
         student: folder or hub name of the student, whose tokenizer the pairs use.
         settings: config section of the student.
+        forms: how teachers' responses become responses of the student.
         working_directory: the driver's, from which `pairing.score_function` is imported.
     """
 
     def __init__(
-        self, storage: Storage, student: str, settings: Model, pairing: Pairing, working_directory: str
+        self,
+        storage: Storage,
+        student: str,
+        settings: Model,
+        pairing: Pairing,
+        forms: TeacherForms,
+        working_directory: str,
     ) -> None:
-        self._storage, self._student, self._settings = storage, student, settings
+        self._storage, self._student, self._settings, self._forms = storage, student, settings, forms
         self._pairing, self._working_directory = pairing, working_directory
         self._build_thread = ThreadPoolExecutor(1)  # tokenizers and models are not thread-safe
         self._finished = self._in_flight = 0
@@ -84,6 +92,7 @@ class PairWorker:
             Renderer(self._student, self._settings),
             context_length(self._student, self._settings),
             load_scorer(self._pairing),
+            self._forms,
         )
 
     async def work(self, job: BlockJob, block: int, attempt: str, hints: Hints) -> BlockResult:

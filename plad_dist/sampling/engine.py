@@ -7,15 +7,23 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from plad_dist.compat.vllm import assert_engine_internals, death_without_message, root_cause, tokens_in_flight
+from plad_dist.compat.vllm import (
+    assert_engine_internals,
+    death_without_message,
+    load_reasoning_parser,
+    root_cause,
+    tokens_in_flight,
+)
 from plad_dist.config import Decoding, Model
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import load_model_config
+from plad_dist.data.reasoning import Separated
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
 from plad_dist.sampling.engine_arguments import CPU_DEFAULTS, check_cpu_heads, with_executor
+from plad_dist.sampling.thoughts import Separate, tags_of_prompt, with_thought
 
 # vLLM's finish reasons of usable responses, by the name that samples have for them. With
 # "repetition", vLLM cut a loop short, as the token limit would have.
@@ -41,7 +49,8 @@ class Engine:
     fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
-        self._renderer = Renderer(path, settings)
+        self._renderer, self._settings = Renderer(path, settings), settings
+        self._separate = _parser(settings, self._renderer)
         from vllm.platforms import current_platform
 
         is_cpu = current_platform.is_cpu()
@@ -118,39 +127,48 @@ class Engine:
             min_tokens=min(decoding.min_tokens, room),
             stop=decoding.stop or None,
             stop_token_ids=decoding.stop_token_ids or None,
+            skip_special_tokens=False,  # what vanished from the text would still be in the tokens
             seed=seed if decoding.temperature > 0 else None,
             logprobs=0,
         )
         output = (await self._generate(prompt_ids, params, request_id)).outputs[0]
         if output.finish_reason not in _FINISH_REASONS:
             raise RuntimeError(f"vLLM ended the response with finish reason {output.finish_reason!r}")
-        return Completion(
-            text=output.text,
+        completion = Completion(
+            text=self._renderer.control_tokens.without_end(output.text),
             token_ids=output.token_ids,
             num_tokens=len(output.token_ids),
             logprob=output.cumulative_logprob,
             finish_reason=_FINISH_REASONS[output.finish_reason],
             prompt_tokens=len(prompt_ids),
         )
+        return with_thought(completion, self._settings, self._separate or self._separate_by_tags(prompt_ids))
+
+    def _separate_by_tags(self, prompt_ids: Sequence[int]) -> Separate:
+        return tags_of_prompt(self._renderer.opened_tag(prompt_ids))
 
     async def score(self, prompt_ids: list[int], response: Response, request_id: str) -> Completion:
         """Return a response with the log-likelihood of its tokens, in nats.
 
         The end-of-sequence token counts if the response finished. The log-likelihood is None if
-        prompt and response do not fit into the context, or the response is an error row.
+        prompt and response do not fit into the context, the response is an error row, or its text
+        has control tokens.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         ids = list(response.token_ids)
+        has_foreign_tokens = False
         if not ids:
-            ids = self._renderer.response_ids([response.text])[0]
+            text = self._renderer.control_tokens.without_end(response.text)
+            ids = self._renderer.response_ids([text])[0]
+            has_foreign_tokens = self._renderer.control_tokens.has_any(ids[:-1])
             ids = ids if response.finish_reason == "stop" else ids[:-1]
-        logprob: float | None = None if response.finish_reason == "error" else 0.0
+        logprob: float | None = None if response.finish_reason == "error" or has_foreign_tokens else 0.0
         # vLLM needs room for one more token, which it generates.
         if ids and len(prompt_ids) + len(ids) >= self.max_model_len:
             logprob = None
-        elif ids:
+        elif ids and logprob is not None:
             params = SamplingParams(
                 output_kind=RequestOutputKind.FINAL_ONLY, temperature=0.0, max_tokens=1, prompt_logprobs=0
             )
@@ -212,6 +230,20 @@ class Engine:
     async def close(self) -> None:
         """Stop the processes of the engine."""
         self._llm.shutdown()
+
+
+def _parser(settings: Model, renderer: Renderer) -> Separate | None:
+    """Return the separation by vLLM's own parser, None if the config names none."""
+    # The one for harmony finds no texts; ours does.
+    if settings.reasoning_parser in (None, "openai_gptoss"):
+        return None
+    extract = load_reasoning_parser(settings.reasoning_parser, renderer.tokenizer, settings.template_kwargs)
+
+    def separate(text: str) -> Separated:
+        thought, answer = extract(text)
+        return Separated((thought or "").strip() or None, (answer or "").lstrip(), answer is not None or not thought)
+
+    return separate
 
 
 def _start_failure(error: Exception, path: str) -> str:

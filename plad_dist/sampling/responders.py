@@ -46,7 +46,8 @@ class Responder:
         """Everything that decides its responses, except for the decoding."""
         identity: dict[str, Any] = {
             "model": model_identity(self.path, self.settings),
-            "template": self.settings.template,
+            "rendering": self.settings.rendering(),
+            "reasoning": {"refused": self.settings.reasoning == "refuse", "parser": self.settings.reasoning_parser},
             "max_length": self.settings.max_length,
             "engine": self.sampling.deciding_engine(),
         }

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 
 from plad_dist.config import Config, Model, Phase
 from plad_dist.data.manifest import Manifest
+from plad_dist.data.model_checks import check_vocabulary
 from plad_dist.data.models import context_length, load_model_config, model_fingerprint, model_identity, vocabulary_size
 from plad_dist.data.prompts import train_prompts
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import fingerprint
+from plad_dist.pairing.forms import teacher_forms
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of
 from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.batches.check import check_pairs, check_texts
@@ -98,6 +101,7 @@ def _checked_inputs(name: str, config: Config, run: RunDir) -> _PhaseInputs:
         shares_prompts=attention_of(model, config.training.max_group_tokens).layout.shares_prompts,
         over_long=config.training.over_long or ("fail" if is_calibration else "truncate"),
         end_ids=tuple(sorted(renderer.end_ids)) if kind == "lists" else (),
+        forms=teacher_forms(config, run, start) if kind == "teacher" else TeacherForms(),
     )
     heldout = replace(data, kind="pairs", path=run.heldout_pairs().path) if is_calibration else None
     manifest = data.dataset(run.storage).require("run")
@@ -135,16 +139,6 @@ def _data(name: str, config: Config, run: RunDir) -> tuple[GroupKind, str]:
     if name == WARMUP and config.training.warmup is not None and config.training.warmup.data == "teacher":
         return "teacher", run.samples("teacher").path
     return "references", ""
-
-
-def check_vocabulary(model: str, renderer: Renderer, vocabulary: int) -> None:
-    """Raise :class:`UserError` if the tokenizer has more tokens than the model has embeddings."""
-    tokens = int(renderer.tokenizer.vocab_size)  # without added ones, such as padding
-    if tokens > vocabulary:
-        raise UserError(
-            f"{model}: the tokenizer has {tokens:,} tokens, but the model has embeddings for {vocabulary:,}: it is the "
-            "tokenizer of another model; put the tokenizer of this model into the folder"
-        )
 
 
 def _check_workers(config: Config) -> None:
@@ -219,12 +213,13 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
         steps=steps,
         data={"kind": data.kind, "contents": inputs.manifest.contents, "content": facts.get("content")},
         start=model_identity(inputs.start, inputs.settings),
-        template=inputs.settings.template,
+        rendering=inputs.settings.rendering(),
         tokenizer=inputs.tokenizer,
         context=data.context,
         longest=data.max_group_tokens,
         over_long=data.over_long,
         end_ids=data.end_ids,
+        teachers=data.forms.to_json(),
         seed=config.run.seed,
         dtype=training.dtype,
         lora=training.lora.model_dump(mode="json") if training.lora else None,

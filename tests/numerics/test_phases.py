@@ -274,6 +274,7 @@ def test_every_step_has_its_health_figures(tmp_path: Path) -> None:
         "loss", "active_share", "pair_accuracy", "chosen_logp", "rejected_logp", "chosen_logp_per_token",
         "chosen_logp_drift", "rejected_logp_drift", "grad_norm", "lr", "tokens_per_s", "prompt_tokens_saved",
         "input_wait_share", "memory_gb", "groups_dropped", "groups_cut",
+        "groups_with_control_tokens",
     }  # fmt: skip
     assert expected <= steps[-1].keys()
     assert steps[0]["chosen_logp_drift"] == 0

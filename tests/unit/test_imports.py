@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plad_dist.decoding_checks",),
     ("plad_dist.fleet.",),
     ("plad_dist.sampling.backend", "plad_dist.sampling.spool", "plad_dist.sampling.vllm_models."),
+    ("plad_dist.sampling.thoughts",),
     ("plad_dist.sampling.endpoint.",),
     ("plad_dist.sampling.",),
     ("plad_dist.pairing.",),

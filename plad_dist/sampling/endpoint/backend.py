@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from plad_dist.config import Decoding, Model
+from plad_dist.config import Decoding, Endpoint, Model
+from plad_dist.data.chat_templates import config_template
 from plad_dist.data.conversation import Conversation, Messages, to_json
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.templates import compile_template, render
+from plad_dist.data.reasoning import opened_tag
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import StopStageError
 from plad_dist.sampling.backend import Completion, Keep, RefusedPromptError, Response, SampleNumber
@@ -19,6 +20,7 @@ from plad_dist.sampling.endpoint.budget import spent_on
 from plad_dist.sampling.endpoint.client import EndpointClient
 from plad_dist.sampling.endpoint.errors import EndpointStoppedError
 from plad_dist.sampling.endpoint.request import make_request
+from plad_dist.sampling.thoughts import Separate, tags_of_prompt, tags_of_server, with_thought
 
 _DRAIN_S = 20.0
 
@@ -38,9 +40,9 @@ class EndpointBackend:
     def __init__(self, settings: Model, name: str, outputs: Sequence[tuple[Dataset, Collection[int]]]) -> None:
         assert settings.endpoint is not None
         self.path: str | None = name
-        self._endpoint = settings.endpoint
-        self._client = EndpointClient(settings.endpoint, spent=spent_on(outputs))
-        self._template = compile_template(settings.template, name) if settings.template else None
+        self._settings, self._endpoint = settings, _with_template_kwargs(settings)
+        self._client = EndpointClient(self._endpoint, spent=spent_on(outputs))
+        self._template = config_template(settings, name) if settings.template else None
 
     @property
     def retries(self) -> int:
@@ -68,7 +70,7 @@ class EndpointBackend:
         if self._template is None:
             return [_as_sent(message) for message in prompt.messages]
         try:
-            return render(self._template, prompt, str(self.path))
+            return self._template.render(prompt)
         except UserError as error:
             return error
 
@@ -82,9 +84,10 @@ class EndpointBackend:
             UserError: the user must correct the key, the address, the model or the account.
         """
         try:
-            return await self._client.complete(prompt, decoding, seed)
+            completion = await self._client.complete(prompt, decoding, seed)
         except EndpointStoppedError as error:
             raise StopStageError(str(error), error.cost) from None
+        return with_thought(completion, self._settings, self._separate(prompt))
 
     async def complete_many(
         self, prompt: Any, decoding: Decoding, seeds: Sequence[int], request_id: str
@@ -95,9 +98,22 @@ class EndpointBackend:
             Exception: as :meth:`complete`.
         """
         try:
-            return await self._client.complete_many(prompt, decoding, seeds)
+            outcomes, lost_cost = await self._client.complete_many(prompt, decoding, seeds)
         except EndpointStoppedError as error:
             raise StopStageError(str(error), error.cost) from None
+        return [outcome and self._with_thought(outcome, prompt) for outcome in outcomes], lost_cost
+
+    def _with_thought(self, outcome: Completion | RefusedPromptError, prompt: Any) -> Completion | RefusedPromptError:
+        """Return an outcome with its thought apart, or its refusal."""
+        if isinstance(outcome, RefusedPromptError):
+            return outcome
+        try:
+            return with_thought(outcome, self._settings, self._separate(prompt))
+        except RefusedPromptError as refusal:
+            return refusal
+
+    def _separate(self, prompt: Any) -> Separate:
+        return tags_of_prompt(opened_tag(prompt)) if isinstance(prompt, str) else tags_of_server
 
     async def draw_block(
         self,
@@ -123,7 +139,17 @@ class EndpointBackend:
         pending = {
             number: make_request(self._endpoint, prompt, decoding, seed) for number, (prompt, seed) in requests.items()
         }
-        block_requests = BlockRequests(ledger, pending, keep)
+
+        async def keep_separated(
+            outcomes: Mapping[SampleNumber, Completion | RefusedPromptError], lost_cost: float
+        ) -> None:
+            prompts = {number: prompt for number, (prompt, _) in requests.items()}
+            separated = {
+                number: self._with_thought(outcome, prompts.get(number)) for number, outcome in outcomes.items()
+            }
+            await keep(separated, lost_cost)
+
+        block_requests = BlockRequests(ledger, pending, keep_separated)
         try:
             if is_batch:
                 await self._client.batches.draw(block_requests)
@@ -142,6 +168,15 @@ class EndpointBackend:
     async def close(self) -> None:
         """Send nothing more, and wait briefly for the responses in flight, which are paid for."""
         await self._client.close(_DRAIN_S)
+
+
+def _with_template_kwargs(settings: Model) -> Endpoint:
+    """Return the endpoint of a model, with the variables of its chat template in every request."""
+    endpoint, kwargs = settings.endpoint, settings.template_kwargs
+    assert endpoint is not None
+    if not kwargs or endpoint.api == "completions":  # then the template is rendered here
+        return endpoint
+    return endpoint.model_copy(update={"extra_body": {"chat_template_kwargs": kwargs, **endpoint.extra_body}})
 
 
 def _as_sent(message: dict[str, Any]) -> dict[str, Any]:

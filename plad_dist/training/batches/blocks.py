@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from plad_dist.data.conversation import COLUMNS
 from plad_dist.data.schemas import is_usable_response
+from plad_dist.data.teacher_texts import TeacherForms, outside_text
 from plad_dist.errors import RunFailed
 
 Row = dict[str, Any]
@@ -49,10 +50,14 @@ class ResponseRows:
     """Teacher responses with the prompts that they belong to. Every finished response is a group.
 
     Responses have the form of references: their text is in the column `reference`.
+
+    Args:
+        forms: how responses of each teacher become responses of the student.
     """
 
-    def __init__(self, prompts: pa.Table, samples: pa.Table) -> None:
-        self._prompts, self._samples = prompts.select(COLUMNS), samples.select(["prompt_id", "text"])
+    def __init__(self, prompts: pa.Table, samples: pa.Table, forms: TeacherForms) -> None:
+        self._prompts, self._forms = prompts.select([*COLUMNS, "teacher"]), forms
+        self._samples = samples.select(["prompt_id", "text", "reasoning", "token_ids"])
         self._prompt_rows = {prompt_id: row for row, prompt_id in enumerate(prompts["prompt_id"].to_pylist())}
         rows = samples.select(["text", "finish_reason"]).to_pylist()
         self._row_indices = np.array([index for index, row in enumerate(rows) if is_usable_response(row)], np.int64)
@@ -60,12 +65,16 @@ class ResponseRows:
     def rows(self, number: int) -> list[Row]:
         sample = self._samples.slice(int(self._row_indices[number]), 1).to_pylist()[0]
         prompt = self._prompts.slice(self._prompt_rows[sample["prompt_id"]], 1).to_pylist()[0]
-        return [prompt | {"prompt_id": sample["prompt_id"], "reference": sample["text"]}]
+        teacher = prompt["teacher"] or "teacher"
+        response = outside_text(teacher, sample["text"], sample["reasoning"], sample["token_ids"], self._forms)
+        return [prompt | {"prompt_id": sample["prompt_id"], "reference": sample["text"], "response": response}]
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the bytes of text of each group."""
         prompt_rows = [self._prompt_rows[prompt_id] for prompt_id in self._samples["prompt_id"].to_pylist()]
         sizes = _prompt_bytes(self._prompts)[prompt_rows] + _text_bytes(self._samples["text"])
+        if self._forms.keep_thought:
+            sizes = sizes + _text_bytes(self._samples["reasoning"])
         return sizes[self._row_indices]
 
 

@@ -9,6 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from plad_dist.data.conversation import Conversation
+from plad_dist.data.teacher_texts import OutsideText, learn
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import Row
@@ -18,6 +19,8 @@ from plad_dist.training.batches.micro_batch import Group
 class TextGroupBuilder:
     """Builder of groups with one response, which tokenizes the texts of prompt and response.
 
+    A response with a control token of the model is no group, but None.
+
     Args:
         vocabulary: number of tokens that the model has embeddings for.
     """
@@ -25,13 +28,16 @@ class TextGroupBuilder:
     def __init__(self, renderer: Renderer, vocabulary: int) -> None:
         self._renderer, self._vocabulary = renderer, vocabulary
 
-    def __call__(self, rows_of_groups: list[list[Row]]) -> list[Group]:
+    def __call__(self, rows_of_groups: list[list[Row]]) -> list[Group | None]:
         rows = [row for (row,) in rows_of_groups]
         prompts = self._renderer.prompt_ids([Conversation.from_row(row) for row in rows])
-        responses = self._renderer.response_ids([row["reference"] for row in rows])
-        groups = []
-        for row, prompt, response in zip(rows, prompts, responses, strict=True):
-            name = f"prompt {row['prompt_id']}"
+        texts = [row.get("response") or OutsideText(row["reference"]) for row in rows]
+        groups: list[Group | None] = []
+        for row, prompt, text in zip(rows, prompts, learn(texts, self._renderer), strict=True):
+            if text is None:
+                groups.append(None)
+                continue
+            name, response = f"prompt {row['prompt_id']}", [*text.ids, self._renderer.end_id]
             self._check(name, prompt, response)
             groups.append(Group(prompt, [response], name=name))
         return groups

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -22,6 +22,7 @@ from plad_dist.data.parts import Part, part_name
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import INITIAL_LOGPS, PAIRS, SAMPLES
 from plad_dist.data.storage import Storage
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import GroupRows, PairRows, ReferenceRows, ResponseRows, Row
@@ -31,7 +32,7 @@ from plad_dist.training.batches.micro_batch import Group
 GroupKind = Literal["references", "teacher", "pairs", "lists", "chosen"]
 _OPEN_BLOCKS = 256  # the most blocks that stay open
 _OpenBlock = Callable[[int, bool], GroupRows]
-_BuildGroups = Callable[[list[list[Row]]], list[Group]]
+_BuildGroups = Callable[[list[list[Row]]], Sequence[Group | None]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class DataSpec:
         shares_prompts: the responses of a group share one pass over the prompt.
         over_long: treatment of a group beyond `context` or `max_group_tokens`.
         end_ids: tokens that end a response; only `lists` use them.
+        forms: how responses of each `teacher` become responses of the model that is trained.
         initial_logps: dataset with log-likelihoods under the starting student; empty if the loss
             needs none.
     """
@@ -59,6 +61,7 @@ class DataSpec:
     shares_prompts: bool = True
     over_long: Literal["fail", "drop", "truncate", "keep"] = "fail"
     end_ids: tuple[int, ...] = ()
+    forms: TeacherForms = field(default_factory=TeacherForms)
     initial_logps: str = ""
 
     @property
@@ -110,7 +113,9 @@ def _open_texts(spec: DataSpec, storage: Storage) -> _OpenBlock:
     if spec.kind == "references":
         return lambda block, verify: ReferenceRows(prompts.read_block(block, verify))
     samples = spec.dataset(storage)
-    return lambda block, verify: ResponseRows(prompts.read_block(block, verify), samples.read_block(block, verify))
+    return lambda block, verify: ResponseRows(
+        prompts.read_block(block, verify), samples.read_block(block, verify), spec.forms
+    )
 
 
 def _open_pairs(spec: DataSpec, storage: Storage) -> _OpenBlock:
@@ -134,7 +139,8 @@ class GroupSource:
         build: builds groups from their rows.
 
     Attributes:
-        changed: how many over-long groups were `dropped` and how many were `cut`.
+        changed: how many over-long groups were `dropped` and how many were `cut`; and how many
+            texts had a `control_token` and were left out.
     """
 
     def __init__(self, counts: Sequence[int], open_block: _OpenBlock, build: _BuildGroups, spec: DataSpec) -> None:
@@ -157,6 +163,9 @@ class GroupSource:
         """
         groups = []
         for group in self._build([self._rows(int(index)) for index in indices]):
+            if group is None:
+                self.changed["control_token"] += 1
+                continue
             fitted = fit(group, self._spec)
             self.changed["dropped"] += fitted is None
             self.changed["cut"] += fitted is not None and fitted is not group

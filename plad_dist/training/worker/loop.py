@@ -259,6 +259,7 @@ class Worker:
                 "input_wait_share": input_wait / seconds,
                 "groups_dropped": float(self._steps.changed_groups["dropped"]),
                 "groups_cut": float(self._steps.changed_groups["cut"]),
+                "groups_with_control_tokens": float(self._steps.changed_groups["control_token"]),
             }
             self.log.write_step(self.state, figures)
         self.checkpoints.stall_seconds, self._step_seconds = 0.0, time.monotonic() - started

@@ -82,7 +82,8 @@ class StepLoader:
 
     @property
     def changed_groups(self) -> Mapping[str, int]:
-        """Numbers of groups that were `dropped` or `cut` for their length."""
+        """Numbers of groups that were `dropped` or `cut` for their length, or left out for a
+        `control_token`."""
         return self._groups.changed
 
     def load(self, step: int) -> StepData:

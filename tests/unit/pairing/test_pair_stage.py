@@ -134,7 +134,7 @@ def test_every_block_is_one_part_and_the_facts_are_their_sums(folder: Path) -> N
     assert [part.rows for part in manifest.parts] == [8, 8, 0, 8, 4]
     assert facts == PairFacts.from_manifest(manifest)
     assert facts.as_dict() == manifest.facts
-    assert manifest.facts == {
+    assert manifest.facts == manifest.facts | {
         "prompts": PROMPTS_SAMPLED,
         "pairs": 28,
         "drops": {"chosen_truncated": 8},
@@ -142,6 +142,9 @@ def test_every_block_is_one_part_and_the_facts_are_their_sums(folder: Path) -> N
         "teacher_worse_share": 0.0,
         "scored": 12,
         "unscored": 16,
+        "first_tokens": {"chosen": {"a space": 28}, "rejected": {"a digit": 4, "another character": 24}},
+        "thoughts": {"chosen": 0, "rejected": 0},
+        "unmatched_tags": {"chosen": 0, "rejected": 0},
     }
     assert facts.pairs == manifest.rows == manifest.count("pairs")
     assert run.heldout_pairs().require("pair").facts["prompts"] == 3
@@ -207,7 +210,7 @@ def test_jobs_come_with_the_number_of_prompts_in_each_block(folder: Path) -> Non
 def test_workers_get_absolute_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     config = make_config(folder, score="reward_model", reward_model={"path": "run/models/warmup"})
-    _, student, _, pairing, working_directory = pair_worker_args(config, RunDir.of(config))
+    _, student, _, pairing, _, working_directory = pair_worker_args(config, RunDir.of(config))
     assert pairing.reward_model is not None
     assert pairing.reward_model.path == student == str(folder / "run" / "models" / "warmup")
     assert working_directory == str(folder)

@@ -24,6 +24,7 @@ from plad_dist.config import Model, Pairing, RewardModel
 from plad_dist.data.models import check_weights
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.storage import Storage
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.pairing.answer import Answer
@@ -147,6 +148,7 @@ def test_pairs_carry_the_scores_of_the_reward_model(tmp_path: Path) -> None:
                 "text": texts,
                 "token_ids": [[7 + i, 2] for i in range(len(texts))],
                 "finish_reason": ["stop"] * len(texts),
+                "reasoning": [None] * len(texts),
                 "logprob": [-1.0] * len(texts),
             }
         )
@@ -279,6 +281,8 @@ def test_a_worker_imports_functions_from_the_drivers_folder(tmp_path: Path, monk
     (tmp_path / "drivers_own.py").write_text("def f(answers): return [0.0] * len(answers)")
     for name, problem in (("drivers_own:f", None), ("drivers_own:g", "has no attribute 'g'")):
         pairing = Pairing(score="function", score_function=name)
-        worker = PairWorker(Storage(str(tmp_path)), str(student), Model(path=str(student)), pairing, str(tmp_path))
+        worker = PairWorker(
+            Storage(str(tmp_path)), str(student), Model(path=str(student)), pairing, TeacherForms(), str(tmp_path)
+        )
         message = asyncio.run(worker.start())
         assert message is None if problem is None else problem in str(message)

@@ -17,6 +17,7 @@ from plad_dist.config_file import parse_config
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
+from plad_dist.data.reasoning import ResponseForm
 from plad_dist.data.schemas import INITIAL_LOGPS, SAMPLES
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
@@ -163,23 +164,34 @@ def test_pairs_in_the_tokens_of_another_student_are_refused(tmp_path: Path, raw:
 class TokensAsTexts:
     """A renderer for texts that are token ids already."""
 
-    model = "here"
+    model, end_id = "here", 1
+    form = ResponseForm()
+
+    class control_tokens:
+        """No text has control tokens."""
+
+        without_end = staticmethod(lambda text: text)
+        find = staticmethod(lambda text: None)
+        has_any = staticmethod(lambda ids: False)
 
     def prompt_ids(self, prompts: list[Conversation]) -> list[Any]:
         return [prompt.messages for prompt in prompts]
 
-    def response_ids(self, texts: list[list[int]]) -> list[list[int]]:
-        return texts
+    def text_ids(self, texts: list[str]) -> list[list[int]]:
+        return [list(map(ord, text)) for text in texts]
+
+    def without_end(self, ids: list[int]) -> list[int]:
+        return ids
 
 
 @pytest.mark.parametrize(
     ("prompt", "response", "message"),
     [
-        ([], [5], "prompt p: renders to no token"),
-        ([5], [9, 20], "prompt p: the tokenizer of here returns token 20, .* for 20 tokens"),
+        ([], "\5", "prompt p: renders to no token"),
+        ([5], "\t\x14", "prompt p: the tokenizer of here returns token 20, .* for 20 tokens"),
     ],
 )
-def test_a_prompt_that_cannot_be_trained_on_is_named(prompt: list[int], response: list[int], message: str) -> None:
+def test_a_prompt_that_cannot_be_trained_on_is_named(prompt: list[int], response: str, message: str) -> None:
     build = TextGroupBuilder(TokensAsTexts(), 20)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         build([[{"prompt_id": "p", "messages": prompt, "reference": response}]])
