@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.values import PathText
+from plad_dist.config.values import PathText, TemplateText
 
 
 class Columns(Section):
@@ -38,7 +38,7 @@ class Columns(Section):
         description="Column with the tools that the model may call: a list of definitions {type, function}, or the "
         "JSON of one. Chat templates get them as `tools`. A row without a value has no tools.",
     )
-    template: str | None = Field(
+    template: TemplateText | None = Field(
         None, description="Jinja template over the columns of a row that renders the prompt text."
     )
     dialogue_column: str | None = Field(
@@ -52,7 +52,7 @@ class Columns(Section):
         description="Column with the reference. A row without a value has no reference. If it equals "
         "`messages_column`, a last turn by the assistant is the reference.",
     )
-    reference_template: str | None = Field(
+    reference_template: TemplateText | None = Field(
         None,
         description="Jinja template over the columns of a row that renders the reference. If the result is empty, the "
         "row has no reference.",

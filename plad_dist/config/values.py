@@ -125,22 +125,28 @@ FreeMappingWithPaths = Annotated[
 
 # -- templates
 
-
-def _uses(variables: tuple[str, ...]) -> Callable[[str], str]:
-    """Return a check that a Jinja template uses one of some variables."""
-    use = re.compile(rf"\{{[{{%](?:(?!\}}\}}|%\}}).)*\b(?:{'|'.join(variables)})\b", re.DOTALL)
-
-    def check(template: str) -> str:
-        if use.search(template):
-            return template
-        looks_like_path = "\n" not in template and "{" not in template and re.search(r"/|\.[a-z0-9]+$", template)
-        advice = "is a path, expected the text of a template: copy the file's text here, with YAML's `|`"
-        if not looks_like_path:
-            advice = f"uses no {' or '.join(variables)}, so every prompt would be the same text"
-        raise ValueError(f"{template!r:.80} {advice}; a template is a text such as '{{{{ messages[-1].content }}}}'")
-
-    return check
+_PATH = re.compile(r"[/~.].*|[^\s/]+(/[^\s/]+)+|.*\.(jinja2?|j2|txt|tmpl)")
+_USE_OF_MESSAGES = re.compile(r"\{[{%](?:(?!\}\}|%\}).)*\bmessages\b", re.DOTALL)
 
 
+def _refuse_path(template: str) -> str:
+    if "{" not in template and _PATH.fullmatch(template):
+        raise ValueError(
+            f"{template}: is a path, expected the text of a template: copy the text of the file here, with YAML's `|`"
+        )
+    return template
+
+
+def _check_use_of_messages(template: str) -> str:
+    if not _USE_OF_MESSAGES.search(template):
+        raise ValueError(
+            f"{template!r:.80} uses no messages, so every prompt would be the same text; expected a Jinja template "
+            "such as '{{ messages[-1].content }}'"
+        )
+    return template
+
+
+# Text of a Jinja template. No template is read from a file, except those of judges, which are long.
+TemplateText = Annotated[str, AfterValidator(_refuse_path)]
 # Text of a Jinja template over the messages of a conversation.
-MessagesTemplate = Annotated[str, AfterValidator(_uses(("messages",)))]
+MessagesTemplate = Annotated[TemplateText, AfterValidator(_check_use_of_messages)]

@@ -277,6 +277,14 @@ def test_combinations_that_cannot_be_meant_are_refused(change: dict[str, Any], m
     assert message in str(error.value)
 
 
+def test_no_template_of_a_prompt_is_a_path() -> None:
+    for key in ("template", "reference_template"):
+        for template in ("chat.jinja", "/a b/chat", "~/chat.j2", "../x", "a/b.txt"):
+            source = {"type": "files", "paths": ["a"], key: template}
+            with pytest.raises(UserError, match=f"prompts.source.{key}: {template}: is a path, expected the text"):
+                parse_config(MINIMAL | {"prompts": {"source": source}}, "x")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
