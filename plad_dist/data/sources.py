@@ -16,9 +16,10 @@ import xxhash
 from plad_dist.config import Columns, DatasetSource, FilesSource
 from plad_dist.data.chats import ChatParser, InvalidRowError, check_turns, parse_dialogue
 from plad_dist.data.conversation import Conversation, Messages, Tools, to_json
+from plad_dist.data.datasets_library import dataset_name, dataset_records
 from plad_dist.data.files import Record, is_table, records
 from plad_dist.data.source_files import SourceFile, expand
-from plad_dist.errors import UserError, first_line
+from plad_dist.errors import UserError
 
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 # Errors that a template which compiles can raise on a row.
@@ -89,7 +90,7 @@ def read_prompts(
     """
     reader = _Reader(source, key, on_invalid)
     if isinstance(source, DatasetSource):
-        yield from reader.prompts(_dataset_name(source), _dataset_records(source, key, reader.columns), is_table=True)
+        yield from reader.prompts(dataset_name(source), dataset_records(source, key, reader.columns), is_table=True)
     else:
         yield from _prompts_of_files(source, key, reader)
     reader.check_variety()
@@ -314,69 +315,3 @@ def _records_of(file: SourceFile, columns: list[str] | None) -> Iterator[Record]
                     "the file; correct one of the two"
                 )
         yield row, location, file.columns | record
-
-
-# -- data sets
-
-
-def _dataset_name(source: DatasetSource) -> str:
-    """Return the name of a data set in prompt ids and `meta`, without its parent folders."""
-    folder = Path(source.name)
-    name = folder.absolute().name if folder.is_dir() else source.name
-    return ":".join(part for part in (name, source.subset or source.data_dir, source.split) if part)
-
-
-def _dataset_records(source: DatasetSource, key: str, columns: list[str] | None) -> Iterator[Record]:
-    try:
-        data = _load(source, key)
-        if columns is not None and set(columns) <= set(data.column_names or ()):
-            data = data.select_columns(columns)  # other columns, such as images, are not decoded
-        row = -1
-        for row, record in enumerate(data):
-            if row == 0 and data.info.builder_name == "csv":
-                _check_header(record, source, key)
-            yield row, f"{source.name}: row {row} (counted from 0)", record
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 - `datasets` passes on any error of its readers and of the hub
-        cause = first_line(error)
-        if "scripts are no longer supported" in cause:  # code of a data set is never run
-            cause += (
-                f". Set {key}.revision to refs/convert/parquet, where the hub keeps a copy, and {key}.data_dir to the "
-                "name of the configuration instead of subset"
-            )
-        raise UserError(f"{key}: {source.name}: cannot be read as a data set: {cause}") from None
-    if row < 0:
-        raise UserError(f"{key}: {source.name}: no prompts in split {source.split!r}; expected one row per prompt")
-
-
-def _check_header(record: dict[str, Any], source: DatasetSource, key: str) -> None:
-    """Raise :class:`UserError` if a CSV header has a name twice; pandas numbers the second."""
-    if twice := [name for name in record if f"{name}.1" in record]:
-        raise UserError(
-            f"{key}: {source.name}: header: the column {twice[0]!r} is given twice; rename or remove one of the two"
-        )
-
-
-def _load(source: DatasetSource, key: str) -> Any:
-    """Return the split as a stream, or memory-mapped if `save_to_disk` wrote it."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    folder = Path(source.name)
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        name = str(folder) if folder.is_dir() else source.name
-        return load_dataset(
-            name,
-            source.subset,
-            data_dir=source.data_dir,
-            split=source.split,
-            revision=source.revision,
-            streaming=True,
-        )
-    saved = load_from_disk(str(folder))
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if source.split not in saved:
-        splits = ", ".join(sorted(saved))
-        raise UserError(f"{key}.split: {source.name} has no split {source.split!r}; it has {splits}. Set one of them")
-    return saved[source.split]

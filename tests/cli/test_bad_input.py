@@ -60,17 +60,6 @@ def a_link_to_nowhere_among_the_prompts(folder: Path, raw: dict[str, Any]) -> No
     raw["prompts"]["source"]["paths"] = [str(folder / "prompts*.jsonl")]
 
 
-def an_image_among_the_messages(folder: Path, raw: dict[str, Any]) -> None:
-    content = [{"type": "image_url", "image_url": {"url": "x"}}]
-    row = {"m": [{"role": "user", "content": content}], "answer": "a"}
-    (folder / "prompts.jsonl").write_text(json.dumps(row) + "\n")
-    raw["prompts"]["source"]["messages_column"] = "m"
-
-
-def a_prompt_template_in_the_wrong_form(folder: Path, raw: dict[str, Any]) -> None:
-    raw["prompts"]["source"]["template"] = "Question: {prompt}"
-
-
 def column_missing(folder: Path, raw: dict[str, Any]) -> None:
     raw["prompts"]["source"]["prompt_column"] = "question"
 
@@ -220,8 +209,6 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (weights_cut, ["student.path: ", "model.safetensors: not a safetensors file", "Copy the model again"]),
         (prompts_empty, ["prompts.jsonl", "no prompts;"]),
         (a_link_to_nowhere_among_the_prompts, ["prompts.source.paths: ", "prompts-2.jsonl: is a link to"]),
-        (an_image_among_the_messages, ["prompts.jsonl:1: 'm': message 0", "part of type 'image_url'"]),
-        (a_prompt_template_in_the_wrong_form, ["prompts.source.template: uses no column", "columns prompt, answer"]),
         (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has answer, prompt"]),
         (model_missing, ["student.path: ", "nowhere", "no such model folder"]),
         (not_a_model, ["not a model folder", "config.json"]),
