@@ -36,6 +36,7 @@ from plad_dist.sampling.endpoint.errors import (
     ClientClosedError,
     EndpointBlockedError,
     EndpointDownError,
+    advice,
     blocked_message,
     endpoint_down,
     spending_cap_reached,
@@ -117,9 +118,12 @@ class BatchClient:
         self._changed.set()
 
     async def check(self) -> str | None:
-        """Return what the user must correct, None if the provider has batches for the key."""
+        """Return what the user must correct, None if the provider accepts the key for batches.
+
+        A provider that does not list its batches passes.
+        """
         failure = await self._api.check()
-        return str(self._blocked(failure)) if failure is not None and failure.kind == "blocked" else None
+        return advice(self._endpoint, failure) if failure is not None and failure.status in (401, 403) else None
 
     async def draw(self, block: BlockRequests) -> None:
         """Have every pending request of a block answered.
@@ -252,7 +256,7 @@ class BatchClient:
             for looks in range(2):
                 if looks:  # the list of batches may lag behind
                     await self._sleep(_LOOK_AGAIN_S)
-                if (batch_id := await self._insist(partial(self._api.find, token, file_id))) is not None:
+                if (batch_id := await self._find(block, batch, file_id)) is not None:
                     return batch_id
         if not batch.may_submit:
             return None
@@ -267,10 +271,22 @@ class BatchClient:
             failures += 1
             await self._pause(submitted, failures)
             # Perhaps only the answer was lost.
-            if (batch_id := await self._insist(partial(self._api.find, token, file_id))) is not None:
+            if (batch_id := await self._find(block, batch, file_id)) is not None:
                 return batch_id
         self._log(block, submitted, f"submitted with {len(batch.requests)} requests")
         return submitted
+
+    async def _find(self, block: BlockRequests, batch: _Batch, file_id: str) -> str | None:
+        """Return the id of a batch if it was submitted.
+
+        Raises:
+            EndpointBlockedError: the provider does not tell.
+        """
+        unknown = (
+            f"list of batches, so whether the batch in {block.ledger.path(batch.record)} was submitted is unknown. "
+            "Write its id from the provider's console into that file as `batch_id`"
+        )
+        return await self._insist(partial(self._api.find, batch.record.token, file_id), unknown)
 
     async def _note(self, block: BlockRequests, batch: _Batch, **changes: Any) -> BatchRecord:
         """Write changes of a batch's record."""
@@ -283,7 +299,8 @@ class BatchClient:
         """Return the state of a batch once it has ended."""
         wait_s = _FIRST_POLL_S
         while True:
-            state = await self._insist(partial(self._api.get, batch_id), f"batch {batch_id}, recorded in {record_path}")
+            unknown = f"batch {batch_id}, recorded in {record_path}. Use the key of the account that has submitted it"
+            state = await self._insist(partial(self._api.get, batch_id), unknown)
             self.polls += 1
             if state.get("status") in _ENDED:
                 return state
@@ -296,14 +313,14 @@ class BatchClient:
         """Call the provider until it answers.
 
         Args:
-            what: thing that is missing if the provider answers with 404.
+            what: thing that is missing if the provider does not know the call, and what to do.
         """
         failures = 0
         while isinstance(answer := await send(), Failure):
-            if answer.status == 404 and what:
+            if answer.status in _ABSENT and what:
                 raise EndpointBlockedError(
-                    f"{self._endpoint.url}: there is no {what}. Use the key of the account that has submitted it, or "
-                    "delete that file to submit its requests again"
+                    f"{self._endpoint.url}: the provider has no {what}, or delete that file to submit its requests "
+                    "again, which are then paid for again"
                 )
             if answer.kind in ("refused", "blocked"):
                 raise self._blocked(answer)
@@ -336,12 +353,11 @@ class BatchClient:
                     "Look at them at the provider, then run again, or set endpoint.mode to realtime."
                 )
             await self._sleep(backoff_s(block.barren, self._jitter()))
-        elif self._budget.reservations:  # batches of this client are what fills the queue
-            await self._wait_for_change()
         else:
             now = self._clock()
             block.full_since = now if block.full_since is None else block.full_since
-            if now - block.full_since > self._endpoint.give_up_after_s:
+            # Batches of this client that are in flight may be what fills the queue.
+            if not self._budget.reservations and now - block.full_since > self._endpoint.give_up_after_s:
                 raise EndpointDownError(
                     f"{self._endpoint.url}: accepts no batch for {now - block.full_since:.0f} s: {failure.text}. Run "
                     "again when the provider's queue is shorter, or use a smaller prompts.block_size."

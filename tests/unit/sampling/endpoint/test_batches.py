@@ -324,16 +324,31 @@ def test_requests_of_a_batch_in_flight_are_not_asked_in_realtime(tmp_path: Path)
     assert texts(tmp_path) == PROMPTS
 
 
-def test_a_provider_without_batches_is_recognized_before_any_work(tmp_path: Path) -> None:
+def test_a_provider_that_does_not_list_its_batches_is_not_guessed_about(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.refuse = lambda call: web.Response(status=405) if call == "GET batches" else None
+    provider.lost_answers = {"POST batches"}
+    with pytest.raises(UserError, match=r"whether the batch in samples/spool/00000/batch-0000.json was submitted"):
+        work(storage, job, provider)
+    (record,) = (tmp_path / "samples/spool/00000").glob("batch-*.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"batch_id": "batch-0"}))
+    work(storage, job, provider)
+    assert provider.submitted_lines == [3]
+    assert texts(tmp_path) == PROMPTS
+
+
+def test_a_key_that_may_not_use_batches_is_recognized_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         provider = BatchProvider()
-        provider.refuse = lambda call: web.Response(status=404) if call == "GET batches" else None
+        provider.refuse = lambda call: error(403, "not yours") if call == "GET batches" else None
         async with providing(provider):
-            endpoint = Endpoint(url=provider.url, model="m", mode="batch")
+            endpoint = Endpoint(url=provider.url, model="m", mode="batch", api_key_env="TEACHER_KEY")
             backend = EndpointBackend(Model(endpoint=endpoint), "m", [])
-            assert "endpoint.mode: realtime" in (await backend.check() or "")
+            assert "rejects the key from the variable TEACHER_KEY" in (await backend.check() or "")
             await backend.close()
 
+    monkeypatch.setenv("TEACHER_KEY", "sk-0123456789")
     asyncio.run(test())
 
 
