@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from plad_dist.config import LlmJudge, Model
+from plad_dist.data.conversation import Conversation
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import JudgedPair, Metrics
 from plad_dist.evaluation.judges import judge_questions, load_template, read_verdicts
@@ -177,3 +178,13 @@ def test_calibration_shows_which_student_ranks_better() -> None:
     assert gain is not None
     assert gain.low > 0.5
     assert "rank responses better than before" in str(sentence(metrics, "likelihoods"))
+
+
+def test_a_judge_reads_the_calls_of_tools() -> None:
+    call = {"function": {"name": "weather", "arguments": {"town": "Graz"}}}
+    turns = [*PROMPTS[0]["messages"], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    prompt = {"prompt_id": "p", "reference": None, **Conversation(turns).to_row()}
+    (question, _) = judge_questions(load_template(JUDGE, "x"), [prompt], (BETTER[:1], WORSE[:1]), "x")
+    text = question["messages"][0]["content"]
+    assert '"town": "Graz"' in text
+    assert "None" not in text

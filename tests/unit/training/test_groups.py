@@ -18,9 +18,11 @@ from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.reasoning import ResponseForm
-from plad_dist.data.schemas import INITIAL_LOGPS, SAMPLES
+from plad_dist.data.schemas import INITIAL_LOGPS, PROMPTS, SAMPLES
+from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
+from plad_dist.training.batches.blocks import ReferenceRows, ResponseRows
 from plad_dist.training.batches.building import TextGroupBuilder
 from plad_dist.training.batches.check import check_pairs, check_texts
 from plad_dist.training.batches.groups import DataSpec, fit, open_groups
@@ -363,3 +365,17 @@ def test_a_text_has_at_least_as_many_bytes_as_tokens(folder: Path, run_with_long
 
 def groups_in(run: RunDir, block: int) -> int:
     return train_prompts(run.storage).require("prepare").parts[block].counts["references"]
+
+
+def test_groups_of_texts_have_the_whole_conversation_and_the_tools() -> None:
+    call = {"function": {"name": "weather", "arguments": {"town": "Graz"}}}
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    prompt = Conversation([*turns, {"role": "user", "content": "ho"}], [{"name": "weather"}])
+    row = {"prompt_id": "p", "reference": "ha", "meta": None, "teacher": None, **prompt.to_row()}
+    prompts = pa.Table.from_pylist([row], schema=PROMPTS)
+    sample = {"prompt_id": "p", "text": "he", "finish_reason": "stop", "reasoning": None, "token_ids": []}
+    responses = ResponseRows(prompts, pa.Table.from_pylist([sample]), TeacherForms())
+    for rows, response in ((ReferenceRows(prompts), "ha"), (responses, "he")):
+        (group,) = rows.rows(0)
+        assert (Conversation.from_row(group), group["reference"]) == (prompt, response)
+        assert rows.sizes()[0] >= len(json.dumps(prompt.messages)) + len(json.dumps(prompt.tools))
