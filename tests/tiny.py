@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,37 @@ def sampling_config(folder: Path, prompts: int, *, block_size: int = 16, max_tok
         "sampling": {"teacher": role, "student": role, "window": 2},
         "evaluation": {"limit": 8},
     }
+
+
+def make_chain_model(folder: Path, response: Sequence[str], prompt_end: str, *, added: Sequence[str] = ()) -> Path:
+    """Write a model that always responds with the same tokens, and then ends.
+
+    Its layers add nothing, so that the next token depends on the last one alone.
+
+    Args:
+        response: tokens, all of them different.
+        prompt_end: token with which every prompt ends.
+        added: tokens to add to the vocabulary.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    make_random_model(folder, tie_word_embeddings=False, hidden_size=384, num_attention_heads=12, head_dim=32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(added))
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    chain = tokenizer.convert_tokens_to_ids([prompt_end, *response, tokenizer.eos_token])
+    assert None not in chain
+    assert len(set(chain)) == len(chain)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                weight.zero_()
+        embeddings = torch.eye(len(tokenizer), model.config.hidden_size)
+        model.get_input_embeddings().weight.copy_(embeddings)
+        for token, following in itertools.pairwise(chain):
+            model.get_output_embeddings().weight[following] = embeddings[token] * 10
+    model.save_pretrained(folder)
+    return folder

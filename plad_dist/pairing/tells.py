@@ -77,16 +77,19 @@ def warnings(facts: PairFacts) -> list[str]:
 def _first_token_warnings(facts: PairFacts) -> list[str]:
     if facts.pairs < _FEWEST_PAIRS:
         return []
-    texts = []
-    for kind in sorted({*facts.first_tokens["chosen"], *facts.first_tokens["rejected"]}):
-        chosen, rejected = (facts.first_tokens[side].get(kind, 0) / facts.pairs for side in ("chosen", "rejected"))
-        if max(chosen, rejected) >= _OFTEN and min(chosen, rejected) <= _RARELY:
-            texts.append(
-                f"the first token tells chosen from rejected responses: {chosen:.0%} of chosen ones begin with {kind}, "
-                f"{rejected:.0%} of rejected ones, and the student may learn no more than that; see whether the "
-                "prompts of student.template end as those of the teacher do, with or without a space"
-            )
-    return texts
+    shares = {
+        kind: tuple(facts.first_tokens[side].get(kind, 0) / facts.pairs for side in ("chosen", "rejected"))
+        for kind in sorted({*facts.first_tokens["chosen"], *facts.first_tokens["rejected"]})
+    }
+    tells = {kind: pair for kind, pair in shares.items() if max(pair) >= _OFTEN and min(pair) <= _RARELY}
+    if not tells:
+        return []
+    kind, (chosen, rejected) = max(tells.items(), key=lambda item: (abs(item[1][0] - item[1][1]), item[1]))
+    return [
+        f"the first token tells chosen from rejected responses: {chosen:.0%} of chosen ones begin with {kind}, "
+        f"{rejected:.0%} of rejected ones, and the student may learn no more than that; see whether the prompts of "
+        "student.template end as those of the teacher do, with or without a space"
+    ]
 
 
 def _thought_warnings(facts: PairFacts) -> list[str]:
