@@ -27,6 +27,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the config of a run whose teacher begins inside a thought, sampled by its engine."""
     folder = tmp_path_factory.mktemp("thinking")
     raw = sampling_config(folder, 40, max_tokens=32)
+    raw["prompts"]["heldout_fraction"] = 0.2
     make_chain_model(folder / "thinker", [*"abc", "</think>", *"def"], "<think>", added=TAGS)
     raw["teacher"] = {"path": str(folder / "thinker"), "template": TEMPLATE + "<think>"}
     config = write_config(folder, raw)
