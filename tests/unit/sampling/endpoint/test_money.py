@@ -190,6 +190,27 @@ def test_the_cap_holds_to_one_request_if_reasoning_is_billed_beyond_max_tokens(c
     run(test())
 
 
+@pytest.mark.parametrize("concurrency", [8, 64])
+def test_the_cap_holds_to_one_request_if_thoughts_grow_longer_and_longer(concurrency: int) -> None:
+    """Each request costs more than any before it, so that the largest excess so far is no bound."""
+
+    async def test() -> None:
+        billed: list[float] = []
+
+        def respond(prompt: str, count: int) -> Any:
+            thought = 20 * len(billed)
+            billed.append(price_of(10, 5 + thought))
+            return after(0.005, good(usage=reasoning_outside(10, 5, thought)))
+
+        settings = PRICES | {"max_spend": 40.0, "concurrency": concurrency}
+        async with serving(respond) as server, client_of(server, **settings) as client:
+            outcomes = await complete_all(client, *(f"p{row}" for row in range(400)))
+            assert any(isinstance(outcome, SpendingCapReached) for outcome in outcomes)
+            assert 40.0 - 3 * max(billed) < sum(billed) <= 40.0 + max(billed)
+
+    run(test())
+
+
 def test_the_cap_holds_if_cached_tokens_have_their_own_price() -> None:
     async def test() -> None:
         usage = {"prompt_tokens": 280, "completion_tokens": 20, "prompt_tokens_details": {"cached_tokens": 200}}
