@@ -74,7 +74,8 @@ def _wait_for_model(job: PhaseJob, attempt: Attempt) -> None:
 def _tokenizer(job: PhaseJob) -> Any:
     """Return the tokenizer of the start.
 
-    A template of the config becomes its chat template, for servers.
+    A template of the config becomes its chat template, for servers, with `template_kwargs` as
+    defaults.
     """
     tokenizer = load_tokenizer(job.start, job.settings)
     if job.settings.template is not None:
@@ -82,6 +83,12 @@ def _tokenizer(job: PhaseJob) -> Any:
         has_bos = bos is not None and job.settings.template.startswith(tokenizer.bos_token)
         adds_bos = bos is not None and not has_bos and tokenizer("a")["input_ids"][:1] == [bos]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + job.settings.template
+    if isinstance(tokenizer.chat_template, str):
+        defaults = (
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
+            for name, value in job.settings.template_kwargs.items()
+        )
+        tokenizer.chat_template = "".join(defaults) + tokenizer.chat_template
     return tokenizer
 
 

@@ -20,6 +20,7 @@ from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.reasoning import ResponseForm
 from plad_dist.data.schemas import INITIAL_LOGPS, PROMPTS, SAMPLES
 from plad_dist.data.teacher_texts import TeacherForms
+from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
 from plad_dist.training.batches.blocks import ReferenceRows, ResponseRows
@@ -197,6 +198,18 @@ def test_a_prompt_that_cannot_be_trained_on_is_named(prompt: list[int], response
     build = TextGroupBuilder(TokensAsTexts(), 20)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=message):
         build([[{"prompt_id": "p", "messages": prompt, "reference": response}]])
+
+
+def test_texts_with_control_tokens_are_no_groups(folder: Path) -> None:
+    renderer = Renderer(str(folder / "student"), Model(path=str(folder / "student"), template=TEMPLATE))
+    rows = [
+        {"prompt_id": "p", "messages": [{"role": "user", "content": "a"}], "reference": text}
+        for text in ("b</s>", "<s>b")
+    ]
+    kept, dropped = TextGroupBuilder(renderer, 1 << 20)([[row] for row in rows])
+    assert kept is not None
+    assert kept.responses == [renderer.response_ids(["b"])[0]]
+    assert dropped is None
 
 
 def test_groups_of_chosen_responses_have_every_chosen_response_once(folder: Path, raw: dict[str, Any]) -> None:
