@@ -51,7 +51,7 @@ logger = logging.getLogger("plad")
 _MOST_REQUESTS, _MOST_BYTES = 50_000, 100_000_000  # OpenAI allows 200 MB
 _TRIAL = 16  # requests under a cap before any response has shown its cost
 _FIRST_POLL_S, _LONGEST_POLL_S, _LOOK_AGAIN_S = 1.0, 60.0, 10.0
-_ENDED = ("completed", "failed", "expired", "cancelled")
+_ENDED = ("completed", "failed", "expired", "cancelled", "canceled")
 _ABSENT = (404, 405, 501)  # statuses of a server without a batch interface
 _T = TypeVar("_T")
 
@@ -144,7 +144,8 @@ class BatchClient:
                 try:
                     record = await asyncio.to_thread(block.ledger.add, list(requests), worst_cost)
                 except BaseException:
-                    self._budget.settle(worst_cost, 0.0)
+                    # The record may be in storage nevertheless, so that the next attempt adopts it.
+                    self._budget.settle(worst_cost, worst_cost)
                     raise
                 await self._run(block, _Batch(record, requests))
             finally:
@@ -177,7 +178,8 @@ class BatchClient:
                 self._budget.reserve_batch(worst_cost)
                 self._requests_in_flight += len(requests)
                 return requests, worst_cost
-            if not self._budget.reservations:
+            # A block that waits after a barren batch reserves nothing, but goes on.
+            if not self._budget.reservations and not self._requests_in_flight:
                 first = next(iter(pending.values()))
                 raise spending_cap_reached(self._endpoint, self._budget, self._budget.worst_cost(first.worst_usage))
             await self._wait_for_change()
@@ -211,6 +213,7 @@ class BatchClient:
         cost = batch.record.worst_cost  # of a batch that is not settled, and stays recorded as open
         try:
             results = await self._results_of(block, batch)
+            cost += results.cost  # with the results kept, both count until the record is settled
             await block.keep(results.outcomes, results.lost_cost)
             await self._note(block, batch, is_settled=True)
             cost = results.cost
@@ -230,7 +233,8 @@ class BatchClient:
 
     async def _results_of(self, block: BlockRequests, batch: _Batch) -> BatchResults:
         """Submit a batch unless it was submitted before, wait for its end, and read its results."""
-        if not batch.requests:  # an earlier process has kept the results, and ended before it settled
+        # Results are kept all at once: an earlier attempt has done so, and ended before it settled.
+        if len(batch.requests) < len(batch.record.keys):
             return BatchResults()
         batch_id = batch.record.batch_id
         if batch_id is None:
@@ -252,12 +256,9 @@ class BatchClient:
     async def _find_or_submit(self, block: BlockRequests, batch: _Batch) -> str | None:
         """Return the id of a batch, None if it was never submitted and must not be."""
         token, file_id = batch.record.token, batch.record.file_id
-        if file_id is not None:  # an earlier process was about to submit it, and perhaps has
-            for looks in range(2):
-                if looks:  # the list of batches may lag behind
-                    await self._sleep(_LOOK_AGAIN_S)
-                if (batch_id := await self._find(block, batch, file_id)) is not None:
-                    return batch_id
+        # An earlier process was about to submit it, and perhaps has.
+        if file_id is not None and (batch_id := await self._find(block, batch, file_id)) is not None:
+            return batch_id
         if not batch.may_submit:
             return None
         if file_id is None:
@@ -271,7 +272,7 @@ class BatchClient:
             failures += 1
             await self._pause(submitted, failures)
             # Perhaps only the answer was lost.
-            if (batch_id := await self._find(block, batch, file_id)) is not None:
+            if submitted.kind != "throttled" and (batch_id := await self._find(block, batch, file_id)) is not None:
                 return batch_id
         self._log(block, submitted, f"submitted with {len(batch.requests)} requests")
         return submitted
@@ -286,7 +287,13 @@ class BatchClient:
             f"list of batches, so whether the batch in {block.ledger.path(batch.record)} was submitted is unknown. "
             "Write its id from the provider's console into that file as `batch_id`"
         )
-        return await self._insist(partial(self._api.find, batch.record.token, file_id), unknown)
+        for looks in range(2):
+            if looks:  # the list of batches may lag behind
+                await self._sleep(_LOOK_AGAIN_S)
+            find = partial(self._api.find, batch.record.token, file_id)
+            if (batch_id := await self._insist(find, unknown)) is not None:
+                return batch_id
+        return None
 
     async def _note(self, block: BlockRequests, batch: _Batch, **changes: Any) -> BatchRecord:
         """Write changes of a batch's record."""
@@ -302,8 +309,9 @@ class BatchClient:
             unknown = f"batch {batch_id}, recorded in {record_path}. Use the key of the account that has submitted it"
             state = await self._insist(partial(self._api.get, batch_id), unknown)
             self.polls += 1
-            if state.get("status") in _ENDED:
-                return state
+            status = str(state.get("status")).lower()  # some providers write it in capitals
+            if status in _ENDED:
+                return state | {"status": status}
             await self._sleep(wait_s)
             wait_s = min(_LONGEST_POLL_S, 1.5 * wait_s)
 

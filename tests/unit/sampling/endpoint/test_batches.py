@@ -358,3 +358,11 @@ def test_a_batch_of_another_account_is_named_with_its_record(tmp_path: Path) -> 
     ledger.update(ledger.add([(0, 0)], 0.1), batch_id="batch-of-another")
     with pytest.raises(UserError, match=r"no batch batch-of-another, recorded in samples/spool/00000/batch-0000.json"):
         work(storage, job, BatchProvider())
+
+
+def test_the_end_of_a_batch_may_be_written_in_capitals(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.ending = lambda number: "COMPLETED"
+    work(storage, job, provider)
+    assert texts(tmp_path) == PROMPTS
