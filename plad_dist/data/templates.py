@@ -77,13 +77,22 @@ class Renderer:
     # -- tokens
 
     def prompt_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
-        """Return the token ids of prompts, with special tokens once. The response follows."""
+        """Return the token ids of prompts, with special tokens once.
+
+        The response follows, so that what the tokenizer appends to whole texts is left out, except
+        for a model that reads conversations.
+        """
         texts = [self.prompt_text(prompt) for prompt in prompts]
-        # A chat template writes the special tokens itself, and so may a template of the config.
-        bos = self.tokenizer.bos_token
-        needs_prefix = [self.uses_config and not (bos and text.startswith(bos)) for text in texts]
-        encoded = zip(needs_prefix, self._encode(texts), strict=True)
-        return [[*self._prefix, *ids] if needs else ids for needs, ids in encoded]
+        encoded = self._encode(texts)
+        if not self.uses_config:
+            return encoded  # a chat template writes the special tokens itself
+        (before, after), bos = self._added, self.tokenizer.bos_token  # which a template may write too
+        encoded = [
+            ids if bos and text.startswith(bos) else [*before, *ids] for text, ids in zip(texts, encoded, strict=True)
+        ]
+        if self._generates or not after:
+            return encoded
+        return [ids if ids[-len(after) :] == after else [*ids, *after] for ids in encoded]
 
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts that continue a prompt."""
@@ -116,19 +125,19 @@ class Renderer:
         return opened_tag(self.decode([prompt_ids[-_TAIL:]])[0])
 
     @cached_property
-    def _prefix(self) -> list[int]:
-        """Tokens that the tokenizer puts before a whole text, such as begin-of-sequence.
-
-        Those that it appends are left out, because a response follows the prompt.
-        """
+    def _added(self) -> tuple[list[int], list[int]]:
+        """Tokens that the tokenizer puts before and after a whole text, such as the begin and the
+        end of a sequence."""
         [plain] = self._encode(["a"])
         whole = [int(token) for token in self.tokenizer("a")["input_ids"]]
         starts = range(len(whole) - len(plain) + 1)
         start = next((start for start in starts if whole[start : start + len(plain)] == plain), None)
         if start is None:
             special = set(self.tokenizer.all_special_ids)
-            return list(takewhile(lambda token: token in special, whole))
-        return whole[:start]
+            ends = (takewhile(special.__contains__, side) for side in (whole, reversed(whole)))
+            before, after = map(list, ends)
+            return before, after[::-1]
+        return whole[:start], whole[start + len(plain) :]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -189,6 +198,10 @@ class Renderer:
     @cached_property
     def form(self) -> ResponseForm:
         """Form in which the model writes a thought and an answer."""
+        try:
+            prompt = self.prompt_text(PROBE)
+        except UserError:  # such as a template that needs a system message
+            return ResponseForm()
         answer = {"role": "assistant", "content": _PROBE_ANSWER}
         texts: list[str | None] = []
         for turn in (answer, answer | {"reasoning_content": _PROBE_THOUGHT}):
@@ -196,7 +209,7 @@ class Renderer:
                 texts.append(self.conversation_text(Conversation([*PROBE.messages, turn])))
             except UserError:
                 texts.append(None)
-        return response_form(self.prompt_text(PROBE), texts[0], texts[1], (_PROBE_THOUGHT, _PROBE_ANSWER))
+        return response_form(prompt, texts[0], texts[1], (_PROBE_THOUGHT, _PROBE_ANSWER))
 
 
 def any_reads_clock(config: Config) -> bool:

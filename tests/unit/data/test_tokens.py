@@ -46,17 +46,32 @@ def texts_of(learnt: list[LearntText | None]) -> list[str | None]:
 # -- prompts
 
 
-def test_a_prompt_never_ends_with_a_token_that_the_tokenizer_appends(folder: Path, tmp_path: Path) -> None:
+def appending_model(folder: Path, target: Path) -> Path:
+    """Write a model whose tokenizer puts tokens before and after whole texts."""
+
     def append_end(tokenizer: Any) -> None:
         backend = tokenizer.backend_tokenizer
         special = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
         backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
 
-    appending = changed(folder, tmp_path / "appending", append_end)
+    return changed(folder, target, append_end)
+
+
+def test_a_prompt_never_ends_with_a_token_that_the_tokenizer_appends(folder: Path, tmp_path: Path) -> None:
+    appending = appending_model(folder, tmp_path / "appending")
     plain, other = (Renderer(str(path), Model(path=str(path), template=TEMPLATE)) for path in (folder, appending))
     assert other.tokenizer("a")["input_ids"][-1] == other.tokenizer.eos_token_id
     assert other.prompt_ids([PROBE]) == plain.prompt_ids([PROBE])
     assert other.prompt_ids([PROBE])[0][0] == other.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("end", ["", "{{ eos_token }}"])
+def test_a_model_that_reads_conversations_gets_the_token_that_the_tokenizer_appends(
+    end: str, folder: Path, tmp_path: Path
+) -> None:
+    path = str(appending_model(folder, tmp_path / "appending"))
+    reader = Renderer(path, Model(path=path, template="{{ messages[-1].content }}" + end), generates=False)
+    assert reader.prompt_ids([PROBE]) == [reader.tokenizer("question")["input_ids"]]
 
 
 # -- texts from outside
@@ -84,6 +99,13 @@ def test_end_tokens_are_taken_off_and_other_control_tokens_are_refused(
     if result is not None:
         assert not set(result.ids) & set(renderer.tokenizer.all_special_ids)
         assert [*result.ids, renderer.end_id] == renderer.response_ids([result.text])[0]
+
+
+def test_texts_are_learnt_and_checked_if_the_template_needs_a_system_message(folder: Path) -> None:
+    template = "{{ messages[0].content }} {{ messages[1].content }}"
+    renderer = Renderer(str(folder), Model(path=str(folder), template=template))
+    assert texts_of(learn([OutsideText("four")], renderer)) == ["four"]
+    check_vocabulary("student", renderer, len(renderer.tokenizer))
 
 
 def test_characters_that_a_tokenizer_does_not_know_are_no_control_tokens(folder: Path, tmp_path: Path) -> None:
