@@ -120,7 +120,8 @@ class Config(Section):
 
     def with_date(self, date: str | None) -> Config:
         """Return the config of a run with another date."""
-        config = self.model_copy(update={"run": self.run.model_copy(update={"date": date})})
+        # A deep copy, because the models hold the date too.
+        config = self.model_copy(update={"run": self.run.model_copy(update={"date": date})}, deep=True)
         config._set_dates()
         return config
 

@@ -14,7 +14,7 @@ from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.errors import UserError
 from plad_dist.pipeline import run_pipeline
 from plad_dist.reuse import take_over
-from plad_dist.rundir import RunDir, check_same_run, open_run
+from plad_dist.rundir import RunDir, check_same_run, open_run, with_date
 from tests.conftest import tiny_config, write_prompts
 
 FILES = (
@@ -81,6 +81,16 @@ def test_files_before_the_first_difference_are_taken_over(
     check_same_run(config, run)
     assert train_prompts(run.storage).require("prepare").rows > 0
     take_over(config, [source])  # the run has started: nothing happens
+
+
+def test_the_date_of_a_run_with_which_nothing_is_shared_stays_there(tmp_path: Path, first: dict[str, Any]) -> None:
+    first = {**first, "run": {**first["run"], "date": "2026-01-31"}}
+    source = parse_config(first, "first")
+    undated = variant({**first, "run": {**first["run"], "date": None, "seed": 6}}, tmp_path)
+    take_over(undated, [source])
+    assert not RunDir.of(undated).storage.exists("run.yaml")
+    assert with_date(undated, RunDir.of(undated)).student.rendering()["date"] is None
+    assert source.student.rendering()["date"] == "2026-01-31"
 
 
 def test_growing_logs_are_copied_instead_of_linked(tmp_path: Path, first: dict[str, Any]) -> None:
