@@ -222,7 +222,8 @@ def _problem_lines(item: Any, scalars: Mapping[Location, Scalar]) -> list[str]:
             return [f"{key}.type: {got!r}: expected one of {tags}"]
         case "union_tag_not_found":
             return [f"{key}.type: missing; it has no default"]
-    expected = _EXPECTED.get(item["type"])
+    is_short_text = item["type"] == "too_short" and isinstance(item["input"], str)  # of a path, after its expansion
+    expected = _EXPECTED["string_too_short" if is_short_text else item["type"]] if item["type"] in _EXPECTED else None
     if has_several_types and (names := _type_names(location)):  # one line for all members of the union
         expected = " or ".join(names)
     message = item["msg"].replace("Input should be", "expected")

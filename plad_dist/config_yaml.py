@@ -120,9 +120,12 @@ def _construct_scalar(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Scalar:
     match kind:
         case "timestamp":
             return Scalar(text, None, "a date", f"YAML reads it as a date; {quoted} if it is a text")
-        case "null" | "bool":
-            constructor = yaml.SafeLoader.yaml_constructors[node.tag]
-            return Scalar(text, constructor(loader, node), _KINDS[kind])
+        case "null":
+            return Scalar(text, None, _KINDS[kind])
+        case "bool" if text.lower() in yaml.SafeLoader.bool_values:
+            return Scalar(text, yaml.SafeLoader.bool_values[text.lower()], _KINDS[kind])
+        case "bool":  # an explicit tag on another text
+            return Scalar(text, None, _KINDS[kind], "expected true or false")
         case "int" if _DECIMAL_INT.fullmatch(text):
             return Scalar(text, int(text), _KINDS[kind])
         case "float" if _DECIMAL_FLOAT.fullmatch(text):

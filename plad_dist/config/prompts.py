@@ -93,7 +93,7 @@ class FilesSource(Columns):
     """Prompts from JSON, Parquet, Arrow or CSV files, told apart by their suffix."""
 
     type: Literal["files"] = Field(description="files: JSON Lines, JSON, Parquet, Arrow or CSV files, by suffix.")
-    paths: list[PathText] = Field(
+    paths: list[Annotated[PathText, Field(min_length=1)]] = Field(
         min_length=1,
         description="Files, glob patterns, or folders of parts as Spark and Hive write them, read in sorted order, "
         "each file once. Paths or s3://, gs:// and az:// URIs.",

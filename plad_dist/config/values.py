@@ -87,13 +87,14 @@ PathText = Annotated[str, AfterValidator(expand_path), PlainSerializer(escape_pa
 _PATH_BEGINNINGS = ("~", "$", "/")
 
 
-def _convert_paths(mapping: dict[str, Any], convert: Callable[[str], str]) -> dict[str, Any]:
-    """Return a mapping with its paths converted: texts that begin like one, since `$` may end a
+def _convert_paths(value: Any, convert: Callable[[str], str]) -> Any:
+    """Return a value with its paths converted: texts that begin like one, since `$` may end a
     pattern."""
-    return {
-        key: convert(value) if isinstance(value, str) and value.startswith(_PATH_BEGINNINGS) else value
-        for key, value in mapping.items()
-    }
+    if isinstance(value, dict):
+        return {key: _convert_paths(item, convert) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_convert_paths(item, convert) for item in value]
+    return convert(value) if isinstance(value, str) and value.startswith(_PATH_BEGINNINGS) else value
 
 
 def _check_json(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _check_json(mapping: dict[str, Any]) -> dict[str, Any]:
 
 # A mapping whose keys another program defines.
 FreeMapping = Annotated[dict[str, Any], AfterValidator(_check_json)]
-# A free mapping whose own texts may be paths.
+# A free mapping whose texts may be paths, also in sections of its own.
 FreeMappingWithPaths = Annotated[
     FreeMapping,
     AfterValidator(lambda mapping: _convert_paths(mapping, expand_path)),

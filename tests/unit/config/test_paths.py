@@ -134,10 +134,21 @@ def test_a_plain_tilde_is_not_taken_for_an_unset_path(tmp_path: Path, key: str) 
 
 def test_paths_of_engine_arguments_are_expanded_and_patterns_are_not() -> None:
     engine = {"download_dir": "~/cache", "hf_overrides": {"ignore": ["re:.*head$"]}, "pattern": "head$"}
-    sampling = RoleSampling(engine=engine)
-    assert sampling.engine == engine | {"download_dir": "/home/me/cache"}
+    sampling = RoleSampling(engine=engine | {"speculative_config": {"model": "~/draft"}})
+    assert sampling.engine == engine | {
+        "download_dir": "/home/me/cache",
+        "speculative_config": {"model": "/home/me/draft"},
+    }
     with pytest.raises(ValueError, match="UNSET"):
         RoleSampling(engine={"download_dir": "$UNSET/cache"})
+
+
+def test_an_empty_path_of_prompts_is_not_the_current_folder() -> None:
+    raw = RAW | {"prompts": {"source": {"type": "files", "paths": [""]}}, "run": {"dir": ""}}
+    with pytest.raises(UserError) as error:
+        parse_config(raw, "x")
+    for key in ("prompts.source.paths.0", "run.dir"):
+        assert f"{key}: expected a non-empty string" in str(error.value)
 
 
 def test_a_run_resumes_under_another_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,11 @@ def test_a_text_that_yaml_reads_as_another_value_is_shown_as_written(config: Pat
     assert "42798" not in message
 
 
+def test_a_tag_on_another_text_is_refused(config: Path) -> None:
+    message = problem(config, "sampling.teacher.engine={x: !!bool maybe}")
+    assert "sampling.teacher.engine.x: maybe: expected true or false" in message
+
+
 def test_a_quoted_text_is_accepted(config: Path) -> None:
     assert load_config(config, ['student.revision="0123456"']).student.revision == "0123456"
 
