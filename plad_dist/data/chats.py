@@ -89,6 +89,9 @@ class ChatParser:
             raise InvalidRowError(f"{where}: expected a non-empty list of {form}, got {value!r:.60}")
         messages = []
         for number, item in enumerate(value):
+            if not is_sharegpt and _is_plain(item):  # nearly all are
+                messages.append({"role": item["role"], "content": item["content"]})
+                continue
             place = f"{where}: message {number} (counted from 0)"
             if not isinstance(item, dict):
                 raise InvalidRowError(f"{place}: expected a non-empty list of {form}, got an item {item!r:.60}")
@@ -217,6 +220,16 @@ class ChatParser:
         if not isinstance(tools, list) or not all(isinstance(_function(tool).get("name"), str) for tool in tools):
             raise InvalidRowError(f"{expected}; got {value!r:.60}")
         return tools
+
+
+def _is_plain(item: Any) -> bool:
+    """Return True for a valid message of a role and a text alone."""
+    return (
+        isinstance(item, dict)
+        and item.keys() == {"role", "content"}
+        and isinstance(item["content"], str)
+        and item["role"] in ROLES
+    )
 
 
 def _function(item: Any) -> dict[str, Any]:

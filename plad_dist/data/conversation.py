@@ -14,6 +14,7 @@ Tools = list[dict[str, Any]]
 # readers that need no more. `conversation` is null unless a message has more.
 COLUMNS = ("messages", "conversation", "tools")
 _PLAIN = {"role", "content"}
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +60,4 @@ class Conversation:
 
 def to_json(value: Any) -> str:
     """Return JSON with the keys in their order, in which templates show them."""
-    return json.dumps(value, ensure_ascii=False)
+    return _ENCODER.encode(value)

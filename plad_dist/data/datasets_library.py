@@ -35,7 +35,7 @@ def dataset_records(source: DatasetSource, key: str, columns: list[str] | None) 
         row = -1
         for row, record in enumerate(data):
             if row == 0 and data.info.builder_name == "csv":
-                _check_header(record, source, key)
+                _check_header(list(record), columns, source, key)
             yield row, f"{source.name}: row {row} (counted from 0)", record
     except UserError:
         raise
@@ -51,11 +51,18 @@ def dataset_records(source: DatasetSource, key: str, columns: list[str] | None) 
         raise UserError(f"{key}: {source.name}: no prompts in split {source.split!r}; expected one row per prompt")
 
 
-def _check_header(record: dict[str, Any], source: DatasetSource, key: str) -> None:
-    """Raise :class:`UserError` if a CSV header has a name twice; pandas numbers the second."""
-    if twice := [name for name in record if f"{name}.1" in record]:
+def _check_header(names: list[str], needed: list[str] | None, source: DatasetSource, key: str) -> None:
+    """Raise :class:`UserError` if a CSV header has the name of a needed column twice.
+
+    pandas adds `.1` to the second. Such a name can also be one of the file's own, so it is accepted
+    for columns that are not needed, and for an index, which pandas names `Unnamed: 0`.
+    """
+    used = names if needed is None else needed
+    twice = [name for name in used if f"{name}.1" in names and not name.startswith("Unnamed: ")]
+    if twice:
         raise UserError(
-            f"{key}: {source.name}: header: the column {twice[0]!r} is given twice; rename or remove one of the two"
+            f"{key}: {source.name}: header: the column {twice[0]!r} is given twice, or has a second one "
+            f"{twice[0] + '.1'!r} beside it; rename or remove one of the two"
         )
 
 

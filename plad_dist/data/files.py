@@ -31,6 +31,8 @@ _MAX_LINE_BYTES = 64 << 20  # a longer line means that the file does not have on
 _MAX_ARRAY_BYTES = 512 << 20  # an array is read as a whole, and takes several times its size in memory
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HALF_SURROGATE = "contains half of a surrogate pair, which is not valid Unicode"
 
 
 def records(file: str, columns: list[str] | None) -> Iterator[Record]:
@@ -116,6 +118,13 @@ def _open(file: str) -> BinaryIO:
 
 
 @contextmanager
+def _opened_bytes(file: str) -> Iterator[Any]:
+    """Yield a file that is open for reading its bytes, decompressed."""
+    with _open(file) as raw, gzip.open(raw) if file.lower().endswith(".gz") else raw as stream:
+        yield stream
+
+
+@contextmanager
 def _opened_for_arrow(file: str) -> Iterator[Any]:
     """Yield an open pyarrow file. A local file is memory-mapped."""
     if "://" in file:
@@ -131,14 +140,14 @@ def _opened_for_arrow(file: str) -> Iterator[Any]:
 
 def _lines(file: str) -> Iterator[tuple[int, str]]:
     """Yield number (counted from 1) and text of every line, with its line end."""
-    with _open(file) as raw, gzip.open(raw) if file.lower().endswith(".gz") else raw as stream:
+    with _opened_bytes(file) as stream:
         number = 0
         while line := stream.readline(_MAX_LINE_BYTES):
             number += 1
             if len(line) == _MAX_LINE_BYTES:
                 raise UserError(f"{file}:{number}: longer than {_MAX_LINE_BYTES >> 20} MB; expected one row per line")
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+                line = line.removeprefix(_BYTE_ORDER_MARK)
             try:
                 yield number, line.decode()
             except UnicodeDecodeError as error:
@@ -160,20 +169,22 @@ def _json_lines(file: str) -> Iterator[Record]:
             raise UserError(
                 f"{location}: expected a JSON object, got list; a file that is one array needs the suffix .json"
             )
-        yield number - 1, location, _checked(record, location, line)
+        yield number - 1, location, _checked(record, location, has_surrogates=_has_surrogates(line))
 
 
 def _is_array(file: str) -> bool:
-    """Return True if the first character of a file opens a JSON array."""
-    for _, line in _lines(file):
-        if line.strip():
-            return line.lstrip().startswith("[")
-    return False
+    """Return True if the first character of a file opens a JSON array, which may be one long
+    line."""
+    with _opened_bytes(file) as stream:
+        start = stream.read(_BUFFER_BYTES).removeprefix(_BYTE_ORDER_MARK).lstrip()
+        while not start and (chunk := stream.read(_BUFFER_BYTES)):
+            start = chunk.lstrip()
+    return bool(start.startswith(b"["))
 
 
 def _json_array(file: str) -> Iterator[Record]:
     """Yield the items of a file that is one JSON array."""
-    with _open(file) as raw, gzip.open(raw) if file.lower().endswith(".gz") else raw as stream:
+    with _opened_bytes(file) as stream:
         data = stream.read(_MAX_ARRAY_BYTES + 1)
     if len(data) > _MAX_ARRAY_BYTES:
         raise UserError(
@@ -181,18 +192,30 @@ def _json_array(file: str) -> Iterator[Record]:
             "JSON Lines, one object per line"
         )
     try:
-        text = data.removeprefix(b"\xef\xbb\xbf").decode()
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
     items = _parsed(text, file, "expected one JSON array of objects, or one JSON object per line")
+    has_surrogates = _has_surrogates(text)  # of the whole text, which is searched once
+    del data, text
     for row, record in enumerate(items):
         location = f"{file}: item {row} (counted from 0)"
-        yield row, location, _checked(record, location, text)
+        yield row, location, _checked(record, location, has_surrogates=has_surrogates)
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raise :class:`ValueError` if an object has a key twice."""
-    return json.loads(text, object_pairs_hook=_object)
+    """Return the value of a JSON text, such as the arguments of a call.
+
+    Raises:
+        ValueError: the text is not valid JSON or Unicode, or an object in it has a key twice.
+    """
+    try:
+        value = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if _has_surrogates(text) and not _is_unicode(value):
+        raise ValueError(_HALF_SURROGATE)
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,6 +223,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         raise ValueError(f"the key {_first_repeated(key for key, _ in pairs)!r} is given twice in one object")
     return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: it costs as much as to parse a short row
 
 
 def _first_repeated(names: Iterable[str]) -> str | None:
@@ -214,7 +240,7 @@ def _first_repeated(names: Iterable[str]) -> str | None:
 
 def _parsed(text: str, location: str, expected: str) -> Any:
     try:
-        return parse_json(text)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise UserError(f"{location}: not valid JSON: {error.msg} at {place}; {expected}") from None
@@ -222,10 +248,15 @@ def _parsed(text: str, location: str, expected: str) -> Any:
         raise UserError(f"{location}: not valid JSON: {error}; {expected}") from None
 
 
-def _checked(record: Any, location: str, text: str) -> dict[str, Any]:
-    """Return a record that is an object of valid Unicode, parsed from a text."""
-    if ("\\ud" in text or "\\uD" in text) and not _is_unicode(record):
-        raise UserError(f"{location}: contains half of a surrogate pair, which is not valid Unicode; fix the text")
+def _has_surrogates(text: str) -> bool:
+    """Return True if a JSON text has escapes for surrogates, which may be without their pair."""
+    return "\\ud" in text or "\\uD" in text
+
+
+def _checked(record: Any, location: str, *, has_surrogates: bool) -> dict[str, Any]:
+    """Return a record that is an object of valid Unicode."""
+    if has_surrogates and not _is_unicode(record):
+        raise UserError(f"{location}: {_HALF_SURROGATE}; fix the text")
     if not isinstance(record, dict):
         raise UserError(f"{location}: expected a JSON object, got {type(record).__name__}")
     return record

@@ -305,6 +305,9 @@ def _prompts_of_files(source: FilesSource, key: str, reader: _Reader) -> Iterato
 
 def _records_of(file: SourceFile, columns: list[str] | None) -> Iterator[Record]:
     """Yield the records of a file, with the columns that its folders give to every row."""
+    if not file.columns:
+        yield from records(file.path, columns)
+        return
     if columns is not None:
         columns = [name for name in columns if name not in file.columns]
     for row, location, record in records(file.path, columns):

@@ -66,6 +66,19 @@ def test_arguments_of_calls_become_objects_and_other_texts_stay(tmp_path: Path) 
         assert prompt.messages[1]["tool_calls"] == [{"function": {"name": "weather", "arguments": carried}}]
 
 
+@pytest.mark.parametrize("text", ['["\\ud800"]', "[" * 100_000])
+def test_json_in_a_cell_that_cannot_be_used_is_told_by_row(tmp_path: Path, text: str) -> None:
+    """It is valid for the parser, or too deep for it."""
+    call = {"function": {"name": "weather", "arguments": text}}
+    prompt = read(tmp_path, {"m": [AGENT[0], AGENT[1] | {"tool_calls": [call]}, *AGENT[2:]]})
+    assert prompt.messages[1]["tool_calls"] == [call]
+    with pytest.raises(InvalidRowError, match=r"m\.jsonl:1: 'tools': .*(half of a surrogate|nested too deeply)"):
+        read(tmp_path, {"m": AGENT, "tools": text}, tools_column="tools")
+    turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": text}]
+    with pytest.raises(InvalidRowError, match=r":1: .*function_call: .*(half of a surrogate|nested too deeply)"):
+        read(tmp_path, {"m": turns}, messages_format="sharegpt")
+
+
 def test_nulls_that_tables_add_are_left_out(tmp_path: Path) -> None:
     calls = [{"function": {"name": "f", "arguments": {"x": 1}}}, {"function": {"name": "g", "arguments": {"y": [2]}}}]
     turns = [AGENT[0], {"role": "assistant", "content": "", "tool_calls": calls}, AGENT[3]]

@@ -88,6 +88,21 @@ def test_an_array_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
         list(read_prompts(source(write(tmp_path, '[{"prompt": "a"}]', "p.json"))))
 
 
+def test_an_array_on_one_line_may_be_longer_than_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plad_dist.data.files._MAX_LINE_BYTES", 20)
+    path = write(tmp_path, json.dumps(ROWS), "p.json")
+    assert contents(read_prompts(source(path))) == [(row["prompt"], row["answer"]) for row in ROWS]
+
+
+def test_the_text_of_an_array_is_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search for every item would take hours for an array of 100 MB."""
+    searched = []
+    monkeypatch.setattr("plad_dist.data.files._has_surrogates", searched.append)
+    path = write(tmp_path, json.dumps(ROWS * 10), "p.json")
+    assert len(list(read_prompts(source(path)))) == 20
+    assert len(searched) == 1
+
+
 @pytest.mark.parametrize("option", ["template", "reference_template"])
 def test_a_template_that_uses_no_column_is_refused(tmp_path: Path, option: str) -> None:
     path = write(tmp_path, '{"prompt": "a", "answer": "b"}')

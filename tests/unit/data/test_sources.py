@@ -284,6 +284,13 @@ def test_the_error_names_a_bad_data_set(tmp_path: Path, name: str, options: dict
         list(read_prompts(DatasetSource(type="dataset", name=str(path) if path.exists() else name, **options)))
 
 
+@pytest.mark.parametrize("header", [",Unnamed: 0,prompt,x,x.1", "Unnamed: 0.1,Unnamed: 0,prompt,x,y"])
+def test_a_data_set_may_repeat_names_that_are_not_needed(tmp_path: Path, header: str) -> None:
+    """A table that was saved with its index several times has such names."""
+    write(tmp_path, f"{header}\n0,1,a,b,c\n", "train.csv")
+    assert contents(read_prompts(DatasetSource(type="dataset", name=str(tmp_path)))) == [("a", None)]
+
+
 # -- object stores
 
 
