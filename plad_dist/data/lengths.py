@@ -43,6 +43,14 @@ class _Limit:
                 raise UserError(f"{prompts[0].location}: {self.name}: {error}") from None
             return [self.lengths([prompt])[0] for prompt in prompts]
 
+    def tells_apart(self, prompt: Prompt, reduced: Prompt) -> bool:
+        """Return True if the model's template renders a prompt otherwise than a part of it."""
+        length = self.lengths([prompt])
+        try:
+            return length != self.lengths([reduced])
+        except UserError:  # such as a template whose turns alternate only because of the calls
+            return True
+
 
 def _responds_to(teacher: str | None, prompt: Prompt) -> bool:
     """Return True if a teacher, or the student (None), responds to a prompt."""
@@ -117,7 +125,7 @@ class Lengths:
                 self._examined.add((kind, limit))
                 reduced = without(prompt)
                 assert reduced is not None
-                if limit.lengths([prompt]) == limit.lengths([reduced]):
+                if not limit.tells_apart(prompt, reduced):
                     phrases.append(f"the template of {limit.name} shows nothing of `{kind}`")
         return phrases
 

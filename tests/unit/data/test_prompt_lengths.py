@@ -159,6 +159,15 @@ def test_a_template_that_shows_no_tools_is_reported_once(
     assert "shows nothing" not in caplog.text
 
 
+def test_a_template_that_demands_calls_is_not_asked_to_do_without(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "plad")
+    demands = "{% if not messages[1].tool_calls %}{{ raise_exception('no calls') }}{% endif %}"
+    prepared(config_of(agent_config(tmp_path, model, demands + TURNS, heldout_fraction=0.3, over_long="truncate")))
+    assert "shows nothing of `tool_calls`" not in caplog.text
+
+
 def test_a_truncated_prompt_keeps_its_tools_and_fields(tmp_path: Path, model: Path) -> None:
     raw = agent_config(tmp_path, model, TURNS, heldout_fraction=0.3, over_long="truncate", max_tokens=20)
     for dataset in prepared(config_of(raw)):
