@@ -33,9 +33,14 @@ class ControlTokens:
         self._ids = (texts.keys() | ends.keys()) - {tokenizer.unk_token_id}
         self._texts, self._end_texts = sorted({*texts.values(), *ends.values()}), sorted(ends.values())
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Texts of the tokens, sorted."""
+        return tuple(self._texts)
+
     @cached_property
     def _any(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self._texts, key=len, reverse=True))) or "(?!)")
+        return any_of(self._texts)
 
     @cached_property
     def _ends(self) -> re.Pattern[str]:
@@ -54,3 +59,8 @@ class ControlTokens:
     def has_any(self, ids: Sequence[int]) -> bool:
         """Return True if tokens contain a control token."""
         return not self._ids.isdisjoint(ids)
+
+
+def any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern that finds any of the texts, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")

@@ -6,9 +6,12 @@ student is to learn or not.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from plad_dist.data.control_tokens import any_of
 from plad_dist.data.templates import Renderer
 
 
@@ -20,14 +23,29 @@ class TeacherForms:
     Attributes:
         keep_thought: teachers whose thoughts the student learns too.
         same_tokens: teachers with the student's tokenizer, whose own tokens are used.
+        control_texts: control tokens of the teachers, as texts. To a student with another
+            tokenizer they would be ordinary text.
     """
 
     keep_thought: Collection[str] = field(default=())
     same_tokens: Collection[str] = field(default=())
+    control_texts: Collection[str] = field(default=())
 
     def to_json(self) -> dict[str, list[str]]:
-        """Return the names for fingerprints."""
-        return {"keep_thought": sorted(self.keep_thought), "same_tokens": sorted(self.same_tokens)}
+        """Return the fields for fingerprints."""
+        return {
+            "keep_thought": sorted(self.keep_thought),
+            "same_tokens": sorted(self.same_tokens),
+            "control_texts": sorted(self.control_texts),
+        }
+
+    def has_control_text(self, text: str) -> bool:
+        """Return True if a text contains a control token of a teacher."""
+        return self._control.search(text) is not None
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        return any_of(self.control_texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +56,13 @@ class OutsideText:
         text: the answer.
         reasoning: the thought before it, None without one or if the student is not to learn it.
         own_ids: the writer's own tokens of thought and answer; empty if they are not the student's.
+        has_control: True if it contains a control token of its writer.
     """
 
     text: str
     reasoning: str | None = None
     own_ids: tuple[int, ...] = ()
+    has_control: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +82,12 @@ def outside_text(
     teacher: str, text: str, reasoning: str | None, ids: Sequence[int], forms: TeacherForms
 ) -> OutsideText:
     """Return a stored response of a teacher as the student is to learn it."""
+    thought = reasoning if teacher in forms.keep_thought else None
     return OutsideText(
         text,
-        reasoning if teacher in forms.keep_thought else None,
+        thought,
         tuple(ids) if teacher in forms.same_tokens else (),
+        forms.has_control_text(text) or forms.has_control_text(thought or ""),
     )
 
 
@@ -79,7 +101,7 @@ def learn(texts: Sequence[OutsideText], renderer: Renderer) -> list[LearntText |
     written: dict[OutsideText, str] = {}
     for text in dict.fromkeys(texts):
         answer = control.without_end(text.text)
-        if control.find(answer) or control.find(text.reasoning or ""):
+        if text.has_control or control.find(answer) or control.find(text.reasoning or ""):
             learnt[text] = None
         elif own := _own_tokens(text, answer, renderer):
             learnt[text] = own

@@ -21,23 +21,24 @@ def teacher_forms(config: Config, run: RunDir, student: str | None = None) -> Te
     """
     identity = Renderer(student or run.student(config), config.student).identity
     teachers = config.all_teachers()
+    renderers = {name: _renderer(config, run, name, teacher) for name, teacher in teachers.items()}
+    available = {name: renderer for name, renderer in renderers.items() if renderer is not None}
     return TeacherForms(
         keep_thought=tuple(name for name, teacher in teachers.items() if teacher.reasoning == "keep"),
-        same_tokens=tuple(
-            name for name, teacher in teachers.items() if _identity(config, run, name, teacher) == identity
-        ),
+        same_tokens=tuple(name for name, renderer in available.items() if renderer.identity == identity),
+        control_texts=sorted({text for renderer in available.values() for text in renderer.control_tokens.texts}),
     )
 
 
-def _identity(config: Config, run: RunDir, name: str, teacher: Teacher) -> str | None:
-    """Return the identity of a teacher's tokenizer, None if it is not available.
+def _renderer(config: Config, run: RunDir, name: str, teacher: Teacher) -> Renderer | None:
+    """Return the renderer of a teacher, None if its tokenizer is not available.
 
     Samples may be paired where their teacher is not.
     """
     if teacher.endpoint is not None:
         return None
     try:
-        return Renderer(run.teacher(config, name), teacher).identity
+        return Renderer(run.teacher(config, name), teacher)
     except UserError as error:
         logger.info("pair: the texts of %s are tokenized, not its tokens used: %s", name, error)
         return None

@@ -179,3 +179,10 @@ def test_control_tokens_of_users_are_found_but_not_refused(renderer: Renderer) -
     assert renderer.control_tokens.find(prompt.messages[0]["content"]) == "</s>"
     assert renderer.tokenizer.eos_token_id in renderer.prompt_ids([prompt])[0]
     assert not re.search("</s>", renderer.control_tokens.without_end("what is </s>"))
+
+
+def test_a_control_token_of_the_teacher_is_no_text_for_a_student_with_another_tokenizer(renderer: Renderer) -> None:
+    forms = TeacherForms(keep_thought=("teacher",), control_texts=("<|python_tag|>",))
+    texts = [("four", None), ("<|python_tag|>four", None), ("four", "I <|python_tag|> count")]
+    learnt = learn([outside_text("teacher", text, thought, (), forms) for text, thought in texts], renderer)
+    assert [item is None for item in learnt] == [False, True, True]
