@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plad_dist.config import Config, Decoding, LlmJudge, Model, RoleSampling
+from plad_dist.config import Config, Decoding, Model, RoleSampling
 from plad_dist.data.models import (
     check_max_length,
     context_length,
@@ -39,19 +39,9 @@ class SampledModel:
 def sampled_models(config: Config) -> list[SampledModel]:
     """Return the teachers, the student and the judges that are sampled by an engine and not created
     by the run."""
-    models = [("student", config.student, "sampling.student", config.sampling.student)]
-    for name, teacher in config.all_teachers().items():
-        assert teacher.sampling is not None
-        has_own = name in config.teachers and config.teachers[name].sampling is not None
-        key = f"teachers.{name}" if config.teachers else name
-        models.append((key, teacher, f"{key}.sampling" if has_own else "sampling.teacher", teacher.sampling))
-    for name, judge in config.evaluation.judges.items():
-        if isinstance(judge, LlmJudge):
-            key = f"evaluation.judges.{name}"
-            models.append((f"{key}.model", judge.model, f"{key}.sampling", judge.sampling))
     return [
         SampledModel(key, resolve_model(model), model, section, sampling)
-        for key, model, section, sampling in models
+        for key, model, section, sampling in config.responders()
         if model.path is not None
     ]
 

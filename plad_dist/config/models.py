@@ -13,6 +13,13 @@ from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.values import FreeMapping, MessagesTemplate, OptionalBound, PathText
 
 _VARIABLE, _HEADER = r"^[A-Za-z_][A-Za-z0-9_]*$", r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"
+_SET_BY_THE_RUN = (
+    "model", "messages", "prompt", "n", "best_of", "seed", "stream", "stream_options", "tools", "functions",
+)  # fmt: skip
+_SET_FOR_TEMPLATES = (
+    "messages", "conversation", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "padding", "truncation", "max_length",
+)  # fmt: skip
 _SET_HEADERS = ("content-type", "content-length", "host", "transfer-encoding")  # by the HTTP client
 
 
@@ -157,7 +164,11 @@ class Endpoint(Section):
         "`input_price` and `output_price`. If unset or `.inf`, no cap.",
         json_schema_extra=OPERATIONAL,
     )
-    extra_body: FreeMapping = Field(default={}, description="Additional fields of every request.")
+    extra_body: FreeMapping = Field(
+        default={},
+        description="Additional fields of every request. null removes a field that a server refuses, such as "
+        "`max_tokens: null`. Sampling parameters of the run are set in its sampling section.",
+    )
 
     @field_validator("url")
     @classmethod
@@ -169,6 +180,10 @@ class Endpoint(Section):
             raise ValueError(f"expected a URL such as http://host:8000/v1: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.hostname:
             raise ValueError(f"expected a URL such as http://host:8000/v1, got {value!r:.60}")
+        for route in ("/chat/completions", "/completions"):
+            if parsed.path.rstrip("/").endswith(route):
+                base = value.rstrip("/").removesuffix(route)
+                raise ValueError(f"{value}: is the address of one interface; give the base URL, {base}")
         if parsed.username or parsed.password or parsed.query or parsed.fragment:
             raise ValueError(
                 "must contain no user, password, query or fragment; pass a key in the variable that api_key_env names"
@@ -195,6 +210,14 @@ class Endpoint(Section):
                 )
         return value
 
+    @field_validator("extra_body")
+    @classmethod
+    def _check_extra_body(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in _SET_BY_THE_RUN:
+            if name in value and not (name == "seed" and value[name] is None):
+                raise ValueError(f"{name}: is set by the run; remove it")
+        return value
+
     @model_validator(mode="after")
     def _check_credentials(self) -> Endpoint:
         sources = [name for name in ("api_key_env", "api_key_file", "api_key_command") if getattr(self, name)]
@@ -208,6 +231,12 @@ class Endpoint(Section):
     def _check_spending_cap(self) -> Endpoint:
         if self.max_spend is not None and (self.input_price is None or self.output_price is None):
             raise ValueError("max_spend needs input_price and output_price")
+        limit = self.extra_body.get("max_completion_tokens")
+        if self.max_spend is not None and self.extra_body.get("max_tokens", 0) is None and type(limit) is not int:
+            raise ValueError(
+                "extra_body.max_tokens: null: removes the limit that max_spend needs; set max_completion_tokens to a "
+                "whole number in extra_body too"
+            )
         return self
 
 
@@ -253,6 +282,15 @@ class Model(Section):
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     _date: date | None = PrivateAttr(None)  # of the run, which the root of the config fills in
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _check_template_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in _SET_FOR_TEMPLATES:
+            if name in value:
+                remedy = "set `template` instead" if name == "chat_template" else "remove it"
+                raise ValueError(f"{name}: is set by the run; {remedy}")
+        return value
 
     @property
     def today(self) -> date:

@@ -16,7 +16,7 @@ from plad_dist.config.evaluation import REFERENCE_JUDGES, Evaluation, LlmJudge, 
 from plad_dist.config.models import Model
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, Prompts
-from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Sampling, Teacher
+from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
 from plad_dist.config.values import PathText, expand_path
@@ -146,6 +146,7 @@ class Config(Section):
         problems = [
             *_scratch_model_problems(self), *_teacher_problems(self), *_student_problems(self),
             *_score_and_reference_problems(self), *_judge_problems(self), *_decoding_problems(self),
+            *_endpoint_problems(self),
         ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
@@ -177,6 +178,20 @@ class Config(Section):
         """Return the teachers and the student by their config keys."""
         teachers = {f"teachers.{name}" if self.teachers else name: model for name, model in self.all_teachers().items()}
         return {**teachers, "student": self.student}
+
+    def responders(self) -> Iterator[tuple[str, Model, str, RoleSampling]]:
+        """Yield every model that responds to prompts: its config key, its section, the config key
+        of its sampling settings, and these settings."""
+        yield "student", self.student, "sampling.student", self.sampling.student
+        for name, teacher in self.all_teachers().items():
+            assert teacher.sampling is not None
+            key = f"teachers.{name}" if self.teachers else name
+            has_own = name in self.teachers and self.teachers[name].sampling is not None
+            yield key, teacher, f"{key}.sampling" if has_own else "sampling.teacher", teacher.sampling
+        for name, judge in self.evaluation.judges.items():
+            if isinstance(judge, LlmJudge):
+                key = f"evaluation.judges.{name}"
+                yield f"{key}.model", judge.model, f"{key}.sampling", judge.sampling
 
     def trained(self, role: str) -> Model:
         """Return the config section of the model that a phase trains.
@@ -300,6 +315,16 @@ def _decoding_problems(config: Config) -> Iterator[str]:
             "prompts.heldout_fraction: 0: leaves no held-out prompts, on which the students are compared; set a "
             "fraction above 0, or prompts.heldout"
         )
+
+
+def _endpoint_problems(config: Config) -> Iterator[str]:
+    for key, model, section, _ in config.responders():
+        for name, value in model.endpoint.extra_body.items() if model.endpoint else ():
+            if name in Decoding.model_fields and value is not None:
+                yield (
+                    f"{key}.endpoint.extra_body.{name}: replaces a setting of the run; set {section}.{name}, or null "
+                    "here if the server refuses the field"
+                )
 
 
 def _score_and_reference_problems(config: Config) -> Iterator[str]:

@@ -73,7 +73,7 @@ def _value_of_variable(match: re.Match[str]) -> str:
     value = os.environ.get(name)
     if not value or "$" in value:
         state = "not set" if value is None else f"{value!r}, which is not a path" if value else "empty"
-        raise ValueError(f"{match.string}: the environment variable {name} is {state}; set it, or write the path")
+        raise ValueError(f"{match.string}: the environment variable {name} is {state}; set it, or write the value")
     return value
 
 

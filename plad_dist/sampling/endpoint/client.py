@@ -40,12 +40,13 @@ from plad_dist.sampling.endpoint.errors import (
     advice,
     blocked_message,
     endpoint_down,
+    field_remedy,
     spending_cap_reached,
 )
 from plad_dist.sampling.endpoint.outage import Outage
 from plad_dist.sampling.endpoint.rates import Pace, TokenEstimate
 from plad_dist.sampling.endpoint.reply import Failure, Outcome, Reply
-from plad_dist.sampling.endpoint.request import CompletionRequest, Prompt, check_extra_body, make_request
+from plad_dist.sampling.endpoint.request import CompletionRequest, Prompt, make_request
 from plad_dist.sampling.endpoint.retry import (
     AskUser,
     FailureHistory,
@@ -98,9 +99,6 @@ class EndpointClient:
         completion_tokens: billed tokens of responses, as reported by the server or estimated.
         usage_missing: responses for which the server reported no usage.
         batches: draws whole blocks under the same cap.
-
-    Raises:
-        UserError: `extra_body` sets what the run sets, or removes what the spending cap needs.
     """
 
     def __init__(
@@ -112,7 +110,6 @@ class EndpointClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        check_extra_body(endpoint)
         self._endpoint, self._clock, self._sleep, self._jitter = endpoint, clock, sleep, jitter
         self._connection = Connection(endpoint)
         self._pace = Pace(endpoint.requests_per_minute, endpoint.tokens_per_minute, clock())
@@ -265,10 +262,10 @@ class EndpointClient:
             case AskUser():
                 raise self._blocked_error(failure)
             case Refuse():
-                raise self._refusal(failure.text, call)
+                raise self._refusal(_reason(failure), call)
             case RefuseIfOthersSucceed():
                 if await self._other_prompts_succeed(call, decision.successes):
-                    raise self._refusal(failure.text, call)
+                    raise self._refusal(_reason(failure), call)
                 retry = decision.otherwise
             case GiveUpIfOthersSucceeded():
                 self._pace.pause(decision.pause_until)
@@ -422,3 +419,8 @@ class EndpointClient:
 
 def _reported_usage(choices: Sequence[Reply | Failure]) -> Usage | None:
     return next((choice.usage for choice in choices if isinstance(choice, Reply)), None)
+
+
+def _reason(failure: Failure) -> str:
+    """Return why a prompt has no response, with the remedy if a field of the request is refused."""
+    return ". ".join(filter(None, [failure.text, field_remedy(failure)]))

@@ -77,6 +77,25 @@ def spending_cap_reached(endpoint: Endpoint, budget: Budget, worst_cost: float) 
     )
 
 
+def field_remedy(failure: Failure) -> str | None:
+    """Return what to set if a server refuses a field that other servers take, None for other
+    failures."""
+    if failure.status not in (400, 422):
+        return None
+    if "max_completion_tokens" in failure.text:
+        return (
+            "Set endpoint.extra_body to {max_tokens: null, max_completion_tokens: N}, with the max_tokens of the "
+            "model's sampling as N."
+        )
+    if "temperature" in failure.text.lower():
+        return (
+            "Every decoding of evaluation.decodings is sent to a teacher, and a greedy one by default: set "
+            "temperatures that the server takes in evaluation.decodings and in the model's sampling, or "
+            "endpoint.extra_body to {temperature: null}."
+        )
+    return None
+
+
 def blocked_message(endpoint: Endpoint, failure: Failure) -> str:
     """Return the message of :class:`EndpointBlockedError`."""
     return f"{advice(endpoint, failure)} {KEPT}; run again after that."
@@ -108,6 +127,8 @@ def advice(endpoint: Endpoint, failure: Failure) -> str:
             )
         case 200:
             problem = f"{failure.text}. Remove endpoint.max_spend, or use a server that reports usage."
+        case 400 | 422 if remedy := field_remedy(failure):
+            problem = f"the server refuses a field of the request {detail}. {remedy}"
         case status if 400 <= status < 500:
             problem = (
                 f"the server refuses even a short prompt {detail}. Correct sampling.*, endpoint.model or "

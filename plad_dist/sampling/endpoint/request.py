@@ -8,12 +8,10 @@ from typing import Any
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.data.conversation import Messages
-from plad_dist.errors import UserError
 from plad_dist.sampling.endpoint.usage import Usage
 
 Prompt = Messages | str
 
-_SET_BY_THE_RUN = ("model", "messages", "prompt", "stream", "stream_options", "n", "best_of")
 _SENT_IF_SET = (
     "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids",
 )  # fmt: skip
@@ -78,20 +76,3 @@ def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: i
         max_tokens=max(limits, default=decoding.max_tokens),
         n=n,
     )
-
-
-def check_extra_body(endpoint: Endpoint) -> None:
-    """Check the fields that a config adds to every request.
-
-    Raises:
-        UserError: `extra_body` sets what the run sets, or removes what the spending cap needs.
-    """
-    extra = endpoint.extra_body
-    for name in _SET_BY_THE_RUN:
-        if name in extra:
-            raise UserError(f"endpoint.extra_body.{name}: is set by the run; remove it")
-    has_no_limit = extra.get("max_tokens", 0) is None and not isinstance(extra.get("max_completion_tokens"), int)
-    if endpoint.max_spend is not None and has_no_limit:
-        raise UserError(
-            "endpoint.extra_body: removes max_tokens, which endpoint.max_spend requires; set max_completion_tokens"
-        )

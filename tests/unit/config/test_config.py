@@ -25,6 +25,10 @@ MINIMAL: dict[str, Any] = {
 }
 
 
+def server(**settings: Any) -> dict[str, Any]:
+    return {"teacher": {"endpoint": {"url": "http://host/v1", "model": "m"} | settings}}
+
+
 def write(folder: Path, config: Any) -> Path:
     path = folder / "config.yaml"
     path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
@@ -91,6 +95,28 @@ def test_a_config_is_unchanged_after_writing_and_reading() -> None:
                 }
             },
             "`ignored_fields` has `content`, which every message needs",
+        ),
+        (server(extra_body={"n": 2}), "teacher.endpoint.extra_body: n: is set by the run; remove it"),
+        (server(extra_body={"tools": []}), "teacher.endpoint.extra_body: tools: is set by the run; remove it"),
+        (server(extra_body={"seed": 1}), "teacher.endpoint.extra_body: seed: is set by the run; remove it"),
+        (
+            server(extra_body={"top_k": 5}),
+            "teacher.endpoint.extra_body.top_k: replaces a setting of the run; set sampling.teacher.top_k",
+        ),
+        (
+            {"evaluation": {"judges": {"j": {"type": "llm", "model": server(extra_body={"min_p": 0.1})["teacher"]}}}},
+            "evaluation.judges.j.model.endpoint.extra_body.min_p: replaces a setting of the run; set "
+            "evaluation.judges.j.sampling.min_p",
+        ),
+        (server(url="http://h/v1/chat/completions"), "give the base URL, http://h/v1"),
+        (server(url="http://h/v1/completions/"), "give the base URL, http://h/v1"),
+        (
+            {"student": {"path": "x", "template_kwargs": {"add_generation_prompt": False}}},
+            "student.template_kwargs: add_generation_prompt: is set by the run; remove it",
+        ),
+        (
+            {"student": {"path": "x", "template_kwargs": {"chat_template": "{{ messages }}"}}},
+            "student.template_kwargs: chat_template: is set by the run; set `template` instead",
         ),
         ({"sampling": {"student": {"stop": ["x"]}}}, "sampling.student.stop: the student must end with a token"),
         (
@@ -241,6 +267,14 @@ def test_the_stored_config_of_a_run_directory_can_be_loaded(tmp_path: Path) -> N
     config = load_config("examples/quickstart.yaml", [f"run.dir={tmp_path}"])
     (tmp_path / "run.yaml").write_bytes(run_document(config))
     assert load_config(tmp_path / "run.yaml") == config
+
+
+def test_null_removes_a_field_that_a_server_refuses() -> None:
+    extra = {"max_tokens": None, "max_completion_tokens": 99, "temperature": None, "seed": None}
+    teacher = parse_config(MINIMAL | server(extra_body=extra), "x").teacher
+    assert teacher is not None
+    assert teacher.endpoint is not None
+    assert teacher.endpoint.extra_body == extra
 
 
 def test_greedy_responses_are_drawn_once() -> None:

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 
 from plad_dist.errors import UserError
+from plad_dist.sampling.backend import RefusedPromptError
 from tests.fake_endpoint import KEY, FakeTime, client_of, complete_all, error, good, run, serving
 
 
@@ -70,5 +71,27 @@ def test_the_check_reports_problems_before_money_is_spent(monkeypatch: pytest.Mo
             async with client_of(server, FakeTime(), url="http://127.0.0.1:9/v1") as client:
                 assert "endpoint.url" in (await client.check() or "")
             assert not server.bodies
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("message", "remedy"),
+    [
+        ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", "max_completion_tokens: N}"),
+        ("Unsupported value: 'temperature' does not support 0 with this model.", "evaluation.decodings"),
+    ],
+)
+def test_a_field_that_a_server_refuses_is_named_with_its_key(message: str, remedy: str) -> None:
+    async def test() -> None:
+        async with serving(lambda prompt, count: error(400, message)) as server, client_of(server) as client:
+            (outcome,) = await complete_all(client, "a")
+            assert isinstance(outcome, UserError)
+            assert remedy in str(outcome)
+        respond = lambda prompt, count: error(400, message) if prompt == "a" else good()  # noqa: E731
+        async with serving(respond) as server, client_of(server) as client:
+            (outcome,) = await complete_all(client, "a")
+            assert isinstance(outcome, RefusedPromptError)
+            assert remedy in str(outcome)
 
     run(test())

@@ -13,8 +13,8 @@ from plad_dist.config import Endpoint
 from plad_dist.errors import UserError
 from plad_dist.sampling.backend import Completion
 from plad_dist.sampling.endpoint.budget import Budget
-from plad_dist.sampling.endpoint.client import EndpointClient
 from plad_dist.sampling.endpoint.errors import EndpointDownError, SpendingCapReached
+from plad_dist.sampling.endpoint.request import make_request
 from tests.fake_endpoint import (
     DECODING,
     PRICES,
@@ -118,9 +118,11 @@ def test_a_cap_needs_a_server_that_reports_usage() -> None:
 
 
 def test_a_cap_needs_a_limit_on_the_response() -> None:
-    endpoint = Endpoint(url="http://x", model="m", max_spend=1.0, extra_body={"max_tokens": None}, **PRICES)
-    with pytest.raises(UserError, match="max_tokens"):
-        EndpointClient(endpoint)
+    with pytest.raises(ValueError, match=r"extra_body\.max_tokens.*set max_completion_tokens"):
+        Endpoint(url="http://x", model="m", max_spend=1.0, extra_body={"max_tokens": None}, **PRICES)
+    extra = {"max_tokens": None, "max_completion_tokens": 30}
+    endpoint = Endpoint(url="http://x", model="m", max_spend=1.0, extra_body=extra, **PRICES)
+    assert make_request(endpoint, messages("hi"), DECODING, 1).worst_usage.completion_tokens == 30
 
 
 def test_the_error_that_stops_the_stage_carries_the_cost_of_failed_tries() -> None:

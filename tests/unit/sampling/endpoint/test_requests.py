@@ -8,10 +8,8 @@ import pytest
 
 from plad_dist.config import Decoding, Endpoint, Model
 from plad_dist.data.conversation import Conversation
-from plad_dist.errors import UserError
 from plad_dist.sampling.backend import Completion
 from plad_dist.sampling.endpoint.backend import EndpointBackend
-from plad_dist.sampling.endpoint.client import EndpointClient
 from tests.fake_endpoint import DECODING, after, client_of, good, messages, run, serving
 
 
@@ -86,12 +84,6 @@ def test_a_rendered_prompt_goes_to_completions() -> None:
             assert (completion.text, completion.finish_reason) == ("to render!", "length")
 
     run(test())
-
-
-@pytest.mark.parametrize("name", ["model", "messages", "prompt", "stream", "stream_options", "n"])
-def test_extra_fields_cannot_replace_what_the_run_sets(name: str) -> None:
-    with pytest.raises(UserError, match=rf"extra_body\.{name}"):
-        EndpointClient(Endpoint(url="http://x", model="m", extra_body={name: 1}))
 
 
 @pytest.mark.parametrize(
