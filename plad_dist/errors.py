@@ -19,6 +19,12 @@ class RunFailed(RuntimeError):
     """
 
 
+def excerpt(value: object, length: int = 60) -> str:
+    """Return the representation of a value, with dots at its end if it was cut."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error message, or the class name of an error without message."""
     lines = str(error).strip().splitlines()

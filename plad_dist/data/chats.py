@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plad_dist.config import Columns
-from plad_dist.data.conversation import Messages, Tools
+from plad_dist.data.conversation import Messages, Tools, has_bare_calls, with_full_calls
 from plad_dist.data.files import parse_json
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, excerpt
 
 ROLES = ("system", "user", "assistant", "tool")
+# Roles that OpenAI's API renamed, by their other names.
+_RENAMED_ROLES = {"developer": "system", "function": "tool"}
 # Fields that chat templates read, beside role and content. All but `tool_calls` are texts.
 _TEXT_FIELDS = ("tool_call_id", "name", "reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -85,19 +87,29 @@ class ChatParser:
         """
         is_sharegpt = self.source.messages_format == "sharegpt"
         form = "{from, value}" if is_sharegpt else "{role, content}"
+        if isinstance(value, str):  # a table of texts, such as CSV, cannot hold a list otherwise
+            try:
+                parsed = parse_json(value)
+            except ValueError as error:
+                raise InvalidRowError(
+                    f"{where}: expected a non-empty list of {form}, or the JSON of one, got {excerpt(value)}: {error}"
+                ) from None
+            if not isinstance(parsed, str):
+                return replace(self, is_table=False).messages(parsed, where)
         if not isinstance(value, list) or not value:
-            raise InvalidRowError(f"{where}: expected a non-empty list of {form}, got {value!r:.60}")
-        messages = []
+            raise InvalidRowError(f"{where}: expected a non-empty list of {form}, got {excerpt(value)}")
+        messages: Messages = []
         for number, item in enumerate(value):
             if not is_sharegpt and _is_plain(item):  # nearly all are
                 messages.append({"role": item["role"], "content": item["content"]})
                 continue
             place = f"{where}: message {number} (counted from 0)"
             if not isinstance(item, dict):
-                raise InvalidRowError(f"{place}: expected a non-empty list of {form}, got an item {item!r:.60}")
+                raise InvalidRowError(f"{place}: expected a non-empty list of {form}, got an item {excerpt(item)}")
             message = {name: field for name, field in item.items() if field is not None}
             messages.append(self._message(self._from_sharegpt(message, place) if is_sharegpt else message, place))
-        return messages
+        # Calls with a `function` stay as they are: templates show their fields, and need no id.
+        return with_full_calls(messages) if has_bare_calls(messages) else messages
 
     def _from_sharegpt(self, turn: dict[str, Any], where: str) -> dict[str, Any]:
         """Return a turn of ShareGPT data in the form of chat messages."""
@@ -111,7 +123,7 @@ class ChatParser:
                 calls = parse_json(value)
             except (TypeError, ValueError) as error:
                 raise InvalidRowError(
-                    f"{where}: function_call: expected the JSON of a call, got {value!r:.60}: {error}"
+                    f"{where}: function_call: expected the JSON of a call, got {excerpt(value)}: {error}"
                 ) from None
             return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **turn}
         if speaker not in _SHAREGPT:
@@ -122,10 +134,10 @@ class ChatParser:
 
     def _message(self, message: dict[str, Any], where: str) -> dict[str, Any]:
         fields = {name: value for name, value in message.items() if name not in self.source.ignored_fields}
-        role, content = fields.pop("role", None), fields.pop("content", None)
-        if role not in ROLES:
-            advice = f"; for {{from, value}}, set {self.key}.messages_format to sharegpt" if "from" in fields else ""
-            raise InvalidRowError(f"{where}: role {role!r}: expected one of {', '.join(ROLES)}{advice}")
+        content = fields.pop("content", None)
+        role = self._role(fields, where)
+        if "tool_calls" not in fields and "function_call" in fields:  # the name that the API used before
+            fields["tool_calls"] = [fields.pop("function_call")]
         calls = self._tool_calls(fields.pop("tool_calls", None), role, where)
         for name, value in fields.items():
             if name not in _TEXT_FIELDS:
@@ -134,20 +146,39 @@ class ChatParser:
                     f"{self.key}.ignored_fields"
                 )
             if not isinstance(value, str):
-                raise InvalidRowError(f"{where}: {name}: expected a text, got {value!r:.60}")
+                raise InvalidRowError(f"{where}: {name}: expected a text, got {excerpt(value)}")
         if content is None and calls is None:
+            if message.get("tool_calls"):
+                raise InvalidRowError(
+                    f"{where}: has no content once tool_calls is ignored; remove the turn or the row, or take "
+                    f"tool_calls off {self.key}.ignored_fields"
+                )
             raise InvalidRowError(
-                f"{where}: expected a non-empty list of {{role, content}}, got an item {message!r:.60}"
+                f"{where}: expected a non-empty list of {{role, content}}, got an item {excerpt(message)}"
             )
         text = None if content is None else self._text(content, where)
         return {"role": role, "content": text, **({} if calls is None else {"tool_calls": calls}), **fields}
+
+    def _role(self, fields: dict[str, Any], where: str) -> str:
+        """Take the role out of a message's fields, and return it by the name of templates."""
+        role = fields.pop("role", None)
+        if role == "function" and "name" not in fields:
+            raise InvalidRowError(
+                f"{where}: role 'function': expected a `name`, that of the function; add it, or use the role tool"
+            )
+        renamed = _RENAMED_ROLES.get(role, role) if isinstance(role, str) else role
+        if renamed not in ROLES:
+            advice = f"; for {{from, value}}, set {self.key}.messages_format to sharegpt" if "from" in fields else ""
+            known = ", ".join((*ROLES, *_RENAMED_ROLES))
+            raise InvalidRowError(f"{where}: role {role!r}: expected one of {known}{advice}")
+        return str(renamed)
 
     def _text(self, content: Any, where: str) -> str:
         """Return a content as one text. Parts are joined by line ends, as vLLM does it."""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise InvalidRowError(f"{where}: content: expected a text or a list of text parts, got {content!r:.60}")
+            raise InvalidRowError(f"{where}: content: expected a text or a list of text parts, got {excerpt(content)}")
         return "\n".join(self._part(part, f"{where}: content") for part in content)
 
     def _part(self, part: Any, where: str) -> str:
@@ -158,7 +189,7 @@ class ChatParser:
         if kind not in _TEXT_PARTS or not isinstance(text, str):
             raise InvalidRowError(
                 f"{where}: has a part of type {kind!r}; expected parts {{type: text, text: ...}}, because prompts are "
-                f"texts. Remove the part or the row; got {part!r:.60}"
+                f"texts. Remove the part or the row; got {excerpt(part)}"
             )
         if unknown := fields.keys() - set(self.source.ignored_fields):
             raise InvalidRowError(
@@ -173,7 +204,9 @@ class ChatParser:
         if calls is None or calls == []:
             return None
         if role != "assistant" or not isinstance(calls, list):
-            raise InvalidRowError(f"{where}: tool_calls: expected a list in a turn of the assistant, got {calls!r:.60}")
+            raise InvalidRowError(
+                f"{where}: tool_calls: expected a list in a turn of the assistant, got {excerpt(calls)}"
+            )
         places = (f"{where}: tool_calls: item {number} (counted from 0)" for number in range(len(calls)))
         return [self._call(call, place) for call, place in zip(calls, places, strict=True)]
 
@@ -186,7 +219,7 @@ class ChatParser:
         if not isinstance(name, str) or not name or not isinstance(arguments, dict | str | None):
             raise InvalidRowError(
                 f"{where}: expected {{function: {{name, arguments}}}} with an object or its JSON as arguments, got "
-                f"{call!r:.60}"
+                f"{excerpt(call)}"
             )
         if isinstance(arguments, str):
             try:
@@ -212,14 +245,14 @@ class ChatParser:
             try:
                 tools = parse_json(value) if value.strip() else None
             except ValueError as error:
-                raise InvalidRowError(f"{expected}; got {value!r:.60}: {error}") from None
+                raise InvalidRowError(f"{expected}; got {excerpt(value)}: {error}") from None
         elif self.is_table:
             tools = without_nulls(value)
         if tools is None or tools == []:
             return None
         if not isinstance(tools, list) or not all(isinstance(_function(tool).get("name"), str) for tool in tools):
-            raise InvalidRowError(f"{expected}; got {value!r:.60}")
-        return tools
+            raise InvalidRowError(f"{expected}; got {excerpt(value)}")
+        return [_full_tool(tool) for tool in tools]
 
 
 def _is_plain(item: Any) -> bool:
@@ -236,6 +269,13 @@ def _function(item: Any) -> dict[str, Any]:
     """Return the function of a tool or of a call, with or without the envelope of the API."""
     function = item.get("function", item) if isinstance(item, dict) else None
     return function if isinstance(function, dict) else {}
+
+
+def _full_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool with the envelope of the API, which only functions have."""
+    if tool.get("function") is not None or tool.get("type", "function") != "function":
+        return tool
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 # -- dialogues as one text
@@ -257,7 +297,7 @@ def parse_dialogue(text: Any, where: str) -> tuple[Messages, str | None]:
     if not turns or problem:
         raise InvalidRowError(
             f"{where}: expected a text of turns that begin with '\\n\\nHuman:' and '\\n\\nAssistant:', the first by "
-            f"the human; {problem or 'it does not begin so'}. Correct or remove the row; got {text!r:.60}"
+            f"the human; {problem or 'it does not begin so'}. Correct or remove the row; got {excerpt(text)}"
         )
     reference = turns.pop()[1] if turns[-1][0] == "Assistant" else None
     return [{"role": _SPEAKERS[speaker], "content": turn} for speaker, turn in turns], reference or None

@@ -19,7 +19,7 @@ from plad_dist.data.conversation import Conversation, Messages, Tools, to_json
 from plad_dist.data.datasets_library import dataset_name, dataset_records
 from plad_dist.data.files import Record, is_table, records
 from plad_dist.data.source_files import SourceFile, expand
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, excerpt
 
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 # Errors that a template which compiles can raise on a row.
@@ -179,7 +179,7 @@ class _Reader:
             name = f"{self._key}.template"
             text = self._template.render(record, location)
         if not isinstance(text, str) or not text.strip():
-            raise InvalidRowError(f"{location}: {name!r}: expected a non-empty string, got {text!r:.60}")
+            raise InvalidRowError(f"{location}: {name!r}: expected a non-empty string, got {excerpt(text)}")
         if self._template is not None:
             self._template.check_use(record, location)
         return [{"role": "user", "content": text}], self._reference(record, location)
@@ -199,9 +199,10 @@ class _Reader:
         if len(turns) == 1 or turns[-2]["role"] == "assistant":
             raise InvalidRowError(f"{where}: expected a turn of another role before the assistant's last one")
         if lost := last.keys() - {"role", "content", "name"}:
+            advice = f", or list the field in {self._key}.ignored_fields" if last["content"] else ""
             raise InvalidRowError(
                 f"{where}: the last turn of the assistant has {', '.join(sorted(lost))}, but a reference is a text; "
-                f"remove the turn or the row, or list the field in {self._key}.ignored_fields"
+                f"remove the turn or the row{advice}"
             )
         return turns[:-1], last["content"] if last["content"].strip() else None
 
@@ -215,7 +216,7 @@ class _Reader:
             return None
         reference = self._column(record, name, "reference_column", location)
         if reference is not None and not isinstance(reference, str):
-            raise InvalidRowError(f"{location}: {name!r}: expected a string or null, got {reference!r:.60}")
+            raise InvalidRowError(f"{location}: {name!r}: expected a string or null, got {excerpt(reference)}")
         return reference if reference and reference.strip() else None  # CSV cannot express a missing value otherwise
 
     def _column(self, record: dict[str, Any], name: str, option: str, location: str) -> Any:
@@ -277,7 +278,7 @@ class _RowTemplate:
             raise UserError(
                 f"{location}: {self._key}: uses no column of the row, so its text is the same for all rows; the row "
                 f"has the columns {', '.join(map(str, record))}. Write a column as {{{{ name }}}}; got "
-                f"{self._source!r:.80}"
+                f"{excerpt(self._source, 80)}"
             )
 
 
@@ -314,7 +315,7 @@ def _records_of(file: SourceFile, columns: list[str] | None) -> Iterator[Record]
         for name, value in file.columns.items():
             if name in record and str(record[name]) != value:
                 raise UserError(
-                    f"{location}: the column {name!r} is given twice: {value!r} by the folder, {record[name]!r:.60} by "
-                    "the file; correct one of the two"
+                    f"{location}: the column {name!r} is given twice: {value!r} by the folder, "
+                    f"{excerpt(record[name])} by the file; correct one of the two"
                 )
         yield row, location, file.columns | record

@@ -8,7 +8,7 @@ from typing import Any
 
 from plad_dist.config import Decoding, Endpoint, Model
 from plad_dist.data.chat_templates import config_template
-from plad_dist.data.conversation import Conversation, Messages, to_json
+from plad_dist.data.conversation import Conversation, Messages, to_json, with_full_calls
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.reasoning import opened_tag
 from plad_dist.errors import UserError
@@ -68,7 +68,7 @@ class EndpointBackend:
 
     def _render_one(self, prompt: Conversation) -> Messages | str | UserError:
         if self._template is None:
-            return [_as_sent(message) for message in prompt.messages]
+            return [_as_sent(message) for message in with_full_calls(prompt.messages)]
         try:
             return self._template.render(prompt)
         except UserError as error:
@@ -185,8 +185,8 @@ def _as_sent(message: dict[str, Any]) -> dict[str, Any]:
         return dict(message)
     calls = []
     for call in message["tool_calls"]:
-        function = call.get("function")
-        if isinstance(function, dict) and not isinstance(function.get("arguments", ""), str):
-            call = {**call, "function": {**function, "arguments": to_json(function["arguments"])}}
-        calls.append(call)
+        function = call["function"]
+        arguments = function.get("arguments")
+        text = arguments if isinstance(arguments, str) else to_json({} if arguments is None else arguments)
+        calls.append({**call, "function": {**function, "arguments": text}})
     return {**message, "tool_calls": calls}

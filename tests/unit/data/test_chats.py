@@ -18,7 +18,8 @@ from plad_dist.data.sources import Prompt, read_prompts
 from plad_dist.errors import UserError
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
-TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+WEATHER = {"name": "weather", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": WEATHER}
 AGENT = [
     {"role": "user", "content": "weather in Graz"},
     {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "ask"},
@@ -142,6 +143,7 @@ def test_ignored_fields_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_reference_with_more_than_a_text_is_refused(tmp_path: Path) -> None:
+    """Nor is it advised to ignore the calls of a turn that would have no content then."""
     for fields in ({"tool_calls": [CALL]}, {"reasoning_content": "hm"}):
         turns = [*user("hi"), {"role": "assistant", "content": "ho", **fields}]
         with pytest.raises(
@@ -149,12 +151,66 @@ def test_a_reference_with_more_than_a_text_is_refused(tmp_path: Path) -> None:
         ):
             read(tmp_path, {"m": turns}, reference_column="m")
         assert read(tmp_path, {"m": turns}, reference_column="m", ignored_fields=list(fields)).reference == "ho"
+    turns = [*user("hi"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    with pytest.raises(UserError, match=r"has tool_calls, but a reference is a text; remove the turn or the row$"):
+        read(tmp_path, {"m": turns}, reference_column="m")
+    with pytest.raises(
+        UserError, match=r"message 1 .*has no content once tool_calls is ignored; remove .*ignored_fields$"
+    ):
+        read(tmp_path, {"m": turns}, reference_column="m", ignored_fields=["tool_calls"])
 
 
-@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [{"name": "weather"}]])
+@pytest.mark.parametrize("tools", [[TOOL], json.dumps([TOOL]), [TOOL["function"]], [{"type": "function", **WEATHER}]])
 def test_tools_are_a_list_or_the_json_of_one(tmp_path: Path, tools: Any) -> None:
-    prompt = read(tmp_path, {"m": user("hi"), "t": tools}, tools_column="t")
-    assert prompt.tools == (json.loads(tools) if isinstance(tools, str) else tools)
+    assert read(tmp_path, {"m": user("hi"), "t": tools}, tools_column="t").tools == [TOOL]
+
+
+def test_bare_calls_get_the_envelope_and_an_id_that_the_answer_names(tmp_path: Path) -> None:
+    def called(*turns: dict[str, Any]) -> list[dict[str, Any]]:
+        return read(tmp_path, {"m": [*user("hi"), *turns, *user("ho")]}).messages[1:-1]
+
+    def turn(*calls: dict[str, Any]) -> dict[str, Any]:
+        return {"role": "assistant", "content": None, "tool_calls": list(calls)}
+
+    bare = {"name": "f", "arguments": '{"x": 1}'}
+    full = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    answer = {"role": "tool", "content": "grey"}
+    assert called(turn(bare, bare), answer, answer, turn({"name": "g"})) == [
+        turn({"id": "call_0", **full}, {"id": "call_1", **full}),
+        answer | {"tool_call_id": "call_0"},
+        answer | {"tool_call_id": "call_1"},
+        turn({"id": "call_2", "type": "function", "function": {"name": "g", "arguments": {}}}),
+    ]
+    named = [turn({"id": "call_0", **full}, {"id": "b", **full}), answer | {"tool_call_id": "call_0"}, answer]
+    assert called(turn(bare, {"id": "b", **bare}), *named[1:]) == [*named[:2], answer | {"tool_call_id": "b"}]
+    assert called(
+        {"role": "assistant", "function_call": bare}, {"role": "function", "name": "f", "content": "grey"}
+    ) == [
+        turn({"id": "call_0", **full}),
+        answer | {"name": "f", "tool_call_id": "call_0"},
+    ]
+
+
+def test_roles_by_their_other_names_are_read(tmp_path: Path) -> None:
+    assert read(tmp_path, {"m": [{"role": "developer", "content": "be kind"}, *user("hi")]}).messages == [
+        {"role": "system", "content": "be kind"},
+        *user("hi"),
+    ]
+    with pytest.raises(UserError, match=r"message 1 .*role 'function': expected a `name`"):
+        read(tmp_path, {"m": [*user("hi"), {"role": "function", "content": "grey"}]})
+
+
+def test_a_conversation_can_be_the_json_of_a_list(tmp_path: Path) -> None:
+    assert read(tmp_path, {"m": json.dumps(AGENT)}).messages == AGENT
+    with pytest.raises(
+        InvalidRowError, match=r"jsonl:1: 'm': expected a non-empty list .*JSON of one, got '\[\{': Exp"
+    ):
+        read(tmp_path, {"m": "[{"})
+
+
+def test_a_value_that_a_message_cuts_ends_with_dots(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"got \{'a': 'x+\.\.\.$"):
+        read(tmp_path, {"m": {"a": "x" * 99}})
 
 
 @pytest.mark.parametrize("tools", [None, [], "", "[]"])
@@ -197,7 +253,8 @@ def test_sharegpt_turns_become_messages(tmp_path: Path) -> None:
     prompt = read(tmp_path, {"m": turns}, messages_format="sharegpt", reference_column="m")
     roles = ["system", "user", "assistant", "tool", "assistant", "user"]
     assert [message["role"] for message in prompt.messages] == roles
-    assert prompt.messages[2] == {"role": "assistant", "content": None, "tool_calls": [CALL["function"]]}
+    assert prompt.messages[2] == {"role": "assistant", "content": None, "tool_calls": [{"id": "call_0", **CALL}]}
+    assert prompt.messages[3] == {"role": "tool", "content": "grey", "tool_call_id": "call_0"}
     assert prompt.reference == "dark"
 
 

@@ -176,6 +176,6 @@ def test_a_truncated_prompt_keeps_its_tools_and_fields(tmp_path: Path, model: Pa
             assert (call["tool_calls"], last["tool_call_id"], json.loads(row["tools"])) == (
                 [CALL],
                 "c",
-                [{"name": "weather"}],
+                [{"type": "function", "function": {"name": "weather"}}],
             )
             assert len(last["content"]) < 40

@@ -152,11 +152,14 @@ def test_the_thought_that_a_server_sends_beside_the_answer_is_kept_apart(name: s
     run(test())
 
 
-def test_a_server_gets_the_arguments_of_calls_as_text() -> None:
+def test_a_server_gets_calls_with_ids_and_the_arguments_as_text() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": {"town": "Graz"}}}
-    turn = {"role": "assistant", "content": None, "tool_calls": [call, {"name": "other"}]}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call, {"function": {"name": "other"}}]}
     settings = Model(endpoint=Endpoint(url="http://host/v1", model="m"))
-    ((sent,),) = EndpointBackend(settings, "m", []).render([Conversation([turn])])
+    answers = [{"role": "tool", "content": "ok"}, {"role": "tool", "content": "grey", "tool_call_id": "c"}]
+    ((sent, *sent_answers),) = EndpointBackend(settings, "m", []).render([Conversation([turn, *answers])])
     as_text = {"name": "weather", "arguments": '{"town": "Graz"}'}
-    assert sent == turn | {"tool_calls": [call | {"function": as_text}, {"name": "other"}]}
+    other = {"id": "call_0", "type": "function", "function": {"name": "other", "arguments": "{}"}}
+    assert sent == turn | {"tool_calls": [call | {"function": as_text}, other]}
+    assert [answer["tool_call_id"] for answer in sent_answers] == ["call_0", "c"]
     assert turn["tool_calls"][0]["function"]["arguments"] == {"town": "Graz"}, "the prompt is unchanged"
