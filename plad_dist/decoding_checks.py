@@ -108,9 +108,22 @@ def decoding_notes(config: Config) -> Iterator[str]:
                 f"{model.key}: generation_config.json of {model.path} sets {theirs}, which are not used; "
                 f"{model.section} samples with {ours}"
             )
-        limit = context_length(model.path, model.settings)
-        if "max_tokens" in sampling.model_fields_set and sampling.max_tokens >= limit:
+        yield from _length_notes(model, config.prompts.max_tokens)
+
+
+def _length_notes(model: SampledModel, most_prompt_tokens: int | None) -> Iterator[str]:
+    sampling, limit = model.sampling, context_length(model.path, model.settings)
+    engine = sampling.engine.get("max_model_len")
+    if isinstance(engine, int) and 0 < engine < limit:
+        if most_prompt_tokens is None or most_prompt_tokens >= engine:
             yield (
-                f"{model.section}.max_tokens: {sampling.max_tokens}: responses of {model.key} end earlier, at its "
-                f"context of {limit} tokens"
+                f"{model.section}.engine.max_model_len: {engine}: shortens the context of {model.key} from {limit} "
+                "tokens; longer prompts become error rows, because prompts.over_long goes by the context (set "
+                f"{model.key}.max_length instead)"
             )
+        limit = engine
+    if "max_tokens" in sampling.model_fields_set and sampling.max_tokens >= limit:
+        yield (
+            f"{model.section}.max_tokens: {sampling.max_tokens}: responses of {model.key} end earlier, at its context "
+            f"of {limit} tokens"
+        )

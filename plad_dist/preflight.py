@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from plad_dist.compat.vllm import reasoning_parser_names
-from plad_dist.config import Config, LlmJudge, Model, RewardJudge, ScratchModel, TeacherJudge
+from plad_dist.config import Config, LlmJudge, Lora, Model, RewardJudge, ScratchModel, TeacherJudge
 from plad_dist.data.chat_templates import check_template
 from plad_dist.data.model_checks import check_vocabulary, template_warnings
 from plad_dist.data.models import (
@@ -23,6 +23,7 @@ from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer
 from plad_dist.decoding_checks import check_decoding, check_pair_length, decoding_notes, sampled_models
 from plad_dist.errors import UserError
+from plad_dist.planning.sizes import build_without_weights
 from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine_arguments import check_cpu_heads, check_engine_args
@@ -87,12 +88,13 @@ def _engine_arguments(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
 def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     """Yield the checks of everything that a config names, cheap ones first."""
     from plad_dist.pairing.scores import check_scorer
-    from plad_dist.training.model.deepspeed_config import check_deepspeed, check_optimizers
+    from plad_dist.training.model.deepspeed_config import check_deepspeed, check_optimizers, check_workers
     from plad_dist.training.worker.trackers import check_trackers
 
     yield "", partial(_check_run_dir, run)
     yield "", partial(reused_run, config)
     yield "", partial(check_optimizers, config.training.deepspeed, config.training)
+    yield "", partial(check_workers, config.training)
     yield "", partial(check_trackers, config.training.trackers)
     for key, arguments in _engine_arguments(config):
         yield "", partial(check_engine_args, arguments, key)
@@ -115,6 +117,8 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     if config.student.path is not None:
         yield "", partial(_check_student_rope, config.student)
         yield "", partial(check_pair_length, config)
+        if config.training.lora is not None:
+            yield "", partial(check_adapters, config.student, config.training.lora)
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
@@ -138,6 +142,23 @@ def _check_student_rope(student: Model) -> None:
     except UserError:  # the checks of the model report it
         return
     check_rope(settings, context_length(path, student), "student")
+
+
+def check_adapters(student: Model, lora: Lora) -> None:
+    """Raise :class:`UserError` if the layers that `target_modules` names are not the student's.
+
+    Models that cannot be built without their weights are not checked here.
+    """
+    from plad_dist.training.model.engine import adapter_targets
+
+    if lora.target_modules == "all-linear":
+        return
+    try:
+        config = load_model_config(str(student.path), student)
+        model = build_without_weights(config, remote=student.trust_remote_code)
+    except Exception:  # noqa: BLE001 - model families raise all kinds of errors, which other checks report
+        return
+    adapter_targets(model, lora)
 
 
 def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[Check]:

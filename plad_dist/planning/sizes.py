@@ -132,7 +132,7 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
     stored_width = _stored_width(config)
-    model = _build_without_weights(config, remote=remote)
+    model = build_without_weights(config, remote=remote)
     text = config.get_text_config()
     layers = _decoder_layers(model)
     embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -174,7 +174,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     )
 
 
-def _build_without_weights(config: Any, *, remote: bool) -> Any:
+def build_without_weights(config: Any, *, remote: bool) -> Any:
     """Build a model on the meta device, as if it were not quantized."""
     import torch
     from transformers import AutoModelForCausalLM

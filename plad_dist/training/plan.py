@@ -27,7 +27,7 @@ from plad_dist.training.batches.schedule import steps_per_epoch
 from plad_dist.training.checkpoints.store import OWNER, CheckpointStore
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import attention_of, check_rope
-from plad_dist.training.model.deepspeed_config import load_deepspeed
+from plad_dist.training.model.deepspeed_config import check_workers, load_deepspeed
 from plad_dist.training.model.scratch import make_model
 
 # Keys of a phase that do not influence the trained model.
@@ -91,7 +91,7 @@ def _checked_inputs(name: str, config: Config, run: RunDir) -> _PhaseInputs:
     model, renderer = load_model_config(start, settings), Renderer(start, settings)
     check_rope(model, context, role)
     check_vocabulary(start, renderer, vocabulary_size(model))
-    _check_workers(config)
+    check_workers(config.training)
     kind, path = _data(name, config, run)
     data = DataSpec(
         kind=kind,
@@ -139,34 +139,6 @@ def _data(name: str, config: Config, run: RunDir) -> tuple[GroupKind, str]:
     if name == WARMUP and config.training.warmup is not None and config.training.warmup.data == "teacher":
         return "teacher", run.samples("teacher").path
     return "references", ""
-
-
-def _check_workers(config: Config) -> None:
-    """Raise :class:`UserError` if the DeepSpeed config forbids the number of workers or the watch.
-
-    An elastic group needs no check of the second partition (hpZ): it takes the largest one that
-    divides its size.
-    """
-    training = config.training
-    zero = load_deepspeed(training.deepspeed)["zero_optimization"]
-    fewest, most = training.workers
-    is_elastic = fewest < most
-    partition = min(int(zero.get("zero_hpz_partition_size", 1)), most)
-    if not is_elastic and partition > 1 and most % partition:
-        raise UserError(
-            f"training.num_workers={most} is no multiple of zero_hpz_partition_size={partition} (training.deepspeed: "
-            f"{training.deepspeed}); set a multiple, or another DeepSpeed config"
-        )
-    if training.watch is not None and zero["stage"] != 3:
-        raise UserError(
-            f"training.watch: reads checkpoints of ZeRO stage 3, but training.deepspeed: {training.deepspeed} has "
-            f"stage {zero['stage']}; set another DeepSpeed config, or remove training.watch"
-        )
-    if is_elastic and zero["stage"] != 3:
-        raise UserError(
-            f"training.num_workers: an elastic group needs ZeRO stage 3, but training.deepspeed: {training.deepspeed} "
-            f"has stage {zero['stage']}; set another DeepSpeed config, or a single number of workers"
-        )
 
 
 # -- steps, identity, job

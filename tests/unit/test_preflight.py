@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from plad_dist.config import Lora, Model, Training
 from plad_dist.config_file import parse_config
 from plad_dist.decoding_checks import check_decoding, decoding_notes, sampled_models
 from plad_dist.errors import UserError
+from plad_dist.preflight import check_adapters
+from plad_dist.training.model.deepspeed_config import check_workers
 
 
 def model_folder(folder: Path, generation: dict[str, Any] | None = None) -> str:
@@ -71,6 +74,31 @@ def test_settings_without_the_expected_effect_are_named(tmp_path: Path) -> None:
         "used; sampling.teacher samples with top_k 0, repetition_penalty 1",
         "sampling.teacher.max_tokens: 512: responses of teachers.a end earlier, at its context of 512 tokens",
     ]
+    raw["sampling"] = {"student": {"engine": {"max_model_len": 300}, "max_tokens": 400}}
+    shortened, ended = (note for note in decoding_notes(parse_config(raw, "x")) if note.startswith("sampling.student"))
+    assert shortened.startswith("sampling.student.engine.max_model_len: 300: shortens the context of student from 512")
+    assert ended.endswith("end earlier, at its context of 300 tokens")
     raw["sampling"] = {"student": {"temperature": 0}}
     raw["evaluation"] = {"candidates": 4}
     assert "evaluation.candidates: none are sampled" in next(decoding_notes(parse_config(raw, "x")))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"deepspeed": "zero2", "num_workers": (1, 2)}, "training.num_workers: an elastic group needs ZeRO stage 3"),
+        ({"deepspeed": "zero2", "watch": {}}, "training.watch: reads checkpoints of ZeRO stage 3"),
+        ({"deepspeed": "zero3_multinode", "num_workers": 12}, "no multiple of zero_hpz_partition_size=8"),
+        ({"deepspeed": "zero3", "num_workers": (1, 2), "watch": {}}, None),
+    ],
+)
+def test_workers_that_the_deepspeed_config_forbids_are_refused(training: dict[str, Any], message: str | None) -> None:
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_workers(Training(**training))
+
+
+def test_adapters_of_layers_that_the_student_lacks_are_refused(tmp_path: Path) -> None:
+    student = Model(path=model_folder(tmp_path / "s"))
+    check_adapters(student, Lora(target_modules=["q_proj", "up_proj"]))
+    with pytest.raises(UserError, match=r"target_modules: c_attn: expected names .*; it has down_proj, gate_proj, k_p"):
+        check_adapters(student, Lora(target_modules=["q_proj", "c_attn"]))

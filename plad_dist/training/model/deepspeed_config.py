@@ -99,6 +99,33 @@ def check_optimizers(name: str, training: Training) -> None:
             )
 
 
+def check_workers(training: Training) -> None:
+    """Raise :class:`UserError` if the DeepSpeed config forbids the number of workers or the watch.
+
+    An elastic group needs no check of the second partition (hpZ): it takes the largest one that
+    divides its size.
+    """
+    zero = load_deepspeed(training.deepspeed)["zero_optimization"]
+    fewest, most = training.workers
+    is_elastic = fewest < most
+    partition = min(int(zero.get("zero_hpz_partition_size", 1)), most)
+    if not is_elastic and partition > 1 and most % partition:
+        raise UserError(
+            f"training.num_workers={most} is no multiple of zero_hpz_partition_size={partition} (training.deepspeed: "
+            f"{training.deepspeed}); set a multiple, or another DeepSpeed config"
+        )
+    if training.watch is not None and zero["stage"] != 3:
+        raise UserError(
+            f"training.watch: reads checkpoints of ZeRO stage 3, but training.deepspeed: {training.deepspeed} has "
+            f"stage {zero['stage']}; set another DeepSpeed config, or remove training.watch"
+        )
+    if is_elastic and zero["stage"] != 3:
+        raise UserError(
+            f"training.num_workers: an elastic group needs ZeRO stage 3, but training.deepspeed: {training.deepspeed} "
+            f"has stage {zero['stage']}; set another DeepSpeed config, or a single number of workers"
+        )
+
+
 def check_deepspeed(name: str) -> None:
     """Raise :class:`UserError` if the installed DeepSpeed rejects `zero_optimization`.
 

@@ -154,6 +154,19 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(seed)
+    targets = adapter_targets(model, lora)
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def adapter_targets(model: Any, lora: Lora) -> list[str]:
+    """Return the names of the layers that get adapters.
+
+    Raises:
+        UserError: a target is not a linear layer of the model, or is its output layer.
+    """
     head = model.get_output_embeddings()
     modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
     linear = {name for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
@@ -163,7 +176,4 @@ def add_adapters(model: Any, lora: Lora, seed: int) -> None:
             f"training.lora.target_modules: {', '.join(sorted(set(targets) - linear)) or 'none'}: expected names of "
             f"linear layers of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
         )
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
-    inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    return targets

@@ -11,7 +11,8 @@ from plad_dist.planning.plan import choose_hardware, plan_run
 from plad_dist.study import load_runs
 from tests.conftest import in_this_process
 
-EXAMPLES = sorted(Path("examples").glob("*.yaml"))
+# The models of packages-smollm2 are made on the machine that runs it.
+EXAMPLES = sorted(path for path in Path("examples").glob("*.yaml") if path.stem != "packages-smollm2")
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
