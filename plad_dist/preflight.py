@@ -61,9 +61,8 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         for note in decoding_notes(config):
             logger.info("%s", note)
     if all_rows and train_prompts(run.storage).manifest() is None:
-        summary = check_prompts(config, all_rows=True)  # last, because it needs the tokenizers of sound models
-        if summary:
-            logger.info("prompts: %s", summary)
+        for line in check_prompts(config, all_rows=True):  # last, because it needs the tokenizers of sound models
+            logger.info("prompts: %s", line)
 
 
 def check_engines(config: Config) -> None:

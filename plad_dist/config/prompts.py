@@ -20,7 +20,8 @@ class Columns(Section):
     )
     messages_column: str | None = Field(
         None,
-        description="Column with chat messages, a list of {role, content}. A message may also have `tool_calls`, "
+        description="Column with chat messages, a list of {role, content}, or the JSON of one. Roles are system (or "
+        "developer), user, assistant and tool (or function, with a `name`). A message may also have `tool_calls`, "
         "`tool_call_id`, `name`, and its thought as `reasoning_content`, `reasoning` or `thinking`, which chat "
         "templates read; another field is an error, see `ignored_fields`. If the content is a list of text parts, they "
         "are joined by line ends, as vLLM does it.",
@@ -60,7 +61,8 @@ class Columns(Section):
     invalid_rows: Literal["fail", "drop"] = Field(
         "fail",
         description="Action for a row whose prompt, conversation, tools or reference cannot be read in the form that "
-        "the other keys name. drop: leave it out and count it. A missing column is an error in any case.",
+        "the other keys name. drop: leave it out and count it. In any case, a missing column is an error, and so is "
+        "a line that is not JSON, or a row of CSV with another number of fields than the header.",
     )
     meta_columns: list[str] = Field(default=[], description="Columns to keep in `meta`, for the filters of teachers.")
 

@@ -71,6 +71,10 @@ def _load(source: DatasetSource, key: str) -> Any:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     folder = Path(source.name)
+    if folder.is_file():
+        raise UserError(
+            f"{key}.name: {source.name}: is a file; read it with `type: files` and `paths: [{source.name}]`"
+        )
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         name = str(folder) if folder.is_dir() else source.name
         return load_dataset(

@@ -23,7 +23,7 @@ from obstore.exceptions import BaseError
 
 from plad_dist.data.source_files import open_store
 from plad_dist.data.storage import innermost_cause
-from plad_dist.errors import RunFailed, UserError
+from plad_dist.errors import RunFailed, UserError, excerpt
 
 Record = tuple[int, str, dict[str, Any]]  # row counted from 0, location for messages, columns
 
@@ -54,7 +54,7 @@ def records(file: str, columns: list[str] | None) -> Iterator[Record]:
             case ".jsonl" | ".json" | ".jsonl.gz" | ".json.gz":
                 yield from _json_lines(file)
             case ".csv" | ".csv.gz":
-                yield from _csv_rows(file)
+                yield from _csv_rows(file, columns)
             case ".parquet":
                 with _opened_for_arrow(file) as source:
                     yield from _table_rows(file, _parquet_batches(file, source, columns))
@@ -270,21 +270,39 @@ def _is_unicode(record: Any) -> bool:
     return True
 
 
-def _csv_rows(file: str) -> Iterator[Record]:
+def _csv_rows(file: str, needed: list[str] | None) -> Iterator[Record]:
     csv.field_size_limit(_MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in _lines(file)), strict=True)
     try:
         header = next(reader, [])
+        if len(header) == 1 and header != needed:
+            _check_separator(header[0], file)
         # A column without a name, such as an index, cannot be used, so it may be there twice.
         if (name := _first_repeated(filter(None, header))) is not None:
             raise UserError(f"{file}: header: the column {name!r} is given twice; rename or remove one of the two")
-        for row, fields in enumerate(fields for fields in reader if fields):
-            location = _row_location(file, row)
+        row, number = 0, reader.line_num + 1
+        for fields in reader:
+            location, number = f"{file}:{number}", reader.line_num + 1  # a field can have several lines
+            if not fields:
+                continue
             if len(fields) != len(header):
-                raise UserError(f"{location}: has {len(fields)} fields, the header has {len(header)} columns")
+                raise UserError(
+                    f"{location}: has {len(fields)} fields, the header has {len(header)} columns; put a field that has "
+                    "a comma or a line end between double quotes, and double the quotes in it"
+                )
             yield row, location, dict(zip(header, fields, strict=True))
+            row += 1
     except csv.Error as error:
         raise UserError(f"{file}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _check_separator(header: str, file: str) -> None:
+    """Raise :class:`UserError` if no comma separates the names of a header."""
+    separator = next((character for character in ";\t|" if character in header), None)
+    if separator is not None:
+        raise UserError(
+            f"{file}: header: is separated by {separator!r}, got {excerpt(header)}; save the file with commas"
+        )
 
 
 def _parquet_batches(file: str, source: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:

@@ -80,8 +80,8 @@ def _write(config: Config, datasets: dict[str, Dataset]) -> None:
             logger.info("prepare: %s prompts read", f"{rows:,}")
     for name, writer in writers.items():
         writer.finish(selection.counts[name])
-    if summary := selection.summary():
-        logger.info("prompts: %s", summary)
+    for line in selection.summary():
+        logger.info("prompts: %s", line)
 
 
 def _are_sources_small(config: Config) -> bool:
@@ -100,7 +100,7 @@ def _sources(config: Config) -> list[tuple[str, Any]]:
     return [(key, source) for key, source in sources if source is not None]
 
 
-def check_prompts(config: Config, *, all_rows: bool) -> str | None:
+def check_prompts(config: Config, *, all_rows: bool) -> list[str]:
     """Raise the errors of :func:`prepare` without writing anything.
 
     Args:
@@ -108,8 +108,8 @@ def check_prompts(config: Config, *, all_rows: bool) -> str | None:
             never harvested here.
 
     Returns:
-        The summary that :func:`prepare` would log; None if it would log none, or if only the first
-        rows were read.
+        The summary that :func:`prepare` would log, line by line; none if only the first rows were
+        read.
     """
     Router(config)
     if all_rows and not isinstance(config.prompts.source, PythonFunctionsSource):
@@ -119,7 +119,7 @@ def check_prompts(config: Config, *, all_rows: bool) -> str | None:
     for key, source in _sources(config):
         if not isinstance(source, PythonFunctionsSource):
             _consume(islice(read_prompts(source, key), None if all_rows else 1))
-    return None
+    return []
 
 
 def _consume(rows: Iterable[Any]) -> None:

@@ -110,7 +110,8 @@ class Selection:
             return f"{key}: no {kind} prompts; add rows"
         return (
             f"prompts.heldout_fraction: {self._config.prompts.heldout_fraction:g} of {rows:,} rows leaves no {kind} "
-            "prompts; add rows, set another fraction, or set prompts.heldout"
+            "prompts: each is held out with this probability, by a hash of its text; add rows, set another "
+            "fraction, or set prompts.heldout"
         )
 
     def _without_heldout(self, rows: list[Row]) -> list[Row]:
@@ -167,10 +168,10 @@ class Selection:
             fitting.append((name, prompt))
         return fitting
 
-    def summary(self) -> str | None:
-        """Return a log line on duplicate, over-long and dropped prompts, or None if all is normal.
+    def summary(self) -> list[str]:
+        """Return log lines on duplicate, over-long and dropped prompts, none if all is normal.
 
-        It also warns of templates that leave out tools or their calls, and if neither references
+        They also warn of templates that leave out tools or their calls, and if neither references
         nor judges can measure the quality of responses.
         """
         total = self.counts[TRAIN] + self.counts[HELDOUT]
@@ -181,13 +182,13 @@ class Selection:
             (total["dropped.invalid"], f"invalid rows dropped, the first: {self._first_invalid}"),
             (total["dropped.heldout"], "dropped from training because prompts.heldout has them"),
         ]
-        phrases = [f"{count:,} {change}" for count, change in changes if count] + self._unshown
+        lines = [f"{count:,} {change}" for count, change in changes if count] + self._unshown
         if not self.counts[HELDOUT]["references"] and not self._config.evaluation.judges:
-            phrases.append(
+            lines.append(
                 "no held-out prompt has a reference and evaluation.judges is empty, so nothing can measure the quality "
                 "of responses"
             )
-        return ", ".join(phrases) or None
+        return lines
 
 
 class Router:

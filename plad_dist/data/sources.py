@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from plad_dist.errors import UserError, excerpt
 JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 # Errors that a template which compiles can raise on a row.
 JINJA_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+# What a null in a column stands for.
+_NULLS = {"reference_column": "a reference", "tools_column": "tools", "meta_columns": "a value"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ class _Reader:
     def __init__(self, source: Columns, key: str, on_invalid: Callable[[InvalidRowError], None]) -> None:
         self._source, self._key, self._on_invalid = source, key, on_invalid
         self.rows = 0
+        self._first_names: frozenset[str] = frozenset()
         self._template = _RowTemplate.of(source, "template", key)
         self._reference_template = _RowTemplate.of(source, "reference_template", key)
         self._parsers = {is_table: ChatParser(source, key, is_table) for is_table in (False, True)}
@@ -131,6 +136,7 @@ class _Reader:
         source = self._source
         for row, location, record in rows:
             self.rows += 1
+            self._first_names = self._first_names or frozenset(record)
             try:
                 messages, reference = self._texts(record, location, is_table)
                 tools = self._tools(record, location, is_table)
@@ -220,12 +226,22 @@ class _Reader:
         return reference if reference and reference.strip() else None  # CSV cannot express a missing value otherwise
 
     def _column(self, record: dict[str, Any], name: str, option: str, location: str) -> Any:
-        if name not in record:
-            columns = ", ".join(sorted(map(str, record))) or "none"
+        if name in record:
+            return record[name]
+        if name in self._first_names:
+            nothing = _NULLS.get(option)
             raise UserError(
-                f"{location}: no column {name!r}; it has {columns}. Set {self._key}.{option} to one of them"
+                f"{location}: this row lacks the key {name!r}, which the first row has; "
+                f"{f'write null for a row without {nothing}' if nothing else 'add it, or remove the row'}"
             )
-        return record[name]
+        advice = ", or write null if other rows have it" if option in _NULLS else ""
+        raise UserError(
+            f"{location}: no column {name!r}; it has {_quoted(record)}. Set {self._key}.{option} to one of them{advice}"
+        )
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(sorted(map(repr, names))) or "none"
 
 
 class _RowTemplate:
@@ -258,8 +274,7 @@ class _RowTemplate:
         try:
             text = self._template.render(record)
         except JINJA_ERRORS as error:
-            columns = ", ".join(map(str, record))
-            raise UserError(f"{location}: {self._key}: {error}; the row has the columns {columns}") from None
+            raise UserError(f"{location}: {self._key}: {error}; the row has the columns {_quoted(record)}") from None
         self.rows += 1
         self._first = self._first or (text, record)
         if not self._texts_differ:
@@ -277,7 +292,7 @@ class _RowTemplate:
         if not self._names & record.keys():
             raise UserError(
                 f"{location}: {self._key}: uses no column of the row, so its text is the same for all rows; the row "
-                f"has the columns {', '.join(map(str, record))}. Write a column as {{{{ name }}}}; got "
+                f"has the columns {_quoted(record)}. Write a column as {{{{ name }}}}; got "
                 f"{excerpt(self._source, 80)}"
             )
 

@@ -209,7 +209,7 @@ def run_dir_unknown_scheme(folder: Path, raw: dict[str, Any]) -> None:
         (weights_cut, ["student.path: ", "model.safetensors: not a safetensors file", "Copy the model again"]),
         (prompts_empty, ["prompts.jsonl", "no prompts;"]),
         (a_link_to_nowhere_among_the_prompts, ["prompts.source.paths: ", "prompts-2.jsonl: is a link to"]),
-        (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has answer, prompt"]),
+        (column_missing, ["prompts.jsonl:1", "no column 'question'", "it has 'answer', 'prompt'"]),
         (model_missing, ["student.path: ", "nowhere", "no such model folder"]),
         (not_a_model, ["not a model folder", "config.json"]),
         (no_template, ["no chat template", "template"]),

@@ -235,11 +235,30 @@ def test_a_run_without_references_and_judges_is_reported_before_it_starts(
         "no held-out prompt has a reference and evaluation.judges is empty, "
         "so nothing can measure the quality of responses"
     )
-    assert check_prompts(config_of(raw), all_rows=True) == summary
+    assert check_prompts(config_of(raw), all_rows=True) == [summary]
     prepared(config_of(raw))
     assert [record.message for record in caplog.records] == [f"prompts: {summary}"]
     raw["evaluation"]["judges"] = {"reader": {"type": "reward_model", "path": "nowhere"}}
-    assert check_prompts(config_of(raw), all_rows=True) is None
+    assert check_prompts(config_of(raw), all_rows=True) == []
+
+
+def test_a_fraction_that_holds_out_no_prompt_says_that_it_is_a_probability(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, map(str, range(5)))
+    raw["prompts"]["heldout_fraction"] = 1e-6
+    with pytest.raises(UserError, match="1e-06 of 5 rows leaves no held-out prompts: each is held out with this prob"):
+        check_prompts(config_of(raw), all_rows=True)
+
+
+def test_every_notice_about_prompts_is_a_line_of_its_own(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, [*map(str, range(200)), "", "0"])
+    del raw["prompts"]["source"]["reference_column"], raw["training"]["teacher"]
+    raw["teacher"] = {"endpoint": {"url": "http://localhost:1/v1", "model": "big"}}
+    raw["training"]["warmup"]["data"] = "teacher"
+    raw["prompts"]["source"]["invalid_rows"] = "drop"
+    duplicates, invalid, references = check_prompts(config_of(raw), all_rows=True)
+    assert duplicates.startswith("1 duplicates")
+    assert invalid.startswith("1 invalid rows dropped, the first: ")
+    assert references.startswith("no held-out prompt has a reference")
 
 
 def test_duplicates_are_counted_and_kept_dropped_or_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

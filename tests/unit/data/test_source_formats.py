@@ -108,7 +108,7 @@ def test_a_template_that_uses_no_column_is_refused(tmp_path: Path, option: str) 
     path = write(tmp_path, '{"prompt": "a", "answer": "b"}')
     for text in ("Question: {prompt} Answer:", "{% if x is defined %}{{ x }}{% else %}y{% endif %}"):
         options = {"reference_column": None, option: text}
-        with pytest.raises(UserError, match=rf"source\.{option}: uses no column .* columns prompt, answer.*got '"):
+        with pytest.raises(UserError, match=rf"source\.{option}: uses no column .* columns 'answer', 'prompt'.*got '"):
             list(read_prompts(source(path, **options)))
 
 

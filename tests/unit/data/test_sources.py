@@ -87,8 +87,20 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path: Path) -> No
         ("[" * 100_000, r"p\.jsonl:1: not valid JSON"),
         ('{"prompt": "\\ud83d", "answer": ""}', r"p\.jsonl:1: contains half of a surrogate pair"),
         ("[1]", r"p\.jsonl:1: expected a JSON object, got list"),
-        ('{"question": "a"}', r"p\.jsonl:1: no column 'prompt'; it has question\. Set prompts\.source\.prompt_column"),
-        ('{"prompt": "a"}', r"p\.jsonl:1: no column 'answer'"),
+        (
+            '{"question": "a"}',
+            r"p\.jsonl:1: no column 'prompt'; it has 'question'\. Set prompts\.source\.prompt_column",
+        ),
+        ('{"prompt": "a"}', r"p\.jsonl:1: no column 'answer'; it has 'prompt'.*, or write null if other rows have it"),
+        ('{"Prompt ": "a"}', r"it has 'Prompt '\. Set prompts\.source\.prompt_column to one of them$"),
+        (
+            '{"prompt": "a", "answer": "b"}\n{"prompt": "a"}',
+            r"p\.jsonl:2: this row lacks the key 'answer', .*; write null for a row without a reference",
+        ),
+        (
+            '{"prompt": "a", "answer": "b"}\n{"answer": "b"}',
+            r":2: this row lacks the key 'prompt', .*; add it, or remove",
+        ),
         ('{"prompt": "a", "answer": ""}\n{"prompt": 3}', r"p\.jsonl:2: 'prompt': expected a non-empty string, got 3"),
         ('{"prompt": " ", "answer": ""}', r"expected a non-empty string"),
         ('{"prompt": "a", "answer": 3}', r"p\.jsonl:1: 'answer': expected a string or null, got 3"),
@@ -104,10 +116,16 @@ def test_the_error_names_a_bad_line(tmp_path: Path, text: str, message: str) -> 
     [
         (b"", r"p\.csv: no prompts;"),
         (b"prompt,answer\n", r"p\.csv: no prompts;"),
-        (b"prompt,answer\na,b\na,b,c\n", r"p\.csv: row 1 \(counted from 0\): has 3 fields, the header has 2 columns"),
+        (
+            b"prompt,answer\na,b\na,b,c\n",
+            r"p\.csv:3: has 3 fields, the header has 2 columns; put a field .*double quotes",
+        ),
         (b'prompt,answer\na,b\na,"b\n', r"p\.csv:3: not valid CSV: unexpected end of data"),
+        (b'prompt,answer\n"a\nb",c\n\n,b\n', r"p\.csv:5: 'prompt': expected a non-empty string"),
+        (b"prompt;answer\na, b;c\n", r"p\.csv: header: is separated by ';', got 'prompt;answer'; save .* commas"),
+        (b"prompt\tanswer\na\tb\n", r"p\.csv: header: is separated by '\\t'"),
         (b"prompt,answer\na,b\na,\xff\n", r"p\.csv:3: not UTF-8 text .*convert"),
-        (b"prompt,answer\na,b\n,b\n", r"p\.csv: row 1 \(counted from 0\): 'prompt': expected a non-empty string"),
+        (b"prompt,answer\na,b\n,b\n", r"p\.csv:3: 'prompt': expected a non-empty string"),
     ],
 )
 def test_the_error_names_a_bad_row_of_csv(tmp_path: Path, text: bytes, message: str) -> None:
@@ -121,7 +139,7 @@ def test_the_error_names_a_bad_row_of_a_table_counted_from_0(tmp_path: Path, nam
     path = write_as(tmp_path / name, [*ROWS, {"prompt": "", "answer": ""}])
     with pytest.raises(UserError, match=r"row 2 \(counted from 0\): 'prompt': expected a non-empty string, got ''"):
         list(read_prompts(source(path)))
-    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): no column 'question'; it has answer, prompt"):
+    with pytest.raises(UserError, match=r"row 0 \(counted from 0\): no column 'question'; it has 'answer', 'prompt'"):
         list(read_prompts(source(path, prompt_column="question")))
     path = write_as(tmp_path / name, [{"prompt": 1.5, "answer": ""}])
     with pytest.raises(UserError, match=r"row 0 \(counted from 0\): 'prompt': expected a non-empty string, got 1\.5"):
@@ -264,8 +282,13 @@ def test_one_configuration_of_a_parquet_copy_is_read(tmp_path: Path) -> None:
         ("scripted", {}, r"prompts\.source: .*scripted\.py\. Set prompts\.source\.revision to refs/convert/parquet"),
         ("several", {"split": "dev"}, r"prompts\.source\.split: .*has no split 'dev'; it has test, train\. Set one"),
         ("files", {"split": "dev"}, r"prompts\.source: .*dev.*train"),
+        (
+            "files/train.jsonl",
+            {},
+            r"source\.name: .*train\.jsonl: is a file; read it with `type: files` and `paths: \[",
+        ),
         ("none/at/all", {}, r"prompts\.source: none/at/all: cannot be read as a data set"),
-        ("files", {"prompt_column": "q"}, r"files: row 0 \(counted from 0\): no column 'q'; it has answer, prompt"),
+        ("files", {"prompt_column": "q"}, r"files: row 0 \(counted from 0\): no column 'q'; it has 'answer', 'prompt'"),
         ("broken", {}, r"prompts\.source: .*broken: cannot be read as a data set"),
         ("twice", {}, r"prompts\.source: .*twice: header: the column 'prompt' is given twice"),
     ],
