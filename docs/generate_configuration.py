@@ -61,7 +61,7 @@ def _row(path: str, alternatives: list[FieldInfo], defaults: dict[str, Any]) -> 
     field = alternatives[0]
     if isinstance(field.default, BaseModel) or (_is_section(field) and not field.description):
         return ""
-    values = [value for item in alternatives for value in _values(item.annotation)]
+    values = list(dict.fromkeys(value for item in alternatives for value in _values(item.annotation)))
     listed = f"One of {', '.join(values)}." if values else ""
     described = " ".join(dict.fromkeys(item.description for item in alternatives if item.description))
     meaning = " ".join(filter(None, [described, listed, _limits(field.metadata)]))

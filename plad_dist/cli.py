@@ -20,6 +20,7 @@ from plad_dist.cli_arguments import (
     RunDirPath,
     expanded,
     finite,
+    run_directory,
 )
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
@@ -171,7 +172,7 @@ def status(
         str | None,
         typer.Argument(
             metavar="[RUN_DIR or JOB]",
-            callback=expanded,
+            callback=run_directory,
             help="A run directory, or the name of a job. Default: all jobs.",
         ),
     ] = None,
@@ -258,7 +259,7 @@ def verify(
 
 @app.command()
 def compare(
-    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", callback=expanded, help="Finished runs.")],
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", callback=run_directory, help="Finished runs.")],
     output: Annotated[
         str | None,
         typer.Option(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from plad_dist.config.values import expand_path
+from plad_dist.config_file import load_config
 from plad_dist.errors import UserError
 
 
@@ -26,8 +28,23 @@ def expanded(value: Any) -> Any:
         raise UserError(str(error)) from None
 
 
+def run_directory(value: Any) -> Any:
+    """Return the path of a run directory, or several, expanded, and refuse configs."""
+    paths = expanded(value)
+    for path in paths if isinstance(paths, list) else [paths]:
+        if path is not None and Path(path).is_file():
+            try:
+                place = f" (run.dir of this config is {load_config(path).run.dir})"
+            except UserError:
+                place = ""
+            raise UserError(f"{path}: is a file; expected a run directory{place}")
+    return paths
+
+
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", callback=expanded, help="YAML file of the run.")]
-RunDirPath = Annotated[str, typer.Argument(metavar="RUN_DIR", callback=expanded, help="A run directory: path or URI.")]
+RunDirPath = Annotated[
+    str, typer.Argument(metavar="RUN_DIR", callback=run_directory, help="A run directory: path or URI.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to set, such as run.seed=3.")
 ]

@@ -50,6 +50,9 @@ def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collecti
 def _connect(config: Config) -> None:
     # Keep Ray from building an environment for the workers if `uv run` started the driver.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # When a problem ends a stage, replies of other blocks with the same problem are not read. Ray
+    # would print a traceback for each of them before the message.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from plad_dist.config import Config, Section, path_keys, schema_fields
+from plad_dist.config import Config, Section, optional_sections, path_keys, schema_fields
 from plad_dist.config_yaml import Location, Scalar, load_yaml, plain
 from plad_dist.errors import UserError
 
@@ -61,9 +61,12 @@ def parse_section(section: type[SectionType], raw: Mapping[str, Any], origin: st
     Args:
         origin: name of the mapping in messages.
     """
-    values, scalars = plain(raw)
+    values, scalars = plain(_with_date_as_text(raw))
     unusable = {location: problem for location, scalar in scalars.items() if (problem := _problem(location, scalar))}
-    lines = [f"{'.'.join(location)}: {scalars[location].text}: {problem}" for location, problem in unusable.items()]
+    lines = [
+        ": ".join(filter(None, [".".join(location), scalars[location].text, problem]))
+        for location, problem in unusable.items()
+    ]
     try:
         parsed = section.model_validate(values)
     except ValidationError as error:
@@ -82,7 +85,20 @@ def _problem(location: Location, scalar: Scalar) -> str | None:
     is_path = any(_matches(path.split("."), list(location)) for path in path_keys())
     if scalar.text == "~" and is_path:
         return 'YAML reads it as null; quote it ("~") if it is the home folder, or write null'
+    if scalar.text == "" and scalar.kind == "null":
+        for path, has_defaults in optional_sections().items():
+            if _matches(path.split("."), list(location)):
+                remedy = "`{}` for its defaults" if has_defaults else "its keys"
+                return f"a section without keys, which YAML reads as null; write {remedy}, or null for no section"
     return scalar.problem
+
+
+def _with_date_as_text(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a mapping in which `run.date`, the only key that holds a date, needs no quotes."""
+    run = raw.get("run")
+    if not isinstance(run, dict) or not isinstance(date := run.get("date"), Scalar) or date.kind != "a date":
+        return raw
+    return {**raw, "run": {**run, "date": date.text}}
 
 
 def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...") -> dict[str, Any]:
@@ -99,6 +115,10 @@ def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; see examples/ for configs to start from") from None
+    except IsADirectoryError:
+        has_config = (path / "run.yaml").is_file()
+        advice = f"the config of this run is {path / 'run.yaml'}" if has_config else "name the file of a config"
+        raise UserError(f"{path}: is a folder; {advice}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     try:
@@ -136,7 +156,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r}: expected key.sub=value, such as run.seed=3")
     try:
-        value = load_yaml(text)
+        value = load_yaml(text) if text.strip() else Scalar("", None, "null")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if "{{" in text:  # a Jinja template, to be taken as a string
             return _set_key(raw, key, text, override)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from plad_dist.config import Config, Decoding, Model, RoleSampling
+from plad_dist.config import Config, Decoding, Endpoint, Model, RoleSampling
 from plad_dist.data.models import (
     check_max_length,
     context_length,
@@ -92,6 +92,7 @@ def decoding_notes(config: Config) -> Iterator[str]:
     """
     if config.sampling.student.greedy_by and "candidates" in config.evaluation.model_fields_set:
         yield "evaluation.candidates: none are sampled, because all responses of a greedy student are the same"
+    yield from _endpoint_notes(config)
     for model in sampled_models(config):
         sampling = model.sampling
         used = {name: getattr(sampling, name) for name in Decoding.model_fields}
@@ -109,6 +110,20 @@ def decoding_notes(config: Config) -> Iterator[str]:
                 f"{model.section} samples with {ours}"
             )
         yield from _length_notes(model, config.prompts.max_tokens)
+
+
+def _endpoint_notes(config: Config) -> Iterator[str]:
+    responders = list(config.responders())
+    with_engine = {section for _, model, section, _ in responders if model.endpoint is None}
+    for key, model, section, sampling in responders:
+        if model.endpoint is None:
+            continue
+        if sampling.engine and section not in with_engine:
+            yield f"{section}.engine: has no effect, because {key} is behind a server"
+        if model.endpoint.mode == "batch":
+            for name in ("concurrency", "requests_per_minute", "tokens_per_minute"):
+                if getattr(model.endpoint, name) != Endpoint.model_fields[name].default:
+                    yield f"{key}.endpoint.{name}: has no effect with `mode: batch`"
 
 
 def _length_notes(model: SampledModel, most_prompt_tokens: int | None) -> Iterator[str]:

@@ -16,6 +16,7 @@ from plad_dist.config.root import (
     flatten,
     is_operational,
     operational_keys,
+    optional_sections,
     path_keys,
     schema_fields,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "flatten",
     "is_operational",
     "operational_keys",
+    "optional_sections",
     "path_keys",
     "schema_fields",
 ]

@@ -320,6 +320,9 @@ class Model(Section):
             raise ValueError(
                 "needs exactly one of `path` (a pretrained model), `scratch` (a new model) and `endpoint` (a server)"
             )
+        for name in ("revision", "trust_remote_code"):
+            if self.endpoint and getattr(self, name):
+                raise ValueError(f"{name}: has no effect with `endpoint`, whose server loads the model; remove it")
         if self.endpoint and (self.endpoint.api == "completions") != (self.template is not None):
             raise ValueError(
                 "`template` and an endpoint with `api: completions` need each other; set both, or use `api: chat` alone"

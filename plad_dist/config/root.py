@@ -31,7 +31,7 @@ class Run(Section):
     seed: int = Field(17, ge=0, lt=2**31, description="Seed of all random choices in the run.")
     date: str | None = Field(
         None,
-        description='Date that templates read from the clock (`strftime_now`), as `"2026-01-31"`. If unset, the day '
+        description="Date that templates read from the clock (`strftime_now`), such as 2026-01-31. If unset, the day "
         "on which the run begins, which run.yaml keeps.",
     )
     reuse: PathText | None = Field(
@@ -47,6 +47,8 @@ class Run(Section):
     def _check_date(cls, value: str | None) -> str | None:
         if value is not None:
             try:
+                if not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+                    raise ValueError("year, month and day have 4, 2 and 2 digits")
                 dt.date.fromisoformat(value)
             except ValueError as error:
                 raise ValueError(f"{value!r:.40}: expected a date such as 2026-01-31: {error}") from None
@@ -410,6 +412,23 @@ def path_keys() -> set[str]:
         return own or any(expands(item, list(get_args(item)[1:])) for item in get_args(annotation))
 
     return {path for path, field in schema_fields() if expands(field.annotation, field.metadata)}
+
+
+@cache
+def optional_sections() -> dict[str, bool]:
+    """Return the keys of sections that may be null, and whether a section without keys is valid."""
+
+    def is_optional(annotation: Any) -> bool:
+        return type(None) in get_args(annotation) and bool(_sections_in(annotation))
+
+    def has_defaults(section: type[Section]) -> bool:
+        return not any(field.is_required() for field in section.model_fields.values()) and section is not Model
+
+    return {
+        path: all(map(has_defaults, _sections_in(field.annotation)))
+        for path, field in schema_fields()
+        if is_optional(field.annotation)
+    }
 
 
 def is_operational(key: str) -> bool:

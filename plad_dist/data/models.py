@@ -103,6 +103,8 @@ def check_local_model(model: str) -> None:
         if looks_like_path:
             raise UserError(f"{model}: no such model folder on this machine; a model on a hub is named OWNER/NAME")
         return
+    if path.is_file():
+        raise UserError(f"{model}: is a file; name the folder that holds it, {path.parent}")
     if not (path / "config.json").is_file():
         raise UserError(f"{model}: not a model folder: it has no config.json")
 

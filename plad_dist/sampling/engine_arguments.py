@@ -54,6 +54,8 @@ def check_engine_args(engine: Mapping[str, Any], key: str) -> None:
             f"{key}.logprobs_mode: {engine['logprobs_mode']}: samples hold the likelihoods that the trainer computes, "
             "before temperature and penalties; remove it"
         )
+    if "reasoning_parser" in engine:
+        raise UserError(f"{key}.reasoning_parser: has no effect here; set reasoning_parser of the teacher")
     if "hf_token" in engine:
         raise UserError(f"{key}.hf_token: secrets are not kept in configs; set the HF_TOKEN environment variable")
     for name in _COUNTS:

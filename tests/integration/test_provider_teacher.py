@@ -21,7 +21,7 @@ from aiohttp import web
 
 from tests.conftest import plad, write_config
 from tests.fake_batches import BatchProvider, providing
-from tests.fake_endpoint import FakeServer, good, serving, streamed
+from tests.fake_endpoint import FakeServer, error, good, serving, streamed
 from tests.tiny import sampling_config
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
@@ -56,6 +56,25 @@ def in_thread(server: AbstractAsyncContextManager[Any]) -> None:
 def sample_teacher(config: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", SAMPLE_TEACHER, str(config)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_server_that_refuses_the_key_ends_the_stage_with_one_message(tmp_path: Path) -> None:
+    opened: list[FakeServer] = []
+
+    @asynccontextmanager
+    async def server() -> AsyncIterator[None]:
+        async with serving(lambda prompt, count: error(401, "bad key")) as fake:
+            opened.append(fake)
+            yield
+
+    in_thread(server())
+    raw = sampling_config(tmp_path, PROMPTS) | {"teacher": {"endpoint": {"url": opened[0].url, "model": "m"}}}
+    config = write_config(tmp_path, raw)
+    assert plad("prepare", str(config)).returncode == 0
+    refused = plad("sample", str(config))
+    assert refused.returncode == 2, refused.stderr[-3000:]
+    assert refused.stderr.count("bad key") == 1
+    assert "Traceback" not in refused.stderr
 
 
 def test_the_cap_holds_to_one_request_of_a_teacher_that_thinks_beyond_max_tokens(tmp_path: Path) -> None:

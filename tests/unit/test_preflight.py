@@ -11,6 +11,7 @@ import pytest
 
 from plad_dist.config import Lora, Model, Training
 from plad_dist.config_file import parse_config
+from plad_dist.data.models import check_local_model
 from plad_dist.decoding_checks import check_decoding, decoding_notes, sampled_models
 from plad_dist.errors import UserError
 from plad_dist.preflight import check_adapters
@@ -81,6 +82,27 @@ def test_settings_without_the_expected_effect_are_named(tmp_path: Path) -> None:
     raw["sampling"] = {"student": {"temperature": 0}}
     raw["evaluation"] = {"candidates": 4}
     assert "evaluation.candidates: none are sampled" in next(decoding_notes(parse_config(raw, "x")))
+
+
+def test_settings_that_a_server_does_not_get_are_named(tmp_path: Path) -> None:
+    server = {"url": "http://host/v1", "model": "m", "mode": "batch", "requests_per_minute": 60}
+    raw: dict[str, Any] = {
+        "run": {"dir": "x"},
+        "prompts": {"source": {"type": "files", "paths": ["a.jsonl"]}},
+        "teacher": {"endpoint": server},
+        "student": {"path": model_folder(tmp_path / "s")},
+        "sampling": {"teacher": {"engine": {"max_num_seqs": 8}}},
+    }
+    assert list(decoding_notes(parse_config(raw, "x"))) == [
+        "sampling.teacher.engine: has no effect, because teacher is behind a server",
+        "teacher.endpoint.requests_per_minute: has no effect with `mode: batch`",
+    ]
+
+
+def test_the_path_of_a_model_is_a_folder(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "s")
+    with pytest.raises(UserError, match=rf"is a file; name the folder that holds it, {folder}"):
+        check_local_model(f"{folder}/config.json")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_another_date_is_another_run(raw: dict[str, Any]) -> None:
     assert first.student.rendering() != second.student.rendering()
 
 
-@pytest.mark.parametrize("day", ["2026-02-30", "yesterday"])
+@pytest.mark.parametrize("day", ["2026-02-30", "yesterday", "20260131"])
 def test_a_date_that_is_none_is_refused(raw: dict[str, Any], day: str) -> None:
     raw["run"]["date"] = day
     with pytest.raises(UserError, match=f"run.date: '{day}': expected a date such as 2026-01-31"):

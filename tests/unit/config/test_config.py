@@ -108,6 +108,10 @@ def test_a_config_is_unchanged_after_writing_and_reading() -> None:
             "evaluation.judges.j.model.endpoint.extra_body.min_p: replaces a setting of the run; set "
             "evaluation.judges.j.sampling.min_p",
         ),
+        (
+            {"teacher": server()["teacher"] | {"trust_remote_code": True}},
+            "teacher: trust_remote_code: has no effect with `endpoint`",
+        ),
         (server(url="http://h/v1/chat/completions"), "give the base URL, http://h/v1"),
         (server(url="http://h/v1/completions/"), "give the base URL, http://h/v1"),
         (

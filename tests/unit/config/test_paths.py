@@ -185,5 +185,18 @@ def test_paths_on_the_command_line_are_expanded(
         assert message in out + err
 
 
+@pytest.mark.parametrize("command", ["status", "verify", "compare"])
+def test_a_config_is_no_run_directory(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "run.yaml").write_bytes(run_document(parse_config(RAW | {"run": {"dir": "/runs/a"}}, "x")))
+    code, _, err = in_this_process(monkeypatch, capsys, command, str(tmp_path / "run.yaml"))
+    assert code == 2
+    assert "is a file; expected a run directory (run.dir of this config is /runs/a)" in err
+    code, _, err = in_this_process(monkeypatch, capsys, "validate", str(tmp_path))
+    assert code == 2
+    assert f"{tmp_path}: is a folder; the config of this run is {tmp_path}/run.yaml" in err
+
+
 def test_the_type_of_paths_is_one() -> None:
     assert expand_path in [getattr(item, "func", None) for item in get_args(PathText)]

@@ -110,6 +110,25 @@ def test_null_unsets_a_key(config: Path) -> None:
         assert load_config(config, [f"student.revision={text}"]).student.revision is None
 
 
+@pytest.mark.parametrize("key", ["training.warmup", "training.lora", "training.watch", "prompts.heldout", "teacher"])
+def test_an_optional_section_without_keys_is_no_null(config: Path, key: str) -> None:
+    remedy = "its keys" if key in ("prompts.heldout", "teacher") else "`{}` for its defaults"
+    expected = f"{key}: a section without keys, which YAML reads as null; write {remedy}, or null for no section"
+    assert expected in problem(config, f"{key}=")
+    if key != "teacher":
+        load_config(config, [f"{key}=null"])
+    config.write_text(TEXT + "training:\n  watch:\n")
+    with pytest.raises(UserError, match=r"1 problem:\n  training.watch: a section without keys"):
+        load_config(config)
+
+
+def test_the_date_of_a_run_needs_no_quotes(config: Path) -> None:
+    for text in ("2026-01-31", '"2026-01-31"'):
+        assert load_config(config, [f"run.date={text}"]).run.date == "2026-01-31"
+    assert "run.date: '2026-13-01': expected a date such as 2026-01-31: month" in problem(config, "run.date=2026-13-01")
+    assert "YAML reads it as a date" in problem(config, "run.dir=2026-01-31")
+
+
 @pytest.mark.parametrize("document", ["on: 1", "1: a", "null: 1", "run: {1.5: x}", "teachers: {7: {path: x}}"])
 def test_keys_are_texts(tmp_path: Path, document: str) -> None:
     path = tmp_path / "run.yaml"

@@ -55,6 +55,7 @@ def test_a_cancelled_change_of_weights_ends_before_the_next_one_starts() -> None
         ({"max_num_seqs": 8.0}, "max_num_seqs: expected a whole number"),
         ({"gpu_memory_utilization": True}, "gpu_memory_utilization: expected a number above 0, at most 1, got True"),
         ({"override_generation_config": {"temperature": 0.6}}, "beside engine, in sampling.student"),
+        ({"reasoning_parser": "qwen3"}, "has no effect here; set reasoning_parser of the teacher"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode: processed_logprobs: samples hold the likelihoods"),
     ],
 )
