@@ -30,6 +30,21 @@ _CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Claim of one writer on a folder of a run.
+
+    Attributes:
+        folder: folder of the claims in the storage.
+        number: number of the claim, counted from 1 without gaps.
+        launch: identifies the command that the writer belongs to.
+    """
+
+    folder: str
+    number: int
+    launch: str
+
+
+@dataclass(frozen=True)
 class Storage:
     """A local or remote folder.
 
@@ -39,9 +54,12 @@ class Storage:
 
     Attributes:
         url: a path or a file://, s3://, gs:// or az:// URI.
+        claim: claim of this command on the run in the folder (:mod:`plad_dist.data.claims`); None
+            for a command that does not own the run.
     """
 
     url: str
+    claim: Claim | None = None
 
     @cached_property
     def local_root(self) -> Path | None:
@@ -64,10 +82,10 @@ class Storage:
         except BaseError as error:
             raise UserError(f"run.dir: {self.url}: {innermost_cause(error)}") from None
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"url": self.url}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "claim": self.claim}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
     def create(self, key: str, data: bytes) -> bool:

@@ -1,0 +1,122 @@
+"""Claims: numbered objects that tell the latest of several writers from all earlier ones.
+
+A writer claims the next number with an object that can be created only once. A writer that was
+frozen or cut off and wakes up later finds a higher number and ends. Commands claim a whole run in
+this way, worker groups a training phase.
+
+A look at the claims and the write that follows it are not one atomic step, so a late write must be
+harmless by design: parts and checkpoints are never overwritten, and money is reserved in storage
+before it is spent.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import re
+import socket
+import time
+from typing import Any
+
+from plad_dist import __version__
+from plad_dist.data.storage import Claim, Storage
+from plad_dist.errors import RunFailed
+
+RUN_CLAIMS = "claims"  # folder of the claims on a run
+_NAME = re.compile(r"(\d{5,})\.json")
+_MAX_SHOWN = 80
+
+
+class SupersededError(RunFailed):
+    """Another command has taken over the run. Nothing more is written."""
+
+
+def take_claim(storage: Storage, folder: str, launch: str, **record: Any) -> Claim:
+    """Claim the next number, which supersedes all earlier claims.
+
+    Args:
+        record: further values of the claim's object.
+    """
+    number = latest_number(storage, folder) + 1
+    while not storage.create(claim_key(folder, number), encode_claim(launch, **record)):
+        number += 1  # another writer was faster, or the listing was stale
+    return Claim(folder, number, launch)
+
+
+def claim_run(storage: Storage, command: str) -> Claim:
+    """Claim a run for a command, which supersedes every command that is at work on it.
+
+    Args:
+        command: name of the command, for the messages of superseded ones.
+    """
+    return take_claim(
+        storage,
+        RUN_CLAIMS,
+        os.urandom(6).hex(),
+        command=command,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        user=_user(),
+        version=__version__,
+    )
+
+
+def is_superseded(storage: Storage, claim: Claim) -> bool:
+    """Return True if there is a later claim."""
+    return storage.read(claim_key(claim.folder, claim.number + 1)) is not None
+
+
+def check_owned(storage: Storage) -> None:
+    """Raise :class:`SupersededError` if a later command has claimed the run of a storage.
+
+    A storage without a claim, such as that of a command that only reads, is not checked.
+    """
+    claim = storage.claim
+    if claim is None or not is_superseded(storage, claim):
+        return
+    latest = max(latest_number(storage, claim.folder), claim.number + 1)
+    raise SupersededError(
+        f"{storage.url}: {_described(read_claim(storage, claim.folder, latest))} has taken over the run. This command "
+        "ends and writes nothing more. What is committed is kept"
+    )
+
+
+def latest_number(storage: Storage, folder: str) -> int:
+    """Return the number of the latest claim, 0 if there is none."""
+    return max((int(match[1]) for name in storage.sizes(folder) if (match := _NAME.fullmatch(name))), default=0)
+
+
+def read_claim(storage: Storage, folder: str, number: int) -> dict[str, Any]:
+    """Return the record of a claim, empty if it does not exist or cannot be parsed."""
+    try:
+        record = json.loads(storage.read(claim_key(folder, number)) or b"{}")
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def claim_key(folder: str, number: int) -> str:
+    """Return the key of a claim."""
+    return f"{folder}/{number:05d}.json"
+
+
+def encode_claim(launch: str, **record: Any) -> bytes:
+    """Return the object of a claim."""
+    return json.dumps({"launch": launch, **record, "time": round(time.time(), 3)}).encode()
+
+
+def _described(record: dict[str, Any]) -> str:
+    """Return one line about a claim, such as "`plad run` on node-3 (user ana, process 71)"."""
+
+    def shown(name: str) -> str:
+        return "".join(filter(str.isprintable, str(record.get(name, "unknown"))))[:_MAX_SHOWN]
+
+    return f"another command, `{shown('command')}` on {shown('host')} (user {shown('user')}, process {shown('pid')}),"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return str(os.getuid())

@@ -1,0 +1,53 @@
+"""Claims: the latest writer of a run is known, and every earlier one ends."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from plad_dist.data.claims import RUN_CLAIMS, SupersededError, check_owned, claim_run, take_claim
+from plad_dist.data.storage import Storage
+
+
+def test_a_later_claim_ends_every_earlier_one_and_says_who_took_over(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    first = replace(storage, claim=claim_run(storage, "plad run"))
+    check_owned(first)
+    second = replace(storage, claim=claim_run(storage, "plad sample"))
+    third = replace(storage, claim=claim_run(storage, "plad pair"))
+    check_owned(third)
+    for superseded in (first, second):
+        with pytest.raises(SupersededError, match=r"another command, `plad pair` on .* has taken over the run"):
+            check_owned(superseded)
+
+
+def test_a_stale_listing_gives_no_number_away_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(str(tmp_path))
+    numbers = {take_claim(storage, RUN_CLAIMS, "a").number for _ in range(3)}
+    monkeypatch.setattr(Storage, "sizes", lambda self, folder: {})
+    assert take_claim(storage, RUN_CLAIMS, "b").number not in numbers
+
+
+def test_a_storage_without_claim_is_never_superseded(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    claim_run(storage, "plad run")
+    check_owned(storage)
+
+
+def test_the_claim_travels_to_the_workers(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    owned = replace(storage, claim=claim_run(storage, "plad run"))
+    assert pickle.loads(pickle.dumps(owned)) == owned
+
+
+def test_what_a_neighbour_wrote_into_a_claim_is_shown_without_control_characters(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    owned = replace(storage, claim=claim_run(storage, "plad run"))
+    take_claim(storage, RUN_CLAIMS, "x", command="\x1b]0;owned\x07" + "y" * 10_000, host="\n", pid={}, user=[])
+    with pytest.raises(SupersededError) as caught:
+        check_owned(owned)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
