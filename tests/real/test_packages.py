@@ -51,6 +51,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *phases,
         f"training.warmup.max_steps={STEPS}",
         f"training.round.max_steps={STEPS}",
+        "training.round.epochs=2",  # one epoch of so few pairs has fewer steps
         f"training.heldout_pairs={HELDOUT}",
         f"evaluation.limit={HELDOUT}",
         "evaluation.candidates=0",
