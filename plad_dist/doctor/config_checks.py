@@ -15,7 +15,7 @@ from plad_dist.doctor.machine_checks import existing_ancestor
 from plad_dist.doctor.node import HERE, models_of
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.planning.disk import disk_bytes
-from plad_dist.planning.fit import check_fits, sizes_of
+from plad_dist.planning.fit import check_fits, shortest_context, sizes_of
 from plad_dist.planning.hardware import Hardware, local_hardware
 from plad_dist.planning.workload import workload_of
 from plad_dist.rundir import RUN_FILE, RunDir
@@ -55,10 +55,11 @@ def _check_disk_of_run(config: Config, hardware: Hardware) -> Iterator[Finding]:
 
     Skips runs that have started.
     """
-    root, work = RunDir.of(config).storage.local_root, workload_of(config)
+    root, sizes = RunDir.of(config).storage.local_root, sizes_of(config, hardware.device)
     if root is None or (root / RUN_FILE).exists():
         return
-    bytes_by_kind = disk_bytes(config, work, sizes_of(config, hardware.device), hardware.device)
+    work = workload_of(config, context=shortest_context(sizes))
+    bytes_by_kind = disk_bytes(config, work, sizes, hardware.device)
     if config.training.checkpoint_url is not None:
         del bytes_by_kind["checkpoints"]
     needed = sum(bytes_by_kind.values())

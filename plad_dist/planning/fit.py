@@ -65,6 +65,15 @@ def sizes_of(config: Config, device: Device) -> dict[str, ModelSize]:
     }
 
 
+def shortest_context(sizes: dict[str, ModelSize]) -> int:
+    """Return the longest sequence that the teachers and the student all take, in tokens.
+
+    Args:
+        sizes: as :func:`sizes_of` returns them.
+    """
+    return min(size.context for label, size in sizes.items() if not label.startswith("judge "))
+
+
 def trained_size(phase: str, sizes: dict[str, ModelSize]) -> ModelSize:
     """Return the size of the model that a phase trains."""
     return sizes["teacher" if phase == TEACHER else "student"]

@@ -14,7 +14,7 @@ from plad_dist.planning.cost import estimate_cost, overspending
 from plad_dist.planning.disk import disk_bytes
 from plad_dist.planning.engine_fit import engine_problems, memory_of_engine, smallest_parallelism
 from plad_dist.planning.engines import EngineSpec, engine_specs, gpu_needs
-from plad_dist.planning.fit import check_fits, sizes_of, trained_size
+from plad_dist.planning.fit import check_fits, shortest_context, sizes_of, trained_size
 from plad_dist.planning.hardware import Hardware, local_hardware, local_host
 from plad_dist.planning.hours import (
     ENGINE_EFFICIENCY,
@@ -79,7 +79,7 @@ def plan_run(
         UserError: a model cannot be sized.
     """
     sizes = sizes_of(config, hardware.device)
-    work = workload_of(config, prompts, prompt_tokens, response_tokens)
+    work = workload_of(config, prompts, prompt_tokens, response_tokens, shortest_context(sizes))
     problems = check_fits(config, hardware)
     # The hours of a run that does not fit mean nothing.
     time = estimate_hours(config, hardware, sizes, work, rates or {}) if not problems else None

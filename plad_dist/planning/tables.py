@@ -43,7 +43,7 @@ def memory_table(name: str, plan: Plan) -> Table:
         cache = f"{memory['kv_cache_tokens']:,} tokens, {memory['responses_at_once']:,} responses at once"
         table.add_row(
             label if label.startswith("judge ") else f"sample {label}",
-            f"{memory['devices_per_engine']} an engine, {memory['replicas']} engines",
+            f"{memory['devices_per_engine']} an engine, {_counted(memory['replicas'], 'engine')}",
             f"{memory['device_gib']:.1f}",
             f"{_parts_text(memory['parts_gib'])} ({cache})",
             "",
@@ -81,7 +81,7 @@ def plan_notes(plan: Plan) -> Iterator[str]:
             f"GPUs: {gpus['fewest']} at least; no stage uses more than {gpus['most']} (engines with `replicas: auto` "
             "use all that are free)"
         )
-    yield f"Disk: {sum(disk.values()):,.1f} GiB: {_parts_text(disk)}"
+    yield f"Disk: {_disk_text(disk)}" + _missing_prompts_text(plan)
     if plan["time"] is None and plan["fits"]:
         rates = "--teacher-rate, --student-rate and --train-rate"
         yield f"No hours and no cost of devices: give {'--prompts' if plan['work']['prompts'] is None else rates}"
@@ -109,12 +109,27 @@ def _parts_text(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {size:,.1f}" for name, size in parts.items() if size >= 0.05) or "-"
 
 
+def _disk_text(disk: dict[str, float]) -> str:
+    total = sum(disk.values())
+    return f"{total:,.1f} GiB: {_parts_text(disk)}" if total >= 0.05 else "less than 0.1 GiB"
+
+
+def _missing_prompts_text(plan: Plan) -> str:
+    is_unknown = plan["work"]["prompts"] is None
+    return ", without prompts, samples and pairs, whose number is unknown: give --prompts" if is_unknown else ""
+
+
+def _counted(number: int | str, noun: str) -> str:
+    """Return a number with its noun, such as "2 engines"; `auto` is plural."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _figure(value: float | None, form: str) -> str:
     return "?" if value is None else f"{value:,{form}}"
 
 
 def _workers_text(number: int | None) -> str:
-    return "none" if number is None else f"{number} worker{'s' * (number > 1)}"
+    return "none" if number is None else _counted(number, "worker")
 
 
 def _yes_or_no(fits: bool) -> str:

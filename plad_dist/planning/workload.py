@@ -92,13 +92,18 @@ class Workload:
 
 
 def workload_of(
-    config: Config, prompts: int | None = None, prompt_tokens: float | None = None, response_tokens: float | None = None
+    config: Config,
+    prompts: int | None = None,
+    prompt_tokens: float | None = None,
+    response_tokens: float | None = None,
+    context: int | None = None,
 ) -> Workload:
     """Return the work of a run. Given values precede measured ones, which precede the bounds of the
     config.
 
     Args:
         prompts: number of prompts in the data set, of which at most `sampling.limit` are sampled.
+        context: longest sequence of the models, which bounds the prompts; None if it is unknown.
     """
     run, sources = RunDir.of(config), dict[str, str]()
     heldout = _heldout_prompts(config, run, prompts)
@@ -109,7 +114,7 @@ def workload_of(
     if prompt_tokens is not None:
         sources["prompt_tokens"] = "--prompt-tokens"
     else:
-        longest = config.prompts.max_tokens or _DEFAULT_PROMPT_TOKENS
+        longest = config.prompts.max_tokens or min(_DEFAULT_PROMPT_TOKENS, context or _DEFAULT_PROMPT_TOKENS)
         prompt_tokens, sources["prompt_tokens"] = longest / 2, f"half of the maximum, {longest:,}"
     lengths: dict[str, float] = {}
     for role in ("teacher", "student"):

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from plad_dist.config_file import load_config, parse_config
+from plad_dist.planning.fit import shortest_context, sizes_of
 from plad_dist.planning.hardware import Hardware
 from plad_dist.planning.plan import plan_run
+from plad_dist.planning.tables import plan_notes
 from plad_dist.planning.workload import workload_of
 from tests.conftest import tiny_config
 from tests.unit.planning.configs import H100
@@ -45,6 +47,25 @@ def test_a_warmup_on_the_teachers_responses_trains_on_all_of_them(tmp_path: Path
     config = parse_config(raw, "test")
     work = workload_of(config, prompts=1000, prompt_tokens=100, response_tokens=50)
     assert work.trained_tokens(config, "warmup") == 2 * 500 * 4 * 150
+
+
+def test_prompts_without_a_limit_are_no_longer_than_the_models_context(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    raw["prompts"].pop("max_tokens", None)
+    config = parse_config(raw, "test")
+    context = shortest_context(sizes_of(config, "cpu"))
+    assert context < 1024
+    work = plan_run(config, Hardware(H100, 1, 8, None), prompts=10)["work"]
+    assert work["prompt_tokens"] == context / 2
+
+
+def test_the_plan_says_which_figures_lack_an_unknown_number_of_prompts(tmp_path: Path) -> None:
+    config = parse_config(tiny_config(tmp_path), "test")
+    unknown, known = (
+        "\n".join(plan_notes(plan_run(config, Hardware(H100, 1, 8, None), prompts=prompts))) for prompts in (None, 100)
+    )
+    assert "without prompts, samples and pairs, whose number is unknown: give --prompts" in unknown
+    assert "unknown: give --prompts" not in known
 
 
 def test_no_more_prompts_are_held_out_than_the_data_set_has() -> None:
