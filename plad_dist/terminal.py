@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from plad_dist.untrusted import harmless
+
 if TYPE_CHECKING:
     from plad_dist.evaluation.comparison import Comparison
     from plad_dist.evaluation.document import Metrics
@@ -19,12 +21,20 @@ def log_to_terminal() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("plad")
     logger.handlers = [handler]
+    logger.filters = [_make_harmless]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
+def _make_harmless(record: logging.LogRecord) -> bool:
+    """Drop from a message what a terminal obeys: it may quote a server or a file."""
+    record.msg, record.args = harmless(record.getMessage()), ()
+    return True
+
+
 def exit_with(message: str, code: int) -> NoReturn:
     """Exit with a message on stderr and in the logs of the run."""
+    message = harmless(message)
     for handler in logging.getLogger("plad").handlers:
         if isinstance(handler, logging.FileHandler):  # the run's own log gets the message too
             handler.handle(logging.makeLogRecord({"msg": message, "levelname": "ERROR", "levelno": logging.ERROR}))
@@ -48,7 +58,7 @@ def print_metrics(metrics: Metrics, report_path: str) -> None:
 
     print_table(metrics_table(metrics))
     for sentence in metrics.verdict:
-        print(f"- {sentence}")
+        print(f"- {harmless(sentence)}")
     print(f"\nReport: {report_path}")
 
 

@@ -99,7 +99,8 @@ class Endpoint(Section):
         300.0,
         gt=0,
         description="Seconds of silence of the server after which a request has failed. A stream is silent only "
-        "between its pieces, a response without `stream` until it is complete.",
+        "between its pieces, a response without `stream` until it is complete. A whole response may take four times "
+        "as long, and a second more for each token of `max_tokens`.",
         json_schema_extra=OPERATIONAL,
     )
     mode: Literal["realtime", "batch"] = Field(

@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "plad_dist.resources",
         "plad_dist.progress",
         "plad_dist.systems",
+        "plad_dist.untrusted",
     ),
     (
         "plad_dist.reach",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import aiohttp
@@ -12,9 +13,12 @@ from plad_dist.sampling.backend import SampleNumber
 from plad_dist.sampling.endpoint.connection import Connection
 from plad_dist.sampling.endpoint.reply import Failure
 from plad_dist.sampling.endpoint.request import CompletionRequest
+from plad_dist.untrusted import parse_json
 
 LABEL = "plad"  # name of the token in the metadata of a batch
-_PAGE = 100
+_PAGE, _MOST_PAGES = 100, 1000
+_LONGEST_ID = 512
+_MAX_RESULT_BYTES = 512 << 20  # of a file of results; the responses of a block are far smaller
 _UPLOAD_TIMEOUT_S = 1800.0  # the server is silent while it receives a file
 
 
@@ -65,22 +69,29 @@ class BatchApi:
     async def find(self, token: str, file_id: str) -> str | Failure | None:
         """Return the id of the batch with a token or a file, or None if there is none."""
         parameters = {"limit": str(_PAGE)}
-        while True:
+        for _ in range(_MOST_PAGES):
             page = _document(await self._connection.call("GET", "batches", parameters=parameters))
             if isinstance(page, Failure):
                 return page
-            batches = [batch for batch in page.get("data") or [] if isinstance(batch, dict)]
+            data = page.get("data")
+            batches = [batch for batch in data if isinstance(batch, dict)] if isinstance(data, list) else []
             for batch in batches:
-                if (batch.get("metadata") or {}).get(LABEL) == token or batch.get("input_file_id") == file_id:
-                    return str(batch["id"])
+                metadata = batch.get("metadata")
+                label = metadata.get(LABEL) if isinstance(metadata, dict) else None
+                if label == token or batch.get("input_file_id") == file_id:
+                    return _id_in(batch)
             last = page.get("last_id") or (batches[-1].get("id") if batches else None)
-            if not page.get("has_more") or not last or parameters.get("after") == last:
+            if not page.get("has_more") or not isinstance(last, str) or parameters.get("after") == last:
                 return None
-            parameters["after"] = str(last)
+            parameters["after"] = last
+        return Failure("transient", f"a list of batches without an end: more than {_MOST_PAGES} pages", 200, usage=None)
 
     async def content(self, file_id: str) -> bytes | Failure:
         """Return the content of a file."""
-        return await self._connection.call("GET", f"files/{file_id}/content")
+        name = _id_in({"id": file_id})
+        if isinstance(name, Failure):
+            return name
+        return await self._connection.call("GET", f"files/{name}/content", max_bytes=_MAX_RESULT_BYTES)
 
 
 def custom_id(key: SampleNumber) -> str:
@@ -92,15 +103,25 @@ def _document(answer: bytes | Failure) -> dict[str, Any] | Failure:
     if isinstance(answer, Failure):
         return answer
     try:
-        document = json.loads(answer)
-    except (ValueError, RecursionError):
+        document = parse_json(answer)
+    except ValueError:
         document = None
     return document if isinstance(document, dict) else Failure("transient", "not a JSON object", 200, usage=None)
 
 
 def _id_of(answer: bytes | Failure) -> str | Failure:
     document = _document(answer)
-    if isinstance(document, Failure):
-        return document
+    return document if isinstance(document, Failure) else _id_in(document)
+
+
+def _id_in(document: dict[str, Any]) -> str | Failure:
+    """Return the id of a file or batch, which becomes a part of an address."""
     name = document.get("id")
-    return name if isinstance(name, str) and name else Failure("transient", "an answer without an id", 200, usage=None)
+    if (
+        isinstance(name, str)
+        and len(name) <= _LONGEST_ID
+        and re.fullmatch(r"[A-Za-z0-9_.:/~=-]+", name)
+        and ".." not in name
+    ):
+        return name
+    return Failure("transient", "an answer without an id, or with one that is no id", 200, usage=None)

@@ -16,6 +16,7 @@ from plad_dist.sampling.endpoint.budget import Budget
 from plad_dist.sampling.endpoint.choices import completions_of
 from plad_dist.sampling.endpoint.reply import Failure, Outcome, Reply, read_replies
 from plad_dist.sampling.endpoint.request import CompletionRequest
+from plad_dist.untrusted import parse_json
 
 _UNPROCESSED = ("batch_expired", "batch_cancelled", "batch_canceled")  # requests that the model never saw
 _FULL_QUEUE = re.compile(r"token_limit_exceeded|enqueued|rate.?limit|too many|try again", re.IGNORECASE)
@@ -87,7 +88,7 @@ class ResultReader:
         response = (line or {}).get("response")
         if isinstance(response, dict) and response.get("body") is not None:
             status = response.get("status_code")
-            status = status if isinstance(status, int) else 200
+            status = status if isinstance(status, int) and 100 <= status <= 599 else 200
             return read_replies(status, json.dumps(response.get("body")).encode(), request.max_tokens, self._redact)
         error = (line or {}).get("error")
         if not isinstance(error, dict) or str(error.get("code")) in _UNPROCESSED:
@@ -125,8 +126,8 @@ def lines_of(content: bytes) -> Mapping[str, dict[str, Any]]:
     lines: dict[str, dict[str, Any]] = {}
     for text in content.splitlines():
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
+            line = parse_json(text)
+        except ValueError:
             continue  # its request counts as not answered
         if isinstance(line, dict):
             lines.setdefault(str(line.get("custom_id")), line)

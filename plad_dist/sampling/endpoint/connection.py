@@ -11,7 +11,7 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -26,12 +26,22 @@ from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Outcome, Rep
 from plad_dist.sampling.endpoint.request import CompletionRequest
 from plad_dist.sampling.endpoint.retry import retry_after_s
 from plad_dist.sampling.endpoint.stream import ResponseBody
+from plad_dist.untrusted import parse_json
 
 logger = logging.getLogger("plad")
 
+# Bounds on a response. Each token may come with an event, its text and a few log-probabilities.
+_BASE_BYTES, _BYTES_PER_TOKEN = 4 << 20, 4096
+_MAX_DOCUMENT_BYTES, _MAX_ERROR_BYTES = 16 << 20, 1 << 20
+_TIMEOUTS, _S_PER_TOKEN = 4, 1.0
 _CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S, _END_S = 30.0, 30.0, 1.0
+_SLOWEST_BYTES_PER_S, _MAX_MODELS = 65_536, 10_000
 _JSON = {"Content-Type": "application/json"}
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+
+
+class _TooLargeError(Exception):
+    """A server sends more than a response can have."""
 
 
 class Connection:
@@ -48,10 +58,6 @@ class Connection:
         self._certificates = trusted_certificates(endpoint)
         self._renewal, self._rejected_version = asyncio.Lock(), -1
         self._streams, self.events = endpoint.stream, 0
-        timeout_s = endpoint.timeout_s
-        self._timeout = aiohttp.ClientTimeout(
-            total=None, sock_read=timeout_s, sock_connect=min(_CONNECT_TIMEOUT_S, timeout_s / 2)
-        )
         self._session: aiohttp.ClientSession | None = None
 
     def __repr__(self) -> str:
@@ -109,15 +115,19 @@ class Connection:
         path = "chat/completions" if self._endpoint.api == "chat" else "completions"
         data = json.dumps(request.body | (_STREAM if self._streams else {})).encode()
         headers, body = self._credentials.headers() | _JSON, ResponseBody()
+        limit_s = _TIMEOUTS * self._endpoint.timeout_s + _S_PER_TOKEN * request.most_tokens
         try:
-            async with self._open_session().post(
-                f"{self._endpoint.url}/{path}", data=data, headers=headers, allow_redirects=False
-            ) as response:
+            async with (
+                asyncio.timeout(limit_s) as clock,
+                self._open_session().post(
+                    f"{self._endpoint.url}/{path}", data=data, headers=headers, allow_redirects=False
+                ) as response,
+            ):
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
-                await self._receive(response, body)
-        except (aiohttp.ClientError, OSError) as error:
-            return self._transport_failure(error)
+                await self._receive(response, body, _BASE_BYTES + _BYTES_PER_TOKEN * request.most_tokens)
+        except (aiohttp.ClientError, OSError, _TooLargeError) as error:
+            return self._transport_failure(error, limit_s if clock.expired() else None)
         return self._read(response, body, request)
 
     async def call(
@@ -129,6 +139,7 @@ class Connection:
         form: Callable[[], aiohttp.FormData] | None = None,
         parameters: Mapping[str, str] | None = None,
         silence_s: float = 0.0,
+        max_bytes: int = _MAX_DOCUMENT_BYTES,
     ) -> bytes | Failure:
         """Call another method of the server's API and return the body of its answer.
 
@@ -136,9 +147,10 @@ class Connection:
             body: document to send as JSON.
             form: makes the form to send instead.
             silence_s: silence that is no failure, if it is longer than `timeout_s`.
+            max_bytes: size of the largest answer to read.
         """
         version = self._credentials.version
-        send = partial(self._call_once, method, path, body, form, parameters, silence_s)
+        send = partial(self._call_once, method, path, body, form, parameters, silence_s, max_bytes)
         answer = await send()
         if isinstance(answer, Failure) and answer.status == 401 and await self._has_new_credentials(version):
             answer = await send()
@@ -152,35 +164,47 @@ class Connection:
         form: Callable[[], aiohttp.FormData] | None,
         parameters: Mapping[str, str] | None,
         silence_s: float,
+        max_bytes: int,
     ) -> bytes | Failure:
         headers = self._credentials.headers() | ({} if body is None else _JSON)
         data = form() if form is not None else None if body is None else json.dumps(body).encode()
-        timeout = aiohttp.ClientTimeout(
-            sock_read=max(silence_s, self._endpoint.timeout_s), sock_connect=self._timeout.sock_connect
-        )
+        silence_s = max(silence_s, self._endpoint.timeout_s)
+        limit_s = _TIMEOUTS * silence_s + max_bytes / _SLOWEST_BYTES_PER_S
         try:
-            async with self._open_session().request(
-                method,
-                f"{self._endpoint.url}/{path}",
-                params=parameters,
-                data=data,
-                headers=headers,
-                allow_redirects=False,
-                timeout=timeout,
-            ) as response:
+            async with (
+                asyncio.timeout(limit_s) as clock,
+                self._open_session().request(
+                    method,
+                    f"{self._endpoint.url}/{path}",
+                    params=parameters,
+                    data=data,
+                    headers=headers,
+                    allow_redirects=False,
+                    timeout=self._timeout(silence_s),
+                ) as response,
+            ):
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
-                raw = await response.read()
-        except (aiohttp.ClientError, OSError) as error:
-            return self._transport_failure(error)
+                raw = await _read_body(response, max_bytes)
+        except (aiohttp.ClientError, OSError, _TooLargeError) as error:
+            return self._transport_failure(error, limit_s if clock.expired() else None)
         if 200 <= response.status < 300:
             return raw
         failure = read_error(response.status, raw, self.redacted)
         return replace(failure, retry_after_s=retry_after_s(response.headers, time.time()))
 
-    def _transport_failure(self, error: Exception) -> Failure:
-        """Return the failure of a request without an answer."""
+    def _transport_failure(self, error: Exception, limit_s: float | None) -> Failure:
+        """Return the failure of a request without a whole answer.
+
+        Args:
+            limit_s: time for the whole answer if it has passed.
+        """
         match error:
+            case _TooLargeError():
+                return Failure("transient", f"the response is too large: {error}", usage=None)
+            case TimeoutError() if limit_s is not None:
+                text = f"no complete response within {limit_s:g} s; raise endpoint.timeout_s if the server is that slow"
+                return Failure("transient", text, usage=None)
             case aiohttp.ClientConnectorCertificateError():
                 return self._certificate_failure(error)
             case aiohttp.ClientConnectorError() | aiohttp.ConnectionTimeoutError():
@@ -192,16 +216,16 @@ class Connection:
                 reason = str(error) or type(error).__name__
                 return Failure("transient", self.redacted(f"connection lost: {reason}"), usage=None)
 
-    async def _receive(self, response: aiohttp.ClientResponse, body: ResponseBody) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, body: ResponseBody, max_bytes: int) -> None:
         """Read a body up to its last event, behind which some servers leave the connection open."""
-        async for data in response.content.iter_any():
+        async for data in _pieces(response, max_bytes):
             events = body.events
             body.feed(data)
             self.events += body.events - events
             if body.is_done:
                 # For the end, which lets the connection be used again.
-                with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-                    await asyncio.wait_for(response.content.read(), _END_S)
+                with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, _TooLargeError):
+                    await asyncio.wait_for(_read_body(response, _MAX_ERROR_BYTES), _END_S)
                 return
         body.end()
 
@@ -234,23 +258,29 @@ class Connection:
                     return self._redirect_failure(response)
                 if response.status not in (401, 403) and response.status < 500:
                     return None
-                outcome = read_replies(response.status, await response.read(), 0, self.redacted)
+                raw = await _read_body(response, _MAX_ERROR_BYTES)
+                outcome = read_replies(response.status, raw, 0, self.redacted)
                 return outcome if isinstance(outcome, Failure) else None
         except aiohttp.ClientConnectorCertificateError as error:
             return self._certificate_failure(error)
         except TimeoutError:
             return Failure("transient", f"no response within {limit_s:g} s")
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, _TooLargeError) as error:
             return Failure("transient", self.redacted(str(error) or type(error).__name__))
 
     async def list_models(self) -> tuple[int, list[str]]:
         """Return the HTTP status of the list of models, and the names in it if it can be read."""
         url = f"{self._endpoint.url}/models"
-        headers = self._credentials.headers()
-        async with self._open_session().get(url, headers=headers, allow_redirects=False) as response:
-            raw, status = await response.read(), response.status
-        with contextlib.suppress(ValueError, TypeError, LookupError):
-            return status, [self.redacted(str(model["id"])) for model in json.loads(raw)["data"]]
+        headers, status = self._credentials.headers(), 0
+        timeout = aiohttp.ClientTimeout(total=_CHECK_TIMEOUT_S)
+        with contextlib.suppress(ValueError, TypeError, LookupError, aiohttp.ClientError, OSError, _TooLargeError):
+            async with self._open_session().get(
+                url, headers=headers, allow_redirects=False, timeout=timeout
+            ) as response:
+                status = response.status
+                models = parse_json(await _read_body(response, _MAX_DOCUMENT_BYTES))["data"]
+                names = [model["id"] for model in models[:_MAX_MODELS]]
+                return status, [self.redacted(name) for name in names if isinstance(name, str)]
         return status, []
 
     async def close(self) -> None:
@@ -264,11 +294,16 @@ class Connection:
             certificates = self._certificates if isinstance(self._certificates, ssl.SSLContext) else True
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._endpoint.concurrency, ssl=certificates),
-                timeout=self._timeout,
+                timeout=self._timeout(self._endpoint.timeout_s),
+                cookie_jar=aiohttp.DummyCookieJar(),  # a request depends on no earlier answer
                 # Not `trust_env`, which would send a password from ~/.netrc instead of the key.
                 proxy=None if proxy_bypass(url.hostname or "") else getproxies().get(url.scheme),
             )
         return self._session
+
+    def _timeout(self, silence_s: float) -> aiohttp.ClientTimeout:
+        connect_s = min(_CONNECT_TIMEOUT_S, self._endpoint.timeout_s / 2)
+        return aiohttp.ClientTimeout(total=None, sock_read=silence_s, sock_connect=connect_s)
 
     def _redirect_failure(self, response: aiohttp.ClientResponse) -> Failure:
         """Return the failure for a redirect, which would carry the key to another address."""
@@ -281,3 +316,24 @@ class Connection:
     def redacted(self, text: str) -> str:
         """Return a server's text without secrets, on one line."""
         return self._credentials.redacted(text)
+
+
+async def _pieces(response: aiohttp.ClientResponse, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the pieces of a body as they arrive, decompressed; of an error, only the first ones.
+
+    Raises:
+        _TooLargeError: a response has more than `max_bytes`.
+    """
+    size = 0
+    async for data in response.content.iter_any():
+        size += len(data)
+        if response.status >= 400 and size > _MAX_ERROR_BYTES:
+            return
+        if size > max_bytes:
+            raise _TooLargeError(f"more than {max_bytes >> 20} MiB")
+        yield data
+
+
+async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """Return a whole body, as :func:`_pieces` yields it."""
+    return b"".join([data async for data in _pieces(response, max_bytes)])

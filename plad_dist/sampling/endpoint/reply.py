@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from plad_dist.sampling.endpoint.redaction import without_surrogates
 from plad_dist.sampling.endpoint.usage import NO_USAGE, Usage, read_usage
+from plad_dist.untrusted import parse_json
 
 FailureKind = Literal["transient", "throttled", "refused", "blocked"]
 
@@ -97,7 +98,8 @@ def read_replies(status: int, raw: bytes, max_tokens: int, redact: Callable[[str
     choices = [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     if not choices:
         error = payload.get("error")
-        code = str(error.get("code")) if isinstance(error, dict) else ""
+        code = error.get("code") if isinstance(error, dict) else None
+        code = str(code) if isinstance(code, int | str) else ""
         if re.fullmatch(r"[45]\d\d", code):  # from a gateway that had already sent status 200
             return _read_error(int(code), raw, payload, redact)
         return Failure(
@@ -210,8 +212,8 @@ def read_error(status: int, raw: bytes, redact: Callable[[str], str]) -> Failure
 
 def _parsed(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
-    except (ValueError, RecursionError):
+        return parse_json(raw)
+    except ValueError:
         return None
 
 

@@ -29,6 +29,7 @@ from email.utils import parsedate_to_datetime
 
 from plad_dist.sampling.endpoint.reply import Failure
 
+_LONGEST_PAUSE_S = 30 * 24 * 3600.0  # that is taken from a server's word
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 60.0
 _FIREWALL_STATUSES = (403, 404, 405, 410)
 
@@ -59,13 +60,13 @@ def retry_after_s(headers: Mapping[str, str], wall: float) -> float | None:
         if until is None:
             return None
         seconds = until - (wall if server_now is None else server_now)
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+    return min(max(0.0, seconds), _LONGEST_PAUSE_S) if math.isfinite(seconds) else None
 
 
 def _unix_time(text: str) -> float | None:
     try:
         return parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError, IndexError, OSError):  # as the parser raises for some texts
         return None
 
 

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from plad_dist.untrusted import parse_json
+
 _FIELDS = (b"data:", b"event:", b"id:", b"retry:", b":")  # beginnings of a stream of events
 _DONE = "[DONE]"
 
@@ -36,7 +38,8 @@ class _StreamedChoice:
                 break  # some servers send it under both names
         if isinstance(delta.get("refusal"), str):
             self.refusal.append(delta["refusal"])
-        self.tool_calls += delta.get("tool_calls") or ()
+        calls = delta.get("tool_calls")
+        self.tool_calls += calls if isinstance(calls, list) else [calls] if calls else []
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def document(self, index: int) -> dict[str, Any]:
@@ -85,17 +88,20 @@ class ResponseBody:
 
     def feed(self, data: bytes) -> None:
         """Add what the server has sent."""
-        self._received += data
         if self._is_stream is None:
-            start = bytes(self._received.lstrip()[: max(map(len, _FIELDS))])
-            if any(name.startswith(start) and name != start for name in _FIELDS):
+            data = bytes(self._received + data).lstrip()
+            self._received.clear()
+            if any(name.startswith(data) and name != data for name in _FIELDS):
+                self._received += data
                 return  # too little to tell
-            self._is_stream = start.startswith(_FIELDS)
-        if self._is_stream:
-            *lines, rest = self._received.split(b"\n")
-            self._received = rest
-            for line in lines:
-                self._add_line(line.decode(errors="replace").rstrip("\r"))
+            self._is_stream = data.startswith(_FIELDS)
+        if not self._is_stream or b"\n" not in data:
+            self._received += data
+            return
+        *lines, rest = bytes(self._received + data).split(b"\n")
+        self._received = bytearray(rest)
+        for line in lines:
+            self._add_line(line.decode(errors="replace").rstrip("\r"))
 
     def end(self) -> None:
         """Note that the server sends no more."""
@@ -125,8 +131,8 @@ class ResponseBody:
             self.is_done = True
             return
         try:
-            event = json.loads(data)
-        except (ValueError, RecursionError):
+            event = parse_json(data)
+        except ValueError:
             event = None
         if not isinstance(event, dict):
             self._error = self._error or {"error": {"message": f"an event that is not a JSON object: {data:.200}"}}

@@ -15,6 +15,8 @@ from typing import Any
 
 _PROMPT, _COMPLETION = ("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")
 _CACHED = ("prompt_cache_hit_tokens", "cache_read_input_tokens", "cached_tokens")
+_MOST_TOKENS = 100_000_000  # no request has more, and sums of a few fit into 32 bits
+_LONGEST_NUMBER = 32  # characters
 _BESIDE_INPUT = ("cache_read_input_tokens", "cache_creation_input_tokens")
 
 
@@ -82,9 +84,10 @@ def _first(usage: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def _count(value: Any) -> int | None:
-    """Return a number of tokens, which may be sent as a float or as text, None without one."""
-    if isinstance(value, str) and re.fullmatch(r"\d{1,15}(\.\d+)?", value.strip()):
+    """Return a number of tokens, which may be sent as a float or as text, None without a possible
+    one."""
+    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and re.fullmatch(r"\d+(\.\d+)?", value.strip()):
         value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_TOKENS:
         return None
     return math.ceil(value)
