@@ -12,7 +12,7 @@ from typing import Any
 
 # Raise this number when the fields or the meaning of any fingerprint change. Runs of another format
 # are refused (`plad_dist.rundir`).
-FORMAT = 3
+FORMAT = 4
 
 
 def fingerprint(kind: str, **fields: Any) -> str:

@@ -5,14 +5,16 @@ A dataset is a folder of parts and a manifest. The commit protocol:
 - Part `k` is the output of block `k`, a fixed range of prompt rows. It appears by one atomic
   put-if-absent (:meth:`plad_dist.data.storage.Storage.create`). The first commit wins; a later
   attempt learns that it lost, drops its work and takes the committed part.
-- The metadata of a part states the fingerprint of its inputs and the attempt that wrote it. An
-  attempt whose successful put was reported as failed therefore recognises its own part, and a part
-  of other inputs is refused.
+- The metadata of a part states the fingerprint of its inputs, the attempt that wrote it, and its
+  checksum. An attempt whose successful put was reported as failed therefore recognises its own
+  part, a part of other inputs is refused, and so is one that has changed before any journal or
+  manifest listed it.
 - A journal beside the parts lists the committed parts with rows, size, checksum and counts
   (:mod:`plad_dist.data.journal`). It only saves reads. An entry is used only if the part exists and
   has the journaled size.
-- The manifest is written last, over all blocks, and makes the dataset complete. Then the journal
-  is deleted.
+- The manifest is written last, over all blocks, and makes the dataset complete. Just before, the
+  names and sizes of the parts are listed again, and the writer must still own the run
+  (:mod:`plad_dist.data.claims`). Then the journal is deleted.
 
 Storage is the only source of truth. A writer can die at any instruction; the next writer resumes
 from the names of the committed parts.
@@ -20,6 +22,7 @@ from the names of the committed parts.
 
 from __future__ import annotations
 
+import logging
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +33,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from plad_dist.data.claims import check_owned
 from plad_dist.data.journal import JOURNAL, Journal, delete_journal, read_journal, rewrite_journal
 from plad_dist.data.manifest import MANIFEST, Manifest
 from plad_dist.data.parts import (
@@ -45,6 +49,8 @@ from plad_dist.data.parts import (
 )
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
+
+logger = logging.getLogger("plad")
 
 DAMAGED = "damaged"
 _READ_THREADS = 16
@@ -113,8 +119,8 @@ class Dataset:
                 are read from storage.
 
         Raises:
-            UserError: a part has another fingerprint.
-            RunFailed: a part is missing or damaged.
+            UserError: a part, or an existing manifest, has another fingerprint.
+            RunFailed: a part is missing or damaged, or another command has claimed the run.
         """
         by_name = {part.name: part for part in known_parts}
         names = [part_name(block) for block in range(blocks)]
@@ -126,10 +132,38 @@ class Dataset:
             )
         parts = [by_name[name] for name in names]
         manifest = Manifest(fingerprint, parts, facts(parts) if callable(facts) else facts)
+        self._check_again(parts, fingerprint)
+        check_owned(self.storage)
         self.storage.replace(f"{self.path}/{MANIFEST}", manifest.to_json())
         _parts.cache_clear()
         delete_journal(self.storage, self._journal_folder)
         return manifest
+
+    def _check_again(self, parts: Sequence[Part], fingerprint: str) -> None:
+        """Check that the parts of a manifest still exist and that no others were added.
+
+        A part that the listing lacks, which can be stale, is read.
+
+        Raises:
+            UserError: a part, or an existing manifest, has another fingerprint.
+            RunFailed: a part is missing, or has other bytes than it had.
+        """
+        existing = self.manifest()
+        if existing is not None and existing.fingerprint != fingerprint:
+            raise self._other_inputs(MANIFEST, existing.fingerprint, fingerprint)
+        sizes = self.storage.sizes(self.path)
+        for part in parts:
+            if sizes.get(part.name) == part.bytes:
+                continue
+            if self._read_committed(part.name, fingerprint)[0] != part:
+                raise RunFailed(
+                    f"{self.url}/{part.name}: has changed since it was committed as {part.bytes:,} bytes, so the "
+                    "manifest was not written. Every part is kept. Another command may be at work on the run: let only "
+                    "one run, then run again"
+                )
+        for name in sorted(sizes.keys() - {part.name for part in parts}):
+            if part_block(name) is not None:
+                self._read_committed(name, fingerprint)
 
     def resume(self, fingerprint: str) -> dict[int, Part | None]:
         """Return the committed blocks, as :meth:`committed` does, for a writer that continues.
@@ -151,7 +185,8 @@ class Dataset:
         """Make the dataset incomplete and move its bad parts to `damaged/`.
 
         The manifest is removed. The next run redoes the blocks of the bad parts and keeps the other
-        parts.
+        parts. A command that dies on the way leaves a manifest that lists moved parts, so that
+        `plad verify --repair` continues.
 
         Args:
             manifest: manifest whose parts, without the bad ones, replace the journal. None leaves
@@ -161,15 +196,18 @@ class Dataset:
 
         Returns:
             The names in `bad` that existed and were moved.
+
+        Raises:
+            RunFailed: the storage failed, or another command has claimed the run.
         """
+        check_owned(self.storage)
         if manifest is not None:
             self.rewrite_journal(manifest.fingerprint, (part for part in manifest.parts if part.name not in bad))
         moved = []
         for name in sorted(bad):
-            data = self.storage.read(f"{self.path}/{name}")
-            if data is not None:
-                self.storage.replace(f"{self.path}/{DAMAGED}/{name}.{uuid.uuid4().hex[:8]}", data)
-                self.storage.delete(f"{self.path}/{name}")
+            target = f"{self.path}/{DAMAGED}/{name}.{uuid.uuid4().hex[:8]}"
+            if self.storage.move(f"{self.path}/{name}", target):
+                logger.warning("%s/%s: set aside as %s", self.url, name, target)
                 moved.append(name)
         self.storage.delete(f"{self.path}/{MANIFEST}")
         _parts.cache_clear()
@@ -246,28 +284,46 @@ class Dataset:
         data = self.storage.read(f"{self.path}/{name}")
         return self._describe(name, data, fingerprint)[0] if data is not None else None
 
+    def read_committed(self, block: int, fingerprint: str) -> pa.Table:
+        """Return the rows of a committed block, checked by the checksum that its part states.
+
+        Raises:
+            UserError: the part has another fingerprint.
+            RunFailed: the part is missing or damaged.
+        """
+        name = part_name(block)
+        data = self._read_existing(name)
+        self._describe(name, data, fingerprint)
+        return open_part(data).read_all().replace_schema_metadata(None)
+
     def origin(self, block: int) -> str:
         """Return the fingerprint of a committed block."""
         name = part_name(block)
         with self._damage_explained(name):
-            return read_header(self.storage.view(f"{self.path}/{name}")).fingerprint
+            return read_header(self._read_existing(name)).fingerprint
 
     def _read_committed(self, name: str, fingerprint: str | None = None) -> tuple[Part, str]:
         """Read a committed part and return its description and the attempt that wrote it."""
+        return self._describe(name, self._read_existing(name), fingerprint)
+
+    def _read_existing(self, name: str) -> bytes:
         data = self.storage.read(f"{self.path}/{name}")
         if data is None:
             raise RunFailed(f"{self.url}/{name}: missing, although it was committed; run again to redo its block")
-        return self._describe(name, data, fingerprint)
+        return data
 
     def _describe(self, name: str, data: bytes, fingerprint: str | None) -> tuple[Part, str]:
         with self._damage_explained(name):
             header = read_header(data)
         if fingerprint is not None and header.fingerprint != fingerprint:
-            raise UserError(
-                f"{self.url}/{name}: made by another config or from other inputs (fingerprint "
-                f"{header.fingerprint[:12] or 'none'}, expected {fingerprint[:12]}); use another run.dir"
-            )
+            raise self._other_inputs(name, header.fingerprint, fingerprint)
         return Part(name, header.rows, len(data), part_checksum(data), header.counts), header.attempt
+
+    def _other_inputs(self, name: str, actual: str, expected: str) -> UserError:
+        return UserError(
+            f"{self.url}/{name}: made by another config or from other inputs (fingerprint {actual[:12] or 'none'}, "
+            f"expected {expected[:12]}); use another run.dir"
+        )
 
     # -- reading
 
@@ -297,10 +353,10 @@ class Dataset:
     def read_block(self, block: int, check: bool = True) -> pa.Table:
         """Return the rows of one block of a complete dataset.
 
-        They are memory-mapped if the part is a local file.
-
         Args:
-            check: compare size and checksum with the manifest, which reads the whole part.
+            check: read the whole part and compare its size and checksum with the manifest. Without
+                it, a local part is memory-mapped; only for a part that was checked before, since
+                this process is killed if the file is cut short or its disk fails.
 
         Raises:
             RunFailed: the dataset is incomplete, or the part is missing or damaged.
@@ -313,9 +369,7 @@ class Dataset:
             yield self._read_part(part)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows of a small complete dataset, memory-mapped if it is local.
-
-        Every part keeps a memory map open, and a process can have about 65,000 of them.
+        """Return all rows of a small complete dataset.
 
         Raises:
             RunFailed: the dataset is incomplete, or a part is missing or damaged.
@@ -326,12 +380,16 @@ class Dataset:
         return table.select(columns) if columns is not None else table
 
     def _read_part(self, part: Part, check: bool = True) -> pa.Table:
-        data = self.storage.view(f"{self.path}/{part.name}")
+        key = f"{self.path}/{part.name}"
+        if check:
+            data, checksum = self.storage.read_with_checksum(key) or (None, "")
+        else:
+            data = self.storage.view(key)
         with self._damage_explained(part.name):
             if data is None:
                 raise DamagedPart("missing")
             if check:
-                check_part(part, data)
+                check_part(part, len(data), checksum)
             return open_part(data).read_all().replace_schema_metadata(None)
 
     @contextmanager

@@ -1,7 +1,8 @@
 """The journal of an incomplete dataset: its committed parts as the manifest will list them.
 
 The journal is a folder of small pages beside the parts. It lets a writer resume after a hundred
-thousand parts by reading a few pages and no part. It only saves work: a part that it lacks is read.
+thousand parts by reading a few pages and no part. It only saves work: a part that it lacks is read,
+so a damaged page is harmless.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from plad_dist.data.parts import Part
+from plad_dist.data.sealed import sealed_json, unsealed_json
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 
@@ -66,26 +68,49 @@ class Journal:
             key = f"{self._folder}/{self._prefix}-{self._pages:06d}.json"
             page = {"fingerprint": self._fingerprint, "parts": rows}
             self._pages += 1
-            self._storage.replace(key, json.dumps(page).encode())
+            self._storage.replace(key, sealed_json(json.dumps(page)))
             self._unwritten = []
         self._last_flush = time.monotonic()
 
 
 def read_journal(storage: Storage, folder: str, fingerprint: str | None) -> Iterator[Part]:
-    """Yield the journaled parts, the latest entry of a part last. Skip pages that cannot be parsed.
+    """Yield the journaled parts, the latest entry of a part last. Skip damaged pages.
 
     Args:
         fingerprint: skip pages of other fingerprints; None reads all pages.
     """
-    names = sorted(name for name in storage.sizes(folder) if name.endswith(".json"))  # by time
-    with ThreadPoolExecutor(_READ_THREADS) as threads:
-        for data in threads.map(lambda name: storage.read(f"{folder}/{name}"), names):
-            try:
-                page = json.loads(data or b"")
-                parts = [Part(*row) for row in page["parts"]] if fingerprint in (None, page["fingerprint"]) else []
-            except (ValueError, KeyError, TypeError):
-                continue
+    for name, data in _pages(storage, folder):
+        try:
+            page_fingerprint, parts = _parse_page(data)
+        except (ValueError, LookupError, TypeError) as error:
+            logger.warning("%s/%s/%s: ignored, its parts are read instead: %s", storage.url, folder, name, error)
+            continue
+        if fingerprint in (None, page_fingerprint):
             yield from parts
+
+
+def damaged_pages(storage: Storage, folder: str) -> Iterator[tuple[str, str]]:
+    """Yield name and problem of every damaged page."""
+    for name, data in _pages(storage, folder):
+        try:
+            _parse_page(data)
+        except (ValueError, LookupError, TypeError) as error:
+            yield name, str(error)
+
+
+def _pages(storage: Storage, folder: str) -> Iterator[tuple[str, bytes]]:
+    """Yield name and bytes of every page, sorted by time."""
+    names = sorted(name for name in storage.sizes(folder) if name.endswith(".json"))
+    with ThreadPoolExecutor(_READ_THREADS) as threads:
+        for name, data in zip(names, threads.map(lambda name: storage.read(f"{folder}/{name}"), names), strict=True):
+            if data is not None:  # deleted meanwhile
+                yield name, data
+
+
+def _parse_page(data: bytes) -> tuple[str, list[Part]]:
+    """Return fingerprint and parts of a page."""
+    page = unsealed_json(data)
+    return str(page["fingerprint"]), [Part(*row) for row in page["parts"]]
 
 
 def rewrite_journal(storage: Storage, folder: str, fingerprint: str, parts: Iterable[Part]) -> None:

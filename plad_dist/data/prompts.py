@@ -242,9 +242,8 @@ class _Writer:
 
     def _is_committed_as(self, block: int, table: pa.Table) -> bool:
         """Return True if a committed block has this fingerprint and the rows of a table."""
-        data = self._dataset.storage.view(f"{self._dataset.path}/{part_name(block)}")
         return self._dataset.origin(block) == self._input_fingerprint and bool(
-            pa.ipc.open_file(pa.BufferReader(data)).read_all().equals(table)
+            self._dataset.read_committed(block, self._input_fingerprint).equals(table)
         )
 
     def _sources_changed(self, block: int) -> UserError:

@@ -27,6 +27,7 @@ from plad_dist.errors import RunFailed, UserError
 _REMOTE_SCHEMES = ("s3", "gs", "az")
 _COMMITTED_IS_KEPT = ". What is committed is kept"
 _CHUNK_BYTES = 8 << 20
+_CACHED_BYTES = 256 << 10  # fits into the second-level cache of a core
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Storage:
                 obstore.put(self._store, key, file, chunk_size=max(_CHUNK_BYTES, file.stat().st_size // 9_000 + 1))
                 return
             path = self.local_root / key
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folders(path.parent)
             temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
             try:
                 shutil.copyfile(file, temporary)
@@ -175,10 +176,26 @@ class Storage:
             except (NotFoundError, FileNotFoundError, NotADirectoryError):
                 return None
 
+    def read_with_checksum(self, key: str) -> tuple[Any, str] | None:
+        """Return an object as a buffer, and its XXH3 checksum; None if it does not exist.
+
+        A local file is read and hashed in pieces that fit into the processor's cache.
+        """
+        if self.local_root is None:
+            data = self.read(key)
+            return None if data is None else (data, xxhash.xxh3_128_hexdigest(data))
+        with self._failure_explained(key, "read"):
+            try:
+                with (self.local_root / key).open("rb", buffering=0) as file:
+                    return _read_hashed(file)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
     def view(self, key: str) -> Any:
         """Return the bytes of an object as a buffer, or None if it does not exist.
 
-        The buffer of a local file is memory-mapped.
+        The buffer of a local file is memory-mapped. The process is killed when it touches bytes
+        that the file does not have any more, so only files that were checked before are viewed.
         """
         if self.local_root is None:
             return self.read(key)
@@ -216,6 +233,29 @@ class Storage:
             listing = obstore.list_with_delimiter(self._store, f"{folder}/" if folder else None, return_arrow=False)
         objects = {item["path"].rpartition("/")[2]: item["size"] for item in listing["objects"]}
         return objects | {f"{path.rstrip('/').rpartition('/')[2]}/": 0 for path in listing["common_prefixes"]}
+
+    def move(self, key: str, target: str) -> bool:
+        """Give an object another name. Return False if it does not exist.
+
+        In an object store it is copied before it is deleted, so that a crash leaves both or the
+        copy.
+        """
+        if self.local_root is None:
+            data = self.read(key)
+            if data is None:
+                return False
+            self.replace(target, data)
+            self.delete(key)
+            return True
+        source, path = self.local_root / key, self.local_root / target
+        with self._failure_explained(key, f"moved to {target}"):
+            make_folders(path.parent)
+            try:
+                source.rename(path)
+            except FileNotFoundError:
+                return False
+            fsync(path.parent, source.parent)
+        return True
 
     def exists(self, path: str) -> bool:
         """Return True if a path is an object, or a folder that is not empty."""
@@ -267,7 +307,7 @@ def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) ->
     Returns:
         False if `put` refuses to overwrite an existing file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -280,6 +320,31 @@ def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) ->
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
     return True
+
+
+def make_folders(folder: Path) -> None:
+    """Create a folder and its missing parents, each flushed to the disk in its own parent."""
+    try:
+        folder.mkdir()
+    except FileNotFoundError:
+        make_folders(folder.parent)
+        with contextlib.suppress(FileExistsError):  # another writer was faster
+            folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return
+    fsync(folder.parent)
+
+
+def _read_hashed(file: Any) -> tuple[Any, str]:
+    """Return the bytes of an open file as a buffer, with their hexadecimal XXH3 checksum."""
+    buffer, digest, end = pa.allocate_buffer(os.fstat(file.fileno()).st_size), xxhash.xxh3_128(), 0
+    with memoryview(buffer) as view:
+        while count := file.readinto(view[end : end + _CACHED_BYTES]):
+            digest.update(view[end : end + count])
+            end += count
+    return buffer if end == len(buffer) else buffer.slice(0, end), digest.hexdigest()
 
 
 def file_checksum(path: Path) -> str:

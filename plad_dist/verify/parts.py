@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from plad_dist.catalog import DatasetEntry
 from plad_dist.data.dataset import DAMAGED, Dataset
-from plad_dist.data.journal import JOURNAL
+from plad_dist.data.journal import JOURNAL, damaged_pages
 from plad_dist.data.manifest import MANIFEST, DamagedManifest, Manifest
 from plad_dist.data.parts import DamagedPart, Part, check_part, open_part, part_block, read_header
 from plad_dist.data.storage import Storage
@@ -67,6 +67,11 @@ def check_dataset(dataset: Dataset, entry: DatasetEntry | None = None) -> Datase
     stored = {name for name in names if part_block(name) is not None}
     result.state = "complete" if manifest else "incomplete"
     result.is_started = bool({f"{JOURNAL}/", f"{DAMAGED}/"} & names.keys())
+    if f"{JOURNAL}/" in names:
+        pages = damaged_pages(dataset.storage, f"{dataset.path}/{JOURNAL}")
+        result.harmless += [
+            f"{JOURNAL}/{name}: damaged ({problem}); its parts are read instead" for name, problem in pages
+        ]
     listed = {part.name: part for part in (manifest.parts if manifest else dataset.journaled())}
     if manifest is not None:
         for name in sorted(listed.keys() - stored):
@@ -121,15 +126,17 @@ def _check_part(dataset: Dataset, name: str, listed: Part | None) -> _PartCheck:
     """
     check = _PartCheck(name)
     try:
-        data = dataset.storage.view(f"{dataset.path}/{name}")
+        data, checksum = dataset.storage.read_with_checksum(f"{dataset.path}/{name}") or (None, "")
         if data is None:
             check.problems.append("missing")
             return check
         if listed is not None:
-            check_part(listed, data)
+            check_part(listed, len(data), checksum)
         header = read_header(data)
         check.rows, check.fingerprint = header.rows, header.fingerprint
-        schema = open_part(data).schema
+        table = open_part(data).read_all()
+        table.validate(full=True)
+        schema = table.schema
         if dataset.schema != _ANY_COLUMNS and not schema.equals(dataset.schema, check_metadata=False):
             check.problems.append(f"its columns are not those of {dataset.path}: {', '.join(schema.names)}")
         if listed is not None and listed.rows != check.rows:

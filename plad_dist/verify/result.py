@@ -23,6 +23,7 @@ class CheckResult:
         bad: names of the parts that are missing or wrong.
         wrong_rows: names of the bad parts that are sound files with unexpected rows.
         unchecked: errors of the storage that kept parts from being checked.
+        harmless: damages that change nothing, such as those of the journal, which is rebuilt.
         is_started: an incomplete dataset has a journal or parts that were set aside.
     """
 
@@ -35,6 +36,7 @@ class CheckResult:
     bad: set[str] = field(default_factory=set)
     wrong_rows: set[str] = field(default_factory=set)
     unchecked: list[str] = field(default_factory=list)
+    harmless: list[str] = field(default_factory=list)
     is_started: bool = False
 
     def add_problem(self, part: str, problem: str) -> None:

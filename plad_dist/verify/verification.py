@@ -38,11 +38,14 @@ class Verification:
 
     def summary(self) -> str:
         """Return the problems, or the commands that complete the datasets if there are none."""
+        notes = [f"{item.path}: {text}" for item in self.datasets for text in item.harmless]
+        harmless = f"\nHarmless:{_indented(notes)}" if notes else ""
         if problems := self.problems:
-            return f"{self._run_dir}: {len(problems)} problem{'s' * (len(problems) > 1)}:{_indented(problems)}"
+            plural = "s" * (len(problems) > 1)
+            return f"{self._run_dir}: {len(problems)} problem{plural}:{_indented(problems)}{harmless}"
         incomplete = [f"{item.path} (`plad {item.command}`)" for item in self.datasets if item.state == "incomplete"]
         suffix = f"; not complete yet: {', '.join(incomplete)}" if incomplete else ""
-        return f"{self._run_dir}: nothing {'else ' if self._unchecked else ''}is wrong{suffix}"
+        return f"{self._run_dir}: nothing {'else ' if self._unchecked else ''}is wrong{suffix}{harmless}"
 
     def repair(self) -> str | None:
         """Set bad parts aside and return what was done; None if nothing could be repaired."""

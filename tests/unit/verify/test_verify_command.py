@@ -47,14 +47,14 @@ def test_the_command_exits_with_0_or_1(
 def test_storage_that_does_not_respond_is_no_damage_and_nothing_is_moved(
     run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = Storage.view
+    real = Storage.read_with_checksum
 
-    def view(self: Storage, key: str) -> Any:
+    def read(self: Storage, key: str) -> Any:
         if key.endswith("teacher/round-0/part-00001.arrow"):
             raise RunFailed(f"{key}: cannot be read: 503 SlowDown")
         return real(self, key)
 
-    monkeypatch.setattr(Storage, "view", view)
+    monkeypatch.setattr(Storage, "read_with_checksum", read)
     monkeypatch.setattr(sys, "argv", ["plad", "verify", run.storage.url, "--repair"])
     before = part_path(run).read_bytes()
     with pytest.raises(SystemExit, match="1"):
