@@ -12,7 +12,8 @@ from itertools import dropwhile
 
 from plad_dist.cluster import connected
 from plad_dist.config import Config
-from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
+from plad_dist.data.claims import check_owned
+from plad_dist.data.prompts import is_prepared, prepare, train_prompts
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.report.stage import write_report
@@ -25,7 +26,8 @@ from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.preflight import check_inputs
 from plad_dist.progress import Progress
 from plad_dist.reuse import reused_run, take_over
-from plad_dist.rundir import TIMINGS, RunDir, log_to_run, open_run, read_timings, with_date
+from plad_dist.run_logs import TIMINGS, log_to_run, read_timings
+from plad_dist.rundir import RunDir, check_binding, is_bound_to, open_run, with_date
 
 logger = logging.getLogger("plad")
 
@@ -100,7 +102,7 @@ class _Steps:
         return Step(
             "prepare",
             "prepare",
-            is_done=lambda: _is_prepared(self.run),
+            is_done=lambda: is_prepared(self.config, self.run.storage),
             require_inputs=lambda: None,
             work=lambda: _prepare(self.config, self.run),
             needs_ray=False,
@@ -173,22 +175,36 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
     """
     run = RunDir.of(config)
     check_inputs(config, run, command=command)
+    claimant = f"plad {command or 'run'}"
     if source := reused_run(config):
-        take_over(config, [source])
+        take_over(config, [source], claimant)
     config = with_date(config, run)
     progress = Progress()
 
-    def steps() -> Iterator[Step]:
+    def steps(run: RunDir) -> Iterator[Step]:
         return (step for step in steps_of(config, run, progress, phase) if command in (None, step.command))
+
+    first = next((step for step in steps(run) if not step.is_done()), None)
+    if first is None and is_bound_to(config, run):
+        logger.info("nothing to do: everything is committed in %s", run.storage.url)
+        return run
+    if command and first:
+        first.require_inputs()  # before anything is written
+    run = open_run(config, claimant)
+    log_to_run(run)
+    _work_off(partial(steps, run), run, config, progress, command)
+    return run
+
+
+def _work_off(
+    steps: Callable[[], Iterator[Step]], run: RunDir, config: Config, progress: Progress, command: str | None
+) -> None:
+    """Do the steps whose output is not committed."""
 
     def remaining_from(first: Step) -> list[Holder]:
         remaining = dropwhile(lambda step: step.name != first.name, steps())
         return [holder for step in remaining for holder in step.holders]
 
-    if command and (first := next((step for step in steps() if not step.is_done()), None)):
-        first.require_inputs()  # before anything is written
-    open_run(config)
-    log_to_run(run)
     worked = 0
     with connected(config, progress) as connect:
         for step in steps():
@@ -202,10 +218,8 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
                     logger.info("%s: left to a later `plad %s`: %s", step.name, command, missing)
                     break
             worked += 1
+            check_binding(config, run)
             _work(step, run, partial(connect, remaining_from(step)))
-    if not worked:
-        logger.info("nothing to do: everything is committed in %s", run.storage.url)
-    return run
 
 
 def _work(step: Step, run: RunDir, connect: Callable[[], object]) -> None:
@@ -215,15 +229,12 @@ def _work(step: Step, run: RunDir, connect: Callable[[], object]) -> None:
     if step.needs_ray:
         connect()
     result = step.work()
+    check_owned(run.storage)
     seconds = time.monotonic() - started
     timings = read_timings(run)
     timings[step.name] = round(timings.get(step.name, 0.0) + seconds, 1)
     run.storage.replace(TIMINGS, json.dumps(timings, indent=1).encode())
     logger.info("%s: done in %.1f s%s", step.name, seconds, f"; {result}" if result else "")
-
-
-def _is_prepared(run: RunDir) -> bool:
-    return all(dataset(run.storage).manifest() is not None for dataset in (train_prompts, heldout_prompts))
 
 
 def _prepare(config: Config, run: RunDir) -> str:

@@ -22,7 +22,8 @@ class Recipe:
         order: position among the steps; independent steps may share one.
         sections: config sections that decide the products. Of all sections of the table that
             contain a key, only the most specific one counts.
-        traces: paths in the run directory, one of which exists as soon as the step has started.
+        traces: paths in the run directory, one of which exists as soon as the step has started. A
+            folder with a trailing slash counts once something is committed in it.
     """
 
     name: str
@@ -55,7 +56,7 @@ PROMPTS = Recipe(
     "prepare",
     order=0,
     sections=("run", "prompts", "teacher", "teachers", "student"),
-    traces=("prompts/manifest.json", "eval/prompts/manifest.json"),
+    traces=("prompts/", "eval/prompts/"),
 )
 TEACHER = Recipe(
     "teacher",

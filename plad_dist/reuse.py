@@ -6,17 +6,17 @@ import errno
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from plad_dist.catalog import DatasetEntry, ModelEntry, products_of
 from plad_dist.config import Config, flatten
-from plad_dist.data.storage import fsync_tree
-from plad_dist.errors import UserError
+from plad_dist.data.storage import Storage
+from plad_dist.drafts import complete, complete_draft, failures_explained, has_content, new_draft, settle_drafts
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.recipes import ROUND, is_decisive, recipes_decided_by
-from plad_dist.rundir import RUN_FILE, RunDir, load_run, run_document, with_date
+from plad_dist.rundir import RunDir, is_bound, load_run, run_document, with_date
 
 logger = logging.getLogger("plad")
 
@@ -27,20 +27,23 @@ _GROWING_FOLDERS = {"events", "journal", "spool"}
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}
 
 
-def take_over(config: Config, earlier: list[Config]) -> None:
+def take_over(config: Config, earlier: list[Config], command: str = "plad run") -> None:
     """Take over products of an earlier run, unless the run of this config has already started.
 
     The source is the earlier run that shares the most products with this one. A product is shared
     if no key that differs between the configs decides it or any of its inputs. Prompts and models
     are those that the earlier run read, even if their sources have changed since.
 
-    The run is assembled in a hidden folder. The run directory then appears as a whole, or, if it
-    exists and is empty, gets its content with `run.yaml` last. Files are hard links to the source,
-    because no file is rewritten in place. Files that grow (logs, journals, paid responses) are
-    copied. Model cards are left out: they show the figures of another run.
+    The command claims the run, and assembles it in a draft (:mod:`plad_dist.drafts`). Files are
+    hard links to the source, because no file is rewritten in place. Files that grow (logs,
+    journals, paid responses) are copied. Model cards are left out: they show the figures of another
+    run.
+
+    Raises:
+        RunFailed: the file system failed, or a later command has claimed the run.
     """
     run = RunDir.of(config)
-    if not earlier or run.storage.local_root is None or _is_taken(run.root):
+    if not earlier or run.storage.local_root is None or _is_begun(run):
         return
     # A date that the config does not set is no difference: the new run takes that of the source.
     earlier = [with_date(other, RunDir.of(other)) for other in earlier]
@@ -48,19 +51,32 @@ def take_over(config: Config, earlier: list[Config]) -> None:
         (_shared_products(config.with_date(config.run.date or other.run.date), other), other) for other in earlier
     ]
     shared, source = max(candidates, key=lambda candidate: len({product.recipe for product in candidate[0]}))
-    origin, name = RunDir.of(source).root, f".begun-{uuid.uuid4().hex}"
-    draft = run.root / name if run.root.exists() else run.root.with_name(name)
-    count = _fill(draft, origin, shared)
-    if count:
-        names = dict.fromkeys(product.recipe.name for product in shared)
-        outcome = f"{count} files taken over: {', '.join(names)}"
-        (draft / RUN_FILE).write_bytes(run_document(config.with_date(config.run.date or source.run.date)))
-        fsync_tree(draft)
-        if not _put_in_place(draft, run.root):
-            outcome = "nothing taken over: another command has started the run in the meantime"
-    else:
+    origin, document = RunDir.of(source).root, run_document(config.with_date(config.run.date or source.run.date))
+    run = run.claimed(command)
+    settle_drafts(run.storage)
+    if _is_begun(run):  # by another command, since the first look
+        return
+    count = _draft(run.storage, origin, shared, document)
+    settle_drafts(run.storage)
+    names = dict.fromkeys(product.recipe.name for product in shared)
+    outcome = f"{count} files taken over: {', '.join(names)}"
+    if not count:
         outcome = "nothing taken over: it has no product that this run would produce identically"
     logger.info("%s: from %s: %s", run.root, origin, outcome)
+
+
+def _draft(storage: Storage, origin: Path, shared: list[Reusable], document: bytes) -> int:
+    """Assemble a complete draft, and return the number of its files. None are no draft."""
+    draft = new_draft(storage)
+    try:
+        with failures_explained(draft.parent):
+            count = _fill(draft, origin, shared)
+            if count:
+                complete(draft, document, storage)
+    except RunFailed:
+        shutil.rmtree(draft, ignore_errors=True)  # only links and copies
+        raise
+    return count
 
 
 def _fill(draft: Path, origin: Path, shared: list[Reusable]) -> int:
@@ -73,26 +89,10 @@ def _fill(draft: Path, origin: Path, shared: list[Reusable]) -> int:
     return count + sum(_link(origin / file, draft / file) for file in fixed)
 
 
-def _put_in_place(draft: Path, root: Path) -> bool:
-    """Move an assembled run to its place. Return False if another command was first."""
-    if draft.parent == root:
-        for item in sorted(draft.iterdir(), key=lambda item: item.name == RUN_FILE):
-            item.rename(root / item.name)
-        draft.rmdir()
-        return True
-    try:
-        draft.rename(root)
-    except OSError:
-        shutil.rmtree(draft)
-        if not _is_taken(root):
-            raise
-        return False
-    return True
-
-
-def _is_taken(root: Path) -> bool:
-    """Return True if a run directory contains anything but hidden files."""
-    return root.exists() and (not root.is_dir() or any(not file.name.startswith(".") for file in root.iterdir()))
+def _is_begun(run: RunDir) -> bool:
+    """Return True if a run directory has any content, or a complete draft of it."""
+    with failures_explained(run.root):
+        return run.root.is_file() or has_content(run.root) or complete_draft(run.storage) is not None
 
 
 def _files(root: Path, products: Iterable[Reusable]) -> set[Path]:
@@ -119,7 +119,7 @@ def reused_run(config: Config) -> Config | None:
     Raises:
         UserError: `run.reuse` is not a run directory, or one of the two is on an object store.
     """
-    if config.run.reuse is None or RunDir.of(config).storage.read(RUN_FILE) is not None:
+    if config.run.reuse is None or is_bound(RunDir.of(config)):
         return None
     for url in (config.run.dir, config.run.reuse):
         if RunDir.at(url).storage.local_root is None:

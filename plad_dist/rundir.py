@@ -2,12 +2,14 @@
 
 ``run.yaml`` holds the resolved config, its fingerprint, and the version of plad-dist that worked on
 the run last. A command refuses a config with another value for a key once a step that depends on
-the key has started.
+the key has committed anything.
+
+A command that writes claims the run first (:mod:`plad_dist.data.claims`). Only the owner of the run
+replaces `run.yaml`, after a second comparison.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -22,19 +24,21 @@ from plad_dist import __version__
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.config_file import parse_config, yaml_reason
 from plad_dist.config_yaml import dump_yaml
-from plad_dist.data.dataset import Dataset
+from plad_dist.data.claims import check_owned, claim_run
+from plad_dist.data.dataset import DAMAGED, Dataset
+from plad_dist.data.journal import JOURNAL
 from plad_dist.data.models import resolve_model
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import any_reads_clock
+from plad_dist.drafts import RUN_FILE, complete_draft, has_content, settle_drafts
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import FORMAT
 from plad_dist.recipes import RECIPES, recipes_decided_by
 from plad_dist.systems import PLAD, System
 
-RUN_FILE = "run.yaml"
-TIMINGS = "logs/timings.json"
 _SHOWN_KEYS = 10
+_NO_TRACES = {f"{DAMAGED}/", f"{JOURNAL}/"}  # of a step that has committed anything
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class RunDir:
         """
         root = Storage(url).local_root
         return cls(Storage(str(root) if root is not None else url))
+
+    def claimed(self, command: str) -> RunDir:
+        """Claim the run for a command, and return the run directory as its owner uses it."""
+        return replace(self, storage=replace(self.storage, claim=claim_run(self.storage, command)))
 
     def at_round(self, number: int) -> RunDir:
         """Return the run directory from the point of view of another round."""
@@ -212,18 +220,55 @@ class _RunFile:
     version: str | None
 
 
-def open_run(config: Config) -> RunDir:
-    """Return the run directory of a config, with an up-to-date `run.yaml` in it.
+def open_run(config: Config, command: str = "plad run") -> RunDir:
+    """Claim the run directory of a config for a command, and bind it to the config.
+
+    Returns:
+        The run directory as its owner uses it, with an up-to-date `run.yaml` in it.
 
     Raises:
         UserError: the directory is not writable, or belongs to another config; the message names
             the keys that differ.
+        RunFailed: the storage failed, or a later command has claimed the run.
     """
     run = RunDir.of(config)
     check_same_run(config, run)
     run.storage.check_writable()
-    run.storage.replace(RUN_FILE, run_document(config))
+    run = run.claimed(command)
+    settle_drafts(run.storage)
+    document = run_document(config)
+    stored = run.storage.read(RUN_FILE)
+    if stored is None and run.storage.create(RUN_FILE, document):
+        return run
+    check_same_run(config, run)  # another command may have bound or begun the run since the first comparison
+    if stored != document:
+        check_owned(run.storage)
+        run.storage.replace(RUN_FILE, document)
     return run
+
+
+def check_binding(config: Config, run: RunDir) -> None:
+    """Raise :class:`RunFailed` if the run is no longer that of this command and this config."""
+    check_owned(run.storage)
+    stored = _read_run_file(run)
+    if stored is None or stored.fingerprint != config.fingerprint():
+        state = "is gone" if stored is None else f"has the fingerprint {stored.fingerprint[:12]} of another config"
+        raise RunFailed(
+            f"{run.storage.url}/{RUN_FILE}: {state}, expected {config.fingerprint()[:12]}; something else has changed "
+            "the file while this command owned the run. This command ends and writes nothing more. Restore the file, "
+            "or use another run.dir"
+        )
+
+
+def is_bound(run: RunDir) -> bool:
+    """Return True if the run directory has a `run.yaml`, or a complete draft that has one."""
+    return run.storage.read(RUN_FILE) is not None or complete_draft(run.storage) is not None
+
+
+def is_bound_to(config: Config, run: RunDir) -> bool:
+    """Return True if the `run.yaml` in the run directory has the fingerprint of a config."""
+    stored = _read_run_file(run)
+    return stored is not None and stored.fingerprint == config.fingerprint()
 
 
 def run_document(config: Config) -> bytes:
@@ -303,9 +348,24 @@ def _shown(values: dict[str, Any], key: str) -> str:
 
 
 def _is_in_use(key: str, run: RunDir) -> bool:
-    """Return True if a step has started that depends on a config key, directly or indirectly."""
+    """Return True if a step has begun that depends on a config key, directly or indirectly."""
     first = min(recipe.order for recipe in recipes_decided_by(key))
-    return any(run.storage.exists(path) for recipe in RECIPES if recipe.order >= first for path in recipe.traces)
+    draft = complete_draft(run.storage)
+    folders = ("", f"{draft}/") if draft else ("",)  # the draft holds what is not moved yet
+    return any(
+        _has_begun(run.storage, f"{folder}{path}")
+        for folder in folders
+        for recipe in RECIPES
+        if recipe.order >= first
+        for path in recipe.traces
+    )
+
+
+def _has_begun(storage: Storage, trace: str) -> bool:
+    """Return True if a trace of a recipe exists."""
+    if not trace.endswith("/"):
+        return storage.exists(trace)
+    return any(not name.startswith(".") and name not in _NO_TRACES for name in storage.sizes(trace.rstrip("/")))
 
 
 def load_run(path: str) -> StoredRun:
@@ -335,13 +395,15 @@ def _read_existing(run: RunDir) -> _RunFile | None:
     if root is not None and not _is_folder(root):
         return None
     file = _read_run_file(run)
-    if file is None and root is not None and any(not item.name.startswith(".") for item in root.iterdir()):
+    if file is None and root is not None and has_content(root):
         raise UserError(f"run.dir: {root}: not empty and not a run directory (no {RUN_FILE}); use another one")
     return file
 
 
 def _read_run_file(run: RunDir) -> _RunFile | None:
     data = run.storage.read(RUN_FILE)
+    if data is None and (draft := complete_draft(run.storage)):
+        data = run.storage.read(f"{draft}/{RUN_FILE}")
     if data is None:
         return None
     try:
@@ -380,35 +442,3 @@ def _is_folder(root: Path) -> bool:
             raise
         raise UserError(f"run.dir: {str(root)!r:.100}: not a usable path: {error}") from None
     return False
-
-
-# -- timings and logs
-
-
-def read_timings(run: RunDir) -> dict[str, float]:
-    """Return the seconds that each stage took.
-
-    A damaged file counts as empty, since nothing depends on it.
-    """
-    try:
-        timings = run.storage.read_json(TIMINGS)
-    except RunFailed:
-        return {}
-    timings = timings if isinstance(timings, dict) else {}
-    return {name: seconds for name, seconds in timings.items() if isinstance(seconds, int | float)}
-
-
-def log_to_run(run: RunDir) -> None:
-    """Write the log also to `logs/plad.log` in the run directory, if that is on a file system."""
-    if run.storage.local_root is None:
-        return
-    folder = run.storage.local_root / "logs"
-    folder.mkdir(exist_ok=True)
-    logger = logging.getLogger("plad")
-    # A study has several runs: the log of the previous one ends here.
-    for previous in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
-        logger.removeHandler(previous)
-        previous.close()
-    own = logging.FileHandler(folder / "plad.log")
-    own.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(own)

@@ -26,6 +26,7 @@ from plad_dist.errors import RunFailed
 RUN_CLAIMS = "claims"  # folder of the claims on a run
 _NAME = re.compile(r"(\d{5,})\.json")
 _MAX_SHOWN = 80
+CHECK_INTERVAL_S = 3.0  # between the looks of a long job at its claim
 
 
 class SupersededError(RunFailed):
@@ -80,6 +81,20 @@ def check_owned(storage: Storage) -> None:
         f"{storage.url}: {_described(read_claim(storage, claim.folder, latest))} has taken over the run. This command "
         "ends and writes nothing more. What is committed is kept"
     )
+
+
+class OwnerCheck:
+    """Repeated :func:`check_owned` of a long job, with one read every few seconds."""
+
+    def __init__(self, storage: Storage, interval_s: float = CHECK_INTERVAL_S) -> None:
+        self._storage, self._interval_s = storage, interval_s
+        self._next = 0.0
+
+    def __call__(self) -> None:
+        """Raise :class:`SupersededError` if a later command has claimed the run."""
+        if time.monotonic() >= self._next:
+            check_owned(self._storage)
+            self._next = time.monotonic() + self._interval_s
 
 
 def latest_number(storage: Storage, folder: str) -> int:

@@ -336,6 +336,21 @@ class Dataset:
         data = self.storage.read(f"{self.path}/{MANIFEST}")
         return None if data is None else Manifest.from_json(data, f"{self.url}/{MANIFEST}")
 
+    def complete_as(self, fingerprint: str) -> Manifest | None:
+        """Return the manifest, or None while the dataset is incomplete.
+
+        Raises:
+            UserError: the dataset is complete with another fingerprint.
+        """
+        manifest = self.manifest()
+        if manifest is not None and manifest.fingerprint != fingerprint:
+            raise UserError(
+                f"{self.url}: complete, but made by another config or from other inputs (fingerprint "
+                f"{manifest.fingerprint[:12]}, expected {fingerprint[:12]}). Nothing was changed; restore them, or use "
+                "another run.dir"
+            )
+        return manifest
+
     def require(self, command: str) -> Manifest:
         """Return the manifest.
 

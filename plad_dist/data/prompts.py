@@ -1,7 +1,9 @@
 """Stage `prepare`: stream prompts from their sources into the training and the held-out dataset.
 
 A block is committed as soon as it is full. A resumed stage reads the sources again and compares:
-every committed block must hold the rows that the stage would write now.
+every committed block must hold the rows that the stage would write now. A stage that ends with an
+error of the user removes the blocks that it has committed itself, so that the config can be
+corrected.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from typing import Any
 import pyarrow as pa
 
 from plad_dist.config import Config, FilesSource, PythonFunctionsSource, is_operational
-from plad_dist.data.dataset import Dataset
+from plad_dist.data.claims import OwnerCheck, check_owned
+from plad_dist.data.dataset import DAMAGED, Dataset
 from plad_dist.data.manifest import Manifest
-from plad_dist.data.parts import Part, part_name
+from plad_dist.data.parts import Part, part_name, read_header
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
 from plad_dist.data.source_files import expand, local_bytes
@@ -63,14 +66,40 @@ def prepare(config: Config, storage: Storage) -> dict[str, int]:
     return {name: manifest.rows for name, manifest in manifests.items() if manifest}
 
 
+def is_prepared(config: Config, storage: Storage) -> bool:
+    """Return True if both prompt datasets are complete.
+
+    Raises:
+        UserError: a complete dataset is that of another config.
+    """
+    expected = _input_fingerprint(config)
+    manifests = [dataset.complete_as(expected) for dataset in (train_prompts(storage), heldout_prompts(storage))]
+    return None not in manifests
+
+
 def _write(config: Config, datasets: dict[str, Dataset]) -> None:
     writers = {name: _Writer(dataset, config) for name, dataset in datasets.items()}
     # Large sources are committed while they are read. Small ones are read twice instead, so that
     # every problem is reported before anything is written and can still be fixed in the config.
     if not any(writer.is_resumed for writer in writers.values()) and _are_sources_small(config):
         check_prompts(config, all_rows=True)
-    selection, last_log = Selection(config), 0.0
+    selection = Selection(config)
+    try:
+        _add_prompts(selection, writers)
+        for name, writer in writers.items():
+            writer.finish(selection.counts[name])
+    except UserError:
+        for writer in writers.values():
+            writer.withdraw()
+        raise
+    for line in selection.summary():
+        logger.info("prompts: %s", line)
+
+
+def _add_prompts(selection: Selection, writers: dict[str, _Writer]) -> None:
+    check, last_log = OwnerCheck(writers[TRAIN].storage), 0.0
     for name, prompt in selection:
+        check()
         writers[name].add(prompt)
         # The clock starts at the first prompt, because a harvest reports itself before that.
         last_log = last_log or time.monotonic()
@@ -78,10 +107,6 @@ def _write(config: Config, datasets: dict[str, Dataset]) -> None:
             last_log = time.monotonic()
             rows = sum(counts["rows"] for counts in selection.counts.values())
             logger.info("prepare: %s prompts read", f"{rows:,}")
-    for name, writer in writers.items():
-        writer.finish(selection.counts[name])
-    for line in selection.summary():
-        logger.info("prompts: %s", line)
 
 
 def _are_sources_small(config: Config) -> bool:
@@ -173,20 +198,44 @@ class _Writer:
     def _committed_earlier(self) -> set[int]:
         """Return the blocks that an earlier attempt committed.
 
-        Blocks of another config are deleted, unless the dataset is complete: as long as it is not,
-        nothing is derived from them.
+        The owner of the run sets blocks of another config aside, unless the dataset is complete: as
+        long as it is not, nothing is derived from them. They are those of a command that was
+        superseded while it committed them.
         """
-        blocks = set(self._dataset.committed())
-        if (
-            not blocks
-            or self._dataset.manifest() is not None
-            or self._dataset.origin(min(blocks)) == self._input_fingerprint
-        ):
+        storage, blocks = self._dataset.storage, set(self._dataset.committed())
+        foreign = [block for block in sorted(blocks) if self._dataset.origin(block) != self._input_fingerprint]
+        if not foreign or self._dataset.manifest() is not None:
             return blocks
-        logger.info("prepare: %s was started with another config; starting over", self._dataset.path)
-        for block in blocks:
-            self._dataset.storage.delete(f"{self._dataset.path}/{part_name(block)}")
-        return set()
+        if storage.claim is None:
+            raise self._of_another_config(foreign[0])
+        check_owned(storage)
+        moved = self._dataset.reopen(None, [part_name(block) for block in foreign])
+        logger.warning(
+            "prepare: %s: %s of another config, which another command has left; moved to %s/%s/",
+            self._dataset.path,
+            ", ".join(moved),
+            self._dataset.path,
+            DAMAGED,
+        )
+        return blocks - set(foreign)
+
+    @property
+    def storage(self) -> Storage:
+        """The run directory."""
+        return self._dataset.storage
+
+    def withdraw(self) -> None:
+        """Remove the parts that this very attempt has committed, if it still owns the run.
+
+        Nothing is derived from them, as the dataset is not complete.
+        """
+        check_owned(self.storage)
+        if self._dataset.manifest() is not None:
+            return
+        for part in self._new_parts:
+            data = self.storage.read(f"{self._dataset.path}/{part.name}")
+            if data is not None and read_header(data).attempt == self._attempt:
+                self.storage.delete(f"{self._dataset.path}/{part.name}")
 
     @property
     def is_resumed(self) -> bool:
@@ -244,6 +293,12 @@ class _Writer:
         """Return True if a committed block has this fingerprint and the rows of a table."""
         return self._dataset.origin(block) == self._input_fingerprint and bool(
             self._dataset.read_committed(block, self._input_fingerprint).equals(table)
+        )
+
+    def _of_another_config(self, block: int) -> UserError:
+        return UserError(
+            f"{self._dataset.url}/{part_name(block)}: made by another config; restore that config, or use another "
+            "run.dir"
         )
 
     def _sources_changed(self, block: int) -> UserError:

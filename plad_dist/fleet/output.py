@@ -119,7 +119,7 @@ class OutputDatasets:
         self._incomplete: dict[str, OutputDataset] = {}
         for assignment in (assignment for fleet in fleets for assignment in fleet.assignments):
             job = assignment.job
-            if job.output not in self._incomplete and job.dataset(storage).manifest() is None:
+            if job.output not in self._incomplete and job.dataset(storage).complete_as(job.fingerprint) is None:
                 self._incomplete[job.output] = OutputDataset(job, assignment.units, storage)
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from plad_dist.data.claims import check_owned
 from plad_dist.data.dataset import DAMAGED, Dataset
 from plad_dist.data.manifest import Manifest
 from plad_dist.errors import RunFailed
@@ -17,16 +19,20 @@ from plad_dist.verify.result import CheckpointsResult, CheckResult, DatasetResul
 def repair(url: str, results: Sequence[CheckResult]) -> list[str]:
     """Set aside the bad parts and checkpoints of a run directory. Sound parts keep their checksums.
 
-    No part is deleted: bad ones move to `damaged/` beside the others.
+    No part is deleted: bad ones move to `damaged/` beside the others. The repair claims the run, so
+    that a command that is at work on it ends.
 
     Returns:
         What was done, a line for each part.
     """
-    run, actions = RunDir.at(url), []
+    actions: list[str] = []
+    damaged = [result for result in results if result.bad]
+    if not damaged:
+        return actions
+    run = RunDir.at(url).claimed("plad verify --repair")
     checkpoints = run.checkpoints(load_run(url).config)
-    for result in results:
-        if not result.bad:
-            continue
+    for result in damaged:
+        check_owned(run.storage)
         match result:
             case CheckpointsResult():
                 actions += _repair_checkpoints(CheckpointStore(checkpoints, result.phase, None), result)
@@ -36,7 +42,7 @@ def repair(url: str, results: Sequence[CheckResult]) -> list[str]:
 
 
 def _repair_dataset(run: RunDir, result: DatasetResult) -> list[str]:
-    dataset, entry = result.dataset, result.entry
+    dataset, entry = replace(result.dataset, storage=run.storage), result.entry
     # A part that was committed since the check is not bad any more.
     bad = (result.bad & check_dataset(dataset, entry).bad) | result.wrong_rows
     if not bad:

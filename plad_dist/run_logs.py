@@ -1,0 +1,39 @@
+"""Timings and logs of a run, on which nothing depends."""
+
+from __future__ import annotations
+
+import logging
+
+from plad_dist.errors import RunFailed
+from plad_dist.rundir import RunDir
+
+TIMINGS = "logs/timings.json"
+
+
+def read_timings(run: RunDir) -> dict[str, float]:
+    """Return the seconds that each stage took.
+
+    A damaged file counts as empty, since nothing depends on it.
+    """
+    try:
+        timings = run.storage.read_json(TIMINGS)
+    except RunFailed:
+        return {}
+    timings = timings if isinstance(timings, dict) else {}
+    return {name: seconds for name, seconds in timings.items() if isinstance(seconds, int | float)}
+
+
+def log_to_run(run: RunDir) -> None:
+    """Write the log also to `logs/plad.log` in the run directory, if that is on a file system."""
+    if run.storage.local_root is None:
+        return
+    folder = run.storage.local_root / "logs"
+    folder.mkdir(exist_ok=True)
+    logger = logging.getLogger("plad")
+    # A study has several runs: the log of the previous one ends here.
+    for previous in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
+        logger.removeHandler(previous)
+        previous.close()
+    own = logging.FileHandler(folder / "plad.log")
+    own.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(own)
