@@ -22,8 +22,9 @@ class Recipe:
         order: position among the steps; independent steps may share one.
         sections: config sections that decide the products. Of all sections of the table that
             contain a key, only the most specific one counts.
-        traces: paths in the run directory, one of which exists as soon as the step has started. A
-            folder with a trailing slash counts once something is committed in it.
+        traces: paths in the run directory, one of which exists as soon as the step has started.
+        can_withdraw: the step can remove what it has committed, so that a folder in which nothing
+            is committed is no trace.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Recipe:
     order: int
     sections: tuple[str, ...]
     traces: tuple[str, ...]
+    can_withdraw: bool = False
 
 
 def _phase_traces(phase: str) -> tuple[str, ...]:
@@ -56,7 +58,8 @@ PROMPTS = Recipe(
     "prepare",
     order=0,
     sections=("run", "prompts", "teacher", "teachers", "student"),
-    traces=("prompts/", "eval/prompts/"),
+    traces=("prompts", "eval/prompts"),
+    can_withdraw=True,
 )
 TEACHER = Recipe(
     "teacher",

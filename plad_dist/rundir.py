@@ -34,7 +34,7 @@ from plad_dist.data.templates import any_reads_clock
 from plad_dist.drafts import RUN_FILE, complete_draft, has_content, settle_drafts
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import FORMAT
-from plad_dist.recipes import RECIPES, recipes_decided_by
+from plad_dist.recipes import RECIPES, Recipe, recipes_decided_by
 from plad_dist.systems import PLAD, System
 
 _SHOWN_KEYS = 10
@@ -353,19 +353,16 @@ def _is_in_use(key: str, run: RunDir) -> bool:
     draft = complete_draft(run.storage)
     folders = ("", f"{draft}/") if draft else ("",)  # the draft holds what is not moved yet
     return any(
-        _has_begun(run.storage, f"{folder}{path}")
-        for folder in folders
-        for recipe in RECIPES
-        if recipe.order >= first
-        for path in recipe.traces
+        _has_begun(recipe, run.storage, folder) for folder in folders for recipe in RECIPES if recipe.order >= first
     )
 
 
-def _has_begun(storage: Storage, trace: str) -> bool:
-    """Return True if a trace of a recipe exists."""
-    if not trace.endswith("/"):
-        return storage.exists(trace)
-    return any(not name.startswith(".") and name not in _NO_TRACES for name in storage.sizes(trace.rstrip("/")))
+def _has_begun(recipe: Recipe, storage: Storage, folder: str) -> bool:
+    paths = [f"{folder}{trace}" for trace in recipe.traces]
+    if not recipe.can_withdraw:
+        return any(map(storage.exists, paths))
+    names = [name for path in paths for name in storage.sizes(path)]
+    return any(not name.startswith(".") and name not in _NO_TRACES for name in names)
 
 
 def load_run(path: str) -> StoredRun:
