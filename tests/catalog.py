@@ -6,14 +6,16 @@ from pathlib import Path
 
 from plad_dist.catalog import DatasetEntry, FiguresEntry, ModelEntry, products_of
 from plad_dist.config import Config
+from plad_dist.data.claims import RUN_CLAIMS
 from plad_dist.rundir import RunDir
+from plad_dist.sampling.endpoint.ledger import FOLDER
 
 
 def folders_without_entry(config: Config, run: RunDir) -> set[str]:
     """Return the folders with files in a run directory that the catalog does not account for.
 
     A dataset accounts for its own folder alone, as other datasets may be stored below it. A model
-    accounts for everything in its folders. Ray Train's own folder is left out.
+    accounts for everything in its folders. Claims, ledgers and Ray Train's folder are left out.
     """
     shallow, deep = {".", "logs"}, set[str]()
     for product in products_of(config, run):
@@ -28,7 +30,7 @@ def folders_without_entry(config: Config, run: RunDir) -> set[str]:
     return {
         str(folder)
         for folder in folders
-        if folder.parts[:1] != (".ray-train",)
+        if folder.parts[:1] not in ((".ray-train",), (RUN_CLAIMS,), (FOLDER,))
         and str(folder) not in shallow
         and deep.isdisjoint(map(str, (folder, *folder.parents)))
     }

@@ -160,9 +160,9 @@ class Endpoint(Section):
     max_spend: OptionalBound = Field(
         None,
         gt=0,
-        description="Spending cap, in the currency of the prices. The stage stops before a request that could exceed "
-        "it. Where the server bills more than the prompt and max_tokens allow, the cap holds to one request. Requires "
-        "`input_price` and `output_price`. If unset or `.inf`, no cap.",
+        description="Spending cap of the whole run, in the currency of the prices. The stage stops before a request "
+        "that could exceed it. Where the server bills more than the prompt and max_tokens allow, the cap holds to one "
+        "request for each command. Requires `input_price` and `output_price`. If unset or `.inf`, no cap.",
         json_schema_extra=OPERATIONAL,
     )
     extra_body: FreeMapping = Field(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -31,11 +31,13 @@ from plad_dist.sampling.backend import (
     Response,
     SampleNumber,
 )
-from plad_dist.sampling.endpoint.budget import MICROS
+from plad_dist.sampling.endpoint.ledger import MICROS
 from plad_dist.sampling.job import SamplingJob, sample_seed
 from plad_dist.sampling.spool import Row, SampleKey, Spool
 
 logger = logging.getLogger("plad")
+
+_MOST_ERROR = 500  # characters of the error of a row that cannot be stored
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,9 @@ class BlockAttempt:
     def _keep(self, outcomes: Mapping[SampleNumber, Completion | RefusedPromptError], lost_cost: float) -> None:
         """Spool what one request or batch has brought, so that all of it counts or nothing."""
         samples = [
-            self._row(row, index, outcome, None)
+            self._storable_row(row, index, outcome, None)
             if isinstance(outcome, Completion)
-            else self._row(row, index, _no_response(outcome), str(outcome))
+            else self._storable_row(row, index, _no_response(outcome), str(outcome))
             for (row, index), outcome in outcomes.items()
         ]
         self._inputs.spooled.update(((sample["prompt_id"], sample["sample_index"]), sample) for sample in samples)
@@ -255,7 +257,7 @@ class BlockAttempt:
         if spooled is not None:
             return spooled
         completion, error = await self._respond(row, index)
-        sample = self._row(row, index, completion, error)
+        sample = self._storable_row(row, index, completion, error)
         self._on_sample()
         if self._spool is not None:
             self._spool.add(self._block, sample)
@@ -298,6 +300,17 @@ class BlockAttempt:
         cost: float = getattr(stop, "cost", 0.0)
         if self._spool is not None and cost:
             self._spool.add(self._block, self._row(row, -1, _no_response(stop), str(stop)))
+
+    def _storable_row(self, row: int, index: int, completion: Completion, error: str | None) -> Row:
+        """Return a sample; an error row if it was paid for and the columns cannot hold it.
+
+        Whatever a server says, its response must not fail the block, or it would be paid again.
+        """
+        sample = self._row(row, index, completion, error)
+        if self._spool is None or (problem := self._spool.problem(sample)) is None:
+            return sample
+        reason = f"the response cannot be stored: {problem}".encode(errors="replace").decode()[:_MOST_ERROR]
+        return self._row(row, index, replace(_no_response(), cost=completion.cost), reason)
 
     def _row(self, row: int, index: int, completion: Completion, error: str | None) -> Row:
         job = self._job

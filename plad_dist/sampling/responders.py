@@ -137,7 +137,8 @@ def _endpoint_fleet(
     assert endpoint is not None
     outputs = [(assignment.job.dataset(run.storage), assignment.blocks) for assignment in assignments]
     outputs += [(dataset, range(len(dataset.committed()))) for dataset in other_outputs]
-    backend = partial(EndpointBackend, responder.settings, responder.path, outputs)
+    payer = f"{responder.role}-{responder.name}"
+    backend = partial(EndpointBackend, responder.settings, responder.path, outputs, payer)
     window = window_for(endpoint.concurrency, config.prompts.block_size, config.sampling.window)
     is_batch = endpoint.mode == "batch"
     return Fleet(

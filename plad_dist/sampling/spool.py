@@ -84,6 +84,14 @@ class Spool:
         with self._rows_lock:
             self._rows[block].extend(rows)
 
+    def problem(self, row: Row) -> str | None:
+        """Return why the columns cannot hold a row, None if they can."""
+        try:
+            pa.Table.from_pylist([row], schema=self._schema).validate(full=True)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            return str(error) or type(error).__name__
+        return None
+
     def flush(self) -> None:
         """Write all rows that are not written yet.
 

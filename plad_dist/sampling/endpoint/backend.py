@@ -16,9 +16,9 @@ from plad_dist.fleet.protocol import StopStageError
 from plad_dist.sampling.backend import Completion, Keep, RefusedPromptError, Response, SampleNumber
 from plad_dist.sampling.endpoint.batch import BlockRequests
 from plad_dist.sampling.endpoint.batch_record import BatchLedger
-from plad_dist.sampling.endpoint.budget import spent_on
 from plad_dist.sampling.endpoint.client import EndpointClient
 from plad_dist.sampling.endpoint.errors import EndpointStoppedError
+from plad_dist.sampling.endpoint.ledger import Ledger, spent_before
 from plad_dist.sampling.endpoint.request import make_request
 from plad_dist.sampling.thoughts import Separate, tags_of_prompt, tags_of_server, with_thought
 
@@ -31,17 +31,24 @@ class EndpointBackend:
     Args:
         name: the model's name at the server.
         outputs: datasets that the endpoint fills, each with the blocks assigned to it. What these
-            blocks have cost so far counts towards the spending cap.
+            blocks had cost before there was a ledger counts towards the spending cap.
+        payer: name of the ledger.
     """
 
     paid, dead = True, False
     fatal: tuple[type[Exception], ...] = (StopStageError, UserError)
 
-    def __init__(self, settings: Model, name: str, outputs: Sequence[tuple[Dataset, Collection[int]]]) -> None:
+    def __init__(
+        self,
+        settings: Model,
+        name: str,
+        outputs: Sequence[tuple[Dataset, Collection[int]]],
+        payer: str = "endpoint",
+    ) -> None:
         assert settings.endpoint is not None
         self.path: str | None = name
         self._settings, self._endpoint = settings, _with_template_kwargs(settings)
-        self._client = EndpointClient(self._endpoint, spent=spent_on(outputs))
+        self._client = EndpointClient(self._endpoint, ledger=_ledger_of(self._endpoint, outputs, payer))
         self._template = config_template(settings, name) if settings.template else None
 
     @property
@@ -168,6 +175,15 @@ class EndpointBackend:
     async def close(self) -> None:
         """Send nothing more, and wait briefly for the responses in flight, which are paid for."""
         await self._client.close(_DRAIN_S)
+
+
+def _ledger_of(endpoint: Endpoint, outputs: Sequence[tuple[Dataset, Collection[int]]], payer: str) -> Ledger | None:
+    """Return the ledger of a paid endpoint."""
+    if not outputs or (endpoint.input_price is None and endpoint.output_price is None):
+        return None
+    ledger = Ledger(outputs[0][0].storage, payer)
+    ledger.start(lambda: spent_before(outputs))
+    return ledger
 
 
 def _with_template_kwargs(settings: Model) -> Endpoint:

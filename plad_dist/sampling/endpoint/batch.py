@@ -2,13 +2,15 @@
 
 A block is sampled in these steps, and the process may end between any two of them:
 
-1. Reserve the worst cost of a batch, and write its record (`batch_record.py`).
-2. Upload the requests as a file.
-3. Write the name of the file into the record, and submit the batch with the record's token in its
-   metadata. A record of an earlier process that has no more than the name of its file may be of a
-   submitted batch, which is looked for first.
+1. Claim the block, so that no other process submits its requests, and write the record of a batch
+   for which there is money (`batch_record.py`).
+2. Upload the requests as a file, and write its name into the record.
+3. Reserve the worst cost of the batch in the ledger (`account.py`), look at the claim, and submit
+   the batch with the record's token in its metadata. A record of an earlier process that has no
+   more than the name of its file may be of a submitted batch, which is looked for first.
 4. Write the id of the batch into the record, and poll until the batch has ended.
-5. Download its results, put them into the spool, and write into the record that it is settled.
+5. Download its results, replace its worst cost in the ledger by the real cost, put the results into
+   the spool, and write into the record that it is settled.
 
 What a batch has not answered, because it expired, was cancelled or had a failure, becomes part of
 the next batch of the block.
@@ -25,7 +27,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 from plad_dist.config import Endpoint
+from plad_dist.data.claims import SupersededError
 from plad_dist.sampling.backend import Keep, SampleNumber
+from plad_dist.sampling.endpoint.account import Account
 from plad_dist.sampling.endpoint.batch_api import BatchApi
 from plad_dist.sampling.endpoint.batch_record import BatchLedger, BatchRecord
 from plad_dist.sampling.endpoint.batch_results import BatchResults, ResultReader, failure_of, lines_of
@@ -36,6 +40,7 @@ from plad_dist.sampling.endpoint.errors import (
     ClientClosedError,
     EndpointBlockedError,
     EndpointDownError,
+    SpendingStoppedError,
     advice,
     blocked_message,
     endpoint_down,
@@ -101,21 +106,24 @@ class BatchClient:
         endpoint: Endpoint,
         connection: Connection,
         budget: Budget,
+        account: Account,
         clock: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]],
         jitter: Callable[[], float],
     ) -> None:
-        self._endpoint, self._connection, self._budget = endpoint, connection, budget
+        self._endpoint, self._connection = endpoint, connection
+        self._budget, self._account = budget, account
         self._clock, self._sleep, self._jitter = clock, sleep, jitter
         self._api, self._outage = BatchApi(endpoint, connection), Outage(endpoint.give_up_after_s)
-        self._changed, self._requests_in_flight, self._is_closing = asyncio.Event(), 0, False
+        self._requests_in_flight, self._opening, self._is_closing = 0, 0, False
+        self._unopened: dict[int, float] = {}  # worst costs of batches that the ledger does not have yet, by block
         self._reader = ResultReader(endpoint, budget, connection.redacted)
         self.polls = 0
 
     def close(self) -> None:
         """Send nothing more. Batches in flight are found again by the next process."""
         self._is_closing = True
-        self._changed.set()
+        self._account.changed.set()
 
     async def check(self) -> str | None:
         """Return what the user must correct, None if the provider accepts the key for batches.
@@ -134,23 +142,24 @@ class BatchClient:
             EndpointDownError: the provider does not answer, or no batch brings a response.
             SpendingCapReached: the next request could exceed `max_spend`.
             ClientClosedError: the client was closed.
+            SpendingStoppedError: the ledger cannot be written, or another process has taken over.
             EndpointBlockedError: the user must correct the key, the address, the model or the
                 account.
         """
-        await self.finish(block, may_submit=True)
-        while block.pending:
-            requests, worst_cost = await self._reserve(block.pending)
-            try:
+        try:
+            await asyncio.to_thread(block.ledger.claim)
+            await self.finish(block, may_submit=True)
+            while block.pending:
+                requests, worst_cost = await self._take_requests(block)
                 try:
                     record = await asyncio.to_thread(block.ledger.add, list(requests), worst_cost)
-                except BaseException:
-                    # The record may be in storage nevertheless, so that the next attempt adopts it.
-                    self._budget.settle(worst_cost, worst_cost)
-                    raise
-                await self._run(block, _Batch(record, requests))
-            finally:
-                self._requests_in_flight -= len(requests)
-                self._changed.set()
+                    await self._run(block, _Batch(record, requests))
+                finally:
+                    self._requests_in_flight -= len(requests)
+                    self._unopened.pop(id(block), None)
+                    self._account.changed.set()
+        except SupersededError as error:
+            raise SpendingStoppedError(str(error)) from None
 
     async def finish(self, block: BlockRequests, *, may_submit: bool) -> None:
         """Take the batches of an earlier process to their end.
@@ -160,27 +169,25 @@ class BatchClient:
         """
         for record in await asyncio.to_thread(block.ledger.open_records):
             requests = {key: block.pending[key] for key in record.keys if key in block.pending}
-            self._budget.adopt(record.worst_cost)
             await self._run(block, _Batch(record, requests, may_submit=may_submit))
 
-    async def _reserve(
-        self, pending: Mapping[SampleNumber, CompletionRequest]
-    ) -> tuple[dict[SampleNumber, CompletionRequest], float]:
-        """Return as many requests as fit into a batch, and their worst cost, which is reserved.
+    async def _take_requests(self, block: BlockRequests) -> tuple[dict[SampleNumber, CompletionRequest], float]:
+        """Return as many requests as fit into a batch, and their worst cost.
 
         As long as batches in flight may leave more room than they need, wait for them.
         """
         while True:
             if self._is_closing:
                 raise self._closed()
-            requests, worst_cost, is_short_of_money = self._fitting(pending)
+            await self._account.refresh()
+            requests, worst_cost, is_short_of_money = self._fitting(block.pending)
             if requests and not (is_short_of_money and self._budget.reservations):
-                self._budget.reserve_batch(worst_cost)
+                self._unopened[id(block)] = worst_cost
                 self._requests_in_flight += len(requests)
                 return requests, worst_cost
             # A block that waits after a barren batch reserves nothing, but goes on.
             if not self._budget.reservations and not self._requests_in_flight:
-                first = next(iter(pending.values()))
+                first = next(iter(block.pending.values()))
                 raise spending_cap_reached(self._endpoint, self._budget, self._budget.worst_cost(first.worst_usage))
             await self._wait_for_change()
 
@@ -193,7 +200,7 @@ class BatchClient:
         the worst cost.
         """
         requests: dict[SampleNumber, CompletionRequest] = {}
-        size, worst_cost, room = 0, 0.0, self._budget.room
+        size, worst_cost, room = 0, 0.0, self._account.room - sum(self._unopened.values())
         most = min(_MOST_REQUESTS, _TRIAL * (1 + self._budget.known_responses) - self._requests_in_flight)
         for key, request in pending.items():
             size += len(self._api.line(key, request))
@@ -209,17 +216,18 @@ class BatchClient:
     # -- one batch
 
     async def _run(self, block: BlockRequests, batch: _Batch) -> None:
-        """Take a batch, whose worst cost is reserved, through the steps that it has not taken."""
-        cost = batch.record.worst_cost  # of a batch that is not settled, and stays recorded as open
+        """Take a batch through the steps that it has not taken."""
+        self._budget.begin_batch()
         try:
             results = await self._results_of(block, batch)
-            cost += results.cost  # with the results kept, both count until the record is settled
+            # Before the results are kept: if the process ends in between, they are read again, and
+            # their cost is not counted again.
+            await self._account.settle_batch(batch.record.holder, results.cost)
             await block.keep(results.outcomes, results.lost_cost)
             await self._note(block, batch, is_settled=True)
-            cost = results.cost
         finally:
-            self._budget.settle(batch.record.worst_cost, cost)
-            self._changed.set()
+            self._budget.end_batch()
+            self._account.changed.set()
         for key in results.outcomes:
             block.pending.pop(key, None)
         if not batch.may_submit:
@@ -233,9 +241,10 @@ class BatchClient:
 
     async def _results_of(self, block: BlockRequests, batch: _Batch) -> BatchResults:
         """Submit a batch unless it was submitted before, wait for its end, and read its results."""
-        # Results are kept all at once: an earlier attempt has done so, and ended before it settled.
+        # Results are kept all at once: an earlier attempt has done so, after it had settled their
+        # cost in the ledger. The cost given here counts only if the samples came in another way.
         if len(batch.requests) < len(batch.record.keys):
-            return BatchResults()
+            return BatchResults(cost=batch.record.worst_cost)
         batch_id = batch.record.batch_id
         if batch_id is None:
             batch_id = await self._find_or_submit(block, batch)
@@ -265,8 +274,9 @@ class BatchClient:
             data = b"".join(self._api.line(key, request) for key, request in batch.requests.items())
             file_id = await self._insist(partial(self._api.upload, f"plad-{token}.jsonl", data))
             batch.record = await self._note(block, batch, file_id=file_id)
+        await self._open(block, batch)
         failures = 0
-        while isinstance(submitted := await self._api.create(file_id, token), Failure):
+        while isinstance(submitted := await self._submit(block, file_id, token), Failure):
             if submitted.kind in ("refused", "blocked"):
                 raise self._blocked(submitted)
             failures += 1
@@ -276,6 +286,24 @@ class BatchClient:
                 return batch_id
         self._log(block, submitted, f"submitted with {len(batch.requests)} requests")
         return submitted
+
+    async def _open(self, block: BlockRequests, batch: _Batch) -> None:
+        """Reserve the worst cost of a batch in the ledger, unless an earlier process has."""
+        self._opening += 1
+        try:
+            while not await self._account.open_batch(batch.record.holder, batch.record.worst_cost):
+                if self._budget.reservations <= self._opening:  # nothing in flight could leave room
+                    raise spending_cap_reached(self._endpoint, self._budget, batch.record.worst_cost)
+                await self._wait_for_change()
+        finally:
+            self._opening -= 1
+        self._unopened.pop(id(block), None)
+
+    async def _submit(self, block: BlockRequests, file_id: str, token: str) -> str | Failure:
+        """Submit a batch, unless another process has claimed the block or the run."""
+        await self._account.check_owned()
+        await asyncio.to_thread(block.ledger.check_claim)
+        return await self._api.create(file_id, token)
 
     async def _find(self, block: BlockRequests, batch: _Batch, file_id: str) -> str | None:
         """Return the id of a batch if it was submitted.
@@ -375,8 +403,8 @@ class BatchClient:
     async def _wait_for_change(self) -> None:
         if self._is_closing:
             raise self._closed()
-        self._changed.clear()
-        await self._changed.wait()
+        self._account.changed.clear()
+        await self._account.changed.wait()
 
     def _blocked(self, failure: Failure) -> EndpointBlockedError:
         message = blocked_message(self._endpoint, failure)

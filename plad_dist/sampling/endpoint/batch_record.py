@@ -4,6 +4,11 @@ A record is written before its batch is submitted. It has a token, which the bat
 metadata, and the name of the file of requests. By either the batch is found again wherever the
 process ends: nothing is submitted twice. The records of a block lie in its folder of the spool and
 are deleted with it.
+
+Of several processes at one block, only the one that has claimed it last submits
+(:mod:`plad_dist.data.claims`). It claims the block before it reads the records, and looks at the
+claims after it has written the name of the file and before it submits: a record without that name
+was therefore submitted by nobody.
 """
 
 from __future__ import annotations
@@ -15,8 +20,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from plad_dist.data.claims import SupersededError, claim_key, is_superseded, take_claim
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.parts import part_name
+from plad_dist.data.storage import Claim
 from plad_dist.errors import RunFailed
 from plad_dist.sampling.backend import SampleNumber
 from plad_dist.sampling.spool import FOLDER
@@ -48,6 +55,11 @@ class BatchRecord:
     batch_id: str | None = None
     is_settled: bool = False
 
+    @property
+    def holder(self) -> str:
+        """Name of the batch in the ledger of money."""
+        return f"batch-{self.token}"
+
 
 class BatchLedger:
     """Records of the batches of one block.
@@ -60,6 +72,22 @@ class BatchLedger:
         self._storage, self._fingerprint = dataset.storage, fingerprint
         self._folder = f"{dataset.path}/{FOLDER}/{block:05d}"
         self.name = f"{dataset.path} block {block}"
+        self._claim: Claim | None = None
+
+    def claim(self) -> None:
+        """Claim the block, so that no earlier process submits any more."""
+        self._claim = take_claim(self._storage, self._folder, uuid.uuid4().hex)
+
+    def check_claim(self) -> None:
+        """Raise :class:`SupersededError` if another process has claimed or committed the block."""
+        claim = self._claim
+        assert claim is not None, "a block is claimed before its batches are submitted"
+        # The claims of a committed block are deleted.
+        is_own = self._storage.read(claim_key(claim.folder, claim.number)) is not None
+        if not is_own or is_superseded(self._storage, claim):
+            raise SupersededError(
+                f"{self._storage.url}: {self.name}: another process submits the batches of this block"
+            )
 
     def open_records(self) -> list[BatchRecord]:
         """Return the batches that are not settled, oldest first."""
@@ -70,12 +98,14 @@ class BatchLedger:
         """Write the record of a batch that will be submitted next.
 
         Raises:
-            RunFailed: another process works on the block.
+            SupersededError: another process works on the block.
         """
         number = max((record.number for record in _records(self._storage, self._folder)), default=-1) + 1
         record = BatchRecord(number, uuid.uuid4().hex, self._fingerprint, tuple(keys), worst_cost)
         if not self._storage.create(self.path(record), _encode(record)):
-            raise RunFailed(f"{self._storage.url}/{self.path(record)}: another process submits batches of this block")
+            raise SupersededError(
+                f"{self._storage.url}/{self.path(record)}: another process submits batches of this block"
+            )
         return record
 
     def update(self, record: BatchRecord, **changes: Any) -> BatchRecord:
@@ -89,18 +119,18 @@ class BatchLedger:
         return f"{self._folder}/batch-{record.number:04d}.json"
 
 
-def open_cost(dataset: Dataset, blocks: Collection[int]) -> float:
-    """Return what the batches in flight of uncommitted blocks may cost, by whatever config."""
+def open_batches(dataset: Dataset, blocks: Collection[int]) -> list[BatchRecord]:
+    """Return the batches in flight of uncommitted blocks, by whatever config."""
     storage, spool = dataset.storage, f"{dataset.path}/{FOLDER}"
     committed, counted = storage.sizes(dataset.path), set(blocks)
     folders = [name.rstrip("/") for name in storage.sizes(spool) if re.fullmatch(r"\d{5,}/", name)]
-    return sum(
-        record.worst_cost
+    return [
+        record
         for folder in folders
         if part_name(int(folder)) not in committed and int(folder) in counted
         for record in _records(storage, f"{spool}/{folder}")
         if not record.is_settled
-    )
+    ]
 
 
 def _records(storage: Any, folder: str) -> Iterator[BatchRecord]:

@@ -99,7 +99,7 @@ class ResultReader:
         """Return the cost of a request, the worst one if the server does not report its tokens."""
         worst_cost = self._budget.worst_cost(request.worst_usage)
         replies = [] if isinstance(outcome, Failure) else [reply for reply in outcome if isinstance(reply, Reply)]
-        usage = outcome.usage if isinstance(outcome, Failure) else replies[0].usage
+        usage = request.possible(outcome.usage if isinstance(outcome, Failure) else replies[0].usage)
         cost = worst_cost if usage is None else self._budget.cost(usage)
         if replies:
             self._budget.learn(worst_cost, cost)
@@ -107,7 +107,8 @@ class ResultReader:
 
     def _completion(self, outcome: list[Reply | Failure], request: CompletionRequest, cost: float) -> Completion:
         reply = next(choice for choice in outcome if isinstance(choice, Reply))
-        (completion,) = completions_of(self._endpoint.model, [reply], reply.usage or request.worst_usage, cost)
+        usage = request.possible(reply.usage) or request.worst_usage
+        (completion,) = completions_of(self._endpoint.model, [reply], usage, cost)
         assert isinstance(completion, Completion)
         return completion
 

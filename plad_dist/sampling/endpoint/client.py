@@ -3,8 +3,8 @@
 Every try of a prompt takes these steps:
 
 1. Wait for a slot (`concurrency`).
-2. Reserve the worst cost under the spending cap (`budget.py`). If only requests in flight stand in
-   the way, wait until they are settled.
+2. Reserve the worst cost under the spending cap (`budget.py`), which storage has granted to this
+   client (`account.py`). If only requests in flight stand in the way, wait until they are settled.
 3. Wait for the rate limits and the server's pauses (`rates.py`).
 4. Send the request (`connection.py`), receive the response in pieces (`stream.py`) and parse it
    (`reply.py`).
@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from plad_dist.config import Decoding, Endpoint
 from plad_dist.sampling.backend import Completion, RefusedPromptError
+from plad_dist.sampling.endpoint.account import Account
 from plad_dist.sampling.endpoint.batch import BatchClient
 from plad_dist.sampling.endpoint.budget import Budget
 from plad_dist.sampling.endpoint.choices import ManyChoices, completions_of
@@ -41,8 +42,8 @@ from plad_dist.sampling.endpoint.errors import (
     blocked_message,
     endpoint_down,
     field_remedy,
-    spending_cap_reached,
 )
+from plad_dist.sampling.endpoint.ledger import Ledger
 from plad_dist.sampling.endpoint.outage import Outage
 from plad_dist.sampling.endpoint.rates import Pace, TokenEstimate
 from plad_dist.sampling.endpoint.reply import Failure, Outcome, Reply
@@ -87,7 +88,9 @@ class EndpointClient:
     """Draws responses from one server. Use a client in one event loop, and close it.
 
     Args:
-        spent: money that earlier runs spent under the same `max_spend`.
+        ledger: money that was spent under the same `max_spend`, by all processes; None to count in
+            memory.
+        spent: money that was spent before, for a client without a ledger.
         clock: monotonic seconds.
         sleep: waits for seconds of that clock.
         jitter: random numbers in [0, 1) for the backoff.
@@ -105,6 +108,7 @@ class EndpointClient:
         self,
         endpoint: Endpoint,
         *,
+        ledger: Ledger | None = None,
         spent: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -117,13 +121,14 @@ class EndpointClient:
         self._policy = RetryPolicy(endpoint.max_retries, endpoint.give_up_after_s)
         self._outage = Outage(endpoint.give_up_after_s)
         self._budget = Budget(endpoint, spent)
+        self._account = Account(endpoint, self._budget, ledger, clock)
         self._is_paid = endpoint.max_spend is not None or endpoint.output_price is not None
         self._many_choices = ManyChoices(endpoint)
-        self.batches = BatchClient(endpoint, self._connection, self._budget, clock, sleep, jitter)
+        self._turn_lock, self._probe_lock = asyncio.Lock(), asyncio.Lock()
+        self.batches = BatchClient(endpoint, self._connection, self._budget, self._account, clock, sleep, jitter)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
-        self._turn_lock, self._probe_lock, self._settled = asyncio.Lock(), asyncio.Lock(), asyncio.Event()
         self._prompts_in_progress = self._requests_in_flight = 0
-        self._is_closing = False
+        self._is_closing = self._reports_usage = False
         self._blocked_message: str | None = None
         self.requests = self.retries = 0
         self.prompt_tokens = self.completion_tokens = self.usage_missing = 0
@@ -170,6 +175,7 @@ class EndpointClient:
             EndpointDownError: no request succeeded for `give_up_after_s`.
             SpendingCapReached: the request could exceed `max_spend`, and no request in flight could
                 leave room for it.
+            SpendingStoppedError: the ledger cannot be written, or another command has taken over.
             ClientClosedError: the client was closed before the request was sent.
             EndpointBlockedError: the user must correct the key, the address, the model or the
                 account.
@@ -238,9 +244,10 @@ class EndpointClient:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
                 while self._requests_in_flight:
-                    self._settled.clear()
-                    await self._settled.wait()
+                    self._account.changed.clear()
+                    await self._account.changed.wait()
         await self._connection.close()
+        await self._account.close()
 
     # -- one prompt
 
@@ -315,20 +322,17 @@ class EndpointClient:
     async def _try(self, call: _Call) -> Outcome:
         """Send the request of a call once, as soon as it may be sent, and account for its cost."""
         async with self._slots:
-            while not self._budget.reserve(call.worst_cost):
-                if not self._budget.reservations:
-                    raise spending_cap_reached(self._endpoint, self._budget, call.worst_cost)
-                self._settled.clear()
-                await self._settled.wait()
+            await self._account.reserve(call.worst_cost)
             cost: float | None = 0.0
             try:
                 estimated_tokens = await self._wait_for_turn(call.request)
                 cost = None  # the server may bill the request from here on, even if this task is cancelled
                 outcome = await self._send(call.request)
-                cost = self._account(outcome, call.request, estimated_tokens)
+                cost = self._record(outcome, call.request, estimated_tokens)
             finally:
                 call.cost += self._settle(call, cost)
-                self._settled.set()
+                self._account.changed.set()
+            await self._account.adjust()
         return outcome
 
     def _settle(self, call: _Call, cost: float | None) -> float:
@@ -353,6 +357,7 @@ class EndpointClient:
         tokens = self._token_estimate.tokens(request.prompt_bytes, request.most_tokens)
         async with self._turn_lock:
             while True:
+                await self._account.check_owned()
                 if self._is_closing:
                     raise ClientClosedError(f"{self._endpoint.url}: stopped")
                 if self._blocked_message is not None:
@@ -374,29 +379,32 @@ class EndpointClient:
             outcome = await self._connection.post(request)
         finally:
             self._requests_in_flight -= 1
-        if isinstance(outcome, Failure) or not self._is_paid or _reported_usage(outcome) is not None:
+        if isinstance(outcome, Failure) or not self._is_paid:
             return outcome
-        if any(isinstance(choice, Reply) and choice.is_streamed for choice in outcome):
+        if _reported_usage(outcome, request) is not None:
+            self._reports_usage = True
+        elif any(isinstance(choice, Reply) and choice.is_streamed for choice in outcome):
             self._connection.stop_streaming("reports no token usage in streams")
-        elif self._budget.cap is not None:
+        elif self._budget.cap is not None and not self._reports_usage:
+            # The response is kept, because it may have been paid for, but it is the last one.
             text = "the server reports no token usage, which endpoint.max_spend requires"
-            return Failure("blocked", text, 200, usage=None)
+            self._blocked_message = blocked_message(self._endpoint, Failure("blocked", text, 200))
         return outcome
 
-    def _account(self, outcome: Outcome, request: CompletionRequest, estimated_tokens: float) -> float | None:
+    def _record(self, outcome: Outcome, request: CompletionRequest, estimated_tokens: float) -> float | None:
         """Record an outcome, and return its cost, None if that is unknown."""
         if isinstance(outcome, Failure):
             if outcome.kind in ("transient", "throttled"):
                 self._outage.record_failure(outcome.text, self._clock())
-            if outcome.usage is None:
+            if (billed := request.possible(outcome.usage)) is None:
                 return None
-            usage = outcome.usage
+            usage = billed
         else:
             self._outage.record_success()
             usage = self._usage_of(outcome, request)
-            if _reported_usage(outcome) is None:
+            if _reported_usage(outcome, request) is None:
                 self.usage_missing += 1
-                if self._budget.cap is not None:
+                if self._is_paid:
                     return None
             else:
                 self._token_estimate.learn(
@@ -409,7 +417,7 @@ class EndpointClient:
 
     def _usage_of(self, choices: Sequence[Reply | Failure], request: CompletionRequest) -> Usage:
         """Return the tokens of a request as the server reported them, or else an estimate."""
-        if (reported := _reported_usage(choices)) is not None:
+        if (reported := _reported_usage(choices, request)) is not None:
             return reported
         texts = [choice.text + (choice.reasoning or "") for choice in choices if isinstance(choice, Reply)]
         tokens = [round(self._token_estimate.prompt_tokens(len(text.encode()))) + 1 for text in texts]
@@ -417,8 +425,8 @@ class EndpointClient:
         return Usage(prompt_tokens, min(sum(tokens), request.most_tokens))
 
 
-def _reported_usage(choices: Sequence[Reply | Failure]) -> Usage | None:
-    return next((choice.usage for choice in choices if isinstance(choice, Reply)), None)
+def _reported_usage(choices: Sequence[Reply | Failure], request: CompletionRequest) -> Usage | None:
+    return request.possible(next((choice.usage for choice in choices if isinstance(choice, Reply)), None))
 
 
 def _reason(failure: Failure) -> str:

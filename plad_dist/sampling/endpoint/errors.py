@@ -36,6 +36,10 @@ class ClientClosedError(EndpointStoppedError):
     """The client was closed before the request was sent."""
 
 
+class SpendingStoppedError(EndpointStoppedError):
+    """The ledger of money cannot be written, or another command has taken over."""
+
+
 class EndpointBlockedError(UserError):
     """No request succeeds before the user corrects the key, the address, the model or the account.
 
@@ -71,8 +75,14 @@ def spending_cap_reached(endpoint: Endpoint, budget: Budget, worst_cost: float) 
         if budget.lost_requests
         else ""
     )
+    held = (
+        f", {budget.held_elsewhere:.4g} of it held by batches in flight, by another command or by one that was killed "
+        "and may have been billed"
+        if budget.held_elsewhere
+        else ""
+    )
     return SpendingCapReached(
-        f"{endpoint.url}: {budget.spent:.6g} of {budget.cap:g} spent{assumed}; the next request may cost up to "
+        f"{endpoint.url}: {budget.spent:.6g} of {budget.cap:g} spent{assumed}{held}; the next request may cost up to "
         f"{worst_cost + budget.excess:.4g}. {KEPT}; raise endpoint.max_spend to continue."
     )
 

@@ -15,6 +15,7 @@ Prompt = Messages | str
 _SENT_IF_SET = (
     "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids",
 )  # fmt: skip
+_MOST_TOKENS = 10_000_000  # of a prompt or a response; no model has a longer context
 _TEMPLATE_TOKENS = 256  # allowance for what a server's chat template adds to a prompt, such as a system prompt
 
 
@@ -43,6 +44,12 @@ class CompletionRequest:
     def worst_usage(self) -> Usage:
         """Largest usage that the server can bill for one try: a token has at least one byte."""
         return Usage(self.prompt_bytes + _TEMPLATE_TOKENS, self.most_tokens)
+
+    def possible(self, usage: Usage | None) -> Usage | None:
+        """Return a reported usage, or None if it cannot be that of this request."""
+        if usage is None or usage.prompt_tokens > _MOST_TOKENS or usage.completion_tokens > self.n * _MOST_TOKENS:
+            return None
+        return usage
 
 
 def make_request(endpoint: Endpoint, prompt: Prompt, decoding: Decoding, seed: int, n: int = 1) -> CompletionRequest:

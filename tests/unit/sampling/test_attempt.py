@@ -200,3 +200,29 @@ def test_money_of_a_request_for_several_responses_that_returned_none_is_not_forg
     storage, job = prepare(tmp_path, ["a"])
     result = draw_many(storage, replace(job, n=2), ManyBackend([], lost_cost=0.75))
     assert result.part.counts["cost_micros"] == 750_000 + 2 * 250_000
+
+
+@pytest.mark.parametrize("tokens", [2**31, -(2**31) - 1, 2**70, 1e300, float("nan"), "many"])
+def test_a_paid_response_that_cannot_be_stored_becomes_an_error_row_and_is_not_paid_again(
+    tokens: Any, tmp_path: Path
+) -> None:
+    class Absurd(PaidBackend):
+        async def complete(self, prompt: str, *arguments: Any) -> Completion:
+            completion = await super().complete(prompt, *arguments)
+            return replace(completion, num_tokens=tokens) if prompt == "absurd" else completion
+
+    async def run() -> BlockResult:
+        sampler = Sampler(storage, lambda: Absurd(requests))
+        await sampler.start()
+        try:
+            return await sampler.work(job, 0, "attempt", Hints())
+        finally:
+            await sampler.stop()
+
+    storage, job = prepare(tmp_path, ["a", "absurd", "b"])
+    requests: list[str] = []
+    result = asyncio.run(run())
+    assert sorted(requests) == ["a", "absurd", "b"]
+    assert result.part.counts["errors"] == 1
+    assert result.part.counts["cost_micros"] == 750_000
+    assert "prompt absurd: the response cannot be stored" in (result.first_error or "")

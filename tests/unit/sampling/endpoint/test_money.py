@@ -106,6 +106,8 @@ def test_a_cap_needs_a_server_that_reports_usage() -> None:
     async def test() -> None:
         async with serving(lambda prompt, count: good(usage=None)) as server:
             async with client_of(server, max_spend=1.0, **PRICES) as client:
+                first = await client.complete(messages("hi"), DECODING, 1)  # it may have been paid for
+                assert first.cost == client.spent > 20 * 100 / 1e6, "the worst cost"
                 with pytest.raises(UserError, match="no token usage"):
                     await client.complete(messages("hi"), DECODING, 1)
             async with client_of(server) as client:
@@ -233,7 +235,24 @@ def test_a_response_whose_tokens_the_server_reports_as_zero_does_not_pass_under_
     async def test() -> None:
         respond = lambda prompt, count: good(usage=(10, 0))  # noqa: E731
         async with serving(respond) as server, client_of(server, max_spend=1.0, **PRICES) as client:
+            assert (await client.complete(messages("hi"), DECODING, 1)).cost > 20 * 100 / 1e6, "the worst cost"
             with pytest.raises(UserError, match="no token usage"):
                 await client.complete(messages("hi"), DECODING, 1)
+
+    run(test())
+
+
+@pytest.mark.parametrize("count", [-5, True, 2**31, 2**70, 1e300, float("nan"), float("inf"), "9" * 40, [5], None])
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens", "total_tokens"])
+def test_a_count_of_tokens_that_cannot_be_true_counts_at_most_at_the_worst_cost(name: str, count: Any) -> None:
+    async def test() -> None:
+        sane = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
+        respond = lambda prompt, count_: good(usage=sane | {name: count} if prompt == "b" else sane)  # noqa: E731
+        async with serving(respond) as server, client_of(server, max_spend=1.0, **PRICES) as client:
+            completions = [await client.complete(messages(prompt), DECODING, 1) for prompt in "abc"]
+            worst = make_request(client._endpoint, messages("b"), DECODING, 1).worst_usage
+            assert 0 < completions[1].cost <= client._budget.worst_cost(worst)
+            assert all(completion.num_tokens <= 20 for completion in completions)
+            assert client.spent == pytest.approx(sum(completion.cost for completion in completions))
 
     run(test())

@@ -134,9 +134,9 @@ def test_a_stream_without_usage_counts_at_its_worst_cost_and_is_the_last_one_und
                 streamed(good(), usage=False) if "stream" in server.bodies[-1] else good(usage=None)
             )
             async with client_of(server, max_spend=1.0, **PRICES) as client:
-                outcomes = await complete_all(client, "a", "b")
-                assert isinstance(outcomes[1], UserError)
-                assert "no token usage" in str(outcomes[1])
+                outcomes = await complete_all(client, "a", "b", "c")
+                assert isinstance(outcomes[2], UserError)
+                assert "no token usage" in str(outcomes[2])
 
     run(test())
 
