@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plad_dist.data.claims import RUN_CLAIMS, check_owned
-from plad_dist.data.storage import Storage, fsync, fsync_tree, write_durably
+from plad_dist.data.local_files import fsync, fsync_tree, write_durably
+from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 
 RUN_FILE = "run.yaml"

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from obstore.exceptions import BaseError
 
+from plad_dist.data.local_files import innermost_cause
 from plad_dist.data.source_files import open_store
-from plad_dist.data.storage import innermost_cause
 from plad_dist.errors import RunFailed, UserError, excerpt
 
 Record = tuple[int, str, dict[str, Any]]  # row counted from 0, location for messages, columns

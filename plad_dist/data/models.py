@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_dist.config import Model, RewardModel
-from plad_dist.data.storage import fsync, fsync_tree
+from plad_dist.data.local_files import fsync, fsync_tree
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 

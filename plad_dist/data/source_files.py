@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import BaseError, NotFoundError
 from obstore.store import from_url
 
-from plad_dist.data.storage import innermost_cause
+from plad_dist.data.local_files import innermost_cause
 from plad_dist.errors import UserError
 
 logger = logging.getLogger("plad")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
+import random
 import shutil
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,35 @@ from urllib.parse import unquote, urlparse
 import obstore
 import pyarrow as pa
 import xxhash
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, NotFoundError
 from obstore.store import LocalStore, from_url
 
+from plad_dist.data.local_files import (
+    CHUNK_BYTES,
+    COMMITTED_IS_KEPT,
+    discard,
+    failure_explained,
+    file_checksum,
+    file_sizes,
+    fsync,
+    innermost_cause,
+    make_folders,
+    path_mode,
+    raise_unless_absent,
+    read_hashed,
+    write_durably,
+)
 from plad_dist.errors import RunFailed, UserError
 
 _REMOTE_SCHEMES = ("s3", "gs", "az")
-_COMMITTED_IS_KEPT = ". What is committed is kept"
-_CHUNK_BYTES = 8 << 20
-_CACHED_BYTES = 256 << 10  # fits into the second-level cache of a core
+_ABSENT = (NotFoundError, FileNotFoundError, NotADirectoryError)  # any other error is a failure
+_PUT_SECONDS, _PUT_BYTES_PER_SECOND = 30, 1 << 20  # a put may take this time, and that of its bytes
+_CLIENT_OPTIONS = {
+    "allow_http", "allow_invalid_certificates", "connect_timeout", "default_content_type", "http1_only", "http2_only",
+    "pool_idle_timeout", "pool_max_idle_per_host", "proxy_ca_certificate", "proxy_excludes", "proxy_url", "timeout",
+    "user_agent",
+}  # fmt: skip
+_CREATE_TRIES, _CREATE_PATIENCE_S, _LONGEST_PAUSE_S = 10, 180.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,26 @@ class Storage:
         except BaseError as error:
             raise UserError(f"run.dir: {self.url}: {innermost_cause(error)}") from None
 
+    @cached_property
+    def _stores_for_puts(self) -> dict[tuple[int, bool], Any]:
+        return {}
+
+    def _store_for(self, size: int, *, retried: bool) -> Any:
+        """Return the store for a put of a number of bytes, whose timeout grows with them.
+
+        Args:
+            retried: the store repeats failed requests. A conditional put must not be repeated
+                there, because the repetition finds the object of the first try.
+        """
+        # A power of two times the shortest timeout, so that there are few stores.
+        seconds = _PUT_SECONDS << (size // (_PUT_SECONDS * _PUT_BYTES_PER_SECOND)).bit_length()
+        key = (seconds, retried)
+        if key not in self._stores_for_puts:
+            retries: Any = {} if retried else {"retry_config": {"max_retries": 0}}
+            options: Any = {"timeout": f"{seconds}s", **_client_options(urlparse(self.url).scheme)}
+            self._stores_for_puts[key] = from_url(self.url, client_options=options, **retries)
+        return self._stores_for_puts[key]
+
     def __getstate__(self) -> dict[str, Any]:
         return {"url": self.url, "claim": self.claim}
 
@@ -94,12 +134,36 @@ class Storage:
         with self._failure_explained(key, "written"):
             if self.local_root is not None:
                 return write_durably(self.local_root / key, data, os.link)
+            return self._create_remote(key, data)
+
+    def _create_remote(self, key: str, data: bytes) -> bool:
+        """Put an object unless it exists, and try again where the outcome is not known.
+
+        A store reports a conflict both for an object that exists and for another put at the same
+        time, which may leave no object. So the object is read: if there is none, the put is tried
+        again. If it is the object of this call, and an earlier try ended without a clear reply,
+        that try has succeeded.
+        """
+        is_unknown, until = False, time.monotonic() + _CREATE_PATIENCE_S
+        store = self._store_for(len(data), retried=False)
+        for number in range(_CREATE_TRIES):
             try:
                 # A multipart upload cannot be conditional, so large objects go in one request too.
-                obstore.put(self._store, key, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                return False
-        return True
+                obstore.put(store, key, data, mode="create", use_multipart=False)
+                return True
+            except AlreadyExistsError as error:
+                existing = self.read(key)
+                if existing is not None:
+                    return is_unknown and existing == data
+                failure: BaseError = error
+            except GenericError as error:  # a timeout, a lost connection, or an error of the server
+                is_unknown, failure = True, error
+            if time.monotonic() > until:
+                break
+            time.sleep(random.random() * min(_LONGEST_PAUSE_S, 0.2 * 2**number))  # noqa: S311 - no secret
+        if is_unknown and self.read(key) == data:
+            return True
+        raise failure
 
     def replace(self, key: str, data: bytes) -> None:
         """Write an object atomically, overwriting an existing one."""
@@ -107,14 +171,15 @@ class Storage:
             if self.local_root is not None:
                 write_durably(self.local_root / key, data, os.replace)
                 return
-            obstore.put(self._store, key, data, mode="overwrite", use_multipart=False)
+            store = self._store_for(len(data), retried=True)
+            obstore.put(store, key, data, mode="overwrite", use_multipart=False)
 
     def upload(self, key: str, file: Path) -> None:
         """Write an object of any size from a file, overwriting an existing one."""
         with self._failure_explained(key, "written"):
             if self.local_root is None:
                 # S3 accepts at most 10,000 parts per multipart upload.
-                obstore.put(self._store, key, file, chunk_size=max(_CHUNK_BYTES, file.stat().st_size // 9_000 + 1))
+                obstore.put(self._store, key, file, chunk_size=max(CHUNK_BYTES, file.stat().st_size // 9_000 + 1))
                 return
             path = self.local_root / key
             make_folders(path.parent)
@@ -124,13 +189,13 @@ class Storage:
                 fsync(temporary)
                 temporary.replace(path)
             finally:
-                temporary.unlink(missing_ok=True)
+                discard(temporary)
             fsync(path.parent)
 
     def download(self, key: str, file: Path) -> None:
         """Write the bytes of an object to a file."""
         with self._failure_explained(key, "read"), file.open("wb") as out:
-            for chunk in obstore.get(self._store, key).stream(min_chunk_size=_CHUNK_BYTES):
+            for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES):
                 out.write(chunk)
 
     def checksum(self, key: str) -> str | None:
@@ -143,9 +208,9 @@ class Storage:
             try:
                 if self.local_root is not None:
                     return file_checksum(self.local_root / key)
-                for chunk in obstore.get(self._store, key).stream(min_chunk_size=_CHUNK_BYTES):
+                for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES):
                     digest.update(chunk)
-            except (NotFoundError, FileNotFoundError):
+            except _ABSENT:
                 return None
             return digest.hexdigest()
 
@@ -153,14 +218,15 @@ class Storage:
         """Delete all objects in a folder and below it."""
         with self._failure_explained(folder, "deleted"):
             if self.local_root is not None:
-                shutil.rmtree(self.local_root / folder, ignore_errors=True)
+                shutil.rmtree(self.local_root / folder, onerror=raise_unless_absent)
                 return
             for page in obstore.list(self._store, f"{folder}/"):
-                obstore.delete(self._store, [item["path"] for item in page])
+                for item in page:
+                    self.delete(item["path"])
 
     def delete(self, key: str) -> None:
         """Delete an object if it exists."""
-        with self._failure_explained(key, "deleted"), contextlib.suppress(NotFoundError, FileNotFoundError):
+        with self._failure_explained(key, "deleted"), contextlib.suppress(*_ABSENT):
             if self.local_root is not None:
                 (self.local_root / key).unlink()
             else:
@@ -173,7 +239,7 @@ class Storage:
                 if self.local_root is not None:
                     return (self.local_root / key).read_bytes()
                 return bytes(obstore.get(self._store, key).bytes())
-            except (NotFoundError, FileNotFoundError, NotADirectoryError):
+            except _ABSENT:
                 return None
 
     def read_with_checksum(self, key: str) -> tuple[Any, str] | None:
@@ -187,8 +253,8 @@ class Storage:
         with self._failure_explained(key, "read"):
             try:
                 with (self.local_root / key).open("rb", buffering=0) as file:
-                    return _read_hashed(file)
-            except (FileNotFoundError, NotADirectoryError):
+                    return read_hashed(file)
+            except _ABSENT:
                 return None
 
     def view(self, key: str) -> Any:
@@ -203,7 +269,7 @@ class Storage:
             try:
                 with pa.memory_map(str(self.local_root / key)) as file:
                     return file.read_buffer()
-            except (FileNotFoundError, NotADirectoryError):
+            except _ABSENT:
                 return None
 
     def read_json(self, key: str) -> Any:
@@ -227,9 +293,9 @@ class Storage:
 
         Subfolders are listed with a trailing slash and size 0.
         """
-        if self.local_root is not None and not (self.local_root / folder).is_dir():
-            return {}
         with self._failure_explained(folder, "listed"):
+            if self.local_root is not None:
+                return file_sizes(self.local_root / folder)
             listing = obstore.list_with_delimiter(self._store, f"{folder}/" if folder else None, return_arrow=False)
         objects = {item["path"].rpartition("/")[2]: item["size"] for item in listing["objects"]}
         return objects | {f"{path.rstrip('/').rpartition('/')[2]}/": 0 for path in listing["common_prefixes"]}
@@ -252,7 +318,7 @@ class Storage:
             make_folders(path.parent)
             try:
                 source.rename(path)
-            except FileNotFoundError:
+            except _ABSENT:
                 return False
             fsync(path.parent, source.parent)
         return True
@@ -260,7 +326,8 @@ class Storage:
     def exists(self, path: str) -> bool:
         """Return True if a path is an object, or a folder that is not empty."""
         if self.local_root is not None:
-            return (self.local_root / path).exists()
+            with self._failure_explained(path, "read"):
+                return path_mode(self.local_root / path) is not None
         return path.rpartition("/")[2] in self.sizes(path.rpartition("/")[0]) or bool(self.sizes(path))
 
     def check_writable(self) -> None:
@@ -275,7 +342,7 @@ class Storage:
             is_refused = not self.create(key, b"")
             self.delete(key)
         except RunFailed as error:
-            cause = str(error).partition(": cannot be ")[2].partition(_COMMITTED_IS_KEPT)[0]
+            cause = str(error).partition(": cannot be ")[2].partition(COMMITTED_IS_KEPT)[0]
             raise UserError(f"run.dir: {self.url}: cannot be {cause}") from None
         if not is_refused:
             raise UserError(
@@ -283,99 +350,15 @@ class Storage:
                 "two writers could overwrite each other; use a store that supports conditional puts"
             )
 
-    @contextmanager
-    def _failure_explained(self, key: str, participle: str) -> Iterator[None]:
-        """Turn storage errors into a message that names the object, the operation and the cause."""
-        try:
-            yield
-        except (BaseError, OSError) as error:
-            raise RunFailed(
-                f"{self.url}/{key}: cannot be {participle}: {innermost_cause(error)}{_COMMITTED_IS_KEPT}; "
-                "fix the cause and run again"
-            ) from None
+    def _failure_explained(self, key: str, participle: str) -> AbstractContextManager[None]:
+        return failure_explained(f"{self.url}/{key}", participle)
 
 
-def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
-    """Write a file that exists completely or not at all, even after a power loss.
+def _client_options(scheme: str) -> dict[str, str]:
+    """Return the options of HTTP clients in the environment, such as `AWS_ALLOW_HTTP`.
 
-    The bytes are flushed to the disk before the file gets its name, because a shared file system
-    may keep the writes of a node in that node's memory, where they are lost with the node.
-
-    Args:
-        put: gives the temporary file (first argument) its final name: `os.link` or `os.replace`.
-
-    Returns:
-        False if `put` refuses to overwrite an existing file.
+    A store reads them by itself only if no option is given to it.
     """
-    make_folders(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-        fsync(temporary)
-        put(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
-    return True
-
-
-def make_folders(folder: Path) -> None:
-    """Create a folder and its missing parents, each flushed to the disk in its own parent."""
-    try:
-        folder.mkdir()
-    except FileNotFoundError:
-        make_folders(folder.parent)
-        with contextlib.suppress(FileExistsError):  # another writer was faster
-            folder.mkdir()
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-        return
-    fsync(folder.parent)
-
-
-def _read_hashed(file: Any) -> tuple[Any, str]:
-    """Return the bytes of an open file as a buffer, with their hexadecimal XXH3 checksum."""
-    buffer, digest, end = pa.allocate_buffer(os.fstat(file.fileno()).st_size), xxhash.xxh3_128(), 0
-    with memoryview(buffer) as view:
-        while count := file.readinto(view[end : end + _CACHED_BYTES]):
-            digest.update(view[end : end + count])
-            end += count
-    return buffer if end == len(buffer) else buffer.slice(0, end), digest.hexdigest()
-
-
-def file_checksum(path: Path) -> str:
-    """Return the hexadecimal XXH3 checksum of a file."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def fsync(*paths: Path) -> None:
-    """Flush files, or the entries of folders, to the disk."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Flush everything in a folder to the disk."""
-    fsync(*folder.rglob("*"), folder)
-
-
-def innermost_cause(error: Exception) -> str:
-    """Return the innermost cause of a storage error, on one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    for cause in re.findall(r'(?:message|kind): "?([^,"{}]+)', text):
-        if "error" not in cause.lower():
-            text = f"{cause} ({text[:160]})"
-            break
-    return text[:300] or type(error).__name__
+    prefix = {"s3": "aws", "gs": "google", "az": "azure"}[scheme]
+    values = {name.lower(): value for name, value in os.environ.items()}
+    return {option: values[name] for option in _CLIENT_OPTIONS if (name := f"{prefix}_{option}") in values}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plad_dist.data.storage import file_checksum
+from plad_dist.data.local_files import file_checksum
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.checkpoints.attempts import Attempt
