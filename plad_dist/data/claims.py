@@ -27,6 +27,7 @@ RUN_CLAIMS = "claims"  # folder of the claims on a run
 _NAME = re.compile(r"(\d{5,})\.json")
 _MAX_SHOWN = 80
 CHECK_INTERVAL_S = 3.0  # between the looks of a long job at its claim
+_LONGEST_FAILURE_S = 30.0
 
 
 class SupersededError(RunFailed):
@@ -73,28 +74,58 @@ def check_owned(storage: Storage) -> None:
 
     A storage without a claim, such as that of a command that only reads, is not checked.
     """
-    claim = storage.claim
-    if claim is None or not is_superseded(storage, claim):
-        return
-    latest = max(latest_number(storage, claim.folder), claim.number + 1)
-    raise SupersededError(
-        f"{storage.url}: {_described(read_claim(storage, claim.folder, latest))} has taken over the run. This command "
-        "ends and writes nothing more. What is committed is kept"
+    if (problem := owner_problem(storage)) is not None:
+        raise SupersededError(problem)
+
+
+def owner_problem(storage: Storage) -> str | None:
+    """Return the message of :func:`check_owned` if a later command has claimed the run."""
+    record = later_claim(storage)
+    if record is None:
+        return None
+    return (
+        f"{storage.url}: {_described(record)} has taken over the run. This command ends and writes nothing more. What "
+        "is committed is kept"
     )
 
 
+def later_claim(storage: Storage) -> dict[str, Any] | None:
+    """Return the record of the latest claim if it is later than that of a storage, else None."""
+    claim = storage.claim
+    if claim is None or not is_superseded(storage, claim):
+        return None
+    latest = max(latest_number(storage, claim.folder), claim.number + 1)
+    return read_claim(storage, claim.folder, latest)
+
+
 class OwnerCheck:
-    """Repeated :func:`check_owned` of a long job, with one read every few seconds."""
+    """Repeated :func:`check_owned` of a long job, with one read every few seconds.
+
+    A storage that fails does not end the job at once. Whatever the job commits is checked again.
+    """
 
     def __init__(self, storage: Storage, interval_s: float = CHECK_INTERVAL_S) -> None:
         self._storage, self._interval_s = storage, interval_s
-        self._next = 0.0
+        self._next, self._latest_success = 0.0, time.monotonic()
 
     def __call__(self) -> None:
-        """Raise :class:`SupersededError` if a later command has claimed the run."""
-        if time.monotonic() >= self._next:
+        """Raise :class:`SupersededError` if a later command has claimed the run.
+
+        Raises:
+            RunFailed: the storage has failed for longer than 30 seconds.
+        """
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._interval_s
+        try:
             check_owned(self._storage)
-            self._next = time.monotonic() + self._interval_s
+        except SupersededError:
+            raise
+        except RunFailed:
+            if time.monotonic() - self._latest_success > _LONGEST_FAILURE_S:
+                raise
+        else:
+            self._latest_success = time.monotonic()
 
 
 def latest_number(storage: Storage, folder: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plad_dist.catalog import systems_of, trained_systems
 from plad_dist.config import Config, LlmJudge, RewardJudge
+from plad_dist.data.claims import check_owned
 from plad_dist.data.conversation import COLUMNS
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.heldout import (
@@ -92,6 +93,7 @@ def evaluate(config: Config, run: RunDir, progress: Progress) -> Metrics:
         candidates=candidates_of(config, run, references),
         settings=settings_fingerprint(config),
     )
+    check_owned(run.storage)
     run.storage.delete(run.report)  # it shows the previous figures
     run.storage.replace(run.metrics, metrics.to_bytes())
     return metrics

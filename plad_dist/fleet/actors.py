@@ -25,7 +25,7 @@ logger = logging.getLogger("plad")
 
 _MAX_FIRST_STARTS = 3  # starts before the first engine of a fleet is up
 _MAX_FAILING_ACTORS = 8  # a fleet stops after max_attempts + 1 failures in a row for each of these
-_STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 _MAX_DOUBLINGS = 16
 _CONCURRENT_CALLS = 1000  # of one actor: its leases, heartbeats and the stop
@@ -211,8 +211,8 @@ class ActorManager:
         else:
             actor.end()
 
-    def stop(self, fleets: Collection[RunningFleet]) -> None:
-        """Stop all actors of some fleets. An engine that does not stop within seconds is killed."""
+    def stop(self, fleets: Collection[RunningFleet], timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Stop all actors of some fleets. An engine that does not stop in time is killed."""
         stopping = self._calls.take_stops(fleets)
         for fleet in fleets:
             for actor in fleet.actors.values():
@@ -223,7 +223,7 @@ class ActorManager:
                     actor.end()
             fleet.actors.clear()
         if stopping:
-            ray.wait(list(stopping), num_returns=len(stopping), timeout=_STOP_TIMEOUT_S)
+            ray.wait(list(stopping), num_returns=len(stopping), timeout=timeout_s)
         for actor in stopping.values():
             actor.end()
 

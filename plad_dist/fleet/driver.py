@@ -15,9 +15,10 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 
 from plad_dist.config import Config
+from plad_dist.data.claims import OwnerCheck, SupersededError
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.fleet.actors import ActorLoss, ActorManager
+from plad_dist.fleet.actors import STOP_TIMEOUT_S, ActorLoss, ActorManager
 from plad_dist.fleet.calls import (
     ActorCall,
     HeartbeatCall,
@@ -37,6 +38,7 @@ from plad_dist.progress import Progress
 
 _TICK_S = 1.0
 _HEARTBEAT_INTERVAL_S = 5.0
+_SUPERSEDED_STOP_TIMEOUT_S = 5.0  # the command that has taken over needs the resources
 
 
 def run_fleets(
@@ -63,6 +65,7 @@ def run_fleets(
         UserError: an actor refused to start.
         RunFailed: a block kept failing, too many rows were errors, or too few actors got their
             resources.
+        SupersededError: a later command has claimed the run. The actors are stopped.
     """
     outputs = OutputDatasets(fleets, storage, config.sampling.max_error_share, facts)
     running = [
@@ -70,24 +73,41 @@ def run_fleets(
     ]
     if running:
         progress.start(stage, outputs.missing_units, unit)
-    driver = _Driver(config, running, outputs, progress)
+    driver = _Driver(config, storage, running, outputs, progress)
     try:
         outputs.finish_complete()
         while driver.unfinished_fleets:
             driver.handle_replies()
             driver.tick_if_due()
+    except SupersededError:
+        driver.stop_actors(_SUPERSEDED_STOP_TIMEOUT_S)
+        raise
+    except BaseException:
+        _stop_and_keep(driver, outputs)
+        raise
+    _stop_and_keep(driver, outputs)
+
+
+def _stop_and_keep(driver: _Driver, outputs: OutputDatasets) -> None:
+    try:
+        driver.stop_actors()
     finally:
-        try:
-            driver.stop_actors()
-        finally:
-            outputs.keep_journals()
+        outputs.keep_journals()
 
 
 class _Driver:
     """Actors, leases and outstanding calls of the fleets of one stage."""
 
-    def __init__(self, config: Config, fleets: list[RunningFleet], outputs: OutputDatasets, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        storage: Storage,
+        fleets: list[RunningFleet],
+        outputs: OutputDatasets,
+        progress: Progress,
+    ) -> None:
         self._cluster, self._progress = config.cluster, progress
+        self._check_owner = OwnerCheck(storage)
         self._fleets, self._outputs = fleets, outputs
         self._calls = OutstandingCalls()
         self._actors = ActorManager(config.sampling, self._calls, progress)
@@ -101,9 +121,9 @@ class _Driver:
         """Fleets with blocks that are not committed."""
         return [fleet for fleet in self._fleets if not fleet.pool.finished]
 
-    def stop_actors(self) -> None:
-        """Stop the actors of all fleets."""
-        self._actors.stop(self._fleets)
+    def stop_actors(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Stop the actors of all fleets, as :meth:`ActorManager.stop` does."""
+        self._actors.stop(self._fleets, timeout_s)
 
     # -- replies of actors
 
@@ -178,6 +198,7 @@ class _Driver:
             self._tick(self.unfinished_fleets, now)
 
     def _tick(self, fleets: list[RunningFleet], now: float) -> None:
+        self._check_owner()
         are_heartbeats_due = now - self._last_heartbeats >= self._heartbeat_interval_s
         if are_heartbeats_due:
             self._last_heartbeats = now

@@ -10,15 +10,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from plad_dist.config import Config, Decoding
 from plad_dist.config_file import parse_config
+from plad_dist.data.claims import SupersededError, claim_run
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.storage import Storage
@@ -134,6 +137,27 @@ def test_one_actor_asks_each_prompt_once(tmp_path: Path) -> None:
     requests = Counter(line for line in world.log() if line.startswith("ask"))
     assert set(requests.values()) == {1}
     assert "stop" in world.log(), "the engine was stopped, not only killed"
+
+
+def test_a_superseded_driver_stops_its_actors_within_seconds(tmp_path: Path) -> None:
+    world = World(tmp_path, numbered(400))
+    world.storage = replace(world.storage, claim=claim_run(world.storage, "plad run"))
+    superseded: list[float] = []
+
+    def take_over() -> None:
+        claim_run(world.storage, "plad sample")
+        superseded.append(time.monotonic())
+
+    world.when(lambda: count_parts(world) >= 2, take_over)
+    with pytest.raises(SupersededError, match=r"`plad sample` on .* has taken over the run"):
+        world.run(seconds=1.0, replicas=2)
+    assert time.monotonic() - superseded[0] < 20
+    assert count_parts(world) < len(world.rows)
+    assert world.dataset.manifest() is None
+    world.when(lambda: not any(map(psutil.pid_exists, world.started_pids())), lambda: superseded.append(0.0))
+    while len(superseded) < 2:
+        assert time.monotonic() - superseded[0] < 60
+        time.sleep(0.1)
 
 
 def test_several_actors_share_the_blocks_and_leave_a_manifest_and_no_journal(tmp_path: Path) -> None:

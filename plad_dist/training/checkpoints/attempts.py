@@ -1,6 +1,7 @@
 """Attempts at a phase: only the latest attempt may write, all earlier ones must end.
 
-A worker group claims the next attempt (:mod:`plad_dist.data.claims`). Late writes of an earlier one
+A worker group claims the next attempt (:mod:`plad_dist.data.claims`). It also ends if a later
+command has claimed the run. Late writes of an earlier one
 are harmless: a whole checkpoint is never overwritten, and figures carry the number of their
 attempt.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from plad_dist.data.claims import claim_key, encode_claim, latest_number, read_claim, take_claim
+from plad_dist.data.claims import claim_key, encode_claim, later_claim, latest_number, read_claim, take_claim
 from plad_dist.data.storage import Storage
 
 
@@ -34,9 +35,12 @@ class Attempt:
         return f"attempt-{self.number:05d}"
 
     def superseded(self) -> str | None:
-        """Return the launch of the latest attempt if it is later than this one, else None."""
+        """Return the launch of a later attempt, or of a later command on the run; else None."""
         latest = latest_number(self.storage, self.folder)
-        return str(read_claim(self.storage, self.folder, latest).get("launch", "")) if latest > self.number else None
+        if latest > self.number:
+            return str(read_claim(self.storage, self.folder, latest).get("launch", ""))
+        command = later_claim(self.storage)
+        return None if command is None else str(command.get("launch", ""))
 
     def began_at(self, step: int) -> None:
         """Record the step from which the attempt resumes."""

@@ -20,6 +20,7 @@ from plad_dist.training.driver.collapse_watch import watching
 from plad_dist.training.driver.elastic import WorkerGroupCallbacks
 from plad_dist.training.driver.failures import describe_failure, root_cause
 from plad_dist.training.driver.mailbox import open_mailbox
+from plad_dist.training.driver.owner_watch import stopped_if_superseded
 from plad_dist.training.driver.trainer import build_trainer, preserved_sigint_handler, ray_train_timeouts
 from plad_dist.training.job import PhaseJob
 
@@ -44,13 +45,14 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
 
     Raises:
         UserError: a worker met an error of the user.
-        RunFailed: training failed more often than allowed.
+        RunFailed: training failed more often than allowed, or a later command has claimed the run.
         KeyboardInterrupt: the user stopped it.
     """
     fewest, most = config.training.workers
     names = ", ".join(job.name for job in jobs)
     size = str(most) if fewest == most else f"{fewest} to {most}"
     with (
+        stopped_if_superseded(run.storage),
         ray_train_timeouts(config),
         open_mailbox(progress, f"train {names}: starting {size} workers") as mailbox,
         watching(jobs, config, run, mailbox, progress),

@@ -5,6 +5,7 @@ All ranks call these checks together and raise the same exception.
 
 from __future__ import annotations
 
+from plad_dist.data.claims import owner_problem
 from plad_dist.errors import RunFailed
 from plad_dist.training.agreement import StoppedError, from_rank_zero
 from plad_dist.training.checkpoints.attempts import Attempt
@@ -42,6 +43,8 @@ def stop_if_superseded(job: PhaseJob, attempt: Attempt, checkpoints: Checkpoints
     if launch == job.launch:
         raise RunFailed(f"phase {job.name}: attempt {attempt.number} ends: a later attempt has started")
     if launch is not None:
+        if (problem := from_rank_zero(lambda: owner_problem(job.storage))) is not None:
+            raise StoppedError(f"phase {job.name}: {problem}")
         raise StoppedError(
             f"phase {job.name}: another command has started to train in {job.storage.url} and resumes from the latest "
             "checkpoint; this command ends and writes nothing more"

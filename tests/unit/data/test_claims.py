@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from plad_dist.data.claims import RUN_CLAIMS, SupersededError, check_owned, claim_run, take_claim
+from plad_dist.data import claims
+from plad_dist.data.claims import RUN_CLAIMS, OwnerCheck, SupersededError, check_owned, claim_run, take_claim
 from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed
 
 
 def test_a_later_claim_ends_every_earlier_one_and_says_who_took_over(tmp_path: Path) -> None:
@@ -51,3 +53,37 @@ def test_what_a_neighbour_wrote_into_a_claim_is_shown_without_control_characters
         check_owned(owned)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
+
+
+def test_a_long_job_looks_at_its_claim_every_few_seconds_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, reads, clock = Storage(str(tmp_path)), [], [100.0]
+    read = Storage.read
+    monkeypatch.setattr(Storage, "read", lambda self, key: reads.append(key) or read(self, key))
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    check = OwnerCheck(replace(storage, claim=claim_run(storage, "plad run")), 3.0)
+    for _ in range(100):
+        check()
+    assert len(reads) == 1
+    claim_run(storage, "plad sample")
+    clock[0] += 3.0
+    with pytest.raises(SupersededError):
+        check()
+
+
+def test_a_storage_that_fails_ends_a_long_job_after_half_a_minute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, clock = Storage(str(tmp_path)), [100.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    check = OwnerCheck(replace(storage, claim=claim_run(storage, "plad run")), 3.0)
+
+    def fails(self: Storage, key: str) -> None:
+        raise RunFailed("Stale file handle")
+
+    monkeypatch.setattr(Storage, "read", fails)
+    check()
+    clock[0] += 29
+    check()
+    clock[0] += 3
+    with pytest.raises(RunFailed, match="Stale file handle"):
+        check()
