@@ -28,7 +28,7 @@ _BLIND_CALLS = 4  # between a look at the claims and the write of a manifest
 
 @dataclass(frozen=True)
 class Row:
-    """Content of a part without the attempt that wrote it, on which faults may not have a bearing."""
+    """Content of a part without the attempt that wrote it."""
 
     fingerprint: str
     rows: str
