@@ -9,11 +9,11 @@ from rich.table import Table
 from plad_dist.catalog import DatasetEntry, FiguresEntry, ModelEntry, Purpose, products_of
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.manifest import MANIFEST, Manifest
-from plad_dist.data.models import model_marker, weights_problems
+from plad_dist.data.models import DamagedModel, model_marker, weights_problems
 from plad_dist.data.parts import Part
 from plad_dist.data.prompts import rows_by_block
 from plad_dist.data.storage import Storage
-from plad_dist.errors import RunFailed
+from plad_dist.errors import RunFailed, first_line
 from plad_dist.rundir import RunDir, load_run
 from plad_dist.training.checkpoints.store import CheckpointStore
 
@@ -101,7 +101,10 @@ def _figures_state(storage: Storage, key: str) -> tuple[str, str]:
 
 def _phase_row(phase: str, run: RunDir, checkpoints: Storage) -> Row:
     name = f"models/{phase}"
-    marker = None if run.storage.local_root is None else model_marker(run.model(phase))
+    try:
+        marker = None if run.storage.local_root is None else model_marker(run.model(phase))
+    except DamagedModel as error:
+        return (name, "damaged", first_line(error))
     if marker is not None:
         problems = weights_problems(run.model(phase))
         return (

@@ -1,11 +1,12 @@
-"""Check of models by their headers, checkpoints by their checksums, figures by their sources."""
+"""Check of models and checkpoints by their checksums, and of figures by their sources."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from plad_dist.catalog import ModelEntry
-from plad_dist.data.models import model_marker, model_problems
+from plad_dist.data.models import DamagedModel, model_marker, model_problems
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.evaluation.document import SystemRow, load_metrics
@@ -16,15 +17,24 @@ from plad_dist.verify.result import CheckpointsResult
 
 
 def check_models(run: RunDir, models: Iterable[ModelEntry]) -> Iterator[str]:
-    """Yield the problems of the config, tokenizer and weights of every finished model."""
+    """Yield the problems of every finished model, whose files are read in full.
+
+    Raises:
+        RunFailed: the file system failed.
+    """
     root = run.storage.local_root
     for model in models:
-        if root is not None and model_marker(root / model.path) is not None:
-            for problem in model_problems(root / model.path):
-                yield (
-                    f"{model.path}: {problem}. Delete {model.path} and run again: the model is rebuilt, a trained one "
-                    "from its last checkpoint"
-                )
+        try:
+            is_finished = root is not None and model_marker(root / model.path) is not None
+            problems = model_problems(root / model.path) if root is not None and is_finished else []
+        except DamagedModel as error:
+            yield str(error).removeprefix(f"{root}/")
+            continue
+        for problem in problems:
+            yield (
+                f"{model.path}: {problem}. Delete {model.path} and run again: the model is rebuilt, a trained one from "
+                "its last checkpoint"
+            )
 
 
 def check_figures(run: RunDir, rounds: int) -> Iterator[str]:
@@ -53,8 +63,16 @@ def _missing_sources(run: RunDir, rows: Sequence[SystemRow]) -> Iterator[str]:
         if not run.storage.sizes(path):
             yield path
     phase = round_phase(run.round)
-    if rows and model_marker(run.model(phase)) is None:
+    if rows and not _is_finished(run.model(phase)):
         yield f"models/{phase}"
+
+
+def _is_finished(folder: Path) -> bool:
+    """Return True if a model is complete or its marker is damaged, which is reported as such."""
+    try:
+        return model_marker(folder) is not None
+    except DamagedModel:
+        return True
 
 
 def check_checkpoints(storage: Storage, phases: Iterable[str]) -> Iterator[CheckpointsResult]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from plad_dist.data.models import commit_model, model_fingerprint
+from plad_dist.data.models import commit_model, model_fingerprint, unfinished_model
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.errors import RunFailed
 from plad_dist.training.checkpoints.attempts import Attempt
@@ -30,27 +30,26 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
     Nothing is written if a later attempt has started.
 
     Raises:
-        RunFailed: the first rank did not write the model in time.
+        RunFailed: the model cannot be written, or the first rank did not write it in time.
     """
     weights = gather_weights(engine)
     adapter = _gather_adapter(engine) if job.lora is not None and job.lora.save_adapter else {}
     if dist.get_rank() == 0:
         final = job.folder("models")
-        temporary = final.with_name(f".writing-{final.name}-{attempt.name}")
         if attempt.superseded() is None:
-            for abandoned in final.parent.glob(f".writing-{final.name}-*"):  # by attempts that died while they wrote
+            # By attempts that died while they wrote; `teacher-*` would match `teacher-init` too.
+            for abandoned in final.parent.glob(f".writing-{final.name}-attempt-*"):
                 shutil.rmtree(abandoned, ignore_errors=True)
         model = engine.module.model
         model.config.use_cache = True
         transformers.utils.logging.disable_progress_bar()
-        model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
-        _tokenizer(job).save_pretrained(temporary)
-        if adapter:
-            _save_adapter(temporary / "adapter", adapter, job)
-        if attempt.superseded() is None:
-            commit_model(temporary, final, job.fingerprint, asdict(state))
-        else:
-            shutil.rmtree(temporary)
+        with unfinished_model(final, attempt.name) as temporary:
+            model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
+            _tokenizer(job).save_pretrained(temporary)
+            if adapter:
+                _save_adapter(temporary / "adapter", adapter, job)
+            if attempt.superseded() is None:
+                commit_model(temporary, final, job.fingerprint, asdict(state))
     else:
         _wait_for_model(job, attempt)
     dist.barrier()

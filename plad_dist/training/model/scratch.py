@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pyarrow as pa
 
 from plad_dist.config import ScratchModel
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.models import commit_model, model_fingerprint
+from plad_dist.data.models import commit_model, model_fingerprint, unfinished_model
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 
@@ -30,18 +29,19 @@ def make_model(
 
     Raises:
         UserError: transformers cannot build the architecture.
+        RunFailed: the model cannot be written.
     """
     identity = fingerprint(
         "scratch model", scratch=scratch.model_dump(mode="json"), prompts=input_fingerprint, seed=seed
     )
     if model_fingerprint(folder) == identity:
         return
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     tokenizer = train_tokenizer(_texts(prompts), scratch.vocab_size)
-    tokenizer.save_pretrained(temporary)
-    random_model(scratch, tokenizer, seed).save_pretrained(temporary)
-    commit_model(temporary, folder, identity, {})
+    model = random_model(scratch, tokenizer, seed)
+    with unfinished_model(folder) as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        commit_model(temporary, folder, identity, {})
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
