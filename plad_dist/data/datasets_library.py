@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plad_dist.config import DatasetSource
-from plad_dist.data.files import Record
+from plad_dist.data.files import Record, check_arrow_file
 from plad_dist.errors import UserError, first_line
 
 
@@ -75,6 +75,8 @@ def _load(source: DatasetSource, key: str) -> Any:
         raise UserError(
             f"{key}.name: {source.name}: is a file; read it with `type: files` and `paths: [{source.name}]`"
         )
+    for file in sorted(folder.rglob("*.arrow")) if folder.is_dir() else ():
+        check_arrow_file(str(file))  # the library maps it, and trusts its offsets
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         name = str(folder) if folder.is_dir() else source.name
         return load_dataset(

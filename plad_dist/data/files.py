@@ -1,7 +1,8 @@
 """Prompt files as streams of records: JSON Lines, CSV, Parquet or Arrow, local or remote.
 
-No file is held in memory, except one that is a JSON array: text is read line by line, tables are
-read in batches, and local Arrow files are memory-mapped.
+No file is held in memory, except one that is a JSON array: text is read line by line, and tables in
+batches. Files are read, never memory-mapped, because a mapped file that is cut short kills the
+process. Every batch is validated, because offsets in a damaged or crafted file can point anywhere.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def records(file: str, columns: list[str] | None) -> Iterator[Record]:
         RunFailed: an object store failed.
     """
     suffix = _suffix(file)
-    try:
+    with _readable(file, suffix):
         match suffix:
             case ".json" | ".json.gz" if _is_array(file):
                 yield from _json_array(file)
@@ -66,6 +67,13 @@ def records(file: str, columns: list[str] | None) -> Iterator[Record]:
                     f"{file}: unknown format {suffix!r}; expected .jsonl, .json or .csv (each also with .gz), .parquet "
                     "or .arrow"
                 )
+
+
+@contextmanager
+def _readable(file: str, suffix: str) -> Iterator[None]:
+    """Turn errors of readers into messages that name the file."""
+    try:
+        yield
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         cause = str(error).rstrip(". ") or "its end is missing"
         raise UserError(
@@ -126,12 +134,12 @@ def _opened_bytes(file: str) -> Iterator[Any]:
 
 @contextmanager
 def _opened_for_arrow(file: str) -> Iterator[Any]:
-    """Yield an open pyarrow file. A local file is memory-mapped."""
+    """Yield an open pyarrow file."""
     if "://" in file:
         with _open(file) as stream:
             yield pa.PythonFile(stream, mode="r")
     else:
-        with pa.memory_map(file) as source:
+        with pa.OSFile(file) as source:
             yield source
 
 
@@ -306,7 +314,8 @@ def _check_separator(header: str, file: str) -> None:
 
 
 def _parquet_batches(file: str, source: Any, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-    table = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES)
+    # Without `pre_buffer`, which would read the columns of a whole row group ahead.
+    table = pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     _check_names(table.schema_arrow, file)
     selected = _columns_to_read(columns, table.schema_arrow.names)
     return cast(Iterator[pa.RecordBatch], table.iter_batches(_BATCH_ROWS, columns=selected))
@@ -316,11 +325,26 @@ def _arrow_batches(file: str, source: Any, columns: list[str] | None) -> Iterato
     """Return the batches of a file in either IPC format; `datasets` writes the stream format."""
     is_file = source.read(6) == b"ARROW1"
     source.seek(0)
-    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    opened = pa.ipc.open_file if is_file else pa.ipc.open_stream
+    reader = opened(source)
     _check_names(reader.schema, file)
     selected = _columns_to_read(columns, reader.schema.names) or reader.schema.names
+    source.seek(0)
+    indices = [reader.schema.get_field_index(name) for name in selected]
+    reader = opened(source, options=pa.ipc.IpcReadOptions(included_fields=indices))
     batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if is_file else reader
     return (batch.select(selected) for batch in batches)
+
+
+def check_arrow_file(file: str) -> None:
+    """Check a local Arrow file in full before a library maps it into memory.
+
+    Raises:
+        UserError: the file is truncated, damaged or not an Arrow file.
+    """
+    with _readable(file, ".arrow"), _opened_for_arrow(file) as source:
+        for batch in _arrow_batches(file, source, None):
+            batch.validate(full=True)
 
 
 def _check_names(schema: Any, file: str, parent: str = "") -> None:
@@ -347,8 +371,13 @@ def _columns_to_read(needed: list[str] | None, existing: list[str]) -> list[str]
 def _table_rows(file: str, batches: Iterable[pa.RecordBatch]) -> Iterator[Record]:
     row = 0
     for batch in batches:
+        batch.validate(full=True)
         for start in range(0, batch.num_rows, _BATCH_ROWS):
-            for record in batch.slice(start, _BATCH_ROWS).to_pylist():
+            try:
+                records = batch.slice(start, _BATCH_ROWS).to_pylist()
+            except (ValueError, OverflowError) as error:  # such as a date that Python does not have
+                raise UserError(f"{_row_location(file, row)}, or one after it: cannot be read: {error}") from None
+            for record in records:
                 yield row, _row_location(file, row), record
                 row += 1
 

@@ -62,7 +62,10 @@ def expand(patterns: list[str], key: str) -> list[SourceFile]:
     files: dict[Any, SourceFile] = {}
     for pattern in patterns:
         is_remote = "://" in pattern
-        matches = _remote_files(pattern, key) if is_remote else _local_files(pattern, key)
+        try:
+            matches = _remote_files(pattern, key) if is_remote else _local_files(pattern, key)
+        except OSError as error:
+            raise UserError(f"{key}.paths: {error.filename or pattern}: cannot be read: {error.strerror}") from None
         if not matches:
             raise UserError(f"{key}.paths: no file matches {pattern!r}")
         for file in matches:
@@ -161,6 +164,10 @@ def _check_matched_folders(pattern: Path, key: str) -> None:
 def _check_folder(folder: Path, key: str, access: int = os.R_OK | os.X_OK) -> None:
     if folder.is_dir() and not os.access(folder, access):
         raise UserError(f"{key}.paths: {folder}: no permission to list this folder; change its permissions")
+    if access & os.R_OK and folder.is_dir():
+        with os.scandir(folder) as entries:  # raises what `glob` passes over, such as a stale handle
+            for _ in entries:
+                pass
 
 
 def _in_folder(folder: Path, key: str, above: tuple[Path, ...] = ()) -> Iterator[str]:
