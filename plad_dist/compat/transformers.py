@@ -3,6 +3,8 @@
 Written for transformers 5.23. Relies on `transformers/utils/chat_template_utils.py`:
 
 - `render_jinja_template` renders conversations as `tokenizer.apply_chat_template` does;
+- `ImmutableSandboxedEnvironment` of the module is the class in which templates are compiled; a
+  subclass that bounds time and memory takes its place;
 - `_compile_jinja_template` returns the cached template that this function renders, whose `globals`
   can be set. Templates read the clock by a global `strftime_now`, which has no other way in.
 
@@ -19,6 +21,7 @@ from typing import Any
 
 import jinja2
 
+from plad_dist.bounded_templates import BoundedEnvironment
 from plad_dist.compat.assumptions import Assumptions
 
 EXPECTED_VERSION = "5.23.0"
@@ -31,6 +34,9 @@ def _library() -> Any:
 
     assume = Assumptions("transformers", EXPECTED_VERSION)
     assume.parameters(assume.attribute(chat_template_utils, "_compile_jinja_template"), "chat_template")
+    # The class of the environment in which the library compiles all templates.
+    assume.attribute(chat_template_utils, "ImmutableSandboxedEnvironment")
+    chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
     render = assume.attribute(chat_template_utils, "render_jinja_template")
     assume.starts_with_parameters(render, "conversations", "tools", "documents", "chat_template")
     return chat_template_utils

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2.meta
-import jinja2.sandbox
 import xxhash
 
+from plad_dist.bounded_templates import BoundedEnvironment
 from plad_dist.config import Columns, DatasetSource, FilesSource
 from plad_dist.data.chats import ChatParser, InvalidRowError, check_turns, parse_dialogue
 from plad_dist.data.conversation import Conversation, Messages, Tools, to_json
@@ -21,7 +21,7 @@ from plad_dist.data.files import Record, is_table, records
 from plad_dist.data.source_files import SourceFile, expand
 from plad_dist.errors import UserError, excerpt
 
-JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+JINJA = BoundedEnvironment(undefined=jinja2.StrictUndefined)
 # Errors that a template which compiles can raise on a row.
 JINJA_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-import jinja2.sandbox
 import numpy as np
 import pyarrow as pa
 
+from plad_dist.bounded_templates import BoundedEnvironment
 from plad_dist.config import Config, LlmJudge, RewardJudge, TeacherJudge
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
@@ -317,9 +317,7 @@ def load_template(judge: LlmJudge, key: str) -> jinja2.Template:
             response.
     """
     text, name = template_text(judge, key), judge.template or "judge.j2"
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = BoundedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
         if unknown := sorted(names - _VARIABLES):

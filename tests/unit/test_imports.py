@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "plad_dist.progress",
         "plad_dist.systems",
         "plad_dist.untrusted",
+        "plad_dist.bounded_templates",
     ),
     (
         "plad_dist.reach",
