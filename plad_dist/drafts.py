@@ -35,7 +35,7 @@ def complete_draft(storage: Storage) -> str | None:
     root = storage.local_root
     if root is None or storage.read(RUN_FILE) is not None:
         return None
-    with failures_explained(root):
+    with failures_explained(root, storage):
         drafts = [name for name in sorted(_names(root)) if name.startswith(_DRAFT)]
     return next((name for name in drafts if storage.read(f"{name}/{RUN_FILE}") is not None), None)
 
@@ -69,7 +69,7 @@ def settle_drafts(storage: Storage) -> None:
     if root is None:
         return
     finished = complete_draft(storage)
-    with failures_explained(root):
+    with failures_explained(root, storage):
         if finished is not None:
             _put_in_place(root / finished, root, storage)
         for name in _names(root):
@@ -94,11 +94,15 @@ def _put_in_place(draft: Path, root: Path, storage: Storage) -> None:
 
 
 @contextmanager
-def failures_explained(root: Path) -> Iterator[None]:
-    """Turn errors of the file system into a message that says what was kept."""
+def failures_explained(root: Path, storage: Storage) -> Iterator[None]:
+    """Turn errors of the file system into a message that says what was kept.
+
+    The draft of a superseded command vanishes under its hands, which is no error of the storage.
+    """
     try:
         yield
     except OSError as error:
+        check_owned(storage)
         raise RunFailed(
             f"{root}: products of another run cannot be taken over: {error}. Both runs keep what is committed; fix the "
             "cause and run again"

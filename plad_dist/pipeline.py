@@ -124,7 +124,7 @@ class _Steps:
         return Step(
             self._name("pair"),
             "pair",
-            is_done=lambda: is_paired(self.run),
+            is_done=lambda: is_paired(self.config, self.run),
             require_inputs=lambda: pair_jobs(self.config, self.run),
             work=lambda: _pair(self.config, self.run, self.progress),
         )
@@ -138,7 +138,7 @@ class _Steps:
             yield Step(
                 f"train {', '.join(names)}",
                 "train",
-                is_done=lambda: stage.are_trained(names, self.run),
+                is_done=lambda: stage.are_trained(names, self.config, self.run),
                 require_inputs=lambda: stage.require_inputs(names, self.config, self.run),
                 work=lambda: stage.train_phases(names, self.config, self.run, self.progress),
                 holders=tuple(Holder("train", name) for name in names),

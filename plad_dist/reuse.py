@@ -6,12 +6,13 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from plad_dist.catalog import DatasetEntry, ModelEntry, products_of
 from plad_dist.config import Config, flatten
+from plad_dist.data.claims import OwnerCheck
 from plad_dist.data.storage import Storage
 from plad_dist.drafts import complete, complete_draft, failures_explained, has_content, new_draft, settle_drafts
 from plad_dist.errors import RunFailed, UserError
@@ -69,8 +70,8 @@ def _draft(storage: Storage, origin: Path, shared: list[Reusable], document: byt
     """Assemble a complete draft, and return the number of its files. None are no draft."""
     draft = new_draft(storage)
     try:
-        with failures_explained(draft.parent):
-            count = _fill(draft, origin, shared)
+        with failures_explained(draft.parent, storage):
+            count = _fill(draft, origin, shared, OwnerCheck(storage))
             if count:
                 complete(draft, document, storage)
     except RunFailed:
@@ -79,19 +80,27 @@ def _draft(storage: Storage, origin: Path, shared: list[Reusable], document: byt
     return count
 
 
-def _fill(draft: Path, origin: Path, shared: list[Reusable]) -> int:
+def _fill(draft: Path, origin: Path, shared: list[Reusable], check_owner: OwnerCheck) -> int:
     """Link or copy the files of products into a folder and return their number."""
+
+    def place(files: Iterable[Path], put: Callable[[Path, Path], bool]) -> int:
+        count = 0
+        for file in files:
+            check_owner()
+            count += put(origin / file, draft / file)
+        return count
+
     files = sorted(_files(origin, shared))
     growing = [file for file in files if not _GROWING_FOLDERS.isdisjoint(file.parts)]
     # Growing files first: a response that leaves the spool meanwhile is then found among the parts.
-    count = sum(_copy(origin / file, draft / file) for file in growing)
+    count = place(growing, _copy)
     fixed = [file for file in sorted(_files(origin, shared)) if _GROWING_FOLDERS.isdisjoint(file.parts)]
-    return count + sum(_link(origin / file, draft / file) for file in fixed)
+    return count + place(fixed, _link)
 
 
 def _is_begun(run: RunDir) -> bool:
     """Return True if a run directory has any content, or a complete draft of it."""
-    with failures_explained(run.root):
+    with failures_explained(run.root, run.storage):
         return run.root.is_file() or has_content(run.root) or complete_draft(run.storage) is not None
 
 

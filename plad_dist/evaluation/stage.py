@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from plad_dist.catalog import systems_of, trained_systems
 from plad_dist.config import Config, LlmJudge, RewardJudge
 from plad_dist.data.claims import check_owned
 from plad_dist.data.conversation import COLUMNS
+from plad_dist.data.models import model_marker
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.heldout import (
     candidates_of,
@@ -20,7 +23,7 @@ from plad_dist.evaluation.rounds import previous_system
 from plad_dist.fingerprint import fingerprint
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir, require_model
-from plad_dist.sampling.stage import sample_systems
+from plad_dist.sampling.stage import are_systems_sampled, sample_systems
 from plad_dist.systems import TEACHER, WARMUP, System
 from plad_dist.text_metrics import main_decoding
 
@@ -46,11 +49,17 @@ def _model_folders(config: Config, run: RunDir) -> dict[System, str]:
 
 
 def is_evaluated(config: Config, run: RunDir) -> bool:
-    """Return True if the round has figures by these settings, and all responses are committed."""
+    """Return True if the round has figures by these settings, and all responses are committed.
+
+    Raises:
+        UserError: the responses of a trained system are those of another config or model.
+    """
     metrics = load_metrics(run)
     if metrics is None or metrics.settings != settings_fingerprint(config):
         return False
-    return all(
+    trained = {system: str(run.model(phase)) for system, phase in trained_systems(config, run).items()}
+    finished = {system: folder for system, folder in trained.items() if model_marker(Path(folder)) is not None}
+    return are_systems_sampled(config, run, finished) and all(
         dataset.manifest() is not None
         for system in systems_of(config, run)
         for dataset in response_datasets(config, run, system)

@@ -14,6 +14,7 @@ from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
+from plad_dist.errors import UserError
 from plad_dist.fingerprint import fingerprint
 from plad_dist.pairing.facts import PairFacts
 from plad_dist.pairing.forms import teacher_forms
@@ -34,9 +35,42 @@ def build_pairs(config: Config, run: RunDir, progress: Progress) -> PairFacts:
     return PairFacts.from_manifest(run.pairs().require("pair"))
 
 
-def is_paired(run: RunDir) -> bool:
-    """Return True if the pairs and the held-out pairs are committed."""
-    return all(dataset.manifest() is not None for dataset in (run.pairs(), run.heldout_pairs()))
+def is_paired(config: Config, run: RunDir) -> bool:
+    """Return True if the pairs and the held-out pairs are committed.
+
+    Raises:
+        UserError: complete pairs are those of another config, or of other samples.
+    """
+    outputs = [(dataset, dataset.manifest()) for dataset in (run.pairs(), run.heldout_pairs())]
+    expected = _inputs(config, run)
+    for dataset, manifest in outputs:
+        made_from = manifest.facts.get("inputs") if manifest is not None else None
+        if None not in (expected, made_from) and made_from != expected:
+            raise UserError(
+                f"{dataset.url}: complete, but made by another config or from other samples. Nothing was changed; "
+                "restore them, or use another run.dir"
+            )
+    return all(manifest is not None for _, manifest in outputs)
+
+
+def _inputs(config: Config, run: RunDir) -> str | None:
+    """Return the fingerprint of what decides pairs, apart from tokenizers; None without samples.
+
+    It needs no tokenizer, so that a finished run is skipped quickly.
+    """
+    datasets = [samples(role) for samples in (run.samples, run.heldout_samples) for role in ("teacher", "student")]
+    samples = [dataset.manifest() for dataset in datasets]
+    if None in samples:
+        return None
+    keys = flatten(config.pairing.model_dump(mode="json"), "pairing")
+    return fingerprint(
+        "inputs of pairs",
+        keys={key: value for key, value in keys if not is_operational(key)},
+        samples=[manifest.fingerprint for manifest in samples if manifest is not None],
+        student=model_identity(run.student(config), config.student),
+        rendering=config.student.rendering(),
+        keep_thought=[name for name, teacher in config.all_teachers().items() if teacher.reasoning == "keep"],
+    )
 
 
 def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
@@ -94,7 +128,8 @@ def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run
 
     def facts(parts: Sequence[Part]) -> dict[str, Any]:
         return PairFacts.from_parts(parts).as_dict() | {
-            "tokenizer": Renderer(run.student(config), config.student).identity
+            "tokenizer": Renderer(run.student(config), config.student).identity,
+            "inputs": _inputs(config, run),
         }
 
     run_fleets(config, run.storage, [fleet], progress, stage="pair", unit="prompts", facts=facts)

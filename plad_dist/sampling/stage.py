@@ -47,13 +47,23 @@ def sample(config: Config, run: RunDir, progress: Progress, roles: Sequence[str]
 
 
 def is_sampled(config: Config, run: RunDir, roles: Sequence[str] = ROLES) -> bool:
-    """Return True if everything that the roles sample is committed."""
-    outputs = {
-        assignment.job.output: assignment.job.dataset(run.storage)
-        for _, assignments in assignments_of_roles(config, run, roles)
-        for assignment in assignments
-    }
-    return all(dataset.manifest() is not None for dataset in outputs.values())
+    """Return True if everything that the roles sample is committed.
+
+    Raises:
+        UserError: a complete dataset is that of another config or model.
+    """
+    work = assignments_of_roles(config, run, roles)
+    return are_complete([assignment for _, assignments in work for assignment in assignments], run)
+
+
+def are_complete(assignments: Sequence[Assignment], run: RunDir) -> bool:
+    """Return True if the datasets of some assignments are complete.
+
+    Raises:
+        UserError: one of them is complete with another fingerprint.
+    """
+    jobs = {assignment.job.output: assignment.job for assignment in assignments}
+    return None not in [job.dataset(run.storage).complete_as(job.fingerprint) for job in jobs.values()]
 
 
 def assignments_of_roles(config: Config, run: RunDir, roles: Sequence[str]) -> list[tuple[Responder, list[Assignment]]]:
@@ -100,28 +110,43 @@ def sample_systems(config: Config, run: RunDir, systems: dict[System, str], prog
     Args:
         systems: folder of the student of each system.
     """
-    assignments: list[Assignment] = []
-    heldout, limit = heldout_prompts(run.storage), config.evaluation.limit
-    for system, path in systems.items():
+    assignments = _responses_of_systems(config, run, systems)
+    for system, path in systems.items() if config.candidates else ():
+        request = DatasetRequest(
+            heldout_prompts(run.storage),
+            run.scored("candidates", system),
+            config.evaluation.limit,
+            config.candidates,
+            _CANDIDATES_SEED,
+            responses=run.candidates(),
+        )
         student = student_responder(config, path)
-        requests = [
-            DatasetRequest(heldout, output, limit, 1, _SYSTEM_SEED, decoding)
-            for output, decoding in _system_outputs(config, run, system)
-        ]
-        if config.candidates:
-            requests.append(
-                DatasetRequest(
-                    heldout,
-                    run.scored("candidates", system),
-                    limit,
-                    config.candidates,
-                    _CANDIDATES_SEED,
-                    responses=run.candidates(),
-                )
-            )
-        assignments += [assign_blocks(config, run, [student], request)[student.name] for request in requests]
+        assignments.append(assign_blocks(config, run, [student], request)[student.name])
     first_student = student_responder(config, next(iter(systems.values())))
     run_fleets(config, run.storage, [fleet_of(config, run, first_student, assignments)], progress)
+
+
+def are_systems_sampled(config: Config, run: RunDir, systems: dict[System, str]) -> bool:
+    """Return True if the responses of trained students are committed.
+
+    Args:
+        systems: folder of the student of each system.
+
+    Raises:
+        UserError: the responses are those of another config or model.
+    """
+    return are_complete(_responses_of_systems(config, run, systems), run)
+
+
+def _responses_of_systems(config: Config, run: RunDir, systems: dict[System, str]) -> list[Assignment]:
+    heldout, limit = heldout_prompts(run.storage), config.evaluation.limit
+    assignments = []
+    for system, path in systems.items():
+        student = student_responder(config, path)
+        for output, decoding in _system_outputs(config, run, system):
+            request = DatasetRequest(heldout, output, limit, 1, _SYSTEM_SEED, decoding)
+            assignments.append(assign_blocks(config, run, [student], request)[student.name])
+    return assignments
 
 
 def score_by_teacher(

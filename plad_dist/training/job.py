@@ -36,6 +36,7 @@ class PhaseJob:
             of the system.
         watch: bounds of the collapse watch; None to train without it.
         fingerprint: hash of everything that decides the trained model.
+        inputs: hash of what decides the trained model, apart from the bytes of the data.
         launch: identifies the command that trains, which may start several worker groups.
         mailbox: Ray actor that receives the progress, or None.
     """
@@ -63,6 +64,7 @@ class PhaseJob:
     staging: str | None
     watch: CollapseBounds | None
     fingerprint: str
+    inputs: str | None = None
     launch: str = ""
     mailbox: Any = None
 

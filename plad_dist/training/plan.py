@@ -8,6 +8,8 @@ fingerprint of all that decides the trained model, and describes the phase as a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from plad_dist.config import Config, Model, Phase
 from plad_dist.data.manifest import Manifest
@@ -141,7 +143,43 @@ def _data(name: str, config: Config, run: RunDir) -> tuple[GroupKind, str]:
     return "references", ""
 
 
+def phase_inputs(name: str, config: Config, run: RunDir) -> str | None:
+    """Return the fingerprint of what decides a phase's model, apart from the bytes of its data.
+
+    It loads no model and no tokenizer, so that a finished run is skipped quickly, and it stays the
+    same if the data is repaired.
+
+    Returns:
+        None if the data or the starting model is missing.
+    """
+    run = run.at_round(round_of(name) or 0)
+    phase, training = _phase(name, config), config.training
+    is_calibration = round_of(name) is not None or name == SEQKD
+    role = "teacher" if name == TEACHER else "student"
+    settings = config.trained(role)
+    start = run.student(config) if is_calibration else run.start_of(role, settings)
+    data = DataSpec(*_data(name, config, run), context=0, max_group_tokens=0).dataset(run.storage).manifest()
+    if data is None or (start.startswith("/") and not Path(start).is_dir()):
+        return None
+    return fingerprint(
+        "inputs of a phase",
+        settings=_deciding_keys(phase),
+        data=data.fingerprint,
+        start=model_identity(start, settings),
+        rendering=settings.rendering(),
+        seed=config.run.seed,
+        dtype=training.dtype,
+        lora=training.lora.model_dump(mode="json") if training.lora else None,
+        longest=training.max_group_tokens,
+        over_long=training.over_long,
+    )
+
+
 # -- steps, identity, job
+
+
+def _deciding_keys(phase: Phase) -> dict[str, Any]:
+    return {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
 
 
 def _steps(phase: Phase, groups: int) -> int:
@@ -178,10 +216,9 @@ def _equal_compute_steps(config: Config, inputs: _PhaseInputs) -> int:
 def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
     """Return the fingerprint of all that decides the trained model."""
     training, data, facts = config.training, inputs.data, inputs.manifest.facts
-    section = {key: value for key, value in inputs.phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
     return fingerprint(
         "phase",
-        settings=section,
+        settings=_deciding_keys(inputs.phase),
         steps=steps,
         data={"kind": data.kind, "contents": inputs.manifest.contents, "content": facts.get("content")},
         start=model_identity(inputs.start, inputs.settings),
@@ -224,6 +261,7 @@ def _job(inputs: _PhaseInputs, config: Config, run: RunDir, steps: int, identity
         staging=training.staging_dir,
         watch=training.watch,
         fingerprint=identity,
+        inputs=phase_inputs(inputs.name, config, run),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from plad_dist import rundir
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare, train_prompts
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.pipeline import run_pipeline
 from plad_dist.reuse import take_over
 from plad_dist.rundir import RunDir, check_same_run, open_run, with_date
@@ -167,15 +167,16 @@ def test_of_two_commands_that_start_a_run_one_succeeds(
 
     def late(self: Path, to: Path) -> Path:
         monkeypatch.setattr(Path, "rename", rename)
-        take_over(config, [parse_config(first, "first")])
+        take_over(config, [parse_config(first, "first")], "plad study")
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", late)
-    take_over(config, [parse_config(first, "first")])
+    with pytest.raises(RunFailed, match=r"`plad study` on .* has taken over the run|No such file"):
+        take_over(config, [parse_config(first, "first")])
     run = RunDir.of(config)
     check_same_run(config, run)
     assert len(train_prompts(run.storage).read()) == train_prompts(run.storage).require("prepare").rows
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".begun")] == []
+    assert [file.name for file in run.root.iterdir() if file.name.startswith(".begun")] == []
 
 
 def test_a_folder_with_files_is_left_unchanged(tmp_path: Path, first: dict[str, Any]) -> None:

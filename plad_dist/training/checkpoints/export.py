@@ -49,7 +49,7 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
             if adapter:
                 _save_adapter(temporary / "adapter", adapter, job)
             if attempt.superseded() is None:
-                commit_model(temporary, final, job.fingerprint, asdict(state))
+                commit_model(temporary, final, job.fingerprint, asdict(state) | {"inputs": job.inputs})
     else:
         _wait_for_model(job, attempt)
     dist.barrier()

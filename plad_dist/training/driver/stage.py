@@ -11,18 +11,30 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from plad_dist.config import Config
-from plad_dist.data.models import model_fingerprint
+from plad_dist.data.models import model_fingerprint, model_marker
 from plad_dist.data.prompts import train_prompts
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.phases import TEACHER, WARMUP
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
-from plad_dist.training.plan import plan_phase
+from plad_dist.training.plan import phase_inputs, plan_phase
 
 
-def are_trained(names: Sequence[str], run: RunDir) -> bool:
-    """Return True if all phases have their models."""
-    return all(model_fingerprint(run.model(name)) is not None for name in names)
+def are_trained(names: Sequence[str], config: Config, run: RunDir) -> bool:
+    """Return True if all phases have their models.
+
+    Raises:
+        UserError: a model was trained by another config, or from another model or other data.
+    """
+    markers = {name: model_marker(run.model(name)) for name in names}
+    for name, marker in markers.items():
+        trained_from = marker["facts"].get("inputs") if marker is not None else None
+        if trained_from is not None and phase_inputs(name, config, run) not in (None, trained_from):
+            raise UserError(
+                f"{run.model(name)}: trained by another config, or from another model or other data. Nothing was "
+                "changed; restore them, or use another run.dir"
+            )
+    return None not in markers.values()
 
 
 def require_inputs(names: Sequence[str], config: Config, run: RunDir) -> None:

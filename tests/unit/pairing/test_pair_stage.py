@@ -148,7 +148,7 @@ def test_every_block_is_one_part_and_the_facts_are_their_sums(folder: Path) -> N
     }
     assert facts.pairs == manifest.rows == manifest.count("pairs")
     assert run.heldout_pairs().require("pair").facts["prompts"] == 3
-    assert is_paired(run)
+    assert is_paired(config, run)
 
 
 class KilledError(BaseException):

@@ -1,0 +1,203 @@
+"""Takeover of products: after a kill, an error or a race at any call, the next command ends it."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from plad_dist import drafts, reuse
+from plad_dist.config import Config
+from plad_dist.config_file import parse_config
+from plad_dist.data.claims import SupersededError
+from plad_dist.data.prompts import prepare
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.reuse import take_over
+from plad_dist.rundir import RunDir, check_same_run, load_run, open_run
+from tests.conftest import tiny_config, write_prompts
+
+CALLS = ("link", "rename", "replace", "mkdir", "listdir", "scandir", "stat", "fsync", "unlink", "rmdir", "open")
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.ESTALE)
+
+
+class Killed(BaseException):
+    """The command dies."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a run with prompts, a model, samples and a log that grows."""
+    folder = tmp_path_factory.mktemp("source")
+    write_prompts(folder, 80)
+    raw = tiny_config(folder)
+    raw["run"]["dir"] = str(folder / "first")
+    config = parse_config(raw, "first")
+    run = open_run(config)
+    prepare(config, run.storage)
+    for name in (
+        "models/teacher/plad.json",
+        "events/teacher/metrics.jsonl",
+        "samples/teacher/round-0/part-00000.arrow",
+    ):
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text(name)
+    return raw
+
+
+@pytest.fixture
+def configs(source: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, Config]:
+    """The config of the source and that of the new run, whose folder exists."""
+    monkeypatch.setattr(yaml, "safe_load", cache(yaml.safe_load))  # it takes most of the time
+    (tmp_path / "second").mkdir()
+    second = {**source, "run": {**source["run"], "dir": str(tmp_path / "second")}}
+    return parse_config(source, "first"), parse_config(second, "second")
+
+
+def reset(config: Config) -> Path:
+    """Empty the new run directory."""
+    root = RunDir.of(config).root
+    shutil.rmtree(root)
+    root.mkdir()
+    return root
+
+
+def content(root: Path) -> dict[str, bytes]:
+    """Return the files of a run by path, without claims and temporary files."""
+    files = (file for file in root.rglob("[!.]*") if file.is_file() and "claims" not in file.parts)
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
+
+
+@contextmanager
+def failing_at(number: int, root: Path, error: Callable[[], BaseException]) -> Iterator[list[str]]:
+    """Let the n-th call of the file system on the new run fail, and yield the calls so far."""
+    calls: list[str] = []
+
+    def wrapped(name: str, real: Any) -> Any:
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            paths = (path, *args[:1]) if name in ("link", "rename", "replace") else (path,)
+            if name == "fsync" or any(
+                isinstance(item, str | Path) and str(item).startswith(str(root)) for item in paths
+            ):
+                calls.append(name)
+                if len(calls) == number:
+                    raise error()
+                if name == "fsync":
+                    return None
+            return real(path, *args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in CALLS:
+            patched.setattr(os, name, wrapped(name, getattr(os, name)))
+        patched.setattr(builtins, "open", wrapped("file", builtins.open))
+        patched.setattr(io, "open", wrapped("file", io.open))
+        yield calls
+
+
+def begin(config: Config, source: Config) -> RunDir:
+    take_over(config, [source])
+    return open_run(config)
+
+
+def failure_of(config: Config, source: Config) -> str | None:
+    """Return the message with which a command fails; None if the error was harmless."""
+    try:
+        begin(config, source)
+    except (RunFailed, UserError) as error:
+        return str(error)
+    return None
+
+
+def finished(config: Config, source: Config) -> dict[str, bytes]:
+    """Take over with the next command, and return the content of the run."""
+    root = begin(config, source).root
+    assert not [file.name for file in root.iterdir() if file.name.startswith((".begun-", ".abandoned-"))]
+    return content(root)
+
+
+def number_of_calls(config: Config, source: Config) -> int:
+    root = reset(config)
+    with failing_at(0, root, Killed) as calls:
+        take_over(config, [source])
+        open_run(config)
+    return len(calls)
+
+
+def test_a_takeover_that_is_killed_at_any_call_is_finished_by_the_next_command(configs: tuple[Config, Config]) -> None:
+    source, config = configs
+    expected = finished(config, source)
+    assert {"run.yaml", "prompts/manifest.json", "models/teacher/plad.json"} <= expected.keys()
+    for number in range(1, number_of_calls(config, source) + 1):
+        root = reset(config)
+        with failing_at(number, root, Killed), pytest.raises(Killed):
+            begin(config, source)
+        assert finished(config, source) == expected, number
+
+
+def test_faults_of_the_file_system_at_any_call_of_a_takeover_lose_nothing(configs: tuple[Config, Config]) -> None:
+    source, config = configs
+    expected, before = finished(config, source), content(RunDir.of(source).root)
+    for number in range(1, number_of_calls(config, source) + 1):
+        root, error = reset(config), ERRORS[number % len(ERRORS)]
+        with failing_at(number, root, partial(OSError, error, os.strerror(error))) as calls:
+            message = failure_of(config, source)
+        assert message is None or os.strerror(error) in message, (number, calls[number - 1])
+        if calls[number - 1] not in ("unlink", "rmdir"):
+            left = [path for path in root.rglob(".*") if ".begun-" not in str(path) and ".abandoned-" not in str(path)]
+            assert not left, (number, calls[number - 1])
+        assert finished(config, source) == expected, (number, calls[number - 1])
+    assert content(RunDir.of(source).root) == before, "the source is unchanged"
+
+
+def test_a_takeover_that_another_command_overtakes_moves_nothing_more(
+    configs: tuple[Config, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = configs
+    expected = finished(config, source)
+    for name in ("new_draft", "complete", "_put_in_place"):
+        reset(config)
+        overtaken(monkeypatch, name, lambda: begin(config, source))
+        with pytest.raises(SupersededError, match="`plad run` on"):
+            take_over(config, [source], "plad study")
+        assert finished(config, source) == expected, name
+
+
+def overtaken(monkeypatch: pytest.MonkeyPatch, name: str, other: Callable[[], object]) -> None:
+    """Let another command do the whole takeover before one function of this one."""
+    real = getattr(drafts, name)
+
+    def function(*args: Any) -> Any:
+        for module in (drafts, reuse):
+            monkeypatch.setattr(module, name, real, raising=False)
+        other()
+        return real(*args)
+
+    for module in (drafts, reuse):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, function)
+
+
+def test_a_complete_draft_binds_the_run_to_its_config(configs: tuple[Config, Config], source: dict[str, Any]) -> None:
+    """A command is killed between the moves. Then it is too late for another config."""
+    first, config = configs
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            take_over(config, [first])
+    other = parse_config({**source, "run": {**source["run"], "dir": config.run.dir, "seed": 6}}, "other")
+    with pytest.raises(UserError, match=r"run\.seed: 5 before, 6 now"):
+        check_same_run(other, RunDir.of(other))
+    assert load_run(config.run.dir).config.run.seed == 5
+    open_run(config)
+    assert content(RunDir.of(config).root).keys() >= {"run.yaml", "prompts/manifest.json"}
