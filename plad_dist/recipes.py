@@ -25,6 +25,8 @@ class Recipe:
         traces: paths in the run directory, one of which exists as soon as the step has started.
         can_withdraw: the step can remove what it has committed, so that a folder in which nothing
             is committed is no trace.
+        datasets: datasets of the step, whose first parts are looked for by name, because the
+            listing of a folder can be stale.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Recipe:
     sections: tuple[str, ...]
     traces: tuple[str, ...]
     can_withdraw: bool = False
+    datasets: tuple[str, ...] = ()
 
 
 def _phase_traces(phase: str) -> tuple[str, ...]:
@@ -60,6 +63,7 @@ PROMPTS = Recipe(
     sections=("run", "prompts", "teacher", "teachers", "student"),
     traces=("prompts", "eval/prompts"),
     can_withdraw=True,
+    datasets=("prompts", "eval/prompts"),
 )
 TEACHER = Recipe(
     "teacher",
@@ -81,6 +85,7 @@ TEACHER_SAMPLES = Recipe(
     order=2,
     sections=("sampling.teacher", *_ALL_ROLES),
     traces=("samples",),
+    datasets=("samples/teacher/round-0",),
 )
 STUDENT_SAMPLES = Recipe(
     "student samples",
@@ -88,8 +93,9 @@ STUDENT_SAMPLES = Recipe(
     order=2,
     sections=("sampling.student", "evaluation.candidates", "evaluation.warmup_temperatures", *_ALL_ROLES),
     traces=("samples",),
+    datasets=("samples/student/round-0",),
 )
-PAIRS = Recipe("pairs", "pair", order=3, sections=("pairing",), traces=("pairs",))
+PAIRS = Recipe("pairs", "pair", order=3, sections=("pairing",), traces=("pairs",), datasets=("pairs/round-0",))
 ROUND = Recipe(
     "round",
     "train",

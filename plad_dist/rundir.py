@@ -27,7 +27,9 @@ from plad_dist.config_yaml import dump_yaml
 from plad_dist.data.claims import check_owned, claim_run
 from plad_dist.data.dataset import DAMAGED, Dataset
 from plad_dist.data.journal import JOURNAL
+from plad_dist.data.manifest import MANIFEST
 from plad_dist.data.models import resolve_model
+from plad_dist.data.parts import part_name
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import any_reads_clock
@@ -359,6 +361,9 @@ def _is_in_use(key: str, run: RunDir) -> bool:
 
 def _has_begun(recipe: Recipe, storage: Storage, folder: str) -> bool:
     paths = [f"{folder}{trace}" for trace in recipe.traces]
+    firsts = [f"{folder}{path}/{name}" for path in recipe.datasets for name in (part_name(0), MANIFEST)]
+    if any(map(storage.exists, firsts)):
+        return True
     if not recipe.can_withdraw:
         return any(map(storage.exists, paths))
     names = [name for path in paths for name in storage.sizes(path)]

@@ -324,11 +324,19 @@ class Storage:
         return True
 
     def exists(self, path: str) -> bool:
-        """Return True if a path is an object, or a folder that is not empty."""
+        """Return True if a path is an object, or a folder that is not empty.
+
+        Only the second is told from a listing, which can be stale.
+        """
         if self.local_root is not None:
             with self._failure_explained(path, "read"):
                 return path_mode(self.local_root / path) is not None
-        return path.rpartition("/")[2] in self.sizes(path.rpartition("/")[0]) or bool(self.sizes(path))
+        with self._failure_explained(path, "read"):
+            try:
+                obstore.head(self._store, path)
+            except NotFoundError:
+                return bool(self.sizes(path))
+        return True
 
     def check_writable(self) -> None:
         """Check that objects can be written and deleted, and that a second `create` is refused.

@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
+import obstore
 import pyarrow as pa
 
 from plad_dist.config import Config
 from plad_dist.data.claims import SupersededError
-from plad_dist.data.dataset import DAMAGED
-from plad_dist.data.parts import part_block, read_header
+from plad_dist.data.parts import read_header
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RUN_FILE, load_run
 from tests.simulation.commands import URL, in_world, plad, plad_verify, random_of
+from tests.simulation.watch import USER, Watch, is_part
 from tests.simulation.world import ERRORS, Command, Fault, Killed, World
 
-SCENARIOS = ("same config", "same config", "other config", "other config", "repair", "damage")
+SCENARIOS = ("same config", "other config", "repair", "damage", "deletion", "bad source")
 # Commands with the stage after which they begin and their calls, about, if nothing disturbs them.
 _STEPS = {"run": ("", 140), "prepare": ("", 30), "sample": ("prepare", 60), "pair": ("sample", 50)}
 _REPAIR_CALLS = 110
@@ -39,22 +40,27 @@ class Schedule:
     """One schedule: commands, their faults, and the world in which they run.
 
     Attributes:
-        configs: configs of the commands; the first one is that of the run.
+        configs: config of the run, another one, and one whose sources have a bad row.
+        scenarios: kinds of schedules to choose from.
         log: what happened, for the message of a failure.
     """
 
     seed: int
-    configs: tuple[Config, Config]
+    configs: tuple[Config, Config, Config]
     scenarios: tuple[str, ...] = SCENARIOS
-    scenario: str = ""
     log: list[str] = field(default_factory=list)
 
     def run(self) -> list[str]:
         """Run the schedule and return the promises that it broke."""
         self.random = rng = random_of(self.seed)
         self.scenario = rng.choice(self.scenarios)
-        is_whole = self.scenario in ("repair", "damage")
-        self.step = "run" if is_whole else rng.choice(["run", "prepare", "prepare", "sample", "pair"])
+        match self.scenario:
+            case "repair" | "damage":
+                self.step = "run"
+            case "bad source":
+                self.step = "prepare"
+            case _:
+                self.step = rng.choice(["run", "prepare", "prepare", "sample", "pair"])
         self.world = World(
             self.seed,
             lag_s=rng.choice([0.0, 0.0, 60.0]),
@@ -62,6 +68,7 @@ class Schedule:
             switches=rng.choice([0.05, 0.3, 0.7]),
         )
         self.is_calm = rng.random() < 0.15
+        self.watch = Watch(self.world)
         with in_world(self.world):
             return [f"seed {self.seed} ({self.scenario}): {problem}" for problem in self._problems()]
 
@@ -71,7 +78,7 @@ class Schedule:
         yield from self._outcome_problems()
         self.world.lag_s = 0.0
         yield from self._end_problems()
-        yield from change_problems(self.world)
+        yield from self.watch.problems
 
     # -- what happens
 
@@ -95,16 +102,27 @@ class Schedule:
     def _commands(self) -> list[Command]:
         if self.scenario == "damage":
             return []
-        ours, other = self.configs
+        ours, other, bad = self.configs
         calls = _STEPS[self.step][1]
         first = Command("one", plad(ours, self.step), self._faults(calls))
         if self.scenario == "repair":
             return [first, Command("two", plad_verify(repair=True), self._faults(_REPAIR_CALLS))]
+        if self.scenario == "deletion":
+            return [first, Command(USER, self._delete_a_part)]
+        if self.scenario == "bad source":
+            first.work = plad(bad, self.step)
         rival = other if self.scenario == "other config" else ours
         rivals = [Command("two", plad(rival, self.step), self._faults(calls))]
         if self.random.random() < 0.1:
             rivals.append(Command("three", plad(ours, self.step), self._faults(calls)))
         return [first, *rivals]
+
+    def _delete_a_part(self) -> None:
+        """Delete a part, as only a user can."""
+        for _ in range(self.random.randrange(40)):
+            obstore.list_with_delimiter(None, None)
+        if parts := [key for key in self.world.objects if is_part(key)]:
+            obstore.delete(None, self.random.choice(parts))
 
     def _faults(self, calls: int) -> list[Fault]:
         """Return the faults of a command.
@@ -142,19 +160,23 @@ class Schedule:
                 yield f"{command.name}: ended with {outcome!r}"
             elif self.scenario == "same config" and not is_disturbed:
                 yield f"{command.name}: failed, though nothing did: {outcome!r}"
-            elif isinstance(outcome, UserError) and self.scenario == "same config" and not command.was_hit:
+            elif self.scenario == "same config" and isinstance(outcome, UserError) and not command.was_hit:
                 yield f"{command.name}: blames the user: {outcome!r}"
 
     def _end_problems(self) -> Iterator[str]:
         """Yield what the next commands find wrong."""
         config = self._config_of_run()
-        if self.scenario in ("repair", "damage") and RUN_FILE in self.world.objects:
+        if self.scenario in ("repair", "damage", "deletion") and RUN_FILE in self.world.objects:
             repairing = Command("repair", plad_verify(repair=True))
             self._run(repairing)
             if repairing.outcome is not None:
                 yield f"the repair fails: {repairing.outcome!r}"
+        if self.scenario == "deletion":
+            self.step = "run"  # the deleted part may be one of an earlier step
         final = Command("next", plad(config, self.step))
         self._run(final)
+        if self._is_bad_source_begun and isinstance(final.outcome, UserError):
+            return  # a command that was killed could not withdraw its blocks
         if final.outcome is not None:
             yield f"the next command fails: {final.outcome!r}"
             return
@@ -169,15 +191,15 @@ class Schedule:
             yield f"other rows than those of an undisturbed run: {sorted(differing)}"
 
     def _config_of_run(self) -> Config:
+        """Return the config with which the user continues: that of the run unless it is bad."""
         if RUN_FILE not in self.world.objects:
             return self.configs[0]
         stored = load_run(URL).config.fingerprint()
-        return next(config for config in self.configs if config.fingerprint() == stored)
+        return next((config for config in self.configs[:2] if config.fingerprint() == stored), self.configs[0])
 
-
-def is_part(key: str) -> bool:
-    """Return True if an object is a part of a dataset."""
-    return part_block(key.rpartition("/")[2]) is not None and f"/{DAMAGED}/" not in key
+    @property
+    def _is_bad_source_begun(self) -> bool:
+        return self.scenario == "bad source" and self.world.commands[0].was_hit
 
 
 def content(world: World) -> dict[str, Row]:
@@ -206,20 +228,3 @@ def snapshots(config: Config) -> dict[str, dict[str, bytes]]:
                 assert command.outcome is None, command.outcome
                 _SNAPSHOTS[key][step] = dict(world.objects)
     return _SNAPSHOTS[key]
-
-
-def change_problems(world: World) -> Iterator[str]:
-    """Yield what was done to committed objects that must not be done."""
-    created: dict[str, str] = {}
-    damaged: set[bytes] = set()
-    for change in world.changes:
-        if f"/{DAMAGED}/" in change.key and change.data is not None:
-            damaged.add(change.data)
-        if not is_part(change.key) or not change.command:
-            continue
-        if change.before is None:
-            created[change.key] = change.command
-        elif change.data is not None:
-            yield f"{change.command} overwrote {change.key}"
-        elif change.before not in damaged and created.get(change.key) != change.command:
-            yield f"{change.command} deleted {change.key}, which {created.get(change.key)} had committed"

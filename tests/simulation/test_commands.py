@@ -16,20 +16,23 @@ import pytest
 
 from plad_dist.config import Config
 from tests.simulation.commands import install, make_config
-from tests.simulation.schedules import SCENARIOS, Schedule
+from tests.simulation.schedules import Schedule
 
 SCHEDULES, _AT_ONCE = 2000, 100
-_SCENARIOS = tuple(name for name in SCENARIOS if name != "other config")
 _SEED = os.environ.get("SIMULATION_SEED")
 
 
+Configs = tuple[Config, Config, Config]
+
+
 @pytest.fixture
-def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Config, Config]]:
-    """Return two configs of one run, with everything replaced that needs a cluster or a model."""
-    file = tmp_path / "prompts.jsonl"
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Configs]:
+    """Return configs of one run, with everything replaced that needs a cluster or a model."""
     lines = [json.dumps({"prompt": f"question {row}", "answer": f"answer {row}"}) for row in range(14)]
-    file.write_text("\n".join(lines))
-    made = make_config(str(file)), make_config(str(file), prompts__heldout_fraction=0.5)
+    good, bad = tmp_path / "prompts.jsonl", tmp_path / "bad.jsonl"
+    good.write_text("\n".join(lines))
+    bad.write_text("\n".join([*lines[:10], "{", *lines[10:]]))
+    made = make_config(str(good)), make_config(str(good), prompts__heldout_fraction=0.5), make_config(str(bad))
     install(monkeypatch)
     logging.getLogger("plad").setLevel(logging.CRITICAL)
     gc.collect()
@@ -41,15 +44,15 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[C
     logging.getLogger("plad").setLevel(logging.NOTSET)
 
 
-def problems_of(seeds: range, configs: tuple[Config, Config]) -> Iterator[str]:
+def problems_of(seeds: range, configs: Configs) -> Iterator[str]:
     """Yield the broken promises of schedules."""
     for seed in seeds:
-        schedule = Schedule(seed, configs, _SCENARIOS)
+        schedule = Schedule(seed, configs)
         if problems := schedule.run():
             yield "\n  ".join([*problems, *schedule.log])
 
 
 @pytest.mark.parametrize("start", [int(_SEED)] if _SEED else range(0, SCHEDULES, _AT_ONCE))
-def test_commands_lose_and_mix_nothing(start: int, configs: tuple[Config, Config]) -> None:
+def test_commands_lose_and_mix_nothing(start: int, configs: Configs) -> None:
     problem = next(problems_of(range(start, start + (1 if _SEED else _AT_ONCE)), configs), None)
     assert problem is None, problem

@@ -102,6 +102,7 @@ class World:
         self.changes: list[Change] = []
         self.commands: list[Command] = []
         self.current: Command | None = None
+        self.observers: list[Callable[[Change], None]] = []  # called before each change
         self.lag_s, self.has_jumping_clock, self.switches = lag_s, has_jumping_clock, switches
         self.monotonic, self.offset = 1_000_000.0, 800_000_000.0
         self._main = threading.Semaphore(0)
@@ -180,7 +181,10 @@ class World:
     def change(self, key: str, data: bytes | None) -> None:
         """Change an object and note who did it."""
         command = self.current.name if self.current else ""
-        self.changes.append(Change(self.monotonic, key, data, command, self.objects.get(key)))
+        change = Change(self.monotonic, key, data, command, self.objects.get(key))
+        for observe in self.observers:
+            observe(change)
+        self.changes.append(change)
         if data is None:
             self.objects.pop(key, None)
         else:
