@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from plad_dist.catalog import DatasetEntry, FiguresEntry, ModelEntry, Purpose, products_of
+from plad_dist.data.claims import describe_owner
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.manifest import MANIFEST, Manifest
 from plad_dist.data.models import DamagedModel, model_marker, weights_problems
@@ -31,7 +33,14 @@ def status_table(path: str) -> Table:
     """
     stored, run = load_run(path), RunDir.at(path)
     checkpoints = run.checkpoints(stored.config)
-    table = Table("product", "state", "rows or steps", title=f"{path} ({stored.fingerprint[:12]})")
+    owner = describe_owner(run.storage)
+    table = Table(
+        "product",
+        "state",
+        "rows or steps",
+        title=f"{path} ({stored.fingerprint[:12]})",
+        caption=Text(owner) if owner else None,
+    )
     for product in products_of(stored.config, run):
         match product:
             case DatasetEntry() if product.purpose not in _UNLISTED:

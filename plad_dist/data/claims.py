@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import time
-from typing import Any
+from typing import Any, TypeGuard
 
 from plad_dist import __version__
 from plad_dist.data.storage import Claim, Storage
@@ -28,6 +28,7 @@ _NAME = re.compile(r"(\d{5,})\.json")
 _MAX_SHOWN = 80
 CHECK_INTERVAL_S = 3.0  # between the looks of a long job at its claim
 _LONGEST_FAILURE_S = 30.0
+_END_OF_TIME = 253_402_300_800  # the year 10,000
 
 
 class SupersededError(RunFailed):
@@ -142,6 +143,21 @@ def read_claim(storage: Storage, folder: str, number: int) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def describe_owner(storage: Storage) -> str | None:
+    """Return one line about the command that has claimed a run last; None if none has."""
+    number = latest_number(storage, RUN_CLAIMS)
+    if not number:
+        return None
+    record = read_claim(storage, RUN_CLAIMS, number)
+    began = record.get("time")
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began)) if _is_time(began) else "an unknown time"
+    return f"owner: {_command_of(record)}, since {since} UTC"
+
+
+def _is_time(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and 0 <= value < _END_OF_TIME
+
+
 def claim_key(folder: str, number: int) -> str:
     """Return the key of a claim."""
     return f"{folder}/{number:05d}.json"
@@ -153,12 +169,16 @@ def encode_claim(launch: str, **record: Any) -> bytes:
 
 
 def _described(record: dict[str, Any]) -> str:
-    """Return one line about a claim, such as "`plad run` on node-3 (user ana, process 71)"."""
+    return f"another command, {_command_of(record)},"
+
+
+def _command_of(record: dict[str, Any]) -> str:
+    """Return a claim in words, such as "`plad run` on node-3 (user ana, process 71)"."""
 
     def shown(name: str) -> str:
         return "".join(filter(str.isprintable, str(record.get(name, "unknown"))))[:_MAX_SHOWN]
 
-    return f"another command, `{shown('command')}` on {shown('host')} (user {shown('user')}, process {shown('pid')}),"
+    return f"`{shown('command')}` on {shown('host')} (user {shown('user')}, process {shown('pid')})"
 
 
 def _user() -> str:

@@ -10,12 +10,13 @@ import pytest
 from plad_dist import rundir
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
-from plad_dist.data.claims import SupersededError, check_owned
+from plad_dist.data.claims import SupersededError, check_owned, take_claim
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.pipeline import run_pipeline
 from plad_dist.rundir import RunDir, check_binding, load_run, open_run
+from plad_dist.status import status_table
 from tests.conftest import tiny_config, write_prompts
 
 
@@ -132,3 +133,15 @@ def test_a_directory_with_claims_only_is_a_new_run(raw: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"not a run directory: it has no run\.yaml"):
         load_run(run.storage.url)
     assert open_run(config_of(raw)).storage.claim != run.storage.claim
+
+
+def test_status_shows_the_owner_of_a_run_without_markup_or_control_characters(raw: dict[str, Any]) -> None:
+    run = open_run(config_of(raw))
+    caption = status_table(run.storage.url).caption
+    assert str(caption).startswith("owner: `plad run` on ")
+    assert str(caption).endswith(" UTC")
+    take_claim(run.storage, "claims", "x", command="\x1b[2J[red]mine[/]", host="\n", pid={}, user=[])
+    assert "[red]mine[/]" in str(status_table(run.storage.url).caption), "no markup"
+    assert str(status_table(run.storage.url).caption).isprintable()
+    run.storage.replace("claims/00003.json", b'{"time": 1e300, "command": 1}')
+    assert "since an unknown time" in str(status_table(run.storage.url).caption)
