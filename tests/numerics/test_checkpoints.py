@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from plad_dist.config_file import parse_config
+from plad_dist.data.sealed import sealed_json, unsealed_json
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir, open_run
@@ -230,7 +232,9 @@ def test_another_precision_is_refused(tmp_path: Path) -> None:
     raw, run = prepared_run(tmp_path)
     train(tmp_path, raw, PHASE, 1, stop=EVERY)
     (state,) = (run.root / "checkpoints" / PHASE).rglob("state.json")
-    state.write_text(state.read_text().replace('"dtype": "float32"', '"dtype": "bfloat16"'))
+    document = unsealed_json(state.read_bytes())
+    document["state"]["dtype"] = "bfloat16"
+    state.write_bytes(sealed_json(json.dumps(document)))
     train(tmp_path, raw, PHASE, 1)
     stopped = run.storage.read_json(job_of(raw, PHASE).stopped_key)
     assert "was trained in bfloat16, now it would be float32: set training.dtype=bfloat16" in stopped["message"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plad_dist.data.local_files import file_checksum
+from plad_dist.data.local_files import failure_explained, file_checksum
+from plad_dist.data.sealed import sealed_json, unsealed_json
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.checkpoints.attempts import Attempt
@@ -32,6 +34,8 @@ from plad_dist.training.checkpoints.reshard import load_resharded
 from plad_dist.training.checkpoints.scratch_dir import ScratchDir
 from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
 from plad_dist.training.records.collapse import CollapseRecord
+
+logger = logging.getLogger("plad")
 
 _LATEST = "latest.json"
 _STAGING_PREFIX = "plad-checkpoint-"
@@ -161,11 +165,12 @@ class Checkpoints:
         """Upload this rank's files. The first rank then waits for all ranks and commits."""
         storage, folder = self._store.storage, f"{self._store.folder}/{step_name(state.step)}/{self._attempt.name}"
         files: dict[str, tuple[int, str]] = {}
-        for file in sorted((local / self._attempt.name).iterdir()):
-            files[file.name] = (file.stat().st_size, file_checksum(file))
-            storage.upload(f"{folder}/{file.name}", file)
+        with failure_explained(str(local), "read"):
+            for file in sorted((local / self._attempt.name).iterdir()):
+                files[file.name] = (file.stat().st_size, file_checksum(file))
+                storage.upload(f"{folder}/{file.name}", file)
         shutil.rmtree(local, ignore_errors=True)
-        storage.replace(f"{folder}/{_rank_file(self._rank)}", json.dumps(files).encode())
+        storage.replace(f"{folder}/{_rank_file(self._rank)}", sealed_json(json.dumps(files)))
         if self._rank == 0:
             self._commit(folder, state)
             self.commit_seconds = time.monotonic() - started
@@ -178,15 +183,14 @@ class Checkpoints:
         if self.superseded is not None:
             return
         document = {"state": asdict(state), "attempt": self._attempt.name, "files": files}
-        text = json.dumps(document, indent=1).encode()
-        created = storage.create(self._store.key(state.step), text)
+        created = storage.create(self._store.key(state.step), sealed_json(json.dumps(document, indent=1)))
         self.superseded = self._attempt.superseded()
         # This process may have been frozen before the commit: it must not prune later checkpoints.
         if self.superseded is not None:
             return
         if created:
             storage.replace(f"{self._store.folder}/{_LATEST}", json.dumps(asdict(state), indent=1).encode())
-        self._prune()
+        self._try_prune()
 
     def _wait_for_files(self, folder: str) -> dict[str, Any]:
         """Wait for the uploads of all ranks; return sizes and checksums of their files by name."""
@@ -199,16 +203,27 @@ class Checkpoints:
                     "does not respond"
                 )
             time.sleep(_POLL_S)
-        return {
-            name: facts for rank in sorted(rank_files) for name, facts in storage.read_json(f"{folder}/{rank}").items()
-        }
+        files: dict[str, Any] = {}
+        for name in sorted(rank_files):
+            try:
+                files |= unsealed_json(storage.read(f"{folder}/{name}") or b"")
+            except ValueError as error:
+                raise RunFailed(
+                    f"{storage.url}/{folder}/{name}: damaged: {error}; the checkpoint is not committed, the one before "
+                    "it is kept. Run again"
+                ) from None
+        return files
+
+    def _try_prune(self) -> None:
+        """Prune, and log a failure, because the next commit prunes again."""
+        try:
+            self._prune()
+        except RunFailed as error:
+            logger.warning("old checkpoints cannot be deleted now and stay until the next one: %s", error)
 
     def _prune(self) -> None:
         """Delete old checkpoints, except the best ones and those that the collapse watch needs."""
-        try:
-            record = self._read_collapse_record()
-        except RunFailed:  # the checkpoints to keep are unknown; the next commit prunes
-            return
+        record = self._read_collapse_record()  # without it, the checkpoints to keep are unknown
         self.has_collapsed = record is not None and record.collapse is not None
         newest: list[TrainState] = []
         for step in self._store.steps():

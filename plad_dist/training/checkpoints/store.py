@@ -5,23 +5,27 @@ Torch is not needed: `plad verify` and `plad status` read them too.
 A checkpoint is committed completely or not at all. ``checkpoints/<phase>/step-00000120/`` holds
 DeepSpeed's files in a folder of the attempt that wrote them, and ``state.json``, which commits
 them: it is created once, after the files of all ranks exist, and lists them with sizes and
-checksums.
+checksums. It ends with a checksum of itself.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import re
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from plad_dist.data.sealed import unsealed_json
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, UserError
+
+logger = logging.getLogger("plad")
 
 STATE, OWNER = "state.json", "owner"
 _STEP = re.compile(r"step-(\d{8,})/")
 _RANK = re.compile(r"zero_pp_rank_(\d+)_")
-_ASIDE = ".damaged"  # ending of the state of a checkpoint that was set aside
+_ASIDE = f"{STATE}.damaged-"  # start of the names of states that were set aside
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class CheckpointStore:
                 continue
             if checkpoint is not None:
                 return checkpoint, damaged
-        aside = [step for step in steps if self.storage.exists(f"{self.key(step)}{_ASIDE}")]
+        aside = [step for step in steps if self._was_set_aside(step)]
         if damaged or aside:  # training must not restart from the beginning silently
             problems = "; ".join(damaged.values()) or f"those of the steps {', '.join(map(str, aside))} were set aside"
             raise RunFailed(
@@ -144,15 +148,14 @@ class CheckpointStore:
         if data is None:
             return None
         try:
-            document = json.loads(data)
+            document = unsealed_json(data)
             files = {str(name): (int(size), str(digest)) for name, (size, digest) in document["files"].items()}
             checkpoint = Checkpoint(
                 TrainState(**document["state"]), f"{self.folder}/{step_name(step)}/{document['attempt']}", files
             )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DamagedCheckpoint(
-                f"{self.storage.url}/{key}: damaged: not the state of a checkpoint of this version"
-            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problem = str(error) if isinstance(error, ValueError) else "not the state of a checkpoint of this version"
+            raise DamagedCheckpoint(f"{self.storage.url}/{key}: damaged: {problem}") from None
         if self._fingerprint not in (None, checkpoint.state.fingerprint):
             raise UserError(
                 f"{self.storage.url}/{key}: a checkpoint of another config, data or model (fingerprint "
@@ -193,11 +196,12 @@ class CheckpointStore:
 
     def set_aside(self, step: int) -> None:
         """Revoke the commit of a damaged checkpoint; its files stay until the next pruning."""
-        key = self.key(step)
-        data = self.storage.read(key)
-        if data is not None:
-            self.storage.replace(f"{key}{_ASIDE}", data)
-            self.storage.delete(key)
+        target = f"{self.folder}/{step_name(step)}/{_ASIDE}{uuid.uuid4().hex[:8]}"
+        if self.storage.move(self.key(step), target):
+            logger.warning("%s/%s: set aside as %s", self.storage.url, self.key(step), target)
+
+    def _was_set_aside(self, step: int) -> bool:
+        return any(name.startswith(_ASIDE) for name in self.storage.sizes(f"{self.folder}/{step_name(step)}"))
 
     def key(self, step: int) -> str:
         """Return the key of the object that commits the checkpoint of a step."""

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from plad_dist.config import Model
 from plad_dist.data.models import (
@@ -31,7 +31,6 @@ from plad_dist.data.models import (
 )
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir
-from plad_dist.training.driver.stage import are_trained
 from tests.unit.data.test_checksums import flips
 
 FAILURES = [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT]
@@ -41,7 +40,7 @@ def write_model(folder: Path, value: float = 1.0) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text("{}")
-    save_file({"w": torch.full((64,), value)}, folder / "model.safetensors")
+    save_file({"w": np.full(64, value, np.float32)}, folder / "model.safetensors")
 
 
 def make(final: Path, fingerprint: str = "f", value: float = 1.0, write: Callable[[Path], None] | None = None) -> None:
@@ -121,6 +120,8 @@ def test_a_folder_without_a_marker_is_set_aside_too(tmp_path: Path) -> None:
 def test_faults_while_a_marker_is_read_never_count_as_no_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
+    from plad_dist.training.driver.stage import are_trained  # imports torch
+
     run = RunDir.at(str(tmp_path / "run"))
     final = run.model("round-0")
     make(final)
