@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from plad_dist.config import Config, Section, optional_sections, path_keys, schema_fields
-from plad_dist.config_yaml import Location, Scalar, load_yaml, plain
+from plad_dist.config_yaml import MAX_LENGTH, Location, Scalar, load_yaml, plain
 from plad_dist.errors import UserError
 
 SectionType = TypeVar("SectionType", bound=Section)
@@ -112,7 +112,13 @@ def read_yaml(path: Path, expected: str = "run, prompts, teacher, student, ...")
         UserError: the file is missing, not valid YAML, or not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_LENGTH + 1)
+        if len(data) > MAX_LENGTH:
+            raise UserError(
+                f"{path}: larger than {MAX_LENGTH >> 10} KiB, which no config is; name the file of a config"
+            )
+        text = data.decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; see examples/ for configs to start from") from None
     except IsADirectoryError:

@@ -29,6 +29,11 @@ _OTHER_NOTATIONS = (
 )  # fmt: skip
 _KINDS = {"int": "a number", "float": "a number", "bool": "true or false", "null": "null"}
 
+MAX_LENGTH = 512 << 10
+_MAX_DEPTH, _MAX_NODES = 50, 50_000
+
+_TOO_DEEP = "nested too deeply, or an alias contains itself"
+
 Location = tuple[str, ...]  # keys and list indices
 
 
@@ -56,7 +61,23 @@ def load_yaml(text: str) -> Any:
         yaml.YAMLError, ValueError, RecursionError: the text is not valid YAML, or a key is not a
             string or is repeated.
     """
+    _check_length(text)
     return yaml.load(text, Loader=_ConfigLoader)  # noqa: S506 - a SafeLoader
+
+
+def load_plain_yaml(text: str | bytes) -> Any:
+    """Return the document in a text that plad-dist has written, bounded as by :func:`load_yaml`.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: the text is not valid YAML.
+    """
+    _check_length(text)
+    return yaml.load(text, Loader=_BoundedLoader)  # noqa: S506 - a SafeLoader
+
+
+def _check_length(text: str | bytes) -> None:
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"larger than {MAX_LENGTH >> 10} KiB, which no config is")
 
 
 def dump_yaml(document: Any) -> str:
@@ -84,7 +105,34 @@ def plain(value: Any) -> tuple[Any, dict[Location, Scalar]]:
     return convert(value, ()), scalars
 
 
-class _ConfigLoader(yaml.SafeLoader):
+class _BoundedLoader(yaml.SafeLoader):
+    """Safe YAML loader that bounds the depth and the size of a document, its aliases expanded."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # number of nodes in each node
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        mark, before = self.peek_event().start_mark, self._nodes
+        is_alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if is_alias and id(node) not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, _TOO_DEEP, mark)
+        self._nodes += self._sizes[id(node)] if is_alias else 1
+        if self._nodes > _MAX_NODES:
+            problem = f"more than {_MAX_NODES:,} values, those of aliases included"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        if not is_alias:
+            self._sizes[id(node)] = self._nodes - before
+        return node
+
+
+class _ConfigLoader(_BoundedLoader):
     """Safe YAML loader that keeps the text of scalars.
 
     It refuses keys that repeat or are no strings.

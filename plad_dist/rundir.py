@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from plad_dist import __version__
 from plad_dist.config import Config, Model, flatten, is_operational
 from plad_dist.config_file import parse_config, yaml_reason
-from plad_dist.config_yaml import dump_yaml
+from plad_dist.config_yaml import dump_yaml, load_plain_yaml
 from plad_dist.data.claims import check_owned, claim_run
 from plad_dist.data.dataset import DAMAGED, Dataset
 from plad_dist.data.journal import JOURNAL
@@ -409,12 +409,12 @@ def _read_run_file(run: RunDir) -> _RunFile | None:
     if data is None:
         return None
     try:
-        document = yaml.safe_load(data)
+        document = load_plain_yaml(data)
         file = _RunFile(dict(document["config"]), str(document["fingerprint"]), document.get("version"))
         run_format = int(document.get("format", 1))
     except yaml.YAMLError as error:
         problem = yaml_reason(error)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         problem = "expected `config` and `fingerprint`; a plain config is not a run directory, its run.dir names one"
     else:
         if run_format == FORMAT:

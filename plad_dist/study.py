@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from plad_dist.config import Config, Decoding
 from plad_dist.config.section import Section
-from plad_dist.config.values import PathText, escape_path
+from plad_dist.config.values import PathText, escape_path, refuse_clash
 from plad_dist.config_file import load_config, override, parse_config, parse_section, read_yaml
 from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir
@@ -48,7 +48,7 @@ class Study(Section):
         for name in value:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
                 raise ValueError(f"name {name!r}: use only letters, digits, '-', '_' and '.'")
-        return value
+        return refuse_clash("variants", value)
 
 
 def load_study(path: str, overrides: list[str]) -> list[list[tuple[str, Config]]]:

@@ -11,8 +11,9 @@ from plad_dist.config.models import Model
 from plad_dist.config.pairing import RewardModel
 from plad_dist.config.sampling import Decoding, RoleSampling
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.values import PathText
+from plad_dist.config.values import PathText, refuse_clash
 
+_FOLDERS_OF_DATASETS = ("journal", "damaged", "spool")
 REFERENCE_JUDGES = ("rouge_1", "rouge_2", "rouge_l")
 
 
@@ -129,11 +130,16 @@ class Evaluation(Section):
     @classmethod
     def _check_decoding_names(cls, value: dict[str, Decoding]) -> dict[str, Decoding]:
         for name in value:
-            if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-                raise ValueError(f"decoding name {name!r}: use only letters, digits, '-', '_' and '.'")
-            if name in ("journal", "damaged"):  # folders of a dataset
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+                raise ValueError(
+                    f"decoding name {name!r:.120}: use only letters, digits, '-', '_' and '.', with a letter or digit "
+                    "first, and at most 100 of them"
+                )
+            if name.lower() in _FOLDERS_OF_DATASETS or re.fullmatch(
+                r"(part-|t\d).*\.arrow|.*\.(json|lock)", name.lower()
+            ):
                 raise ValueError(f"decoding name {name!r}: reserved for the run directory; choose another name")
-        return value
+        return refuse_clash("decoding names", value)
 
     @model_validator(mode="after")
     def _check_warmup_temperatures(self) -> Evaluation:
@@ -147,6 +153,7 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _check_judges(self) -> Evaluation:
+        refuse_clash("judges", self.judges)
         for name in self.judges:
             if name in (*REFERENCE_JUDGES, "candidates") or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from datetime import date
 from typing import Any, Literal
@@ -23,6 +24,9 @@ _SET_FOR_TEMPLATES = (
 _SET_HEADERS = ("content-type", "content-length", "host", "transfer-encoding")  # by the HTTP client
 
 
+_PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".intranet", ".lan", ".home.arpa", ".svc", ".test")
+
+
 class ScratchModel(Section):
     """Model with random weights and a tokenizer trained on the prompts and references."""
 
@@ -38,6 +42,15 @@ class ScratchModel(Section):
         if not isinstance(value.get("model_type"), str):
             raise ValueError("needs `model_type`, the name of a transformers architecture, such as llama")
         return value
+
+
+def _is_private(host: str) -> bool:
+    """Return True if the name or address of a host is one of a private network."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "." not in host or host.rstrip(".").endswith(_PRIVATE_DOMAINS)
+    return address.is_private or address.is_loopback or address.is_link_local
 
 
 class Endpoint(Section):
@@ -226,6 +239,13 @@ class Endpoint(Section):
             raise ValueError(f"{' and '.join(sources)}: the key can have one source; remove all but one")
         if sources and any(header.lower() == "authorization" for header in self.headers_env):
             raise ValueError(f"headers_env.Authorization: the key of {sources[0]} is sent in it; remove one of them")
+        url = urlsplit(self.url)
+        if (sources or self.headers_env) and url.scheme == "http" and not _is_private(url.hostname or ""):
+            raise ValueError(
+                f"url: http://{url.hostname} would get the key unencrypted over a public network; use https. Hosts of "
+                "private networks may use http: private addresses, and names without a dot or that end in .local, "
+                ".internal, .lan or .svc"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
-from plad_dist.config.values import PathText, expand_path
+from plad_dist.config.values import PathText, expand_path, refuse_clash
 from plad_dist.fingerprint import fingerprint
 from plad_dist.systems import WARMUP, System
 
@@ -256,6 +256,10 @@ def _scratch_model_problems(config: Config) -> Iterator[str]:
 def _teacher_problems(config: Config) -> Iterator[str]:
     if (config.teacher is None) == (not config.teachers):
         yield "teacher: needs exactly one of `teacher` and `teachers`"
+    try:
+        refuse_clash("teachers", config.teachers)
+    except ValueError as error:
+        yield str(error)
     for name, teacher in config.teachers.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == "student":
             yield f"teachers: name {name!r}: use only letters, digits, '-' and '_', and not `student`"

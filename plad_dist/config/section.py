@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from plad_dist.config.secrets import ADVICE, secret_location
+
 # Marks a key that controls how a run is carried out but not what it produces. Such a key may
 # change between resumes.
 OPERATIONAL: dict[str, Any] = {"operational": True}
@@ -18,8 +20,27 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), strict=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_secrets(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name, value in values.items():
+                # Sections check their own values, and messages then name the whole key.
+                # The checks of addresses and names of variables give better advice.
+                if isinstance(value, dict) or name == "url" or str(name).endswith("_env"):
+                    continue
+                if location := secret_location({name: value}):
+                    raise ValueError(f"{location}: looks like a secret; {ADVICE}")
+        return values
 
     @model_validator(mode="before")
     @classmethod

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+
+from plad_dist.config.secrets import ADVICE, secret_location
 
 # -- bounds and pairs of numbers
 
@@ -81,6 +83,22 @@ def _value_of_variable(match: re.Match[str]) -> str:
 PathText = Annotated[str, AfterValidator(expand_path), PlainSerializer(escape_path)]
 
 
+Named = TypeVar("Named", bound=Mapping[str, Any])
+
+
+def refuse_clash(what: str, named: Named) -> Named:
+    """Return a mapping whose names become names of folders, none of which differ in case alone.
+
+    Raises:
+        ValueError: two names are the same folder on some file systems.
+    """
+    names: dict[str, str] = {}
+    for name in named:
+        if (other := names.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"{what}: {other!r} and {name!r} differ in case alone; some file systems hold one of them")
+    return named
+
+
 # -- mappings for other programs
 
 
@@ -114,8 +132,14 @@ def _check_json(mapping: dict[str, Any]) -> dict[str, Any]:
     return mapping
 
 
+def _refuse_secrets(mapping: dict[str, Any]) -> dict[str, Any]:
+    if location := secret_location(mapping, names=True):
+        raise ValueError(f"{location}: looks like a secret; {ADVICE}")
+    return mapping
+
+
 # A mapping whose keys another program defines.
-FreeMapping = Annotated[dict[str, Any], AfterValidator(_check_json)]
+FreeMapping = Annotated[dict[str, Any], AfterValidator(_check_json), AfterValidator(_refuse_secrets)]
 # A free mapping whose texts may be paths, also in sections of its own.
 FreeMappingWithPaths = Annotated[
     FreeMapping,

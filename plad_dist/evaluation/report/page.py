@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from plad_dist.config import Loss
+from plad_dist.config_yaml import load_plain_yaml
 from plad_dist.evaluation.document import HeldoutFigures, Interval, Metrics
 from plad_dist.evaluation.formatting import (
     NO_EOS_WARNING,
@@ -146,8 +147,8 @@ def render_report(report: ReportData) -> str:
 def _facts(report: ReportData) -> dict[str, str]:
     """Return the lines of the section "What was distilled", as far as the config can be read."""
     try:
-        config = yaml.safe_load(report.config_yaml)
-    except yaml.YAMLError:
+        config = load_plain_yaml(report.config_yaml)
+    except (yaml.YAMLError, ValueError, RecursionError):
         config = None
     config = config if isinstance(config, dict) else {}
     config = config.get("config", config)  # run.yaml has the config beside its fingerprint

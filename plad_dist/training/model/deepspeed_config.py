@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from plad_dist.config import Training
 from plad_dist.errors import UserError
 from plad_dist.resources import resource
+from plad_dist.untrusted import parse_json
 
 # Keys that the run's config decides, with the config key of each.
 _RUN_KEYS = {
@@ -49,7 +49,7 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
     if path.suffix != ".json" and "/" not in name:
         path = resource("ds_configs") / f"{name}.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         names = ", ".join(sorted(item.stem for item in path.parent.glob("*.json")))
         raise UserError(f"training.deepspeed: {name!r}: no such file {path}; available by name: {names}") from None
