@@ -17,6 +17,8 @@ from plad_dist.data.prompts import rows_by_block
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, first_line
 from plad_dist.rundir import RunDir, load_run
+from plad_dist.sampling.endpoint.ledger import FOLDER as MONEY
+from plad_dist.sampling.endpoint.ledger import MICROS, Spending, spending_of_run
 from plad_dist.training.checkpoints.store import CheckpointStore
 
 Row = tuple[str, str, str]
@@ -51,7 +53,23 @@ def status_table(path: str) -> Table:
                 table.add_row(product.path, *_figures_state(run.storage, product.path))
                 has_report = run.storage.read(product.report) is not None
                 table.add_row(product.report, "complete" if has_report else "-", "")
+    for row in _money_rows(run.storage):
+        table.add_row(*row)
     return table
+
+
+def _money_rows(storage: Storage) -> list[Row]:
+    """Return what each model behind a server has cost, responses that were lost included."""
+    try:
+        return [(f"{MONEY}/{payer}", "-", _money(state)) for payer, state in spending_of_run(storage).items()]
+    except RunFailed as error:
+        return [(MONEY, "damaged", str(error))]
+
+
+def _money(state: Spending) -> str:
+    reserved = sum(state.open.values())
+    note = f", {reserved / MICROS:,.2f} of it reserved by commands and batches at work, or killed" if reserved else ""
+    return f"{state.total / MICROS:,.2f} spent{note}"
 
 
 def _dataset_row(entry: DatasetEntry) -> Row:

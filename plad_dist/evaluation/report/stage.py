@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from plad_dist import phases
 from plad_dist.catalog import DatasetEntry, Purpose, datasets_of, systems_of
@@ -11,6 +11,7 @@ from plad_dist.config import Config, LlmJudge
 from plad_dist.data.claims import check_owned
 from plad_dist.data.models import model_marker
 from plad_dist.data.parts import Part
+from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.heldout import evaluated_prompts, model_step
@@ -19,6 +20,7 @@ from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData
 from plad_dist.evaluation.stage import settings_fingerprint
 from plad_dist.run_logs import read_timings
 from plad_dist.rundir import RUN_FILE, RunDir
+from plad_dist.sampling.endpoint.ledger import MICROS, spending_of_run
 from plad_dist.training.records.collapse import read_collapse_record
 from plad_dist.training.records.metrics_file import read_metrics
 
@@ -140,7 +142,20 @@ def _cost(config: Config, run: RunDir) -> dict[str, SamplingCost]:
     for entry in datasets_of(config, run, rounds=run.round + 1):
         if (label := _cost_label(entry)) in parts_of and (manifest := entry.dataset.manifest()) is not None:
             parts_of[label] += manifest.parts
-    return {label: _sampling_cost(parts) for label, parts in parts_of.items()}
+    costs = {label: _sampling_cost(parts) for label, parts in parts_of.items()}
+    if (lost := _lost_money(run.storage, costs)) >= 0.005:
+        costs["Lost and repeated responses"] = SamplingCost(samples=0, prompt_tokens=0, tokens=0, money=lost)
+    return costs
+
+
+def _lost_money(storage: Storage, costs: Mapping[str, SamplingCost]) -> float:
+    """Return the money in the ledgers beyond the cost of the samples that the run has."""
+    spent = spending_of_run(storage)
+    lost = 0.0
+    for role, label in (("teacher", "Teacher"), ("student", "Students"), ("judge", "Judge")):
+        total = sum(state.total for payer, state in spent.items() if payer.startswith(f"{role}-")) / MICROS
+        lost += max(0.0, total - sum(cost.money or 0.0 for name, cost in costs.items() if name.startswith(label)))
+    return lost
 
 
 def _cost_label(entry: DatasetEntry) -> str:

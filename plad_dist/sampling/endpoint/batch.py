@@ -153,11 +153,15 @@ class BatchClient:
                 requests, worst_cost = await self._take_requests(block)
                 try:
                     record = await asyncio.to_thread(block.ledger.add, list(requests), worst_cost)
-                    await self._run(block, _Batch(record, requests))
+                    if record is not None:
+                        await self._run(block, _Batch(record, requests))
                 finally:
                     self._requests_in_flight -= len(requests)
                     self._unopened.pop(id(block), None)
                     self._account.changed.set()
+                if record is None:
+                    await self._sleep(_FIRST_POLL_S)
+                    await self.finish(block, may_submit=True)
         except SupersededError as error:
             raise SpendingStoppedError(str(error)) from None
 
@@ -289,6 +293,7 @@ class BatchClient:
 
     async def _open(self, block: BlockRequests, batch: _Batch) -> None:
         """Reserve the worst cost of a batch in the ledger, unless an earlier process has."""
+        await asyncio.to_thread(block.ledger.check_claim)
         self._opening += 1
         try:
             while not await self._account.open_batch(batch.record.holder, batch.record.worst_cost):

@@ -91,22 +91,27 @@ class BatchLedger:
 
     def open_records(self) -> list[BatchRecord]:
         """Return the batches that are not settled, oldest first."""
-        records = _records(self._storage, self._folder)
-        return [record for record in records if not record.is_settled and record.fingerprint == self._fingerprint]
+        return list(filter(self._is_open, _records(self._storage, self._folder)))
 
-    def add(self, keys: Collection[SampleNumber], worst_cost: float) -> BatchRecord:
+    def _is_open(self, record: BatchRecord) -> bool:
+        return not record.is_settled and record.fingerprint == self._fingerprint
+
+    def add(self, keys: Collection[SampleNumber], worst_cost: float) -> BatchRecord | None:
         """Write the record of a batch that will be submitted next.
+
+        Returns:
+            None if a process that lost its claim meanwhile has written one, to be taken over.
 
         Raises:
             SupersededError: another process works on the block.
         """
-        number = max((record.number for record in _records(self._storage, self._folder)), default=-1) + 1
+        records = list(_records(self._storage, self._folder))
+        number = max((record.number for record in records), default=-1) + 1
         record = BatchRecord(number, uuid.uuid4().hex, self._fingerprint, tuple(keys), worst_cost)
-        if not self._storage.create(self.path(record), _encode(record)):
-            raise SupersededError(
-                f"{self._storage.url}/{self.path(record)}: another process submits batches of this block"
-            )
-        return record
+        if not any(map(self._is_open, records)) and self._storage.create(self.path(record), _encode(record)):
+            return record
+        self.check_claim()
+        return None
 
     def update(self, record: BatchRecord, **changes: Any) -> BatchRecord:
         """Write changes of a record and return it."""

@@ -23,6 +23,7 @@ from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.endpoint.batch_record import BatchLedger
 from plad_dist.sampling.endpoint.budget import spent_on
 from plad_dist.sampling.endpoint.connection import Connection
+from plad_dist.sampling.endpoint.ledger import Spending, spending_of_run
 from plad_dist.sampling.job import SamplingJob
 from tests.fake_batches import BatchProvider, prompt_of, providing
 from tests.fake_endpoint import PRICES, error, good
@@ -263,6 +264,7 @@ def test_the_worst_cost_of_a_batch_in_flight_counts_towards_the_cap_of_the_next_
     dataset = job.dataset(storage)
     ledger = BatchLedger(dataset, 0, job.fingerprint)
     record = ledger.add([(0, 0), (1, 0)], 0.75)
+    assert record is not None
     assert spent_on([(dataset, [0])]) == 0.75
     assert spent_on([(dataset, [1])]) == 0
     ledger.update(record, is_settled=True)
@@ -366,3 +368,47 @@ def test_the_end_of_a_batch_may_be_written_in_capitals(tmp_path: Path) -> None:
     provider.ending = lambda number: "COMPLETED"
     work(storage, job, provider)
     assert texts(tmp_path) == PROMPTS
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.02, 0.05, 0.1])
+def test_two_processes_at_one_block_submit_it_once(delay_s: float, tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    provider.polls = 20
+
+    async def late() -> BlockResult:
+        await asyncio.sleep(delay_s)
+        return await process(storage, job, provider, max_spend=1.0)
+
+    async def test() -> list[Any]:
+        async with providing(provider):
+            both = process(storage, job, provider, max_spend=1.0), late()
+            return await asyncio.gather(*both, return_exceptions=True)
+
+    outcomes = asyncio.run(asyncio.wait_for(test(), 60))
+    assert provider.submitted_lines == [3]
+    assert any(isinstance(outcome, BlockResult) for outcome in outcomes)
+    reasons = [str(outcome) for outcome in outcomes if not isinstance(outcome, BlockResult)]
+    assert all("another process submits" in reason for reason in reasons)
+    assert texts(tmp_path) == PROMPTS
+    # A batch that was reserved just before its process lost the claim stays reserved.
+    assert spending_of_run(storage)["endpoint"].settled == round(3 * PRICE * 1e6)
+
+
+def test_a_batch_of_a_killed_process_stays_reserved_until_its_bill_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+
+    async def dying(self: batches.BatchClient, batch_id: str, record_path: str) -> Any:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batches.BatchClient, "_wait", dying)
+        with pytest.raises(Killed):
+            work(storage, job, provider)
+    (amount,) = spending_of_run(storage)["endpoint"].open.values()
+    assert amount > 3 * PRICE * 1e6
+    work(storage, job, provider)
+    assert spending_of_run(storage)["endpoint"] == Spending(round(3 * PRICE * 1e6))
