@@ -32,6 +32,7 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.reach import connection_problem
 from plad_dist.resources import resource
 from plad_dist.rundir import RunDir
+from plad_dist.untrusted import cell, harmless
 
 logger = logging.getLogger("plad")
 
@@ -42,6 +43,7 @@ _MAX_RECONNECTS = 5
 _AGENT_TIMEOUT_S = 120.0
 _CONFIG_FILE = "run.yaml"
 _ACTIVE_STATES = ("PENDING", "RUNNING")
+_LATEST_MS = 4e12  # in the year 2096
 _BAD_INPUT_CODE = 2  # exit code of a `plad` command that ended with a UserError
 
 
@@ -113,7 +115,7 @@ class JobServer:
         """
         self._refuse_unfit(config)
         run_dir = RunDir.of(config).storage.url
-        earlier = [job for job in self.jobs() if job.metadata.get("run_dir") == run_dir]
+        earlier = [job for job in self.jobs() if _metadata(job).get("run_dir") == run_dir]
         for job in earlier:
             if job.status in _ACTIVE_STATES:
                 raise UserError(_busy_message(run_dir, job.submission_id))
@@ -198,7 +200,7 @@ class JobServer:
     def logs(self, job: str) -> str:
         """Return the log of a job up to now."""
         with self._explained_errors(job):
-            return str(self._client.get_job_logs(job))
+            return harmless(str(self._client.get_job_logs(job)))
 
     def stop(self, job: str) -> str:
         """Stop a job, wait until it has ended, and return its state."""
@@ -221,8 +223,9 @@ class JobServer:
     def jobs(self) -> list[Any]:
         """Return Ray's `JobDetails` of the jobs of plad-dist, newest first."""
         with self._explained_errors():
-            jobs = [job for job in self._client.list_jobs() if job.submission_id and "run_dir" in (job.metadata or {})]
-        return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
+            jobs = [job for job in self._client.list_jobs() if isinstance(_metadata(job).get("run_dir"), str)]
+        named = [job for job in jobs if isinstance(job.submission_id, str) and job.submission_id]
+        return sorted(named, key=_start_time, reverse=True)
 
     def newest(self) -> str:
         """Return the name of the newest job. Raises :class:`UserError` if there is none."""
@@ -305,24 +308,39 @@ class _Log:
         self._received += len(text)
         self.shown = max(self.shown, self._received)
         if new:
-            self._show(new)
+            self._show(harmless(new))
 
 
 def job_table(jobs: list[Any], address: str) -> Table:
     """Return a table with one line for each job."""
-    table = Table("job", "state", "stage", "run directory", "began", title=address)
+    table = Table("job", "state", "stage", "run directory", "began", title=cell(address))
     for job in jobs:
-        local_time = time.localtime((job.start_time or 0) / 1000)
-        began = time.strftime("%Y-%m-%d %H:%M:%S", local_time) if job.start_time else ""
-        metadata = job.metadata or {}
-        table.add_row(job.submission_id, str(job.status), metadata.get("stage", ""), metadata.get("run_dir", ""), began)
+        texts = (_metadata(job).get(name, "") for name in ("stage", "run_dir"))
+        table.add_row(cell(job.submission_id), cell(str(job.status)), *map(cell, texts), cell(_began(job)))
     return table
+
+
+def _metadata(job: Any) -> dict[str, Any]:
+    """Return what the submitter says of a job. On a shared server, others may say anything."""
+    return job.metadata if isinstance(job.metadata, dict) else {}
+
+
+def _start_time(job: Any) -> float:
+    """Return the start of a job in milliseconds since 1970, 0 without a possible one."""
+    time_ms = job.start_time
+    is_number = isinstance(time_ms, int | float) and not isinstance(time_ms, bool)
+    return float(time_ms) if is_number and 0 < time_ms < _LATEST_MS else 0.0
+
+
+def _began(job: Any) -> str:
+    started_ms = _start_time(job)
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started_ms / 1000)) if started_ms else ""
 
 
 def _next_name(run_dir: str, earlier: list[str]) -> str:
     """Return the name of a run's next job: the run's, a hash of its path, and a number."""
     numbers = (name.rpartition("-")[2] for name in earlier)
-    last = max((int(number) for number in numbers if number.isdigit()), default=0)
+    last = max((int(number) for number in numbers if re.fullmatch("[0-9]{1,9}", number)), default=0)
     plain = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(run_dir).name) or "run"
     return f"plad-{plain}-{hashlib.sha256(run_dir.encode()).hexdigest()[:6]}-{last + 1}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
-from rich.text import Text
 
 from plad_dist.catalog import DatasetEntry, FiguresEntry, ModelEntry, Purpose, products_of
 from plad_dist.data.claims import describe_owner
@@ -20,6 +19,7 @@ from plad_dist.rundir import RunDir, load_run
 from plad_dist.sampling.endpoint.ledger import FOLDER as MONEY
 from plad_dist.sampling.endpoint.ledger import MICROS, Spending, spending_of_run
 from plad_dist.training.checkpoints.store import CheckpointStore
+from plad_dist.untrusted import cell
 
 Row = tuple[str, str, str]
 
@@ -40,21 +40,21 @@ def status_table(path: str) -> Table:
         "product",
         "state",
         "rows or steps",
-        title=f"{path} ({stored.fingerprint[:12]})",
-        caption=Text(owner) if owner else None,
+        title=cell(f"{path} ({stored.fingerprint[:12]})"),
+        caption=cell(owner) if owner else None,
     )
     for product in products_of(stored.config, run):
         match product:
             case DatasetEntry() if product.purpose not in _UNLISTED:
-                table.add_row(*_dataset_row(product))
+                table.add_row(*map(cell, _dataset_row(product)))
             case ModelEntry(phase=str(phase)):
-                table.add_row(*_phase_row(phase, run, checkpoints))
+                table.add_row(*map(cell, _phase_row(phase, run, checkpoints)))
             case FiguresEntry():
-                table.add_row(product.path, *_figures_state(run.storage, product.path))
+                table.add_row(*map(cell, (product.path, *_figures_state(run.storage, product.path))))
                 has_report = run.storage.read(product.report) is not None
-                table.add_row(product.report, "complete" if has_report else "-", "")
+                table.add_row(cell(product.report), "complete" if has_report else "-", "")
     for row in _money_rows(run.storage):
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     return table
 
 

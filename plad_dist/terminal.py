@@ -46,9 +46,9 @@ def print_table(table: object) -> None:
     """Print a rich table as wide as the terminal, or 140 columns wide into a file or pipe."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=140, markup=False, emoji=False)
     console.print(table)
 
 

@@ -7,6 +7,8 @@ import math
 import re
 from typing import Any
 
+from rich.text import Text
+
 MAX_DEPTH = 64  # levels of nesting that a document may have; documents of real servers have about ten
 
 # Sequences that a terminal obeys: control sequences, strings such as a window title or the
@@ -34,6 +36,11 @@ def harmless_line(text: object, length: int = 200) -> str:
     whole = text if isinstance(text, str) else repr(text)
     line = " ".join(harmless(whole[: 16 * length]).split())
     return line if len(line) <= length and len(whole) <= 16 * length else f"{line[:length]}..."
+
+
+def cell(value: object, length: int = 500) -> Text:
+    """Return a cell of a table: rich would take a string for markup, such as a link."""
+    return Text(harmless_line(value, length))
 
 
 def parse_json(raw: bytes | str) -> Any:

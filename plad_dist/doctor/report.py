@@ -12,6 +12,7 @@ from rich.text import Text
 
 from plad_dist.doctor.findings import Finding
 from plad_dist.doctor.node import HERE
+from plad_dist.untrusted import cell
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -31,7 +32,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     table = Table("check", "node", "state", "what was found", "remedy")
     for finding in merge_nodes(findings):
         state = Text(finding.state, style=_STYLES[finding.state])
-        table.add_row(finding.check, Text(finding.node), state, Text(finding.text), Text(finding.remedy))
+        table.add_row(*map(cell, (finding.check, finding.node)), state, *map(cell, (finding.text, finding.remedy)))
     return table
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from plad_dist.errors import RunFailed
+from plad_dist.untrusted import cell
 from plad_dist.verify.repair import repair
 from plad_dist.verify.result import CheckResult
 from plad_dist.verify.run import verify
@@ -80,7 +81,7 @@ def _indented(lines: list[str], limit: int = 50) -> str:
 
 def verify_table(url: str, results: Sequence[CheckResult]) -> Table:
     """Return a table with a line for each dataset and for the checkpoints of each phase."""
-    table = Table("dataset", "state", "readable parts", "rows or steps", title=url)
+    table = Table("dataset", "state", "readable parts", "rows or steps", title=cell(url))
     for result in results:
-        table.add_row(result.path, result.state, f"{result.parts:,}", f"{result.rows:,}")
+        table.add_row(cell(result.path), cell(result.state), f"{result.parts:,}", f"{result.rows:,}")
     return table

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from plad_dist.config_file import load_config, read_yaml
 from plad_dist.errors import UserError
-from plad_dist.jobs import JobServer, _Log, job_table, load_submitted, submitted_document
+from plad_dist.jobs import JobServer, _Log, _next_name, job_table, load_submitted, submitted_document
 
 
 def test_a_log_that_is_sent_again_is_shown_once() -> None:
@@ -59,3 +61,29 @@ def test_the_address_of_another_server_is_refused(tmp_path: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["/runs/[/x]", "[link=http://evil.example]/runs/mine[/link]", "\x1b]0;owned\x07/runs/x", "/runs/exp[lr]", ":smile:",
+     "a\nfake row", "x" * 100_000, None, 5, ["a"], {"a": "b"}, True],
+)  # fmt: skip
+def test_what_others_say_of_their_jobs_cannot_break_or_forge_the_table(said: object) -> None:
+    jobs = [
+        SimpleNamespace(submission_id=said, status=said, start_time=said, metadata={"run_dir": said, "stage": said}),
+        SimpleNamespace(submission_id="plad-x-1", status="RUNNING", start_time=10**400, metadata=said),
+        SimpleNamespace(submission_id="plad-x-2", status="RUNNING", start_time=-1, metadata={}),
+    ]
+    output = io.StringIO()
+    table = job_table(jobs, str(said)[:50])
+    Console(file=output, width=4000, force_terminal=True, color_system=None).print(table)
+    text = output.getvalue()
+    assert "\x1b" not in text
+    assert table.row_count == 3
+    if isinstance(said, str) and said.startswith("/runs"):
+        assert said in text
+    assert len(text) < 100_000
+
+
+def test_names_of_others_do_not_break_the_next_name() -> None:
+    assert _next_name("/runs/x", ["plad-x-1", "plad-x-²", f"plad-x-{'9' * 5000}", "-", ""]).endswith("-2")

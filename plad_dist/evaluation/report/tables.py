@@ -13,6 +13,7 @@ from plad_dist.evaluation.document import Metrics
 from plad_dist.evaluation.formatting import NO_EOS_WARNING, percent, with_interval
 from plad_dist.evaluation.over_seeds import VariantFigures
 from plad_dist.systems import PLAD
+from plad_dist.untrusted import cell
 
 
 def _new_table(title: str, caption: str | None = None) -> Table:
@@ -38,7 +39,7 @@ def metrics_table(metrics: Metrics) -> Table:
         cut_off = row.no_eos_share.value
         cells = [
             Text(str(row.system)),
-            Text(row.decoding),
+            cell(row.decoding),
             Text(with_interval(row.rouge_l)),
             Text(percent(row.exact_match)),
             Text(with_interval(row.win_rate_vs_warmup)),
@@ -67,8 +68,8 @@ def comparison_table(comparison: Comparison) -> Table:
         table.add_column(Text(header), justify="right")
     for row in comparison.systems:
         table.add_row(
-            Text(row.label),
-            Text(row.loss or ""),
+            cell(row.label),
+            cell(row.loss or ""),
             *(Text(with_interval(x)) for x in (row.rouge_l, row.win_rate_vs_warmup, row.win_rate_vs_first)),
             percent(row.tokens_mean, 1.0),
             percent(row.no_eos_share),
@@ -98,5 +99,5 @@ def seeds_table(variants: Sequence[VariantFigures]) -> Table:
     for variant in variants:
         shares = [with_interval(variant.figures.get(name)) for name in columns]
         correlation = with_interval(variant.figures.get("calibration_gain"), 1.0, 2)
-        table.add_row(Text(variant.variant), *map(Text, shares), Text(correlation))
+        table.add_row(cell(variant.variant), *map(Text, shares), Text(correlation))
     return table
