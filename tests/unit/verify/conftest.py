@@ -20,8 +20,8 @@ def run(tmp_path: Path) -> RunDir:
     raw = tiny_config(tmp_path)
     raw["sampling"]["teacher"]["n"] = 2
     config = parse_config(raw, "test")
-    run = open_run(config)
-    prepare(config, run.storage)
+    prepare(config, open_run(config).storage)
+    run = RunDir.of(config)  # without a claim, which a repair supersedes
     write_samples(run.samples("teacher"), train_prompts(run.storage), 2)
     write_samples(run.heldout_samples("teacher"), heldout_prompts(run.storage), 1)
     return run
