@@ -281,7 +281,7 @@ def _check_data(job: PhaseJob, groups: int) -> None:
 def _check_checkpoints(store: CheckpointStore, run: RunDir) -> None:
     """Raise :class:`UserError` if the stored checkpoints belong to another phase or run."""
     store.newest()
-    if store.storage == run.storage:
+    if store.storage.url == run.storage.url:
         return
     key, own = f"{store.folder}/{OWNER}", run.storage.url.encode()
     if not store.storage.create(key, own) and store.storage.read(key) != own:
