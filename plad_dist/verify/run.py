@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from plad_dist.catalog import DatasetEntry, ModelEntry, products_of, stored_rounds
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
+from plad_dist.sampling.endpoint.ledger import ledger_problems
 from plad_dist.verify.contents import check_inputs, check_rows
 from plad_dist.verify.models import check_checkpoints, check_figures, check_models
 from plad_dist.verify.parts import check_datasets
@@ -37,5 +38,5 @@ def verify(url: str) -> tuple[list[CheckResult], list[str]]:
         result.state = "damaged" if result.problems else result.state
     phases = [model.phase for model in models if model.phase is not None]
     checkpoints = check_checkpoints(run.checkpoints(config), phases)
-    problems += [*check_models(run, models), *check_figures(run, rounds)]
+    problems += [*check_models(run, models), *check_figures(run, rounds), *ledger_problems(run.storage)]
     return [*datasets, *checkpoints], problems

@@ -145,8 +145,22 @@ class Ledger:
 
 def spending_of_run(storage: Storage) -> dict[str, Spending]:
     """Return the money of every payer of a run that has a ledger."""
-    payers = sorted(name.rstrip("/") for name in storage.sizes(FOLDER) if name.endswith("/"))
-    return {payer: Ledger(storage, payer).read() for payer in payers}
+    return {payer: Ledger(storage, payer).read() for payer in _payers(storage)}
+
+
+def ledger_problems(storage: Storage) -> list[str]:
+    """Return what is wrong with the latest states of a run's ledgers; earlier ones are not used."""
+    problems = []
+    for payer in _payers(storage):
+        try:
+            Ledger(storage, payer).read()
+        except RunFailed as error:
+            problems.append(str(error))
+    return problems
+
+
+def _payers(storage: Storage) -> list[str]:
+    return sorted(name.rstrip("/") for name in storage.sizes(FOLDER) if name.endswith("/"))
 
 
 def spent_before(outputs: Sequence[tuple[Dataset, Collection[int]]]) -> Spending:

@@ -14,14 +14,17 @@ from plad_dist.config import Decoding, Endpoint, Model
 from plad_dist.data.claims import claim_run
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
+from plad_dist.evaluation.report.page import SamplingCost
+from plad_dist.evaluation.report.stage import _lost_money
 from plad_dist.fleet.protocol import Hints, StopStageError
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.endpoint.account import Account
 from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.endpoint.budget import Budget
 from plad_dist.sampling.endpoint.errors import SpendingStoppedError
-from plad_dist.sampling.endpoint.ledger import Ledger, Spending, spending_of_run
+from plad_dist.sampling.endpoint.ledger import Ledger, Spending, ledger_problems, spending_of_run
 from plad_dist.sampling.job import SamplingJob
+from plad_dist.status import _money_rows
 from tests.fake_endpoint import PRICES, after, good, run, serving, until
 from tests.unit.sampling.test_attempt import prepare
 
@@ -214,6 +217,26 @@ def test_a_damaged_ledger_stops_spending_by_name(damage: bytes, tmp_path: Path) 
             assert server.completed == 0
 
     run(test())
+    (problem,) = ledger_problems(storage)
+    assert "teacher-teacher/00000001.json" in problem
+    assert _money_rows(storage) == [("spending", "damaged", problem)]
+
+
+def test_the_status_shows_what_the_ledger_counts(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    Ledger(storage, "teacher-big").start(lambda: Spending(12_340_000, {"client-a": 500_000}))
+    Ledger(storage, "judge-j").start(lambda: Spending(1_000_000))
+    assert ledger_problems(storage) == []
+    note = "12.84 spent, 0.50 of it reserved by commands and batches at work, or killed"
+    assert _money_rows(storage) == [("spending/judge-j", "-", "1.00 spent"), ("spending/teacher-big", "-", note)]
+
+
+def test_the_report_shows_the_money_of_responses_that_were_lost(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    Ledger(storage, "teacher-big").start(lambda: Spending(12_340_000, {"client-a": 500_000}))
+    costs = {"Teacher, for pairs": SamplingCost(10, 10, 10, 11.0), "Judge j": SamplingCost(10, 10, 10, 5.0)}
+    assert _lost_money(storage, costs) == pytest.approx(1.84)
+    assert _lost_money(Storage(str(tmp_path / "other")), costs) == 0.0
 
 
 def test_every_flipped_bit_of_a_ledger_is_found(tmp_path: Path) -> None:
