@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from plad_dist.config import Config
 from plad_dist.data.claims import SupersededError
+from plad_dist.data.manifest import MANIFEST
 from plad_dist.data.parts import read_header
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RUN_FILE, load_run
@@ -118,11 +119,15 @@ class Schedule:
         return [first, *rivals]
 
     def _delete_a_part(self) -> None:
-        """Delete a part, as only a user can."""
-        for _ in range(self.random.randrange(40)):
+        """Delete a part, as only a user can: mostly one of a dataset that is being written."""
+        is_any = self.random.random() < 0.3
+        for _ in range(self.random.randrange(80)):
             obstore.list_with_delimiter(None, None)
-        if parts := [key for key in self.world.objects if is_part(key)]:
-            obstore.delete(None, self.random.choice(parts))
+        objects = self.world.objects
+        parts = [key for key in objects if is_part(key)]
+        unlisted = [key for key in parts if f"{key.rpartition('/')[0]}/{MANIFEST}" not in objects]
+        if candidates := parts if is_any else unlisted:
+            obstore.delete(None, self.random.choice(candidates))
 
     def _faults(self, calls: int) -> list[Fault]:
         """Return the faults of a command.

@@ -9,16 +9,25 @@ import gc
 import json
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from plad_dist import rundir
 from plad_dist.config import Config
+from plad_dist.data import claims
+from plad_dist.data.dataset import Dataset
+from plad_dist.data.storage import Storage
+from plad_dist.rundir import RUN_FILE
+from tests.simulation import commands
 from tests.simulation.commands import install, make_config
-from tests.simulation.schedules import Schedule
+from tests.simulation.schedules import Schedule, snapshots
+from tests.simulation.watch import is_part
 
 SCHEDULES, _AT_ONCE = 2000, 100
+_MOST_SEEDS = 400  # until a mutation must show
 _SEED = os.environ.get("SIMULATION_SEED")
 
 
@@ -56,3 +65,65 @@ def problems_of(seeds: range, configs: Configs) -> Iterator[str]:
 def test_commands_lose_and_mix_nothing(start: int, configs: Configs) -> None:
     problem = next(problems_of(range(start, start + (1 if _SEED else _AT_ONCE)), configs), None)
     assert problem is None, problem
+
+
+# -- mutations: without any of its guards, the simulation must fail
+
+
+def _without_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command looks whether another one has taken over the run."""
+    for module in list(sys.modules.values()):
+        if getattr(module, "check_owned", None) is claims.check_owned and module is not claims:
+            monkeypatch.setattr(module, "check_owned", lambda storage: None)
+    monkeypatch.setattr(claims, "check_owned", lambda storage: None)
+
+
+def _with_replaced_run_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run.yaml` is written whether it exists or not."""
+    _overwrite(monkeypatch, lambda key: key == RUN_FILE)
+
+
+def _with_replaced_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are written whether they exist or not."""
+    _overwrite(monkeypatch, is_part)
+
+
+def _overwrite(monkeypatch: pytest.MonkeyPatch, is_meant: Callable[[str], bool]) -> None:
+    create = Storage.create
+
+    def overwrite(storage: Storage, key: str, data: bytes) -> bool:
+        if not is_meant(key):
+            return create(storage, key, data)
+        storage.replace(key, data)
+        return True
+
+    monkeypatch.setattr(Storage, "create", overwrite)
+
+
+def _without_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest is written without another look at its parts."""
+    monkeypatch.setattr(Dataset, "_check_again", lambda *_: None)
+
+
+def _without_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command takes any run for that of its config."""
+    for module in (rundir, commands):
+        monkeypatch.setattr(module, "check_same_run", lambda config, run: None)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "scenario"),
+    [
+        (_without_claims, "other config"),
+        (_with_replaced_run_file, "other config"),
+        (_with_replaced_parts, "same config"),
+        (_without_second_look, "deletion"),
+        (_without_comparison, "other config"),
+    ],
+)
+def test_commands_without_a_guard_fail(
+    mutate: Callable[[pytest.MonkeyPatch], None], scenario: str, configs: Configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshots(configs[0])
+    mutate(monkeypatch)
+    assert any(Schedule(seed, configs, (scenario,)).run() for seed in range(_MOST_SEEDS))
