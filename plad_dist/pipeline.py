@@ -20,7 +20,8 @@ from plad_dist.evaluation.report.stage import write_report
 from plad_dist.evaluation.rounds import continues_after
 from plad_dist.evaluation.stage import evaluate, is_evaluated, require_inputs
 from plad_dist.holders import Holder
-from plad_dist.pairing.build import build_pairs, is_paired, pair_jobs
+from plad_dist.pairing.build import build_pairs, is_paired
+from plad_dist.pairing.build import require_inputs as require_pair_inputs
 from plad_dist.pairing.tells import warnings as pair_warnings
 from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.preflight import check_inputs
@@ -125,7 +126,7 @@ class _Steps:
             self._name("pair"),
             "pair",
             is_done=lambda: is_paired(self.config, self.run),
-            require_inputs=lambda: pair_jobs(self.config, self.run),
+            require_inputs=lambda: require_pair_inputs(self.config, self.run),
             work=lambda: _pair(self.config, self.run, self.progress),
         )
 

@@ -73,6 +73,17 @@ def _inputs(config: Config, run: RunDir) -> str | None:
     )
 
 
+def require_inputs(config: Config, run: RunDir) -> None:
+    """Raise :class:`UserError` if samples of uncommitted pairs, or the student, are missing."""
+    outputs = ((run.samples, run.pairs()), (run.heldout_samples, run.heldout_pairs()))
+    missing = [samples for samples, output in outputs if output.manifest() is None]
+    for samples in missing:
+        for role in ("teacher", "student"):
+            samples(role).require("sample")
+    if missing:
+        require_model(run.student(config), run.student_made_by)
+
+
 def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
     """Return the jobs of uncommitted datasets, each with the number of prompts in every block.
 
@@ -86,10 +97,7 @@ def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
     missing = [dataset for dataset in datasets if dataset[2].manifest() is None]
     if not missing:
         return []
-    for _, samples, _, _ in missing:
-        for role in ("teacher", "student"):
-            samples(role).require("sample")
-    require_model(run.student(config), run.student_made_by)
+    require_inputs(config, run)
     forms = teacher_forms(config, run)
     return [
         _job(config, run, prompts, samples("teacher"), samples("student"), output, forms, n)
@@ -97,16 +105,23 @@ def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
     ]
 
 
-def pair_worker_args(config: Config, run: RunDir) -> tuple[Storage, str, Model, Pairing, TeacherForms, str]:
+def pair_worker_args(
+    config: Config, run: RunDir, forms: TeacherForms | None = None
+) -> tuple[Storage, str, Model, Pairing, TeacherForms, str]:
     """Return the arguments of :class:`PairWorker`.
 
     Paths are absolute, because workers have other working directories.
+
+    Args:
+        forms: forms of the jobs, which take the tokenizers of all models to compute; None to
+            compute them.
     """
     pairing = config.pairing
     if pairing.reward_model is not None:
         path = resolve_model(as_model(pairing.reward_model))
         pairing = pairing.model_copy(update={"reward_model": pairing.reward_model.model_copy(update={"path": path})})
-    return run.storage, run.student(config), config.student, pairing, teacher_forms(config, run), str(Path.cwd())
+    forms = forms or teacher_forms(config, run)
+    return run.storage, run.student(config), config.student, pairing, forms, str(Path.cwd())
 
 
 def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run: RunDir, progress: Progress) -> None:
@@ -115,12 +130,14 @@ def run_pair_jobs(jobs: Sequence[tuple[PairJob, list[int]]], config: Config, run
     from plad_dist.fleet.fleet import Assignment, Fleet
     from plad_dist.fleet.placement import Placement
 
+    if not jobs:
+        return
     pairing = config.pairing
     fleet = Fleet(
         name="pairs",
         assignments=tuple(Assignment(job, range(len(prompts)), prompts) for job, prompts in jobs),
         worker=PairWorker,
-        arguments=pair_worker_args(config, run),
+        arguments=pair_worker_args(config, run, jobs[0][0].forms),
         placement=Placement(pairing.cpus_per_worker, gpus=pairing.gpus_per_worker),
         replicas=pairing.workers,
         environment={"OMP_NUM_THREADS": str(max(1, int(pairing.cpus_per_worker)))},
@@ -165,5 +182,5 @@ def _job(
         context=context_length(path, config.student),
         reward_model=model_identity(resolve_model(reward), reward) if reward is not None else None,
     )
-    job = PairJob(prompts.path, teacher.path, student.path, output.path, input_fingerprint, run.round)
+    job = PairJob(prompts.path, teacher.path, student.path, output.path, input_fingerprint, run.round, forms)
     return job, [part.rows // n for part in samples[1].parts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
@@ -34,6 +34,7 @@ class PairJob:
         output: path of the pairs dataset.
         fingerprint: fingerprint of everything that decides the rows.
         round: value of the column `round`.
+        forms: how teachers' responses become responses of the student.
     """
 
     prompts: str
@@ -42,6 +43,7 @@ class PairJob:
     output: str
     fingerprint: str
     round: int = 0
+    forms: TeacherForms = field(default_factory=TeacherForms)
 
     def dataset(self, storage: Storage) -> Dataset:
         return Dataset(storage, self.output, PAIRS)
