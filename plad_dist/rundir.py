@@ -31,6 +31,7 @@ from plad_dist.data.manifest import MANIFEST
 from plad_dist.data.models import resolve_model
 from plad_dist.data.parts import part_name
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
+from plad_dist.data.sealed import sealed_yaml
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import any_reads_clock
 from plad_dist.drafts import RUN_FILE, complete_draft, has_content, settle_drafts
@@ -281,7 +282,7 @@ def run_document(config: Config) -> bytes:
         "config": config.model_dump(mode="json"),
         "fingerprint": config.fingerprint(),  # last, so that a truncated file lacks it
     }
-    return dump_yaml(document).encode()
+    return sealed_yaml(dump_yaml(document))
 
 
 def with_date(config: Config, run: RunDir) -> Config:

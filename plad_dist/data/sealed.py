@@ -26,8 +26,8 @@ def sealed_json(text: str) -> bytes:
 
 
 def sealed_yaml(text: str) -> bytes:
-    """Return the text of a YAML mapping in block style with its checksum as the last field."""
-    return _sealed(f"{text.rstrip()}\n{CHECKSUM_FIELD}: '", "'\n")
+    """Return a YAML document with its checksum in a comment on the last line."""
+    return _sealed(f"{text.rstrip()}\n# {CHECKSUM_FIELD}: ", "\n")
 
 
 def _sealed(head: str, tail: str) -> bytes:

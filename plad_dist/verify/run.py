@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from plad_dist.catalog import DatasetEntry, ModelEntry, products_of, stored_rounds
+from plad_dist.data.sealed import seal_problem
 from plad_dist.rundir import RUN_FILE, RunDir, load_run
 from plad_dist.sampling.endpoint.ledger import ledger_problems
 from plad_dist.verify.contents import check_inputs, check_rows
@@ -26,6 +27,11 @@ def verify(url: str) -> tuple[list[CheckResult], list[str]]:
     if config.fingerprint() != stored.fingerprint:
         problems.append(
             f"{RUN_FILE}: its fingerprint is not that of its config: one of the two was altered. Restore the file"
+        )
+    elif (problem := seal_problem(run.storage.read(RUN_FILE) or b"")) is not None:
+        problems.append(
+            f"{RUN_FILE}: {problem}: it was altered, though not in what decides the data. Restore it from a copy; the "
+            "next command that works on the run also writes it again"
         )
     rounds = stored_rounds(config, run)
     products = list(products_of(config, run, rounds))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plad_dist.data.local_files import is_file
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -23,7 +25,7 @@ def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     steps: dict[int, dict[str, Any]] = {}
     heldout: dict[int, dict[str, Any]] = {}
     path = folder / METRICS_FILE
-    if path.is_file():
+    if is_file(path):
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 record = json.loads(line)

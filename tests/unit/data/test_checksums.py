@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.journal import damaged_pages
@@ -136,6 +137,7 @@ def test_a_manifest_with_an_unknown_or_repeated_field_is_damaged(tmp_path: Path)
 def test_a_sealed_text_is_read_back_and_any_other_text_is_not_sealed() -> None:
     assert unsealed_json(sealed_json('{"a": {"b": {}}}\n')) == {"a": {"b": {}}}
     data = sealed_yaml("config:\n  seed: 5\n")
+    assert yaml.safe_load(data) == {"config": {"seed": 5}}
     assert seal_problem(data) is None
     for altered in flips(data):
         assert seal_problem(altered) is not None

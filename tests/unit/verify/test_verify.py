@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from plad_dist.data.models import weights_problems
 from plad_dist.data.parts import part_name
 from plad_dist.data.prompts import train_prompts
 from plad_dist.data.schemas import PAIRS
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir
 from plad_dist.verify.parts import check_dataset
 from plad_dist.verify.repair import repair
@@ -41,6 +43,7 @@ from tests.damaged_runs import (
     truncate,
     write_samples,
 )
+from tests.unit.data.test_checksums import flips
 
 
 def test_a_sound_run_passes_and_every_dataset_is_listed(run: RunDir) -> None:
@@ -173,3 +176,18 @@ def test_a_missing_shard_of_an_index_is_named(tmp_path: Path) -> None:
         "model-00001-of-00002.safetensors: missing",
         "model-00002-of-00002.safetensors: missing",
     ]
+
+
+def test_every_flipped_bit_of_run_yaml_is_found(run: RunDir) -> None:
+    path = run.root / "run.yaml"
+    for altered in islice(flips(path.read_bytes(), samples=0), 0, None, 60):
+        path.write_bytes(altered)
+        assert found(run), altered
+
+
+def found(run: RunDir) -> list[str] | str:
+    """Return the problems that a verification finds, or the message with which it ends."""
+    try:
+        return problems_of(run)
+    except (RunFailed, UserError) as error:
+        return str(error)
