@@ -30,7 +30,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SIZE = 8 << 20  # characters; the longest contexts of models have fewer
 _MAX_BITS = 4096
-_WORK = 128 << 20
+_WORK, _WORK_PER_CHARACTER = 128 << 20, 1024
 _STEP = 128  # work of a call or of a pass of a loop
 _ITEM = 16  # size of an item of a list beside its contents
 _SLOW = {"pprint": 32, "striptags": 32, "truncate": 2, "urlize": 64, "wordwrap": 64, "xmlattr": 8}
@@ -54,9 +54,9 @@ _BUDGET = _Budget()
 
 
 @contextmanager
-def _rendering() -> Iterator[None]:
-    """Give the template that is rendered its budget of work."""
-    before, _BUDGET.left = _BUDGET.left, _WORK
+def _rendering(variables: Mapping[str, Any]) -> Iterator[None]:
+    """Give the template that is rendered its budget of work, which grows with what it renders."""
+    before, _BUDGET.left = _BUDGET.left, _WORK + _WORK_PER_CHARACTER * _size(variables)
     try:
         yield
     except RecursionError:
@@ -375,7 +375,7 @@ class _BoundedTemplate(jinja2.Template):
     """Template whose renderings have a budget."""
 
     def render(self, *arguments: Any, **variables: Any) -> str:
-        with _rendering():
+        with _rendering(dict(*arguments, **variables)):
             text = super().render(*arguments, **variables)
             _require(len(text))
         return text
@@ -408,7 +408,7 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         expression = super().compile_expression(source, undefined_to_none)
 
         def bounded(*arguments: Any, **variables: Any) -> Any:
-            with _rendering():
+            with _rendering(dict(*arguments, **variables)):
                 return expression(*arguments, **variables)
 
         return bounded

@@ -120,7 +120,7 @@ def report(config: ConfigPath, overrides: Overrides = None) -> None:
     directory = RunDir.of(settings)
     check_same_run(settings, directory)
     reportable_metrics(settings, last_round(settings, directory))  # before anything is written
-    typer.echo(write_report(settings, last_round(settings, directory.claimed("plad report"))))
+    typer.echo(write_report(settings, last_round(settings, directory)))
 
 
 def _run_stage(command: str, config: str, overrides: list[str] | None, phase: str | None = None) -> None:

@@ -57,6 +57,9 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         raise UserError(f"{len(problems)} problems:\n" + "\n".join(problems))
     if problems:
         raise UserError(*problems)
+    for key, model, *_ in config.responders():
+        if model.endpoint is not None and model.endpoint.exposes_key:
+            logger.warning("%s.endpoint: %s gets its key unencrypted; use https", key, model.endpoint.url)
     if command in (None, "sample"):
         for note in decoding_notes(config):
             logger.info("%s", note)

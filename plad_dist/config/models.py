@@ -24,6 +24,7 @@ _SET_FOR_TEMPLATES = (
 _SET_HEADERS = ("content-type", "content-length", "host", "transfer-encoding")  # by the HTTP client
 
 
+_SHARED_ADDRESSES = ipaddress.ip_network("100.64.0.0/10")  # of carriers and overlay networks
 _PRIVATE_DOMAINS = (".local", ".localhost", ".internal", ".intranet", ".lan", ".home.arpa", ".svc", ".test")
 
 
@@ -50,7 +51,7 @@ def _is_private(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return "." not in host or host.rstrip(".").endswith(_PRIVATE_DOMAINS)
-    return address.is_private or address.is_loopback or address.is_link_local
+    return address.is_private or address.is_loopback or address.is_link_local or address in _SHARED_ADDRESSES
 
 
 class Endpoint(Section):
@@ -239,14 +240,14 @@ class Endpoint(Section):
             raise ValueError(f"{' and '.join(sources)}: the key can have one source; remove all but one")
         if sources and any(header.lower() == "authorization" for header in self.headers_env):
             raise ValueError(f"headers_env.Authorization: the key of {sources[0]} is sent in it; remove one of them")
-        url = urlsplit(self.url)
-        if (sources or self.headers_env) and url.scheme == "http" and not _is_private(url.hostname or ""):
-            raise ValueError(
-                f"url: http://{url.hostname} would get the key unencrypted over a public network; use https. Hosts of "
-                "private networks may use http: private addresses, and names without a dot or that end in .local, "
-                ".internal, .lan or .svc"
-            )
         return self
+
+    @property
+    def exposes_key(self) -> bool:
+        """True if a key or secret header may be sent unencrypted over a public network."""
+        has_key = any((self.api_key_env, self.api_key_file, self.api_key_command, self.headers_env))
+        url = urlsplit(self.url)
+        return has_key and url.scheme == "http" and not _is_private(url.hostname or "")
 
     @model_validator(mode="after")
     def _check_spending_cap(self) -> Endpoint:

@@ -133,7 +133,7 @@ def _check_json(mapping: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_secrets(mapping: dict[str, Any]) -> dict[str, Any]:
-    if location := secret_location(mapping, names=True):
+    if location := secret_location(mapping, is_free=True):
         raise ValueError(f"{location}: looks like a secret; {ADVICE}")
     return mapping
 

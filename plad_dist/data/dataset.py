@@ -95,10 +95,12 @@ class Dataset:
 
         Raises:
             UserError: the committed part has another fingerprint.
-            RunFailed: the storage failed, or the committed part is damaged.
+            RunFailed: the storage failed, the committed part is damaged, or another command has
+                claimed the run.
         """
         data = encode_part(table.cast(self.schema), fingerprint=fingerprint, attempt=attempt, counts=counts or {})
         name = part_name(block)
+        check_owned(self.storage)  # a late part of another config would be in its successor's way
         if self.storage.create(f"{self.path}/{name}", data):
             return Part(name, table.num_rows, len(data), part_checksum(data), counts or {}), True
         # If the response to our own successful put was lost, its retry finds our own part.

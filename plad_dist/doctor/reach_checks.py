@@ -100,6 +100,10 @@ async def _check_endpoint(node: str, key: str, endpoint: Endpoint) -> Finding:
             f"{key}: {endpoint.url} answers, but lists no model {endpoint.model!r}",
             f"correct {key}.model; the server lists {listed}",
         )
+    if endpoint.exposes_key:
+        return warn(
+            f"{key}: {endpoint.url} gets its key unencrypted", "use https, or make sure that the network is yours"
+        )
     listing = f"and lists {endpoint.model}" if names else f"but does not list its models (HTTP {status})"
     return ok(f"{key}: {endpoint.url} answers {listing}")
 

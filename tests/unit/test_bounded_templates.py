@@ -145,3 +145,12 @@ def test_a_result_has_a_largest_size() -> None:
     template = ChatTemplate("{{ messages[0].content }}{{ messages[0].content }}", "m")
     with pytest.raises(UserError, match=r"too large: 1.04e\+07, the limit is 8,388,608"):
         template.render(Conversation([{"role": "user", "content": "x" * 5_200_000}]))
+
+
+def test_a_template_may_build_the_text_of_a_long_conversation_piece_by_piece() -> None:
+    template = BoundedEnvironment(extensions=["jinja2.ext.loopcontrols"]).from_string(
+        "{% set ns = namespace(text='') %}{% for m in messages %}{% set ns.text = ns.text + m.content %}"
+        "{% if m in messages %}{% endif %}{% endfor %}{{ ns.text }}"
+    )
+    messages = [{"role": "user", "content": "x" * 2000} for _ in range(300)]
+    assert len(template.render(messages=messages)) == 600_000

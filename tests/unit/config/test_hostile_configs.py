@@ -100,6 +100,27 @@ def test_fields_that_only_sound_like_secrets_are_taken() -> None:
     assert secret_location({"path": "/data/sk/hf_models/token", "text": "Answer the question: {{ messages }}"}) is None
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["/data/hf_checkpoint", "/mnt/hf_checkpoints/Qwen3-8B", "data/sk_alpaca_cleaned.jsonl", "org/mistral-sk-instruct-7b-v1",
+     "xai_explanations_v1.jsonl", "runs/rk-2024-Exp-with-a-long-name-7B", "Compare sk-learn with pk_something_else."],
+)  # fmt: skip
+def test_ordinary_paths_and_names_are_no_secrets(value: str) -> None:
+    assert secret_location({"path": value}) is None
+
+
+def test_the_working_directory_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/ana/projects/distillation")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/home/ana/key.json")
+    assert (
+        secret_location({"dir": "/home/ana/projects/distillation/runs/a", "api_key_file": "/home/ana/key.json"}) is None
+    )
+
+
+def test_special_tokens_of_a_model_are_no_secrets() -> None:
+    assert secret_location({"auth_token": "<|user|>", "session_token": "[SESSION]"}, is_free=True) is None
+
+
 def test_secrets_in_other_keys_are_refused() -> None:
     for settings in ({"ca_bundle": "https://me:pw@host/ca.pem"}, {"model": "sk-verysecretkey"}):
         with pytest.raises(ValidationError, match="looks like a secret"):
@@ -109,19 +130,28 @@ def test_secrets_in_other_keys_are_refused() -> None:
 
 
 @pytest.mark.parametrize("host", ["far.example", "8.8.8.8", "api.openai.com", "[2001:4860:4860::8888]"])
-def test_a_key_is_not_sent_unencrypted_over_a_public_network(host: str) -> None:
-    with pytest.raises(ValidationError, match="use https"):
-        Endpoint(url=f"http://{host}/v1", model="m", api_key_env="KEY")
-    Endpoint(url=f"https://{host}/v1", model="m", api_key_env="KEY")
-    Endpoint(url=f"http://{host}/v1", model="m")
+def test_a_key_that_would_be_sent_unencrypted_over_a_public_network_is_noticed(host: str) -> None:
+    assert Endpoint(url=f"http://{host}/v1", model="m", api_key_env="KEY").exposes_key
+    assert not Endpoint(url=f"https://{host}/v1", model="m", api_key_env="KEY").exposes_key
+    assert not Endpoint(url=f"http://{host}/v1", model="m").exposes_key
 
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "127.0.0.1", "10.1.2.3", "vllm", "vllm.team.svc", "vllm.svc.cluster.local", "[::1]", "192.168.1.5"],
+    [
+        "localhost",
+        "127.0.0.1",
+        "10.1.2.3",
+        "vllm",
+        "vllm.team.svc",
+        "vllm.svc.cluster.local",
+        "[::1]",
+        "192.168.1.5",
+        "100.101.102.103",
+    ],
 )
 def test_a_key_may_be_sent_in_a_private_network(host: str) -> None:
-    Endpoint(url=f"http://{host}:8000/v1", model="m", api_key_env="KEY")
+    assert not Endpoint(url=f"http://{host}:8000/v1", model="m", api_key_env="KEY").exposes_key
 
 
 @pytest.mark.parametrize(
