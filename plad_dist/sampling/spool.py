@@ -11,23 +11,20 @@ The spool of a committed block counts no more, because the part has its cost.
 from __future__ import annotations
 
 import contextlib
-import io
-import json
 import logging
 import re
 import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
-import xxhash
 
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.parts import part_name
+from plad_dist.data.parts import encode_part, open_part, part_name, read_header
 from plad_dist.data.storage import Storage
 
 logger = logging.getLogger("plad")
@@ -145,11 +142,25 @@ class Spool:
 
     def _encode(self, rows: list[Row]) -> bytes:
         table = pa.Table.from_pylist(rows, schema=self._schema)
-        metadata = {"plad.fingerprint": self._fingerprint, "plad.xxh3_128": _checksum(table)}
-        sink = io.BytesIO()
-        with pa.ipc.new_file(sink, table.schema.with_metadata(metadata)) as writer:
-            writer.write_table(table.replace_schema_metadata(metadata))
-        return sink.getvalue()
+        return encode_part(table, fingerprint=self._fingerprint, attempt=self._prefix, counts={})
+
+
+def damaged_files(dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Yield name and problem of every damaged file of the spool of uncommitted blocks."""
+    storage, names = dataset.storage, dataset.storage.sizes(dataset.path)
+    if f"{FOLDER}/" not in names:
+        return
+    for folder in storage.sizes(f"{dataset.path}/{FOLDER}"):
+        block = folder.rstrip("/")
+        if not re.fullmatch(r"\d{5,}/", folder) or part_name(int(block)) in names:
+            continue
+        for name in filter(_FILE_NAME.fullmatch, storage.sizes(f"{dataset.path}/{FOLDER}/{block}")):
+            data = storage.read(f"{dataset.path}/{FOLDER}/{block}/{name}")
+            try:
+                if data is not None:
+                    _decode(data, None, None)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                yield f"{FOLDER}/{block}/{name}", str(error)
 
 
 def total_cost(dataset: Dataset, blocks: Collection[int] | None = None) -> float:
@@ -197,18 +208,13 @@ def _read_tables(
 
 
 def _decode(data: bytes, fingerprint: str | None, schema: pa.Schema | None) -> pa.Table:
-    table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-    metadata = table.schema.metadata or {}
+    header = read_header(data)
+    table = open_part(data).read_all()
     table.validate(full=True)
-    if metadata.get(b"plad.xxh3_128", b"").decode() != _checksum(table) or "cost" not in table.column_names:
-        raise ValueError("damaged, or not a file of a spool")
-    if fingerprint is not None and metadata.get(b"plad.fingerprint", b"").decode() != fingerprint:
+    if "cost" not in table.column_names:
+        raise ValueError("not a file of a spool")
+    if fingerprint is not None and header.fingerprint != fingerprint:
         raise ValueError("written under another config or from other inputs")
     if schema is not None and not table.schema.equals(schema):
         raise ValueError("has other columns")
     return table
-
-
-def _checksum(table: pa.Table) -> str:
-    """Return a checksum of the rows, because Arrow's files have none."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(table.to_pylist()).encode())

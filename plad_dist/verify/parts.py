@@ -16,6 +16,7 @@ from plad_dist.data.manifest import MANIFEST, DamagedManifest, Manifest
 from plad_dist.data.parts import DamagedPart, Part, check_part, open_part, part_block, read_header
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
+from plad_dist.sampling.spool import damaged_files
 from plad_dist.verify.result import DatasetResult
 
 _THREADS = 8
@@ -72,6 +73,10 @@ def check_dataset(dataset: Dataset, entry: DatasetEntry | None = None) -> Datase
         result.harmless += [
             f"{JOURNAL}/{name}: damaged ({problem}); its parts are read instead" for name, problem in pages
         ]
+    for name, problem in damaged_files(dataset):
+        result.problems.append(
+            f"{name}: {problem}; its responses will be paid for again. Restore it from a copy, or run again"
+        )
     listed = {part.name: part for part in (manifest.parts if manifest else dataset.journaled())}
     if manifest is not None:
         for name in sorted(listed.keys() - stored):

@@ -13,7 +13,9 @@ from plad_dist.data.dataset import Dataset
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.data.storage import Storage
 from plad_dist.sampling.spool import Spool
+from plad_dist.verify.parts import check_dataset
 from tests.file_faults import each_fault, temporaries
+from tests.unit.data.test_checksums import flips
 from tests.unit.data.test_faults import outcome
 
 
@@ -81,3 +83,17 @@ def test_faults_at_every_call_of_a_read_or_a_discard_are_failures(
             else:
                 spool(root).discard(0)
                 assert stored(root) == 0
+
+
+def test_every_flipped_bit_of_a_spooled_file_is_found(tmp_path: Path) -> None:
+    writer = spool(tmp_path)
+    writer.add(0, row(0))
+    writer.flush()
+    (path,) = (tmp_path / "samples/spool/00000").iterdir()
+    dataset = Dataset(Storage(str(tmp_path)), "samples", SAMPLES)
+    assert check_dataset(dataset).problems == []
+    for altered in flips(path.read_bytes(), samples=50):
+        path.write_bytes(altered)
+        (problem,) = check_dataset(dataset).problems
+        assert problem.startswith(f"spool/00000/{path.name}: damaged")
+        assert problem.endswith("its responses will be paid for again. Restore it from a copy, or run again")
