@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +21,14 @@ from plad_dist.config import Config
 from plad_dist.data import claims
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.run_logs import TIMINGS
 from plad_dist.rundir import RUN_FILE
 from tests.simulation import commands
-from tests.simulation.commands import install, make_config
+from tests.simulation.commands import in_world, install, make_config, plad_verify
 from tests.simulation.schedules import Schedule, snapshots
 from tests.simulation.watch import is_part
+from tests.simulation.world import Command, World
 
 SCHEDULES, _AT_ONCE = 2000, 100
 _MOST_SEEDS = 400  # until a mutation must show
@@ -65,6 +69,19 @@ def problems_of(seeds: range, configs: Configs) -> Iterator[str]:
 def test_commands_lose_and_mix_nothing(start: int, configs: Configs) -> None:
     problem = next(problems_of(range(start, start + (1 if _SEED else _AT_ONCE)), configs), None)
     assert problem is None, problem
+
+
+def test_commands_that_verify_find_every_flipped_bit(configs: Configs) -> None:
+    objects, rng = snapshots(configs[0])["pair"], random.Random(0)
+    harmless = (f"{claims.RUN_CLAIMS}/", TIMINGS)  # who worked on the run, and for how long
+    for key, data in [(key, data) for key, data in objects.items() if not key.startswith(harmless)]:
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        with in_world(World(0)) as world:
+            world.objects = objects | {key: bytes(flipped)}
+            check = Command("verify", plad_verify())
+            world.run(check)
+        assert isinstance(check.outcome, RunFailed | UserError), f"{key}: {check.outcome!r}"
 
 
 # -- mutations: without any of its guards, the simulation must fail
