@@ -11,6 +11,7 @@ Written for DeepSpeed 0.19.8. Relies on:
   `fp32_partitioned_groups_flat` (flat float32 weights by sub-group), `_set_` and
   `_clear_fp32_optimizer_param_groups`, `checkpoint_event_prologue` and `_epilogue`,
   `load_state_dict` (a list with one state per rank, of which it reads its own);
+- `TorchCheckpointEngine.load`, by which `DeepSpeedEngine.load_checkpoint` reads all files;
 - `DeepSpeedEngine.param_names` (names by parameter), and `ds_numel` of a partitioned parameter.
 
 Importing this module imports DeepSpeed, which takes seconds: import it where an engine is built.
@@ -19,16 +20,18 @@ Importing this module imports DeepSpeed, which takes seconds: import it where an
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from deepspeed.checkpoint import constants
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 
 from plad_dist.compat.assumptions import Assumptions
-from plad_dist.compat.zero_files import FP32_FLAT_GROUPS, OPTIMIZER_STATES, PARAM_SHAPES
+from plad_dist.compat.zero_files import FP32_FLAT_GROUPS, OPTIMIZER_STATES, PARAM_SHAPES, load_tensors
 
 _assumptions = Assumptions("deepspeed", "0.19.8")
 _assumptions.attribute(parameter_offload, "FWD_MODULE_STACK")
@@ -48,6 +51,15 @@ for _name, _expected in (
     ("PARAM_SHAPES", PARAM_SHAPES),
 ):
     _assumptions.value(_assumptions.attribute(constants, _name), _expected, _name)
+_assumptions.parameters(_assumptions.attribute(TorchCheckpointEngine, "load"), "self", "path", "map_location")
+
+
+def _load(engine: TorchCheckpointEngine, path: str, map_location: Any = None) -> Any:
+    """Load a file of a checkpoint as :func:`load_tensors` does; DeepSpeed would run its pickle."""
+    return load_tensors(path, map_location)
+
+
+TorchCheckpointEngine.load = _load
 
 
 def release_engine(engine: Any) -> None:
@@ -59,6 +71,16 @@ def release_engine(engine: Any) -> None:
     parameter_offload.FWD_MODULE_STACK.clear()
     _params_to_release_cache.cache_clear()
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine creates its own
+
+
+def load_native(engine: Any, folder: Path, *, strict: bool) -> dict[str, Any]:
+    """Load a checkpoint of as many ranks into an engine, and return what was saved beside it.
+
+    Args:
+        strict: every parameter must be in the checkpoint.
+    """
+    _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=strict)
+    return dict(client_state)
 
 
 def sub_groups_of(engine: Any) -> list[dict[str, int]]:

@@ -301,9 +301,10 @@ class Checkpoints:
             load_resharded(engine, lambda rank: self._files_of(checkpoint, rank), state.workers)
             return
         with self._files_of(checkpoint, self._rank) as folder:
-            _, client_state = engine.load_checkpoint(
-                str(folder.parent), tag=folder.name, load_module_strict=not self._only_trained
-            )
+            # Not at the top: importing DeepSpeed takes seconds.
+            from plad_dist.compat.deepspeed import load_native
+
+            client_state = load_native(engine, folder, strict=not self._only_trained)
         torch.set_rng_state(client_state["random"]["cpu"])
         if "cuda" in client_state["random"]:
             torch.cuda.set_rng_state(client_state["random"]["cuda"])

@@ -35,7 +35,11 @@ def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     settings = job.settings
     model = AutoModelForCausalLM.from_pretrained(
-        job.start, revision=settings.revision, trust_remote_code=settings.trust_remote_code, dtype=dtype
+        job.start,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        use_safetensors=True,
+        dtype=dtype,
     )
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -59,6 +59,7 @@ def _load_model(job: PhaseJob, model_config: Any, attention: Attention, deepspee
         config=model_config,
         revision=job.settings.revision,
         trust_remote_code=job.settings.trust_remote_code,
+        use_safetensors=True,  # other formats are pickles, which run programs
         dtype=torch.bfloat16 if job.dtype == "bfloat16" else torch.float32,
         attn_implementation=attention.implementation,
     )
