@@ -54,6 +54,11 @@ def _connect(config: Config) -> None:
     # would print a traceback for each of them before the message.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        logger.warning(
+            "ray: RAY_AUTH_MODE=disabled is set: everyone who reaches Ray's ports can run programs as this user; unset "
+            "it, or set RAY_AUTH_MODE=token"
+        )
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")

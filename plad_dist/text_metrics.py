@@ -23,6 +23,8 @@ from plad_dist.systems import PLAD, System
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
+MAX_WORDS = 10_000  # of a text that ROUGE compares
+_MAX_CHARACTERS = 100 * MAX_WORDS
 _ASCII_WORDS = re.compile("[a-z0-9]+")
 
 Scores = npt.NDArray[np.float64]  # [P]: one number per prompt; NaN if there is none
@@ -100,7 +102,17 @@ def _f1(common: int, reference_size: int, text_size: int) -> float:
 
 
 def _split_words(reference: str, text: str) -> tuple[list[str], list[str]]:
-    """Return the words of both texts, split as the script of the reference requires."""
+    """Return the words of both texts, split as the script of the reference requires.
+
+    Only the first words of a text count, because the time to compare two texts grows with the
+    product of their lengths.
+    """
+    reference, text = reference[:_MAX_CHARACTERS], text[:_MAX_CHARACTERS]
+    reference_words, text_words = _all_words(reference, text)
+    return reference_words[:MAX_WORDS], text_words[:MAX_WORDS]
+
+
+def _all_words(reference: str, text: str) -> tuple[list[str], list[str]]:
     if reference.isascii() or not any(c.isalpha() and not c.isascii() for c in reference):
         return _ASCII_WORDS.findall(reference.lower()), _ASCII_WORDS.findall(text.lower())
     return _unicode_words(reference), _unicode_words(text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,3 +65,12 @@ def test_repetition_is_the_share_of_repeated_trigrams() -> None:
     assert repetition("a b c a b c") == pytest.approx(1 / 4)  # abc bca cab abc
     assert repetition("no no no no no no") == pytest.approx(3 / 4)
     assert repetition("no no no") == repetition("") == 0.0
+
+
+def test_references_of_any_length_are_scored_in_bounded_time() -> None:
+    started = time.process_time()
+    text = "a b c d e " * 400_000
+    assert rouge_l(text, text) == pytest.approx(1.0)
+    assert rouge_n(text, text, 2) == pytest.approx(1.0)
+    assert rouge_l("\u00e9 " * 1_000_000, "\u00e9 " * 1_000_000) == pytest.approx(1.0)
+    assert time.process_time() - started < 10
