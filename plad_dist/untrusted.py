@@ -59,6 +59,11 @@ def parse_json(raw: bytes | str) -> Any:
     return document
 
 
+def strict_json(document: Any) -> str:
+    """Return a document as JSON that every reader takes: NaN and infinite numbers become null."""
+    return json.dumps(parse_json(json.dumps(document)), indent=1, allow_nan=False)
+
+
 def check_depth(document: Any, limit: int = MAX_DEPTH) -> None:
     """Raise :class:`ValueError` if lists and mappings are nested deeper than the limit."""
     level = [document] if isinstance(document, dict | list) else []

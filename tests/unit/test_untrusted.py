@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
+from pathlib import Path
 
 import pytest
 
+from plad_dist.data.storage import Storage
 from plad_dist.terminal import log_to_terminal
+from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord, read_collapse_record
 from plad_dist.untrusted import harmless, harmless_line, parse_json
 
 HOSTILE = [
@@ -62,3 +66,12 @@ def test_the_log_drops_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str])
         logger.handlers, logger.filters, logger.propagate = before[:3]
         logger.setLevel(before[3])
     assert capsys.readouterr().err.endswith("http://h: the server says no\n")
+
+
+def test_a_figure_that_is_no_number_is_null_in_files_that_others_read(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    CollapseRecord("f", CheckpointProbe(0, math.nan, 1.0, 0.0)).write(storage, "round-0")
+    assert "NaN" not in (tmp_path / "events/round-0/collapse.json").read_text()
+    record = read_collapse_record(storage, "round-0", "f")
+    assert record is not None
+    assert math.isnan(record.start.tokens)

@@ -9,11 +9,13 @@ needs, and ends training at a collapse.
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
+from plad_dist.untrusted import strict_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class CollapseRecord:
 
     def write(self, storage: Storage, phase: str) -> None:
         """Write the record of a phase, atomically, in place of any earlier one."""
-        storage.replace(_key(phase), json.dumps(asdict(self), indent=1).encode())
+        storage.replace(_key(phase), strict_json(asdict(self)).encode())
 
 
 def read_collapse_record(storage: Storage, phase: str, fingerprint: str | None) -> CollapseRecord | None:
@@ -81,14 +83,22 @@ def read_collapse_record(storage: Storage, phase: str, fingerprint: str | None) 
         return None
     try:
         probes = {
-            "start": CheckpointProbe(**document["start"]),
-            "probes": [CheckpointProbe(**probe) for probe in document["probes"]],
+            "start": _probe(document["start"]),
+            "probes": [_probe(probe) for probe in document["probes"]],
         }
         values = {attribute.name: document[attribute.name] for attribute in fields(CollapseRecord)}
         record = CollapseRecord(**values | probes)
     except (KeyError, TypeError, AttributeError):
         raise RunFailed(f"{storage.url}/{_key(phase)}: damaged; delete it to probe the checkpoints again") from None
     return record if fingerprint in (None, record.fingerprint) else None
+
+
+def _probe(figures: dict[str, Any]) -> CheckpointProbe:
+    """Return figures as they were measured: JSON has null for one that is not a number."""
+    measured: dict[str, Any] = {
+        name: math.nan if value is None and name != "win_rate" else value for name, value in figures.items()
+    }
+    return CheckpointProbe(**measured)
 
 
 def _key(phase: str) -> str:
