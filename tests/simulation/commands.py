@@ -28,7 +28,7 @@ import pytest
 import yaml
 
 from plad_dist import pipeline, rundir
-from plad_dist.config import Config
+from plad_dist.config import Config, secrets
 from plad_dist.config_file import parse_config
 from plad_dist.data import dataset, journal, prompts, selection, storage
 from plad_dist.data.claims import check_owned
@@ -299,6 +299,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: world().sleep(seconds))
     monkeypatch.setattr(os, "urandom", lambda size: world().random.randbytes(size))
     monkeypatch.setattr(yaml, "load", _cached(yaml.load))
+    monkeypatch.setattr(secrets, "_environment", functools.cache(secrets._environment))
     monkeypatch.setattr(Config, "flat", _once(Config.flat))
     monkeypatch.setattr(Config, "fingerprint", _once(Config.fingerprint))
     monkeypatch.setattr(rundir, "dump_yaml", _cached(rundir.dump_yaml))
