@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from plad_dist.config import Config
 from plad_dist.errors import RunFailed, UserError
@@ -68,6 +70,7 @@ def _connect(config: Config) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
+            protect_token()  # one of an earlier Ray
             ray.init(
                 address="local",
                 num_cpus=_local_cpus(config),
@@ -75,6 +78,7 @@ def _connect(config: Config) -> None:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+            protect_token()
     except (ConnectionError, ValueError) as error:
         raise UserError(f"cluster.address: {address}: no Ray cluster responds ({error})") from None
     except RuntimeError as error:
@@ -87,6 +91,14 @@ def _connect(config: Config) -> None:
         resources.get("CPU", 0),
         resources.get("GPU", 0),
     )
+
+
+def protect_token() -> None:
+    """Let only this user read the token of local Rays, which Ray writes readable by all."""
+    token = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):  # a home that is read-only, or another user's
+        token.parent.mkdir(mode=0o700, exist_ok=True)
+        token.chmod(0o600)
 
 
 def refuse_unfit(config: Config, hardware: Hardware | None, remaining: Collection[Holder] | None = None) -> None:
