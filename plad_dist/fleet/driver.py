@@ -38,7 +38,7 @@ from plad_dist.progress import Progress
 
 _TICK_S = 1.0
 _HEARTBEAT_INTERVAL_S = 5.0
-_SUPERSEDED_STOP_TIMEOUT_S = 5.0  # the command that has taken over needs the resources
+_SUPERSEDED_STOP_TIMEOUT_S = 10.0  # the command that has taken over needs the resources
 
 
 def run_fleets(

@@ -15,14 +15,14 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from plad_dist.config import Endpoint
-from plad_dist.data.claims import check_owned
+from plad_dist.data.claims import OwnerCheck, SupersededError, check_owned
 from plad_dist.errors import RunFailed
 from plad_dist.sampling.endpoint.budget import Budget
-from plad_dist.sampling.endpoint.errors import SpendingStoppedError, spending_cap_reached
+from plad_dist.sampling.endpoint.errors import ClientClosedError, SpendingStoppedError, spending_cap_reached
 from plad_dist.sampling.endpoint.ledger import MICROS, Ledger, Spending, to_micros
 
 logger = logging.getLogger("plad")
@@ -60,6 +60,9 @@ class Account:
         self._amount = self._settled = 0
         self._waiting = 0.0  # worst costs of requests that wait for a raise
         self._chunk, self._raised_at, self._read_at, self._checked_at = 1, -math.inf, -math.inf, -math.inf
+        self._check_owner = OwnerCheck(ledger.storage, interval_s=0.0) if ledger else None
+        self._stop_reason: str | None = None  # why nothing may be sent any more
+        self._is_stopped = self._is_closed = False
         self._take(ledger.read() if ledger else Spending(to_micros(budget.spent)))
         if ledger is None and budget.cap is None:
             budget.granted = math.inf  # nothing is counted
@@ -77,8 +80,12 @@ class Account:
         Raises:
             SpendingCapReached: it could exceed `max_spend`, and nothing in flight could leave room.
             SpendingStoppedError: the ledger cannot be written.
+            ClientClosedError: the account was stopped.
         """
-        while not self._budget.reserve(worst_cost):
+        while True:
+            self._check_open()
+            if self._budget.reserve(worst_cost):
+                return
             settlements = self._budget.settlements
             if self._budget.may_send and await self.hold(worst_cost):
                 continue
@@ -94,10 +101,12 @@ class Account:
 
         Raises:
             SpendingStoppedError: the ledger cannot be written.
+            ClientClosedError: the account was stopped.
         """
         self._waiting += worst_cost
         try:
             async with self._lock:
+                self._check_open()
                 need = to_micros(self._budget.amount_with(worst_cost))
                 if need <= self._budget.granted:
                     return True
@@ -115,32 +124,47 @@ class Account:
         A failure of the storage is only logged: too large an amount does no harm, and a later raise
         corrects one that is too small.
         """
-        if not self._adjusted_amount():
+        if self._is_closed or not self._adjusted_amount():
             return
         async with self._lock:
-            if not (amount := self._adjusted_amount()):
+            if self._is_closed or not (amount := self._adjusted_amount()):
                 return
             # Lowered in memory first: nothing is reserved from what is about to be given back.
             self._amount = min(self._amount, amount)
             self._budget.granted = min(self._budget.granted, amount)
             try:
-                await self._change(lambda state: self._with_excess(state).with_amount(self._holder, amount))
+                await self._change(lambda state: self._with_own_amount(state, amount))
             except SpendingStoppedError as error:
                 logger.warning("what is reserved cannot be corrected, trying again: %s", error)
 
-    async def close(self) -> None:
-        """Replace the amount by the real cost, and hold nothing more."""
+    def stop(self) -> None:
+        """Reserve nothing more, and end all waits for a reservation."""
+        self._is_stopped = True
+        self.changed.set()
+
+    async def close(self, unsent: Collection[float] = ()) -> None:
+        """Replace the amount by the real cost, and hold nothing more.
+
+        Args:
+            unsent: worst costs of requests that are reserved and will not be sent.
+        """
+        self.stop()
         async with self._lock:
-            self._budget.granted = 0
-            if self._holder not in self._state.open:
+            if self._is_closed:
                 return
-            cost = to_micros(self._budget.amount)
+            # From here on no edit opens the holder again: its cost would count twice.
+            self._is_closed, self._budget.granted = True, 0
+            cost = to_micros(self._budget.amount - sum(unsent) - len(unsent) * self._budget.excess)
             try:
                 self._settled = cost
-                await self._change(lambda state: self._with_excess(state).with_settled(self._holder, cost))
+                await self._change(lambda state: self._settled_state(state, cost))
             except SpendingStoppedError as error:
                 self._settled = 0
                 logger.warning("reserved money stays counted as spent, because it cannot be settled: %s", error)
+
+    def _check_open(self) -> None:
+        if self._is_stopped:
+            raise ClientClosedError(f"{self._endpoint.url}: stopped")
 
     # -- batches
 
@@ -149,6 +173,7 @@ class Account:
 
         Raises:
             SpendingStoppedError: the ledger cannot be written.
+            ClientClosedError: the account was stopped.
         """
         amount = to_micros(worst_cost)
 
@@ -157,6 +182,7 @@ class Account:
             return state.with_amount(holder, amount) if has_room and holder not in state.open else state
 
         async with self._lock:
+            self._check_open()
             await self._change(opened)
             return holder in self._state.open
 
@@ -185,16 +211,30 @@ class Account:
         """Check, at most every few seconds, that no other command has taken over the run.
 
         Raises:
-            SpendingStoppedError: one has, or storage does not tell.
+            SpendingStoppedError: one has, or storage has not told for a long time.
         """
-        now = self._clock()
-        if self._ledger is None or now - self._checked_at < _CHECK_S:
-            return
+        if self._stop_reason is None and self._check_owner is not None:
+            now = self._clock()
+            if now - self._checked_at < _CHECK_S:
+                return
+            self._checked_at = now
+            try:
+                await asyncio.to_thread(self._check_owner)
+            except RunFailed as error:
+                self._stop_reason = str(error)
+        if self._stop_reason is not None:
+            raise SpendingStoppedError(self._stop_reason)
+
+    async def is_superseded(self) -> bool:
+        """Return True if another command has taken over the run, as far as storage tells."""
         try:
-            await asyncio.to_thread(check_owned, self._ledger.storage)
-        except RunFailed as error:
-            raise SpendingStoppedError(str(error)) from None
-        self._checked_at = now
+            if self._ledger is not None:
+                await asyncio.to_thread(check_owned, self._ledger.storage)
+        except SupersededError:
+            return True
+        except RunFailed:
+            pass
+        return False
 
     # -- the ledger
 
@@ -222,8 +262,15 @@ class Account:
         most = self._most(state)
         if need > most:
             return state
-        amount = max(state.open.get(self._holder, 0), want if want < most else int(most))
-        return self._with_excess(state).with_amount(self._holder, amount)
+        return self._with_own_amount(state, max(state.open.get(self._holder, 0), want if want < most else int(most)))
+
+    def _with_own_amount(self, state: Spending, amount: int) -> Spending:
+        # The edit of a cancelled task may come later than the one that settles the holder.
+        return state if self._is_closed else self._with_excess(state).with_amount(self._holder, amount)
+
+    def _settled_state(self, state: Spending, cost: int) -> Spending:
+        is_open = self._holder in state.open
+        return self._with_excess(state).with_settled(self._holder, cost) if is_open else state
 
     def _with_excess(self, state: Spending) -> Spending:
         return replace(state, excess=max(state.excess, to_micros(self._budget.excess)))

@@ -23,6 +23,7 @@ from plad_dist.sampling.endpoint.request import make_request
 from plad_dist.sampling.thoughts import Separate, tags_of_prompt, tags_of_server, with_thought
 
 _DRAIN_S = 20.0
+_SUPERSEDED_DRAIN_S = 2.0  # well below the time for which a driver that was superseded waits for its actors
 
 
 class EndpointBackend:
@@ -174,7 +175,7 @@ class EndpointBackend:
 
     async def close(self) -> None:
         """Send nothing more, and wait briefly for the responses in flight, which are paid for."""
-        await self._client.close(_DRAIN_S)
+        await self._client.close(_SUPERSEDED_DRAIN_S if await self._client.is_superseded() else _DRAIN_S)
 
 
 def _ledger_of(endpoint: Endpoint, outputs: Sequence[tuple[Dataset, Collection[int]]], payer: str) -> Ledger | None:

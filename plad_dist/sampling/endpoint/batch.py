@@ -47,7 +47,7 @@ from plad_dist.sampling.endpoint.errors import (
     spending_cap_reached,
 )
 from plad_dist.sampling.endpoint.outage import Outage
-from plad_dist.sampling.endpoint.reply import Failure
+from plad_dist.sampling.endpoint.reply import TOO_LARGE, Failure
 from plad_dist.sampling.endpoint.request import CompletionRequest
 from plad_dist.sampling.endpoint.retry import backoff_s
 
@@ -260,11 +260,31 @@ class BatchClient:
         content = b""
         for name in ("output_file_id", "error_file_id"):
             if file_id := state.get(name):
-                content += await self._insist(partial(self._api.content, str(file_id))) + b"\n"
+                content += await self._download(block, batch, str(file_id)) + b"\n"
         results = self._reader.read(lines_of(content), batch.requests, block.tries)
         if state.get("status") == "failed" and not results.outcomes:
             results.failure = failure_of(state, self._connection.redacted)
         return results
+
+    async def _download(self, block: BlockRequests, batch: _Batch, file_id: str) -> bytes:
+        """Return a file of results.
+
+        Raises:
+            EndpointBlockedError: it is larger than the results of the batch can be.
+        """
+
+        async def download() -> bytes | Failure:
+            answer = await self._api.content(file_id, batch.requests.values())
+            if isinstance(answer, Failure) and answer.status == TOO_LARGE:
+                raise EndpointBlockedError(
+                    f"{self._endpoint.url}: file {file_id}, the results of the batch in "
+                    f"{block.ledger.path(batch.record)}: {answer.text}, the most that its responses can have. Look at "
+                    "it at the provider, or delete that file of the run to submit its requests again, which are then "
+                    "paid for again"
+                )
+            return answer
+
+        return await self._insist(download)
 
     async def _find_or_submit(self, block: BlockRequests, batch: _Batch) -> str | None:
         """Return the id of a batch, None if it was never submitted and must not be."""

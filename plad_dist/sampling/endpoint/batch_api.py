@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,8 @@ from plad_dist.untrusted import parse_json
 LABEL = "plad"  # name of the token in the metadata of a batch
 _PAGE, _MOST_PAGES = 100, 1000
 _LONGEST_ID = 512
-_MAX_RESULT_BYTES = 512 << 20  # of a file of results; the responses of a block are far smaller
+# Bounds on a file of results. It is not streamed: a token comes without an event of its own.
+_BASE_RESULT_BYTES, _RESULT_BYTES_PER_TOKEN = 512 << 20, 256
 _UPLOAD_TIMEOUT_S = 1800.0  # the server is silent while it receives a file
 
 
@@ -86,12 +88,17 @@ class BatchApi:
             parameters["after"] = last
         return Failure("transient", f"a list of batches without an end: more than {_MOST_PAGES} pages", 200, usage=None)
 
-    async def content(self, file_id: str) -> bytes | Failure:
-        """Return the content of a file."""
+    async def content(self, file_id: str, requests: Collection[CompletionRequest] = ()) -> bytes | Failure:
+        """Return the content of a file of results.
+
+        A file that is larger than the results of these requests can be fails for good.
+        """
+        tokens = sum(request.most_tokens for request in requests)
+        most_bytes = _BASE_RESULT_BYTES + _RESULT_BYTES_PER_TOKEN * tokens
         name = _id_in({"id": file_id})
         if isinstance(name, Failure):
             return name
-        return await self._connection.call("GET", f"files/{name}/content", max_bytes=_MAX_RESULT_BYTES)
+        return await self._connection.call("GET", f"files/{name}/content", max_bytes=most_bytes)
 
 
 def custom_id(key: SampleNumber) -> str:

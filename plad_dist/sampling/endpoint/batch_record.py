@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from plad_dist.data.claims import SupersededError, claim_key, is_superseded, take_claim
+from plad_dist.data.claims import SupersededError, is_superseded, read_claim, take_claim
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.parts import part_name
 from plad_dist.data.storage import Claim
@@ -82,8 +82,8 @@ class BatchLedger:
         """Raise :class:`SupersededError` if another process has claimed or committed the block."""
         claim = self._claim
         assert claim is not None, "a block is claimed before its batches are submitted"
-        # The claims of a committed block are deleted.
-        is_own = self._storage.read(claim_key(claim.folder, claim.number)) is not None
+        # The claims of a committed block are deleted, after which their numbers start again.
+        is_own = read_claim(self._storage, claim.folder, claim.number).get("launch") == claim.launch
         if not is_own or is_superseded(self._storage, claim):
             raise SupersededError(
                 f"{self._storage.url}: {self.name}: another process submits the batches of this block"

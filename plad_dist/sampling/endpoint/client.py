@@ -128,6 +128,7 @@ class EndpointClient:
         self.batches = BatchClient(endpoint, self._connection, self._budget, self._account, clock, sleep, jitter)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._prompts_in_progress = self._requests_in_flight = 0
+        self._unsent: list[float] = []  # worst costs of requests that are reserved and not sent yet
         self._is_closing = self._reports_usage = False
         self._blocked_message: str | None = None
         self.requests = self.retries = 0
@@ -234,12 +235,17 @@ class EndpointClient:
             if not self._prompts_in_progress:
                 self._outage.end()
 
+    async def is_superseded(self) -> bool:
+        """Return True if another command has taken over the run, as far as storage tells."""
+        return await self._account.is_superseded()
+
     async def close(self, drain_s: float = 0.0) -> None:
         """Send nothing more, and disconnect after up to `drain_s` seconds.
 
         The wait is for the responses in flight, which are paid for.
         """
         self._is_closing = True
+        self._account.stop()
         self.batches.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_s):
@@ -247,7 +253,7 @@ class EndpointClient:
                     self._account.changed.clear()
                     await self._account.changed.wait()
         await self._connection.close()
-        await self._account.close()
+        await self._account.close(self._unsent)
 
     # -- one prompt
 
@@ -323,9 +329,13 @@ class EndpointClient:
         """Send the request of a call once, as soon as it may be sent, and account for its cost."""
         async with self._slots:
             await self._account.reserve(call.worst_cost)
+            self._unsent.append(call.worst_cost)
             cost: float | None = 0.0
             try:
-                estimated_tokens = await self._wait_for_turn(call.request)
+                try:
+                    estimated_tokens = await self._wait_for_turn(call.request)
+                finally:
+                    self._unsent.remove(call.worst_cost)
                 cost = None  # the server may bill the request from here on, even if this task is cancelled
                 outcome = await self._send(call.request)
                 cost = self._record(outcome, call.request, estimated_tokens)

@@ -22,7 +22,7 @@ import aiohttp
 
 from plad_dist.config import Endpoint
 from plad_dist.sampling.endpoint.credentials import Credentials, trusted_certificates
-from plad_dist.sampling.endpoint.reply import CERTIFICATE, Failure, Outcome, Reply, read_error, read_replies
+from plad_dist.sampling.endpoint.reply import CERTIFICATE, TOO_LARGE, Failure, Outcome, Reply, read_error, read_replies
 from plad_dist.sampling.endpoint.request import CompletionRequest
 from plad_dist.sampling.endpoint.retry import retry_after_s
 from plad_dist.sampling.endpoint.stream import ResponseBody
@@ -30,8 +30,10 @@ from plad_dist.untrusted import parse_json
 
 logger = logging.getLogger("plad")
 
-# Bounds on a response. Each token may come with an event, its text and a few log-probabilities.
-_BASE_BYTES, _BYTES_PER_TOKEN = 4 << 20, 4096
+# Bounds on a response. Each token may come with an event, its text and a few log-probabilities, and
+# some servers stream reasoning beyond max_tokens.
+_BASE_BYTES, _BYTES_PER_TOKEN = 32 << 20, 4096
+_BASE_EVENTS, _EVENTS_PER_TOKEN = 250_000, 4
 _MAX_DOCUMENT_BYTES, _MAX_ERROR_BYTES = 16 << 20, 1 << 20
 _TIMEOUTS, _S_PER_TOKEN = 4, 1.0
 _CONNECT_TIMEOUT_S, _CHECK_TIMEOUT_S, _END_S = 30.0, 30.0, 1.0
@@ -125,7 +127,7 @@ class Connection:
             ):
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
-                await self._receive(response, body, _BASE_BYTES + _BYTES_PER_TOKEN * request.most_tokens)
+                await self._receive(response, body, request.most_tokens)
         except (aiohttp.ClientError, OSError, _TooLargeError) as error:
             return self._transport_failure(error, limit_s if clock.expired() else None)
         return self._read(response, body, request)
@@ -186,7 +188,9 @@ class Connection:
                 if 300 <= response.status < 400:
                     return self._redirect_failure(response)
                 raw = await _read_body(response, max_bytes)
-        except (aiohttp.ClientError, OSError, _TooLargeError) as error:
+        except _TooLargeError as error:
+            return Failure("blocked", f"its answer is too large: {error}", TOO_LARGE, usage=None)
+        except (aiohttp.ClientError, OSError) as error:
             return self._transport_failure(error, limit_s if clock.expired() else None)
         if 200 <= response.status < 300:
             return raw
@@ -216,12 +220,15 @@ class Connection:
                 reason = str(error) or type(error).__name__
                 return Failure("transient", self.redacted(f"connection lost: {reason}"), usage=None)
 
-    async def _receive(self, response: aiohttp.ClientResponse, body: ResponseBody, max_bytes: int) -> None:
+    async def _receive(self, response: aiohttp.ClientResponse, body: ResponseBody, tokens: int) -> None:
         """Read a body up to its last event, behind which some servers leave the connection open."""
-        async for data in _pieces(response, max_bytes):
+        most_events = _BASE_EVENTS + _EVENTS_PER_TOKEN * tokens
+        async for data in _pieces(response, _BASE_BYTES + _BYTES_PER_TOKEN * tokens):
             events = body.events
             body.feed(data)
             self.events += body.events - events
+            if body.events > most_events:
+                raise _TooLargeError(f"more than {most_events:,} events")
             if body.is_done:
                 # For the end, which lets the connection be used again.
                 with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError, _TooLargeError):

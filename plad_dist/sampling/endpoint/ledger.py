@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,7 +70,7 @@ class Spending:
 
 
 class Ledger:
-    """The ledger of one payer. Use it in one thread at a time.
+    """The ledger of one payer.
 
     Args:
         payer: role and name of the model.
@@ -78,6 +79,7 @@ class Ledger:
     def __init__(self, storage: Storage, payer: str) -> None:
         self.storage, self._folder = storage, f"{FOLDER}/{payer}"
         self._number, self._state = 0, Spending()
+        self._lock = threading.Lock()  # a call in a thread outlives the task that was cancelled
 
     def start(self, spent: Callable[[], Spending]) -> None:
         """Write the first state of a new ledger.
@@ -85,10 +87,11 @@ class Ledger:
         Args:
             spent: returns what was spent before there was a ledger.
         """
-        self.read()
-        if not self._number:
-            self.storage.create(self._key(1), _encode(spent()))
-            self.read()
+        with self._lock:
+            self._read()
+            if not self._number:
+                self.storage.create(self._key(1), _encode(spent()))
+                self._read()
 
     def read(self) -> Spending:
         """Return the latest state.
@@ -96,6 +99,10 @@ class Ledger:
         Raises:
             RunFailed: an object cannot be read, or is damaged.
         """
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> Spending:
         if not self._number:
             sizes = self.storage.sizes(self._folder)
             number = max((int(match[1]) for name in sizes if (match := _NAME.fullmatch(name))), default=0)
@@ -117,14 +124,15 @@ class Ledger:
         Raises:
             RunFailed: the storage failed. The change may have been written or not.
         """
-        for _ in range(_MAX_REFUSALS):
-            state = self.read()
-            edited = edit(state)
-            if edited == state:
-                return state
-            if self.storage.create(self._key(self._number + 1), _encode(edited)):
-                self._number, self._state = self._number + 1, edited
-                return edited
+        with self._lock:
+            for _ in range(_MAX_REFUSALS):
+                state = self._read()
+                edited = edit(state)
+                if edited == state:
+                    return state
+                if self.storage.create(self._key(self._number + 1), _encode(edited)):
+                    self._number, self._state = self._number + 1, edited
+                    return edited
         raise RunFailed(
             f"{self.storage.url}/{self._key(self._number + 1)}: cannot be created, although it does not exist. Nothing "
             "more is sent. What is committed is kept; run again when the storage works"

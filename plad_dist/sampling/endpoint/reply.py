@@ -19,6 +19,7 @@ from plad_dist.untrusted import parse_json
 FailureKind = Literal["transient", "throttled", "refused", "blocked"]
 
 CERTIFICATE = 495  # status of a failure: the certificate is not trusted; some servers number it so
+TOO_LARGE = 599  # status of a failure: an answer is larger than any that is possible
 
 # Reasons why a response ended, in lower case.
 _STOP = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete"}

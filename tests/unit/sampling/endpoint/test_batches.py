@@ -14,11 +14,13 @@ import pytest
 from aiohttp import web
 
 from plad_dist.config import Endpoint, Model
+from plad_dist.data.claims import SupersededError
 from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import BlockResult, Hints, StopStageError
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.endpoint import batch as batches
+from plad_dist.sampling.endpoint import batch_api
 from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.endpoint.batch_record import BatchLedger
 from plad_dist.sampling.endpoint.budget import spent_on
@@ -412,3 +414,32 @@ def test_a_batch_of_a_killed_process_stays_reserved_until_its_bill_is_known(
     assert amount > 3 * PRICE * 1e6
     work(storage, job, provider)
     assert spending_of_run(storage)["endpoint"] == Spending(round(3 * PRICE * 1e6))
+
+
+def test_results_larger_than_a_batch_can_have_are_named_and_not_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    provider = BatchProvider()
+    monkeypatch.setattr(batch_api, "_BASE_RESULT_BYTES", 100)
+    monkeypatch.setattr(batch_api, "_RESULT_BYTES_PER_TOKEN", 0)
+    with pytest.raises(UserError, match=r"batch-0000.json: its answer is too large: more than 0 MiB"):
+        work(storage, job, provider)
+    assert provider.calls.count("GET files ID") == 1
+    monkeypatch.setattr(batch_api, "_RESULT_BYTES_PER_TOKEN", 256)
+    work(storage, job, provider)
+    assert provider.submitted_lines == [3], "its results are still there for a version that takes them"
+    assert texts(tmp_path) == PROMPTS
+
+
+def test_a_claim_with_the_same_number_is_not_that_of_another_process(tmp_path: Path) -> None:
+    storage, job = prepare(tmp_path, PROMPTS)
+    ledger, other = (BatchLedger(job.dataset(storage), 0, job.fingerprint) for _ in range(2))
+    ledger.claim()
+    ledger.check_claim()
+    for claim in (tmp_path / "samples/spool/00000").iterdir():
+        claim.unlink()  # the block was committed, and deleted by its user
+    other.claim()
+    other.check_claim()
+    with pytest.raises(SupersededError, match="another process"):
+        ledger.check_claim()

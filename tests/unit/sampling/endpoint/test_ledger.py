@@ -18,6 +18,7 @@ from plad_dist.evaluation.report.page import SamplingCost
 from plad_dist.evaluation.report.stage import _lost_money
 from plad_dist.fleet.protocol import Hints, StopStageError
 from plad_dist.sampling.actor import Sampler
+from plad_dist.sampling.endpoint import account as accounts
 from plad_dist.sampling.endpoint.account import Account
 from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.endpoint.budget import Budget
@@ -132,6 +133,46 @@ def test_a_command_that_was_taken_over_sends_nothing_more(tmp_path: Path) -> Non
             assert spending_of_run(storage)["teacher-teacher"].total == round(server.completed * ANSWER * 1e6)
 
     run(test())
+
+
+def test_a_short_fault_of_storage_in_the_look_at_the_claims_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts, "_CHECK_S", 0.0)
+    storage, job = prepare(tmp_path, [f"p{row}" for row in range(10)])
+    job, real, faults = paid_job(job), Storage.read, 0
+    owned = replace(storage, claim=claim_run(storage, "plad run"))
+
+    def failing(self: Storage, key: str) -> bytes | None:
+        nonlocal faults
+        if key.startswith("claims/") and faults < 5:
+            faults += 1
+            raise RunFailed(f"{key}: Stale file handle (ESTALE)")
+        return real(self, key)
+
+    monkeypatch.setattr(Storage, "read", failing)
+
+    async def test() -> None:
+        async with serving(lambda prompt, count: good(usage=(10, 5))) as server:
+            reason = await drive(owned, job, server.url, "A")
+            assert faults == 5
+            assert "ESTALE" not in reason
+
+    run(test())
+
+
+def test_a_client_that_was_taken_over_stops_for_good(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    owned = replace(storage, claim=claim_run(storage, "plad run"))
+    claim_run(storage, "plad sample")
+
+    async def test() -> None:
+        account, _ = account_of(Ledger(owned, "p"), 1.0, clock=lambda: 0.0)
+        for _ in range(3):
+            with pytest.raises(SpendingStoppedError, match="plad sample"):
+                await account.check_owned()
+
+    asyncio.run(test())
 
 
 def test_money_whose_parts_and_spools_were_deleted_stays_paid(tmp_path: Path) -> None:
