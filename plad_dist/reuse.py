@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -13,8 +14,17 @@ from typing import Any
 from plad_dist.catalog import DatasetEntry, ModelEntry, products_of
 from plad_dist.config import Config, flatten
 from plad_dist.data.claims import OwnerCheck
+from plad_dist.data.local_files import failure_explained
 from plad_dist.data.storage import Storage
-from plad_dist.drafts import complete, complete_draft, failures_explained, has_content, new_draft, settle_drafts
+from plad_dist.drafts import (
+    complete,
+    complete_draft,
+    failures_explained,
+    has_content,
+    new_draft,
+    remove_draft,
+    settle_drafts,
+)
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.recipes import ROUND, is_decisive, recipes_decided_by
 from plad_dist.rundir import RunDir, is_bound, load_run, run_document, with_date
@@ -75,7 +85,8 @@ def _draft(storage: Storage, origin: Path, shared: list[Reusable], document: byt
             if count:
                 complete(draft, document, storage)
     except RunFailed:
-        shutil.rmtree(draft, ignore_errors=True)  # only links and copies
+        with contextlib.suppress(OSError):
+            remove_draft(draft)
         raise
     return count
 
@@ -100,7 +111,7 @@ def _fill(draft: Path, origin: Path, shared: list[Reusable], check_owner: OwnerC
 
 def _is_begun(run: RunDir) -> bool:
     """Return True if a run directory has any content, or a complete draft of it."""
-    with failures_explained(run.root, run.storage):
+    with failure_explained(str(run.root), "read"):
         return run.root.is_file() or has_content(run.root) or complete_draft(run.storage) is not None
 
 

@@ -103,11 +103,13 @@ class OwnerCheck:
     """Repeated :func:`check_owned` of a long job, with one read every few seconds.
 
     A storage that fails does not end the job at once. Whatever the job commits is checked again.
+    Failures count as one outage if no look between them succeeds.
     """
 
     def __init__(self, storage: Storage, interval_s: float = CHECK_INTERVAL_S) -> None:
         self._storage, self._interval_s = storage, interval_s
-        self._next, self._latest_success = 0.0, time.monotonic()
+        self._next = 0.0
+        self._failing_since: float | None = None
 
     def __call__(self) -> None:
         """Raise :class:`SupersededError` if a later command has claimed the run.
@@ -115,18 +117,22 @@ class OwnerCheck:
         Raises:
             RunFailed: the storage has failed for longer than 30 seconds.
         """
-        if time.monotonic() < self._next:
+        now = time.monotonic()
+        if now < self._next:
             return
-        self._next = time.monotonic() + self._interval_s
+        self._next = now + self._interval_s
         try:
             check_owned(self._storage)
         except SupersededError:
             raise
         except RunFailed:
-            if time.monotonic() - self._latest_success > _LONGEST_FAILURE_S:
+            # From the first failure on: a job that did not look for a while is no outage.
+            if self._failing_since is None:
+                self._failing_since = now
+            if now - self._failing_since > _LONGEST_FAILURE_S:
                 raise
         else:
-            self._latest_success = time.monotonic()
+            self._failing_since = None
 
 
 def latest_number(storage: Storage, folder: str) -> int:

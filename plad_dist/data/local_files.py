@@ -54,6 +54,11 @@ def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) ->
         False if `put` refuses to overwrite a file that another writer made.
     """
     make_folders(path.parent)
+    return write_into_folder(path, data, put)
+
+
+def write_into_folder(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
+    """Write a file as :func:`write_durably` does, into a folder that must exist."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:

@@ -204,3 +204,73 @@ def test_a_complete_draft_binds_the_run_to_its_config(configs: tuple[Config, Con
     assert load_run(config.run.dir).config.run.seed == 5
     open_run(config)
     assert content(RunDir.of(config).root).keys() >= {"run.yaml", "prompts/manifest.json"}
+
+
+def test_the_draft_of_a_superseded_command_is_never_completed(
+    configs: tuple[Config, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes up after its last look at the claims, and finds its draft removed."""
+    source, config = configs
+    expected = finished(config, source)
+    root, real = reset(config), drafts._put_in_place
+
+    def killed_before_the_moves() -> None:
+        monkeypatch.setattr(drafts, "_put_in_place", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            take_over(config, [source])
+        monkeypatch.setattr(drafts, "_put_in_place", real)
+
+    overtaken(monkeypatch, "write_into_folder", killed_before_the_moves)
+    with pytest.raises(SupersededError, match="`plad run` on"):
+        take_over(config, [source], "plad study")
+    assert not (root / ".begun-00001").exists()
+    assert finished(config, source) == expected
+
+
+def test_the_draft_of_the_latest_command_is_the_one_that_counts(configs: tuple[Config, Config]) -> None:
+    config = configs[1]
+    for name in (".begun-00009", ".begun-00010"):
+        draft = RunDir.of(config).root / name
+        draft.mkdir()
+        (draft / "run.yaml").write_text(name)
+    assert drafts.complete_draft(RunDir.of(config).storage) == ".begun-00010"
+
+
+def test_a_draft_that_is_half_removed_does_not_count_as_complete(
+    configs: tuple[Config, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs[1]
+    draft = RunDir.of(config).root / ".begun-00001"
+    (draft / "prompts").mkdir(parents=True)
+    (draft / "run.yaml").write_text("complete")
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Killed()))
+    with pytest.raises(Killed):
+        drafts.remove_draft(draft)
+    assert drafts.complete_draft(RunDir.of(config).storage) is None
+
+
+def test_garbage_that_cannot_be_deleted_stops_no_command(
+    configs: tuple[Config, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command removes it too, or a file server keeps a file that is still open there."""
+    config = configs[1]
+    for name in (".begun-00001", ".abandoned-1"):
+        (RunDir.of(config).root / name / "prompts").mkdir(parents=True)
+
+    def busy(path: Any, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    assert open_run(config).storage.read("run.yaml") is not None
+    monkeypatch.undo()
+    root = open_run(config).root
+    assert not [file.name for file in root.iterdir() if file.name.startswith(".")]
+
+
+def test_a_listing_that_fails_does_not_speak_of_products_of_another_run(
+    configs: tuple[Config, Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafts, "_names", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(RunFailed, match=r"cannot be listed: .*Input/output error") as caught:
+        drafts.settle_drafts(RunDir.of(configs[1]).storage)
+    assert "products" not in str(caught.value)

@@ -87,3 +87,21 @@ def test_a_storage_that_fails_ends_a_long_job_after_half_a_minute(
     clock[0] += 3
     with pytest.raises(RunFailed, match="Stale file handle"):
         check()
+
+
+def test_time_without_a_look_is_no_outage_of_the_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, clock, real = Storage(str(tmp_path)), [100.0], Storage.read
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    check = OwnerCheck(replace(storage, claim=claim_run(storage, "plad run")), 3.0)
+
+    def fails(self: Storage, key: str) -> None:
+        raise RunFailed("Stale file handle")
+
+    check()
+    for _ in range(2):  # a failure, then one look that succeeds
+        clock[0] += 600
+        monkeypatch.setattr(Storage, "read", fails)
+        check()
+        clock[0] += 29
+        monkeypatch.setattr(Storage, "read", real)
+        check()

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from plad_dist.data import claims
 from plad_dist.data.claims import SupersededError, claim_run
 from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed
 from plad_dist.training import agreement
 from plad_dist.training.agreement import StoppedError
 from plad_dist.training.checkpoints.attempts import claim
@@ -50,6 +52,28 @@ def test_nothing_interrupts_a_driver_that_owns_its_run(owned: Storage, monkeypat
     monkeypatch.setattr(owner_watch.OwnerWatch.__init__, "__defaults__", (0.01,))
     with stopped_if_superseded(owned):
         time.sleep(0.2)
+
+
+def test_a_storage_that_fails_for_long_does_not_interrupt_the_training(
+    owned: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it end the watch, which sees a later claim when the storage is back."""
+    monkeypatch.setattr(owner_watch.OwnerWatch.__init__, "__defaults__", (0.01,))
+    monkeypatch.setattr(claims, "_LONGEST_FAILURE_S", 0.0)
+
+    def fails(self: Storage, key: str) -> None:
+        raise RunFailed("Stale file handle")
+
+    def train() -> None:
+        with stopped_if_superseded(owned):
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(Storage, "read", fails)
+                time.sleep(0.2)
+            claim_run(owned, "plad train")
+            time.sleep(30)
+
+    with pytest.raises(SupersededError, match="has taken over the run"):
+        train()
 
 
 def test_a_worker_group_ends_when_a_later_command_has_claimed_the_run(
