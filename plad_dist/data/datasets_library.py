@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +70,15 @@ def _check_header(names: list[str], needed: list[str] | None, source: DatasetSou
 
 def _load(source: DatasetSource, key: str) -> Any:
     """Return the split as a stream, or memory-mapped if `save_to_disk` wrote it."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset, load_from_disk
 
     folder = Path(source.name)
     if folder.is_file():
         raise UserError(
             f"{key}.name: {source.name}: is a file; read it with `type: files` and `paths: [{source.name}]`"
         )
-    for file in sorted(folder.rglob("*.arrow")) if folder.is_dir() else ():
-        check_arrow_file(str(file))  # the library maps it, and trusts its offsets
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        _check(sorted(folder.rglob("*.arrow")) if folder.is_dir() else [])
         name = str(folder) if folder.is_dir() else source.name
         return load_dataset(
             name,
@@ -87,10 +88,36 @@ def _load(source: DatasetSource, key: str) -> Any:
             revision=source.revision,
             streaming=True,
         )
-    saved = load_from_disk(str(folder))
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if source.split not in saved:
-        splits = ", ".join(sorted(saved))
-        raise UserError(f"{key}.split: {source.name} has no split {source.split!r}; it has {splits}. Set one of them")
-    return saved[source.split]
+    folder = _split_folder(source, key)
+    if (folder / "state.json").is_file():
+        listed = json.loads((folder / "state.json").read_bytes())["_data_files"]
+        _check([folder / file["filename"] for file in listed])
+    return load_from_disk(str(folder))
+
+
+def _split_folder(source: DatasetSource, key: str) -> Path:
+    """Return the folder of the wanted split in a data set that `save_to_disk` wrote."""
+    folder = Path(source.name)
+    if all((folder / name).is_file() for name in ("state.json", "dataset_info.json")):
+        return folder  # a single split
+    if not (folder / "dataset_dict.json").is_file():
+        return folder
+    splits = json.loads((folder / "dataset_dict.json").read_bytes())["splits"]
+    if source.split not in splits:
+        raise UserError(
+            f"{key}.split: {source.name} has no split {source.split!r}; it has {', '.join(sorted(splits))}. Set one of "
+            "them"
+        )
+    return folder / source.split
+
+
+def _check(files: list[Path]) -> None:
+    """Check Arrow files in full: the library maps them, and trusts their offsets."""
+    for file in files:
+        status = file.stat()
+        _check_once(str(file.absolute()), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _check_once(file: str, size: int, mtime_ns: int) -> None:  # they tell versions apart
+    check_arrow_file(file)

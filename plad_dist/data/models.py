@@ -197,9 +197,10 @@ def model_fingerprint(folder: Path) -> str | None:
 def model_identity(path: str, settings: Model) -> str:
     """Return the fingerprint of any model.
 
-    For a model that a run created, it is the marker's fingerprint, otherwise a hash of path,
-    revision and files. Large files are hashed by their size and samples of their bytes, which
-    suffices for weights: training changes nearly all of them.
+    For a model that a run created, it is the marker's fingerprint. Another local model is known by
+    the hash of its files, wherever it lies, and a model on a hub by name and revision. Large files
+    are hashed by their size and samples of their bytes, which suffices for weights: training
+    changes nearly all of them.
     """
     folder = Path(path)
     input_fingerprint = model_fingerprint(folder)
@@ -209,7 +210,9 @@ def model_identity(path: str, settings: Model) -> str:
         items = folder.iterdir() if is_folder(folder) else ()
         files = sorted(file for file in items if file.suffix in _IDENTIFYING_SUFFIXES)
         contents = {file.name: _file_hash(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-    return fingerprint("pretrained model", path=path, revision=settings.revision, files=contents)
+    if contents:
+        return fingerprint("pretrained model", files=contents)
+    return fingerprint("pretrained model", path=path, revision=settings.revision)
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,9 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -24,19 +26,20 @@ from plad_dist.config import Config, FilesSource, PythonFunctionsSource, is_oper
 from plad_dist.data.claims import OwnerCheck, check_owned
 from plad_dist.data.dataset import DAMAGED, Dataset
 from plad_dist.data.manifest import Manifest
-from plad_dist.data.parts import Part, part_name, read_header
+from plad_dist.data.parts import DamagedPart, Part, part_name, read_header
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.selection import HELDOUT, TRAIN, Router, Selection
 from plad_dist.data.source_files import expand, local_bytes
 from plad_dist.data.sources import Prompt, read_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.fingerprint import fingerprint
 
 logger = logging.getLogger("plad")
 
 _MAX_BYTES_READ_TWICE = 256 << 20
 _LOG_EVERY_S = 30.0
+_READ_THREADS = 16
 
 
 def train_prompts(storage: Storage) -> Dataset:
@@ -202,10 +205,12 @@ class _Writer:
         long as it is not, nothing is derived from them. They are those of a command that was
         superseded while it committed them.
         """
-        storage, blocks = self._dataset.storage, set(self._dataset.committed())
-        foreign = [block for block in sorted(blocks) if self._dataset.origin(block) != self._input_fingerprint]
+        storage, blocks = self._dataset.storage, sorted(self._dataset.committed())
+        with ThreadPoolExecutor(_READ_THREADS) as threads:
+            origins = list(threads.map(self._dataset.origin, blocks))
+        foreign = [block for block, origin in zip(blocks, origins, strict=True) if origin != self._input_fingerprint]
         if not foreign or self._dataset.manifest() is not None:
-            return blocks
+            return set(blocks)
         if storage.claim is None:
             raise self._of_another_config(foreign[0])
         check_owned(storage)
@@ -217,7 +222,7 @@ class _Writer:
             self._dataset.path,
             DAMAGED,
         )
-        return blocks - set(foreign)
+        return set(blocks) - set(foreign)
 
     @property
     def storage(self) -> Storage:
@@ -233,9 +238,15 @@ class _Writer:
         if self._dataset.manifest() is not None:
             return
         for part in self._new_parts:
-            data = self.storage.read(f"{self._dataset.path}/{part.name}")
-            if data is not None and read_header(data).attempt == self._attempt:
-                self.storage.delete(f"{self._dataset.path}/{part.name}")
+            key = f"{self._dataset.path}/{part.name}"
+            data = self.storage.read(key)
+            try:
+                is_own = data is not None and read_header(data).attempt == self._attempt
+            except DamagedPart as error:
+                logger.warning("%s/%s: %s; it stays, as nothing says who wrote it", self.storage.url, key, error)
+                continue
+            if is_own:
+                self.storage.delete(key)
 
     @property
     def is_resumed(self) -> bool:
@@ -261,12 +272,13 @@ class _Writer:
             raise self._sources_changed(min(surplus))
         facts = {name: counts[name] for name in ("duplicates", "over_long", "truncated")}
         dropped = {name.removeprefix("dropped."): n for name, n in counts.items() if n and name.startswith("dropped.")}
-        self._dataset.finish(
-            self._blocks,
-            fingerprint=self._input_fingerprint,
-            facts={"content": self._content.hexdigest(), **facts, "dropped": dropped},
-            known_parts=self._new_parts,
-        )
+        with self._late_parts_explained():
+            self._dataset.finish(
+                self._blocks,
+                fingerprint=self._input_fingerprint,
+                facts={"content": self._content.hexdigest(), **facts, "dropped": dropped},
+                known_parts=self._new_parts,
+            )
 
     def _commit(self, teacher: str | None) -> None:
         rows, block = self._open.pop(teacher), self._blocks
@@ -275,25 +287,39 @@ class _Writer:
             self._content.update(json.dumps([row.prompt_id, row.reference, row.teacher]).encode() + b"\n")
         table = _table(rows)
         if block not in self._committed:
-            part, first = self._dataset.commit(
-                block,
-                table,
-                fingerprint=self._input_fingerprint,
-                attempt=self._attempt,
-                counts={"references": sum(row.reference is not None for row in rows)}
-                | ({} if teacher is None else {f"teacher.{teacher}": len(rows)}),
-            )
+            with self._late_parts_explained():
+                part, first = self._dataset.commit(
+                    block,
+                    table,
+                    fingerprint=self._input_fingerprint,
+                    attempt=self._attempt,
+                    counts={"references": sum(row.reference is not None for row in rows)}
+                    | ({} if teacher is None else {f"teacher.{teacher}": len(rows)}),
+                )
             self._new_parts.append(part)
             if first:
                 return
-        if not self._is_committed_as(block, table):
+        with self._late_parts_explained():
+            committed = self._dataset.read_committed(block, self._input_fingerprint)
+        if not committed.equals(table):
             raise self._sources_changed(block)
 
-    def _is_committed_as(self, block: int, table: pa.Table) -> bool:
-        """Return True if a committed block has this fingerprint and the rows of a table."""
-        return self._dataset.origin(block) == self._input_fingerprint and bool(
-            self._dataset.read_committed(block, self._input_fingerprint).equals(table)
-        )
+    @contextmanager
+    def _late_parts_explained(self) -> Iterator[None]:
+        """Turn the refusal of another config's part into a message that says what to do.
+
+        This command has set aside all such parts that were there when it began. In a complete
+        dataset they stay refused.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self._dataset.manifest() is not None:
+                raise
+            raise RunFailed(
+                f"{error.args[0].rpartition('; ')[0]}. Another command, which this one has superseded, committed it "
+                "late. Nothing was overwritten; run again: the part is then set aside, and its block is written anew"
+            ) from None
 
     def _of_another_config(self, block: int) -> UserError:
         return UserError(

@@ -13,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset as LibraryDataset
+from datasets import DatasetDict
 
 from plad_dist.config import DatasetSource
+from plad_dist.data import datasets_library
 from plad_dist.data import storage as storage_module
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.datasets_library import dataset_records
@@ -124,3 +126,22 @@ def test_a_part_that_is_cut_short_while_it_is_checked_is_a_message(
     monkeypatch.setattr(storage_module, "read_hashed", cut)
     with pytest.raises(RunFailed, match=r"part-00000\.arrow: damaged: it has 4,096 bytes"):
         data.read_block(0)
+
+
+def test_only_the_files_of_the_wanted_split_are_checked_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = LibraryDataset.from_dict({"prompt": ["aaaa"]})
+    DatasetDict(train=rows, test=rows).save_to_disk(str(tmp_path / "d"))
+    (tmp_path / "d" / "train" / "cache-0.arrow").write_bytes(b"half")
+    for file in (tmp_path / "d" / "test").glob("*.arrow"):
+        file.write_bytes(b"damaged")
+    checked: list[str] = []
+    monkeypatch.setattr(datasets_library, "check_arrow_file", checked.append)
+    source = DatasetSource(type="dataset", name=str(tmp_path / "d"), split="train")
+    for _ in range(2):
+        assert len(list(dataset_records(source, "prompts", ["prompt"]))) == 1
+    assert [Path(file).name for file in checked] == ["data-00000-of-00001.arrow"]
+    other = source.model_copy(update={"split": "validation"})
+    with pytest.raises(UserError, match=r"prompts\.split: .* has no split 'validation'; it has test, train"):
+        list(dataset_records(other, "prompts", ["prompt"]))

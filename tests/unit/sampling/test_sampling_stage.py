@@ -96,6 +96,16 @@ def test_a_limit_takes_prompts_of_every_teacher_in_proportion(tmp_path: Path, mo
         assert abs(count - limit * prompts.count(name) / len(prompts)) <= 1 or limit >= len(prompts)
 
 
+def test_the_same_local_model_at_another_path_is_the_same_model(tmp_path: Path, models: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(models / "a", tmp_path / name)
+        (tmp_path / name / MARKER).unlink()
+    identities = {model_identity(str(tmp_path / name), Model(path=name)) for name in ("one", "two")}
+    assert len(identities) == 1
+    hub = [Model(path="owner/name"), Model(path="owner/other"), Model(path="owner/name", revision="v2")]
+    assert len({model_identity(str(model.path), model) for model in hub} | identities) == 4
+
+
 def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path, models: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(models / "a", folder)
