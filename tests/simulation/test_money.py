@@ -146,7 +146,7 @@ def _forget_earlier_runs(patch: pytest.MonkeyPatch) -> None:
 
 
 def _ignore_claims(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(accounts, "check_owned", lambda storage: None)
+    patch.setattr(accounts.OwnerCheck, "__call__", lambda self: None)
 
 
 MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
