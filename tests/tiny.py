@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from plad_dist.config import ScratchModel
+from plad_dist.data.models import MARKER
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.training.model.scratch import make_model
 
@@ -31,6 +32,7 @@ def make_random_model(folder: Path, seed: int = 0, vocab_size: int = 320, **shap
     rows = [{"prompt_id": "0", "messages": [{"role": "user", "content": "larger of 1 and 2 is 30 4 5 6 7 8 9"}]}]
     scratch = ScratchModel(architecture=SHAPE | shape, vocab_size=vocab_size)
     make_model(scratch, pa.Table.from_pylist(rows, schema=PROMPTS), "random", seed, folder)
+    (folder / MARKER).unlink()  # a pretrained model has none
     return folder
 
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from plad_dist.config import Model
+from plad_dist.config_file import parse_config
 from plad_dist.data.models import (
     DamagedModel,
     check_local_model,
@@ -31,6 +32,7 @@ from plad_dist.data.models import (
 )
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.rundir import RunDir
+from tests.conftest import tiny_config
 from tests.unit.data.test_checksums import flips
 
 FAILURES = [errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT]
@@ -129,7 +131,7 @@ def test_faults_while_a_marker_is_read_never_count_as_no_model(
     with monkeypatch.context() as patch:
         failing(patch, code, "plad.json")
         for use in (
-            lambda: are_trained(["round-0"], run),
+            lambda: are_trained(["round-0"], parse_config(tiny_config(tmp_path), "test"), run),
             lambda: model_identity(str(final), Model(path="x")),
             lambda: make(final, "other"),
             lambda: make(final),

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from plad_dist.config import DatasetSource, FilesSource
 from plad_dist.data.hashset import HashSet
@@ -192,9 +193,11 @@ def test_missing_and_unknown_files_are_refused(tmp_path: Path, name: str, messag
 
 
 def test_uris_of_unknown_stores_are_refused() -> None:
-    for uri in ("http://host/p.jsonl", "s3://bucket", "s3://key:secret@bucket/p.jsonl"):
+    for uri in ("http://host/p.jsonl", "s3://bucket"):
         with pytest.raises(UserError, match=r"prompts\.source\.paths: .*expected a path, or s3://"):
             list(read_prompts(source(uri)))
+    with pytest.raises(ValidationError, match="looks like a secret"):
+        source("s3://key:secret@bucket/p.jsonl")
 
 
 def test_a_template_builds_the_prompt_from_several_columns(tmp_path: Path) -> None:

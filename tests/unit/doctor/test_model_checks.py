@@ -27,7 +27,6 @@ def test_the_tokenizer_of_a_larger_model_exits_with_1(
     folder, raw = run
     texts = (f"{row} {row * row} {row:b} {row:x}" for row in range(2000))
     train_tokenizer(texts, 600).save_pretrained(folder / "student")
-    (folder / "student/plad.json").unlink()  # lists the files that the model had
     code, printed = doctor(str(write_config(folder, raw)), "--json")
     assert code == 1
     (failure,) = failures(printed)

@@ -11,7 +11,7 @@ import pytest
 
 from plad_dist.config import Config, Model
 from plad_dist.config_file import parse_config
-from plad_dist.data.models import MARKER, model_identity
+from plad_dist.data.models import model_identity
 from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.schemas import SAMPLES
 from plad_dist.fleet.fleet import Assignment
@@ -99,7 +99,6 @@ def test_a_limit_takes_prompts_of_every_teacher_in_proportion(tmp_path: Path, mo
 def test_the_same_local_model_at_another_path_is_the_same_model(tmp_path: Path, models: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(models / "a", tmp_path / name)
-        (tmp_path / name / MARKER).unlink()
     identities = {model_identity(str(tmp_path / name), Model(path=name)) for name in ("one", "two")}
     assert len(identities) == 1
     hub = [Model(path="owner/name"), Model(path="owner/other"), Model(path="owner/name", revision="v2")]
@@ -109,7 +108,6 @@ def test_the_same_local_model_at_another_path_is_the_same_model(tmp_path: Path, 
 def test_other_weights_under_the_same_name_are_another_model(tmp_path: Path, models: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(models / "a", folder)
-    (folder / MARKER).unlink()
     settings = Model(path=str(folder))
     before = model_identity(str(folder), settings)
     assert model_identity(str(folder), settings) == before

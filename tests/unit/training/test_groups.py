@@ -157,9 +157,9 @@ def test_a_setting_that_would_stop_a_phase_is_refused_before_it_starts(
 def test_pairs_in_the_tokens_of_another_student_are_refused(tmp_path: Path, raw: dict[str, Any]) -> None:
     changed_raw = make_raw(tmp_path, raw)
     run = make_run(changed_raw)
-    manifest = json.loads((run.root / run.pairs().path / "manifest.json").read_text())
-    manifest["facts"]["tokenizer"] = "another"
-    (run.root / run.pairs().path / "manifest.json").write_text(json.dumps(manifest))
+    manifest = run.pairs().require("pair")
+    changed = replace(manifest, facts=manifest.facts | {"tokenizer": "another"})
+    run.storage.replace(f"{run.pairs().path}/manifest.json", changed.to_json())
     with pytest.raises(UserError, match=r"pairs/round-0: the pairs hold the tokens of another student"):
         plan_phase("round-0", parse_config(changed_raw, "test"), run)
 

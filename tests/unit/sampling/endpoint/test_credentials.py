@@ -39,7 +39,7 @@ def test_the_key_comes_from_a_file_or_a_command(tmp_path: Path) -> None:
     file.write_text(f"{KEY}\n")
 
     async def test() -> None:
-        for source in ({"api_key_file": str(file)}, {"api_key_command": f"printf {KEY} | cat"}):
+        for source in ({"api_key_file": str(file)}, {"api_key_command": f"head -c 1000 {file} | cat"}):
             async with serving(accepting(KEY)) as server, client_of(server, **source) as client:
                 assert await client.check() is None
                 assert (await client.complete(messages("hi"), DECODING, 1)).text == "fine"
@@ -67,7 +67,8 @@ def test_a_replaced_key_is_read_again_once_the_server_rejects_the_old_one(tmp_pa
 
 def test_a_key_that_stays_rejected_is_read_once_more_and_stops_the_stage(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = f"echo read >> {log}; printf {KEY}"
+    (tmp_path / "key").write_text(KEY)
+    command = f"echo read >> {log}; cat {tmp_path / 'key'}"
 
     async def test() -> None:
         seen: list[str] = []
