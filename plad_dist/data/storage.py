@@ -334,7 +334,7 @@ class Storage:
         with self._failure_explained(path, "read"):
             try:
                 obstore.head(self._store, path)
-            except NotFoundError:
+            except _ABSENT:
                 return bool(self.sizes(path))
         return True
 
@@ -350,6 +350,8 @@ class Storage:
             is_refused = not self.create(key, b"")
             self.delete(key)
         except RunFailed as error:
+            with contextlib.suppress(RunFailed):
+                self.delete(key)
             cause = str(error).partition(": cannot be ")[2].partition(COMMITTED_IS_KEPT)[0]
             raise UserError(f"run.dir: {self.url}: cannot be {cause}") from None
         if not is_refused:

@@ -97,3 +97,11 @@ def test_messages_and_pickles_contain_no_secret(bucket: str) -> None:
     storage.replace("x", b"1")
     assert b"not-a-secret" not in pickle.dumps(storage)
     assert "not-a-secret" not in repr(storage)
+
+
+def test_an_object_that_is_missing_does_not_exist_and_is_no_failure(bucket: str) -> None:
+    storage = Storage(bucket)
+    assert not storage.exists("folder/object")
+    storage.create("folder/object", b"x")
+    assert storage.exists("folder/object")
+    assert storage.exists("folder")
