@@ -19,12 +19,12 @@ _HANG_S = 300  # far longer than to look at the claim, and to stop actors that s
 
 
 class Command:
-    """`plad run` in a process of its own."""
+    """`plad sample` in a process of its own."""
 
     def __init__(self, config: Path, log: Path) -> None:
         self._log = log
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from plad_dist.cli import main; main()", "run", str(config)],
+            [sys.executable, "-c", "from plad_dist.cli import main; main()", "sample", str(config)],
             stdout=subprocess.DEVNULL,
             stderr=log.open("ab"),
             cwd=log.parent,
@@ -46,20 +46,19 @@ def wait(condition: Callable[[], bool], command: Command, seconds: float = 900) 
 
 def test_of_two_runs_the_later_one_finishes_and_the_earlier_one_ends_within_seconds(tmp_path: Path) -> None:
     raw = sampling_config(tmp_path, 120, block_size=16, max_tokens=8)
-    raw["training"] = {"num_workers": 1, "round": {"max_steps": 3, "batch_groups": 8}}
-    raw["evaluation"] |= {"bootstrap": 100}
     config = write_config(tmp_path, raw)
+    assert plad("prepare", str(config)).returncode == 0
     commands = [first := Command(config, tmp_path / "first.log")]
     try:
         wait(lambda: "sample: begins" in first.log, first)
-        refused = plad("run", str(config), "run.seed=6", cwd=tmp_path)
+        refused = plad("sample", str(config), "run.seed=6", cwd=tmp_path)
         assert refused.returncode == 2, refused.stderr
         assert "belongs to another config" in refused.stderr
         assert first.process.poll() is None, "a refused command ends nobody"
         commands.append(second := Command(config, tmp_path / "second.log"))
-        wait((tmp_path / "run" / "claims" / "00002.json").exists, second)
+        wait((tmp_path / "run" / "claims" / "00003.json").exists, second)
         assert first.process.wait(timeout=_HANG_S) == 1, first.log[-3000:]
-        assert "another command, `plad run` on " in first.log
+        assert "another command, `plad sample` on " in first.log
         assert f"process {second.process.pid}), has taken over the run" in first.log
         assert "Traceback" not in first.log
         assert second.process.wait(timeout=1800) == 0, second.log[-3000:]
