@@ -28,13 +28,15 @@ from jinja2.runtime import Macro, Undefined
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from plad_dist.untrusted import check_depth
+
 MAX_SIZE = 8 << 20  # characters; the longest contexts of models have fewer
 _MAX_BITS = 4096
 _WORK, _WORK_PER_CHARACTER = 128 << 20, 1024
 _STEP = 128  # work of a call or of a pass of a loop
 _ITEM = 16  # size of an item of a list beside its contents
 _SLOW = {"pprint": 32, "striptags": 32, "truncate": 2, "urlize": 64, "wordwrap": 64, "xmlattr": 8}
-_MOST_ROWS, _MOST_DIGITS, _MOST_DEPTH = 100_000, 100, 64
+_MOST_ROWS, _MOST_DIGITS = 100_000, 100
 # Filters and methods that look at no more than the beginning or the length of what they get.
 _SHALLOW = {"length", "count", "first", "last", "default", "d", "items", "map", "select", "reject", "selectattr"}
 _CONTAINERS = (list, tuple, set, frozenset)
@@ -260,13 +262,10 @@ def _check_filter(name: str, arguments: list[Any]) -> list[Any]:
 
 def _check_depth(value: Any) -> None:
     """Refuse to show a list or mapping that is nested too deeply."""
-    level = [value] if isinstance(value, (*_CONTAINERS, Mapping)) else []
-    for _ in range(_MOST_DEPTH):
-        members = (item.values() if isinstance(item, Mapping) else item for item in level)
-        level = [item for items in members for item in items if isinstance(item, (*_CONTAINERS, Mapping))]
-        if not level:
-            return
-    raise TemplateLimitError(f"the template shows a value that is nested more than {_MOST_DEPTH} levels deep")
+    try:
+        check_depth(value)
+    except ValueError as error:
+        raise TemplateLimitError(f"the template shows a value that is {error}") from None
 
 
 def _bounded(name: str, function: Callable[..., Any], check: Callable[[str, list[Any]], list[Any]]) -> Any:

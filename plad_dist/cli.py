@@ -112,14 +112,13 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 @app.command()
 def report(config: ConfigPath, overrides: Overrides = None) -> None:
     """Rewrite the report from the stored metrics."""
-    from plad_dist.evaluation.report.stage import reportable_metrics, write_report
+    from plad_dist.evaluation.report.stage import write_report
     from plad_dist.evaluation.rounds import last_round
     from plad_dist.rundir import RunDir, check_same_run
 
     settings = load_config(config, overrides or [])
     directory = RunDir.of(settings)
     check_same_run(settings, directory)
-    reportable_metrics(settings, last_round(settings, directory))  # before anything is written
     typer.echo(write_report(settings, last_round(settings, directory)))
 
 
@@ -244,7 +243,7 @@ def verify(
 ) -> None:
     """Check every part of a run against its manifest: missing, surplus, truncated, altered.
 
-    Reads every byte. Models are checked by their headers. Exits with 0 if nothing is wrong or
+    Reads every byte. Exits with 0 if nothing is wrong or
     everything was repaired, otherwise with 1. A repair ends the command that works on the run, if
     there is one.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -21,6 +22,7 @@ _ESCAPES = re.compile(
 # Control characters except tab and newline, and the characters that reorder or break lines unseen.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_CONTAINERS = (list, tuple, set, frozenset, Mapping)
 
 
 def harmless(text: str) -> str:
@@ -65,13 +67,13 @@ def strict_json(document: Any) -> str:
 
 
 def check_depth(document: Any, limit: int = MAX_DEPTH) -> None:
-    """Raise :class:`ValueError` if lists and mappings are nested deeper than the limit."""
-    level = [document] if isinstance(document, dict | list) else []
+    """Raise :class:`ValueError` if lists, sets and mappings are nested deeper than the limit."""
+    level = [document] if isinstance(document, _CONTAINERS) else []
     for _ in range(limit + 1):
         if not level:
             return
-        items = (container.values() if isinstance(container, dict) else container for container in level)
-        level = [item for members in items for item in members if isinstance(item, dict | list)]
+        items = (container.values() if isinstance(container, Mapping) else container for container in level)
+        level = [item for members in items for item in members if isinstance(item, _CONTAINERS)]
     raise ValueError(f"nested more than {limit} levels deep")
 
 

@@ -33,13 +33,15 @@ class Section(BaseModel):
     @classmethod
     def _refuse_secrets(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            for name, value in values.items():
-                # Sections check their own values, and messages then name the whole key.
-                # The checks of addresses and names of variables give better advice.
-                if isinstance(value, dict) or name == "url" or str(name).endswith("_env"):
-                    continue
-                if location := secret_location({name: value}):
-                    raise ValueError(f"{location}: looks like a secret; {ADVICE}")
+            # Sections check their own values, and messages then name the whole key. The checks of
+            # addresses and names of variables give better advice.
+            checked = {
+                name: value
+                for name, value in values.items()
+                if not isinstance(value, dict) and name != "url" and not str(name).endswith("_env")
+            }
+            if location := secret_location(checked):
+                raise ValueError(f"{location}: looks like a secret; {ADVICE}")
         return values
 
     @model_validator(mode="before")

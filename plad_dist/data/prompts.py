@@ -318,7 +318,7 @@ class _Writer:
                 raise
             raise RunFailed(
                 f"{error.args[0].rpartition('; ')[0]}. Another command, which this one has superseded, committed it "
-                "late. Nothing was overwritten; run again: the part is then set aside, and its block is written anew"
+                "late. Nothing was overwritten; run again: the part is then set aside, and its block is written again"
             ) from None
 
     def _of_another_config(self, block: int) -> UserError:

@@ -147,20 +147,15 @@ class Spool:
 
 def damaged_files(dataset: Dataset) -> Iterator[tuple[str, str]]:
     """Yield name and problem of every damaged file of the spool of uncommitted blocks."""
-    storage, names = dataset.storage, dataset.storage.sizes(dataset.path)
-    if f"{FOLDER}/" not in names:
-        return
-    for folder in storage.sizes(f"{dataset.path}/{FOLDER}"):
-        block = folder.rstrip("/")
-        if not re.fullmatch(r"\d{5,}/", folder) or part_name(int(block)) in names:
-            continue
-        for name in filter(_FILE_NAME.fullmatch, storage.sizes(f"{dataset.path}/{FOLDER}/{block}")):
-            data = storage.read(f"{dataset.path}/{FOLDER}/{block}/{name}")
+    storage = dataset.storage
+    for folder in uncommitted_folders(dataset):
+        for name in filter(_FILE_NAME.fullmatch, storage.sizes(folder)):
+            data = storage.read(f"{folder}/{name}")
             try:
                 if data is not None:
                     _decode(data, None, None)
             except (pa.ArrowException, OSError, ValueError) as error:
-                yield f"{FOLDER}/{block}/{name}", str(error)
+                yield f"{folder.removeprefix(f'{dataset.path}/')}/{name}", str(error)
 
 
 def total_cost(dataset: Dataset, blocks: Collection[int] | None = None) -> float:
@@ -172,16 +167,28 @@ def total_cost(dataset: Dataset, blocks: Collection[int] | None = None) -> float
     Args:
         blocks: blocks to count; None for all.
     """
-    storage, spool = dataset.storage, f"{dataset.path}/{FOLDER}"
-    committed = storage.sizes(dataset.path)
-    folders = [name.rstrip("/") for name in storage.sizes(spool) if re.fullmatch(r"\d{5,}/", name)]
-    counted = None if blocks is None else set(blocks)
     return sum(
         sum(table["cost"].to_pylist())
-        for folder in folders
-        if part_name(int(folder)) not in committed and (counted is None or int(folder) in counted)
-        for table in _read_tables(storage, f"{spool}/{folder}")
+        for folder in uncommitted_folders(dataset, blocks)
+        for table in _read_tables(dataset.storage, folder)
     )
+
+
+def uncommitted_folders(dataset: Dataset, blocks: Collection[int] | None = None) -> list[str]:
+    """Return the folders of the spool whose blocks are not committed.
+
+    Args:
+        blocks: blocks to consider; None for all.
+    """
+    storage, spool = dataset.storage, f"{dataset.path}/{FOLDER}"
+    names = storage.sizes(dataset.path)
+    numbers = [name.rstrip("/") for name in storage.sizes(spool) if re.fullmatch(r"\d{5,}/", name)]
+    counted = None if blocks is None else set(blocks)
+    return [
+        f"{spool}/{number}"
+        for number in numbers
+        if part_name(int(number)) not in names and (counted is None or int(number) in counted)
+    ]
 
 
 def _read_tables(

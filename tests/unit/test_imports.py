@@ -29,8 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "plad_dist.progress",
         "plad_dist.systems",
         "plad_dist.untrusted",
-        "plad_dist.bounded_templates",
     ),
+    ("plad_dist.bounded_templates",),
     (
         "plad_dist.reach",
         "plad_dist.text_metrics",

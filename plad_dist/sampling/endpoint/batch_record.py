@@ -22,11 +22,10 @@ from typing import Any
 
 from plad_dist.data.claims import SupersededError, is_superseded, read_claim, take_claim
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.parts import part_name
 from plad_dist.data.storage import Claim
 from plad_dist.errors import RunFailed
 from plad_dist.sampling.backend import SampleNumber
-from plad_dist.sampling.spool import FOLDER
+from plad_dist.sampling.spool import FOLDER, uncommitted_folders
 
 _NAME = re.compile(r"batch-(\d{4})\.json")
 
@@ -126,14 +125,10 @@ class BatchLedger:
 
 def open_batches(dataset: Dataset, blocks: Collection[int]) -> list[BatchRecord]:
     """Return the batches in flight of uncommitted blocks, by whatever config."""
-    storage, spool = dataset.storage, f"{dataset.path}/{FOLDER}"
-    committed, counted = storage.sizes(dataset.path), set(blocks)
-    folders = [name.rstrip("/") for name in storage.sizes(spool) if re.fullmatch(r"\d{5,}/", name)]
     return [
         record
-        for folder in folders
-        if part_name(int(folder)) not in committed and int(folder) in counted
-        for record in _records(storage, f"{spool}/{folder}")
+        for folder in uncommitted_folders(dataset, blocks)
+        for record in _records(dataset.storage, folder)
         if not record.is_settled
     ]
 

@@ -21,11 +21,9 @@ import re
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import xxhash
 
 from plad_dist.data.dataset import Dataset
+from plad_dist.data.sealed import sealed_json, unsealed_json
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.sampling.endpoint.batch_record import open_batches
@@ -143,8 +141,8 @@ class Ledger:
 
     def _decode(self, number: int, data: bytes | None) -> Spending:
         try:
-            return _decode(data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return Spending(**unsealed_json(data or b""))
+        except (ValueError, TypeError):
             raise RunFailed(
                 f"{self.storage.url}/{self._key(number)}: missing, or not a ledger of money. Nothing more is sent. "
                 "Restore it, or delete it and every later object if they are the ones that were damaged"
@@ -198,16 +196,4 @@ def to_micros(money: float) -> int:
 
 
 def _encode(state: Spending) -> bytes:
-    document = {"settled": state.settled, "open": dict(state.open), "excess": state.excess}
-    return json.dumps({**document, "xxh3_128": _checksum(document)}).encode()
-
-
-def _decode(data: bytes | None) -> Spending:
-    document: dict[str, Any] = json.loads(data or b"")
-    if document.pop("xxh3_128") != _checksum(document):
-        raise ValueError("checksum")
-    return Spending(**document)
-
-
-def _checksum(document: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True).encode())
+    return sealed_json(json.dumps({"settled": state.settled, "open": dict(state.open), "excess": state.excess}))

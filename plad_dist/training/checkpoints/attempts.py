@@ -1,9 +1,8 @@
 """Attempts at a phase: only the latest attempt may write, all earlier ones must end.
 
 A worker group claims the next attempt (:mod:`plad_dist.data.claims`). It also ends if a later
-command has claimed the run. Late writes of an earlier one
-are harmless: a whole checkpoint is never overwritten, and figures carry the number of their
-attempt.
+command has claimed the run. Late writes of an earlier attempt are harmless: a whole checkpoint is
+never overwritten, and figures carry the number of their attempt.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class OwnerWatch:
                     signal.pthread_kill(main, signal.SIGINT)
                 return
             except RunFailed as error:
-                logger.warning("cannot look at the claims now, training goes on: %s", error)
+                logger.warning("cannot look at the claims now, training continues: %s", error)
 
 
 @contextmanager

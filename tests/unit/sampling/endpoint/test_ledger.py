@@ -175,6 +175,15 @@ def test_a_client_that_was_taken_over_stops_for_good(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+async def spent_at_start(storage: Storage, job: SamplingJob, url: str) -> float:
+    """Return what the next command counts as spent before it sends a request."""
+    sampler, backends = sampler_of(storage, job, url, max_spend=1.0)
+    assert await sampler.start() is None
+    spent = backends[0]._client.spent
+    await sampler.stop()
+    return spent
+
+
 def test_money_whose_parts_and_spools_were_deleted_stays_paid(tmp_path: Path) -> None:
     storage, job = prepare(tmp_path, [f"p{row}" for row in range(10)])
     job = paid_job(job)
@@ -184,10 +193,7 @@ def test_money_whose_parts_and_spools_were_deleted_stays_paid(tmp_path: Path) ->
             assert not await drive(storage, job, server.url, "A", max_spend=1.0)
             for part in (tmp_path / "samples").glob("part-*"):
                 part.unlink()
-            sampler, backends = sampler_of(storage, job, server.url, max_spend=1.0)
-            assert await sampler.start() is None
-            assert backends[0]._client.spent == pytest.approx(10 * ANSWER)
-            await sampler.stop()
+            assert await spent_at_start(storage, job, server.url) == pytest.approx(10 * ANSWER)
 
     run(test())
 
@@ -201,10 +207,7 @@ def test_what_was_paid_before_there_was_a_ledger_is_its_first_entry(tmp_path: Pa
             assert not await drive(storage, job, server.url, "A")
             for entry in (tmp_path / "spending" / "teacher-teacher").iterdir():
                 entry.unlink()
-            sampler, backends = sampler_of(storage, job, server.url, max_spend=1.0)
-            assert await sampler.start() is None
-            assert backends[0]._client.spent == pytest.approx(10 * ANSWER)
-            await sampler.stop()
+            assert await spent_at_start(storage, job, server.url) == pytest.approx(10 * ANSWER)
 
     run(test())
 
