@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from plad_dist.data.local_files import failure_explained
@@ -37,7 +38,8 @@ def log_to_run(run: RunDir) -> None:
     # A study has several runs: the log of the previous one ends here.
     for previous in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
         logger.removeHandler(previous)
-        previous.close()
+        with contextlib.suppress(OSError):  # its last lines may not fit on a full disk
+            previous.close()
     with failure_explained(str(folder), "written"):
         folder.mkdir(exist_ok=True)
         own = _RunLog(folder / "plad.log")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,9 @@ from plad_dist.rundir import RunDir
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    logger = logging.getLogger("plad")
-    before = list(logger.handlers)
-    yield
-    logger.handlers = before
+def no_other_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Handlers that earlier tests left write to streams that pytest has closed."""
+    monkeypatch.setattr(logging.getLogger("plad"), "handlers", [])
 
 
 def test_a_log_that_cannot_be_opened_ends_the_command_with_the_reason(tmp_path: Path) -> None:
@@ -33,3 +30,14 @@ def test_a_line_that_a_full_disk_refuses_shows_no_traceback(tmp_path: Path, caps
     log_to_run(RunDir.at(str(tmp_path)))
     logging.getLogger("plad").error("a line")
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_log_of_the_next_run_begins_although_the_last_lines_of_the_previous_one_are_lost(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name / "logs").mkdir(parents=True)
+    (tmp_path / "first/logs/plad.log").symlink_to("/dev/full")
+    log_to_run(RunDir.at(str(tmp_path / "first")))
+    logging.getLogger("plad").error("a line")
+    log_to_run(RunDir.at(str(tmp_path / "second")))
+    logging.getLogger("plad").error("another line")
+    assert "another line" in (tmp_path / "second/logs/plad.log").read_text()
