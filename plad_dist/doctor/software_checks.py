@@ -93,10 +93,11 @@ def _compare_with_lock(lock: Path) -> Finding:
         return ok(f"all {len(locked)} packages as in {name}")
     omitted = f" and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
     differ = "package differs" if len(differences) == 1 else "packages differ"
+    torch = " --torch-backend cpu requirements/cpu-torch.txt" if lock.name == "cpu.txt" else ""
     return warn(
         f"{len(differences)} {differ} from {name}: {', '.join(differences[:_MAX_LISTED])}{omitted}",
-        f"`uv pip sync {name}` installs the versions that were tested together; then reinstall plad-dist without its "
-        "dependencies",
+        f"`uv pip sync {name}{torch}` installs the versions that were tested together; then reinstall plad-dist "
+        "without its dependencies",
     )
 
 
