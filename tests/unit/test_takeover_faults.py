@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import errno
 import io
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.reuse import take_over
 from plad_dist.rundir import RunDir, check_same_run, load_run, open_run
 from tests.conftest import tiny_config, write_prompts
+from tests.power_loss import PowerRecord
 
 WRITES = ("link", "rename", "replace", "mkdir", "unlink", "rmdir", "file")
 CALLS = (*WRITES, "listdir", "scandir", "stat", "fsync", "open")
@@ -160,6 +162,54 @@ def test_faults_of_the_file_system_at_any_call_of_a_takeover_lose_nothing(config
             left = [path for path in root.rglob(".*") if ".begun-" not in str(path) and ".abandoned-" not in str(path)]
             assert not left, (number, calls[number - 1])
         assert finished(config, source) == expected, (number, calls[number - 1])
+    assert content(RunDir.of(source).root) == before, "the source is unchanged"
+
+
+@pytest.mark.parametrize("change", ["commit", "repair"])
+def test_a_takeover_takes_whole_files_of_a_source_that_goes_on_or_is_repaired(
+    configs: tuple[Config, Config], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source, config = configs
+    folder = RunDir.of(source).root / "samples/teacher/round-0"
+    part, later = folder / "part-00000.arrow", folder / "part-00001.arrow"
+    link, links = os.link, number_of_calls(config, source, ("link",))
+    for number in range(links):
+        calls = itertools.count()
+
+        def changing(*paths: Any, calls: Iterator[int] = calls, number: int = number, **options: Any) -> None:
+            if next(calls) == number:
+                if change == "commit":
+                    later.write_bytes(b"later")
+                else:
+                    part.rename(folder / "set-aside")
+            link(*paths, **options)
+
+        reset(config)
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "link", changing)
+            taken = content(begin(config, source).root)
+        assert taken.get(f"samples/teacher/round-0/{part.name}") in (
+            None,
+            str(part.relative_to(RunDir.of(source).root)).encode(),
+        )
+        assert taken.get(f"samples/teacher/round-0/{later.name}") in (None, b"later")
+        assert "run.yaml" in taken
+        later.unlink(missing_ok=True)
+        if (folder / "set-aside").exists():
+            (folder / "set-aside").rename(part)
+
+
+def test_faults_of_the_power_at_any_call_of_a_takeover_lose_nothing(configs: tuple[Config, Config]) -> None:
+    source, config = configs
+    expected, before = finished(config, source), content(RunDir.of(source).root)
+    record = PowerRecord(reset(config))
+    with record.recording():
+        begin(config, source)
+        record.promise("begun")
+    for loss in record.losses():
+        if loss.promised:
+            assert content(RunDir.of(config).root) == expected, loss
+        assert finished(config, source) == expected, loss
     assert content(RunDir.of(source).root) == before, "the source is unchanged"
 
 
