@@ -80,8 +80,11 @@ def unfinished_model(final: Path, suffix: str | None = None) -> Iterator[Path]:
             _remove_abandoned(final)
             try:
                 yield temporary
-            except SafetensorError as error:
-                raise OSError(first_line(error)) from None
+            except Exception as error:
+                # The tokenizers package raises the plain class if it cannot write.
+                if isinstance(error, SafetensorError) or type(error) is Exception:
+                    raise OSError(first_line(error)) from None
+                raise
     finally:
         _remove(temporary)
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from plad_dist.config import Model
 from plad_dist.config_file import parse_config
@@ -225,6 +227,20 @@ def test_a_model_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) ->
     assert contents(tmp_path) == {}
     make(final)
     assert model_problems(final) == []
+
+
+def test_a_tokenizer_that_cannot_be_written_is_no_crash(tmp_path: Path) -> None:
+    """Its package raises a plain Exception."""
+    final = tmp_path / "models/a"
+
+    def full(folder: Path) -> None:
+        write_model(folder)
+        (folder / "tokenizer.json").symlink_to("/dev/full")
+        Tokenizer(BPE()).save(str(folder / "tokenizer.json"))
+
+    with pytest.raises(RunFailed, match=r"models/a: cannot be written: No space left.*is kept"):
+        make(final, write=full)
+    assert contents(tmp_path) == {}
 
 
 def test_folders_of_dead_processes_are_removed_after_an_hour(tmp_path: Path) -> None:
