@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from plad_dist.config import Config, Decoding
 from plad_dist.config.section import Section
 from plad_dist.config.values import PathText, escape_path, refuse_clash
 from plad_dist.config_file import load_config, override, parse_config, parse_section, read_yaml
+from plad_dist.data.local_files import failure_explained, write_durably
 from plad_dist.errors import UserError
 from plad_dist.rundir import RunDir
 from plad_dist.systems import PLAD
@@ -162,11 +164,16 @@ def write_figures_over_seeds(seeds: Sequence[Sequence[tuple[str, Config]]]) -> t
 
     Returns:
         The figures of each variant, and the path of the file.
+
+    Raises:
+        RunFailed: the file cannot be written.
     """
     from plad_dist.evaluation.over_seeds import study_over_seeds
 
     variants = study_over_seeds([{name: config.run.dir for name, config in runs} for runs in seeds])
     _, first = seeds[0][0]
     path = RunDir.of(first).root.parent.parent / "study.json"
-    path.write_text(json.dumps([variant.to_json() for variant in variants], indent=1), encoding="utf-8")
+    figures = json.dumps([variant.to_json() for variant in variants], indent=1)
+    with failure_explained(str(path), "written"):
+        write_durably(path, figures.encode(), os.replace)
     return variants, path

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from plad_dist.errors import UserError
-from plad_dist.study import load_study
+from plad_dist.errors import RunFailed, UserError
+from plad_dist.evaluation import over_seeds
+from plad_dist.study import load_study, write_figures_over_seeds
 from tests.conftest import tiny_config
 
 
@@ -70,3 +71,14 @@ def test_the_config_of_a_run_is_distinguished_from_a_study(tmp_path: Path) -> No
     path = write_study(tmp_path, variants={"a": {}})
     with pytest.raises(UserError, match=r"base.yaml: is the config of a run \(`plad run`\)"):
         load_study(str(Path(path).parent / "base.yaml"), [])
+
+
+def test_figures_that_cannot_be_written_are_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(over_seeds, "study_over_seeds", lambda seeds: [])
+    seeds = load_study(write_study(tmp_path, variants={"plain": {}}, seeds=[1, 2]), [])
+    _, path = write_figures_over_seeds(seeds)
+    assert path.read_text() == "[]"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(RunFailed, match=r"study\.json: cannot be written: .*Is a directory.*is kept"):
+        write_figures_over_seeds(seeds)
