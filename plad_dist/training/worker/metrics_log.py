@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plad_dist.data.local_files import failure_explained
 from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.messages import Began, Diverged, HeldoutRanked, Message, Said, StepDone
 from plad_dist.training.records.metrics_file import METRICS_FILE
@@ -27,6 +28,9 @@ class MetricsLog:
         trackers: names of the trackers that also get the figures.
         run: URL of the run directory, which identifies the run to trackers.
         attempt: number of this attempt; the figures of the highest attempt count.
+
+    Raises:
+        RunFailed: the files cannot be written, here or in any method.
     """
 
     def __init__(
@@ -41,9 +45,11 @@ class MetricsLog:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-        self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+        self._folder = folder
+        with failure_explained(str(folder), "written"):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self._phase, self._steps, self._mailbox, self._attempt = folder.name, steps, mailbox, attempt
         self._trackers: list[Tracker] = []
         for name in trackers:
@@ -78,10 +84,10 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files and the trackers."""
-        self._board.close()
-        self._file.close()
         for tracker in list(self._trackers):
             self._call_tracker(tracker, tracker.close)
+        with failure_explained(str(self._folder), "written"), self._file:
+            self._board.close()
 
     def _call_tracker(self, tracker: Tracker, call: Callable[[], None]) -> None:
         """Call a tracker; report and drop it if it fails.
@@ -95,10 +101,11 @@ class MetricsLog:
             self.report(f"{type(tracker).__name__.strip('_')} failed and gets no more figures: {error!r:.200}")
 
     def _write(self, record: dict[str, Any], group: str, figures: dict[str, float], step: int) -> None:
-        self._file.write(json.dumps({"time": round(time.time(), 3), "attempt": self._attempt, **record}) + "\n")
         by_tag = {f"{group}/{name}": value for name, value in figures.items()}
-        for tag, value in by_tag.items():
-            self._board.add_scalar(tag, value, step)
+        with failure_explained(str(self._folder), "written"):
+            self._file.write(json.dumps({"time": round(time.time(), 3), "attempt": self._attempt, **record}) + "\n")
+            for tag, value in by_tag.items():
+                self._board.add_scalar(tag, value, step)
         for tracker in list(self._trackers):
             self._call_tracker(tracker, lambda: tracker.log(by_tag, step))  # noqa: B023 - called at once
 
