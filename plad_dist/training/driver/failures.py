@@ -34,6 +34,11 @@ def root_cause(error: BaseException) -> BaseException:
     return ray_train.root_cause(error, stop_at=(UserError, RunFailed))
 
 
+def is_reported(error: Any) -> bool:
+    """Return True if a worker reported the failure itself, as it does when the storage fails."""
+    return any(isinstance(root_cause(failure), RunFailed) for failure in ray_train.worker_failures(error).values())
+
+
 def unreachable_ranks(error: Any) -> list[int]:
     """Return the ranks of silent workers, whose nodes Ray may not have found dead yet."""
     return [rank for rank, failure in ray_train.worker_failures(error).items() if _is_silent(root_cause(failure))]
@@ -48,6 +53,8 @@ def _is_silent(cause: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
+    if isinstance(error, RunFailed):  # a message of ours is complete
+        return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:_MAX_LENGTH] if lines else ''}"
 

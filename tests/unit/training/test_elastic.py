@@ -65,3 +65,22 @@ def test_nodes_of_silent_workers_are_not_counted_on_for_a_while(clock: Clock, mo
     assert callbacks._free_by_node() == {"a": {"CPU": 1.0}}
     clock.now += 31
     assert callbacks._free_by_node() == free
+
+
+def test_a_group_that_reports_one_failure_after_another_before_its_first_step_is_given_up(clock: Clock) -> None:
+    """On a full disk the workers cannot record that they failed."""
+    takes_steps = True
+    mailbox = Mailbox()
+    callbacks = WorkerGroupCallbacks(mailbox, "round-0", 2, 2, patience=60.0)
+    callbacks._takes_steps = lambda: takes_steps  # type: ignore[method-assign]
+    failure = WorkerGroupError("failed", {0: RunFailed("/run/x: cannot be written: No space left on device")})
+    for _ in range(9):
+        callbacks.on_failure(failure)
+    takes_steps = False
+    for _ in range(4):
+        callbacks.on_failure(failure)
+    callbacks.on_failure(WorkerGroupError("failed", {0: ValueError("the worker died")}))
+    for _ in range(4):
+        callbacks.on_failure(failure)
+    with pytest.raises(RunFailed, match=r"worker 0 failed: /run/x: .*No space left.*5 times in a row"):
+        callbacks.on_failure(failure)
