@@ -25,9 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plad_dist.data.local_files import failure_explained, file_checksum
+from plad_dist.data.local_files import COMMITTED_IS_KEPT, failure_explained, file_checksum
 from plad_dist.data.sealed import sealed_json, unsealed_json
-from plad_dist.errors import RunFailed, UserError
+from plad_dist.errors import RunFailed, UserError, first_line
 from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.checkpoints.attempts import Attempt
 from plad_dist.training.checkpoints.reshard import load_resharded
@@ -39,6 +39,7 @@ logger = logging.getLogger("plad")
 
 _LATEST = "latest.json"
 _STAGING_PREFIX = "plad-checkpoint-"
+_TORCH_WRITER_ERRORS = ("inline_container", "iostream error")
 _POLL_S = 0.2
 _COMMIT_TIMEOUT_S = 1800.0
 
@@ -98,20 +99,21 @@ class Checkpoints:
         It is committed in the background, after the previous checkpoint, for which this call waits.
 
         Raises:
-            RunFailed: the previous checkpoint could not be committed.
+            RunFailed: the previous checkpoint could not be committed, or the local disk is full.
         """
         if state.step == self._saved_step:
             return
         started = time.monotonic()
         self._wait_for_commit()
         folder = self._staging / step_name(state.step)
-        engine.save_checkpoint(
-            str(folder),
-            tag=self._attempt.name,
-            save_latest=False,
-            exclude_frozen_parameters=self._only_trained,
-            client_state={"random": _random_state()},
-        )
+        with _staging_failure_explained(folder):
+            engine.save_checkpoint(
+                str(folder),
+                tag=self._attempt.name,
+                save_latest=False,
+                exclude_frozen_parameters=self._only_trained,
+                client_state={"random": _random_state()},
+            )
         self._pending = self._uploader.submit(self._upload, folder, state, started)
         self._saved_step = state.step
         self.stall_seconds = time.monotonic() - started
@@ -324,6 +326,21 @@ class Checkpoints:
             yield folder
         finally:
             shutil.rmtree(folder)
+
+
+@contextmanager
+def _staging_failure_explained(folder: Path) -> Iterator[None]:
+    """Turn the errors of torch's file writer, which name neither file nor cause, into our own."""
+    try:
+        with failure_explained(str(folder), "written"):
+            yield
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _TORCH_WRITER_ERRORS):  # such as a lost connection
+            raise
+        raise RunFailed(
+            f"{folder}: cannot be written: {shutil.disk_usage(folder.parent).free:,} bytes of the disk are free "
+            f"({first_line(error)}){COMMITTED_IS_KEPT}; make room, or set training.staging_dir"
+        ) from None
 
 
 def optimizer_of(engine: Any) -> str:

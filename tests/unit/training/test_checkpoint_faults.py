@@ -6,12 +6,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from plad_dist.data.storage import Storage
+from plad_dist.errors import RunFailed
 from plad_dist.training.checkpoints.attempts import claim
 from plad_dist.training.checkpoints.saving import Checkpoints
 from plad_dist.training.checkpoints.store import CheckpointStore, TrainState
@@ -80,3 +82,22 @@ def test_faults_at_every_call_that_carries_a_checkpoint_leave_the_one_before_or_
             assert newest.state.step == 2
         save(root, staging, 2, 3)
         assert sound_steps(root) == [3], faults.hit
+
+
+@pytest.mark.parametrize("size", [1, 200_000])
+def test_a_full_staging_disk_is_named_and_a_lost_connection_stays_one(tmp_path: Path, size: int) -> None:
+    """Torch names neither file nor cause, and its words depend on the size."""
+    attempt = claim(Storage(str(tmp_path)), "checkpoints/p/owner", "launch")
+    checkpoints = Checkpoints(CheckpointStore(Storage(str(tmp_path)), "p", "f"), attempt, 1, str(tmp_path / "staging"))
+
+    def full(*_: object, **__: object) -> None:
+        torch.save({"weights": torch.ones(size)}, "/dev/full")
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RunFailed, match=r"staging/.*step-00000001: cannot be written: .* free .*kept.*staging_dir"):
+        checkpoints.save(SimpleNamespace(save_checkpoint=full), TrainState(1, 8, 99, 1, "f"))
+    with pytest.raises(RuntimeError, match=r"^Connection closed by peer$"):
+        checkpoints.save(SimpleNamespace(save_checkpoint=cut_off), TrainState(1, 8, 99, 1, "f"))
+    checkpoints.close()
