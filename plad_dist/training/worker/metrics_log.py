@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from plad_dist.data.local_files import failure_explained
 from plad_dist.training.checkpoints.store import TrainState
@@ -49,7 +49,7 @@ class MetricsLog:
         with failure_explained(str(folder), "written"):
             folder.mkdir(parents=True, exist_ok=True)
             self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+            self._file = _continued(folder / METRICS_FILE)
         self._phase, self._steps, self._mailbox, self._attempt = folder.name, steps, mailbox, attempt
         self._trackers: list[Tracker] = []
         for name in trackers:
@@ -112,3 +112,12 @@ class MetricsLog:
     def _post(self, message: Message) -> None:
         if self._mailbox is not None:
             self._mailbox.post.remote(message)
+
+
+def _continued(path: Path) -> TextIO:
+    """Open a file of lines for appending, after the end of a line that was cut short."""
+    is_cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    file = path.open("a", encoding="utf-8", buffering=1)
+    if is_cut:
+        file.write("\n")
+    return file
