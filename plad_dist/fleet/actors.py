@@ -24,7 +24,7 @@ from plad_dist.progress import Progress
 logger = logging.getLogger("plad")
 
 _MAX_FIRST_STARTS = 3  # starts before the first engine of a fleet is up
-_MAX_FAILING_ACTORS = 8  # a fleet stops after max_attempts + 1 failures in a row for each of these
+MAX_FAILING_ACTORS = 8  # a fleet stops after max_attempts + 1 failures in a row for each of these
 STOP_TIMEOUT_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 _MAX_DOUBLINGS = 16
@@ -184,7 +184,7 @@ class ActorManager:
         self._stop_if_hopeless(fleet, loss.reason)
 
     def _stop_if_hopeless(self, fleet: RunningFleet, reason: str) -> None:
-        limit = (self._sampling.max_attempts + 1) * min(fleet.max_actors, _MAX_FAILING_ACTORS)
+        limit = (self._sampling.max_attempts + 1) * min(fleet.max_actors, MAX_FAILING_ACTORS)
         for count, result in ((fleet.pool.failures_in_a_row, "committed"), (fleet.failed_starts, "finished")):
             if count >= limit:
                 raise RunFailed(

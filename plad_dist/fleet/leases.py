@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 
-from plad_dist.errors import first_line
+from plad_dist.errors import RunFailed, first_line
+from plad_dist.fleet.actors import MAX_FAILING_ACTORS
 from plad_dist.fleet.calls import OutstandingCalls, WorkCall
 from plad_dist.fleet.fleet import Task
 from plad_dist.fleet.output import OutputDatasets
@@ -15,6 +17,8 @@ from plad_dist.fleet.running import FleetActor, RunningFleet
 from plad_dist.progress import Progress
 
 logger = logging.getLogger("plad")
+
+_LONGEST_OUTAGE_S = 30.0  # of a storage that refuses everything
 
 
 class LeaseManager:
@@ -43,7 +47,7 @@ class LeaseManager:
                 self._calls.cancel(futile_lease)
         units = self._outputs.add(task, result)
         if units is not None:
-            fleet.failed_starts = 0
+            fleet.failed_starts, fleet.failing_since = 0, None
             fleet.metrics.block_committed(result)
             self._progress.advance(units, tokens=result.part.counts.get("tokens", 0))
             self._outputs.check_errors(task.output)
@@ -53,11 +57,30 @@ class LeaseManager:
         """Record an attempt that raised an exception; its block is retried.
 
         Raises:
-            RunFailed: the block failed too often.
+            RunFailed: the block failed too often, or one block after the other does.
         """
         logger.warning("%s: %s failed: %s", lease.actor, lease.block, cause)
         fleet.metrics.block_retried()
         fleet.pool.failed(lease, first_line(cause))
+        self._stop_if_all_fail(fleet, first_line(cause))
+
+    def _stop_if_all_fail(self, fleet: RunningFleet, reason: str) -> None:
+        """Raise :class:`RunFailed` if no attempt succeeds any more, as on a full disk.
+
+        Failed blocks are retried after all others, which would fail in vain before the first of
+        them has failed too often.
+        """
+        now = time.monotonic()
+        if fleet.failing_since is None:
+            fleet.failing_since = now
+        limits, count = fleet.pool.limits, fleet.pool.failures_in_a_row
+        limit = limits.max_attempts * limits.window * min(fleet.max_actors, MAX_FAILING_ACTORS)
+        seconds = now - fleet.failing_since
+        if count >= limit and seconds >= _LONGEST_OUTAGE_S:
+            raise RunFailed(
+                f"{fleet.name}: {count} attempts have failed in {seconds:.0f} s and none has succeeded, the last one "
+                f"with: {reason}"
+            )
 
     def expire(self, fleet: RunningFleet, now: float) -> None:
         """Cancel the attempts whose leases expired; their blocks are retried.

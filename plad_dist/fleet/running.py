@@ -65,6 +65,7 @@ class RunningFleet:
         max_actors: largest number of actors at this moment.
         request_count: actors requested so far.
         failed_starts: failed starts in a row, with nothing finished by any actor in between.
+        failing_since: time of the first failed attempt since the latest commit, otherwise None.
         has_started: True once any actor has been ready.
         first_refusal_peers: actors that were starting when the first actor refused to start; None
             before that.
@@ -79,6 +80,7 @@ class RunningFleet:
     max_actors: int = 1
     request_count: int = 0
     failed_starts: int = 0
+    failing_since: float | None = None
     has_started: bool = False
     first_refusal_peers: set[str] | None = None
     next_request_at: float = 0.0
