@@ -210,6 +210,6 @@ class Teacher(Model):
     @classmethod
     def of(cls, model: Model) -> Teacher:
         """Return a single teacher in the form of one of several."""
-        teacher = cls(**model.model_dump())
+        teacher = cls.model_construct(**dict(model))  # the values are valid
         teacher._date = model._date
         return teacher

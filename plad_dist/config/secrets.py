@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 # Last words of names whose values are secrets. `max_tokens`, `bos_token` and `token_ids` are none.
@@ -71,6 +72,7 @@ def _can_be_secret(value: Any) -> bool:
     return value is not None and not isinstance(value, bool | dict)
 
 
+@lru_cache(maxsize=4096)  # every section of a config looks at the same names, those of the environment too
 def _is_secret_name(name: str) -> bool:
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     return _NAMES.fullmatch(re.sub(r"[^a-z0-9]+", "_", snake).removeprefix("x_")) is not None
