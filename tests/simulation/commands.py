@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import io
 import itertools
 import os
 import pickle
@@ -47,6 +46,7 @@ from plad_dist.sampling.backend import Completion
 from plad_dist.sampling.job import SamplingJob
 from plad_dist.verify import parts as verified_parts
 from plad_dist.verify.verification import Verification
+from tests.caching import cached
 from tests.simulation.world import World
 
 URL = "s3://simulated/run"
@@ -242,19 +242,6 @@ async def _to_this_thread(work: Callable[..., Any], *arguments: Any, **named: An
     return work(*arguments, **named)
 
 
-def _cached(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that keeps its results, of which every caller gets a copy."""
-    results: dict[Any, bytes] = {}
-
-    def cached(*arguments: Any, **named: Any) -> Any:
-        key = pickle.dumps((arguments, named)) if not isinstance(arguments[0], io.IOBase) else arguments[0]
-        if key not in results:
-            results[key] = pickle.dumps(work(*arguments, **named))
-        return pickle.loads(results[key])
-
-    return cached
-
-
 def _once(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return a method without arguments whose result is kept for each object."""
     results: dict[int, tuple[Any, bytes]] = {}
@@ -298,11 +285,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: world().monotonic)
     monkeypatch.setattr(time, "sleep", lambda seconds: world().sleep(seconds))
     monkeypatch.setattr(os, "urandom", lambda size: world().random.randbytes(size))
-    monkeypatch.setattr(yaml, "load", _cached(yaml.load))
+    monkeypatch.setattr(yaml, "load", cached(yaml.load))
     monkeypatch.setattr(secrets, "_environment", functools.cache(secrets._environment))
     monkeypatch.setattr(Config, "flat", _once(Config.flat))
     monkeypatch.setattr(Config, "fingerprint", _once(Config.fingerprint))
-    monkeypatch.setattr(rundir, "dump_yaml", _cached(rundir.dump_yaml))
+    for name in ("dump_yaml", "parse_config", "_with_defaults"):
+        monkeypatch.setattr(rundir, name, cached(getattr(rundir, name)))
     monkeypatch.setattr(pipeline, "check_inputs", lambda config, run, **_: check_same_run(config, run))
     monkeypatch.setattr(pipeline, "connected", _connected)
     steps = pipeline.steps_of

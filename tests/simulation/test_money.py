@@ -96,15 +96,17 @@ async def _run(world: World, rng: random.Random) -> None:
         world.violations.append(f"{world.billed} billed, {world.remembered()} remembered in the end")
 
 
-def test_the_cap_holds_and_nothing_paid_is_forgotten_in_any_schedule() -> None:
+@pytest.mark.parametrize("tenth", range(10))
+def test_the_cap_holds_and_nothing_paid_is_forgotten_in_any_schedule(tenth: int) -> None:
     kills = billed = 0.0
-    for seed in range(SCHEDULES):
+    seeds = range(tenth, SCHEDULES, 10)
+    for seed in seeds:
         world = run_schedule(seed)
         assert not world.violations, f"seed {seed}"
         kills += world.kills
         billed += world.billed
-    assert kills > SCHEDULES / 2
-    assert billed > SCHEDULES * BLOCKS * PROMPTS_IN_BLOCK * ANSWER / 2
+    assert kills > len(seeds) / 2
+    assert billed > len(seeds) * BLOCKS * PROMPTS_IN_BLOCK * ANSWER / 2
 
 
 def _reserve_later(patch: pytest.MonkeyPatch) -> None:

@@ -224,21 +224,24 @@ class World:
 
     def list(self, store: Any, prefix: str | None = None, **options: Any) -> Iterator[list[dict[str, Any]]]:
         """Yield pages of a listing of everything below a prefix; see `obstore.list`."""
-        objects = self._call(self._listed)
-        items = [{"path": key, "size": size} for key, size in objects.items() if key.startswith(prefix or "")]
+        items = self._call(lambda: self._listed(prefix or ""))
         for start in range(0, len(items), _PAGE):
             yield items[start : start + _PAGE]
 
     def list_with_delimiter(self, store: Any, prefix: str | None = None, **options: Any) -> dict[str, Any]:
         """Return one level of a listing; see `obstore.list_with_delimiter`."""
         prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-        below = {key: size for key, size in self._call(self._listed).items() if key.startswith(prefix)}
-        folders = {f"{prefix}{key[len(prefix) :].partition('/')[0]}" for key in below if "/" in key[len(prefix) :]}
-        objects = [{"path": key, "size": size} for key, size in below.items() if "/" not in key[len(prefix) :]]
-        return {"objects": objects, "common_prefixes": sorted(folders)}
+        objects, folders = [], dict[str, None]()
+        for item in self._call(lambda: self._listed(prefix)):
+            name, slash, _ = item["path"].removeprefix(prefix).partition("/")
+            if slash:
+                folders[f"{prefix}{name}"] = None
+            else:
+                objects.append(item)
+        return {"objects": objects, "common_prefixes": list(folders)}
 
-    def _listed(self) -> dict[str, int]:
-        """Return the sizes of all objects as a listing shows them, which may be an old state."""
+    def _listed(self, prefix: str) -> list[dict[str, Any]]:
+        """Return the objects below a prefix as a listing shows them, which may be an old state."""
         objects = dict(self.objects)
         if self.lag_s:
             shown_until = self.monotonic - self.random.uniform(0, self.lag_s)
@@ -249,7 +252,7 @@ class World:
                     objects.pop(change.key, None)
                 else:
                     objects[change.key] = change.before
-        return {key: len(data) for key, data in sorted(objects.items())}
+        return [{"path": key, "size": len(objects[key])} for key in sorted(objects) if key.startswith(prefix)]
 
 
 @dataclass

@@ -95,6 +95,12 @@ def is_finished(root: Path) -> None:
     assert data.require("x").count("n") == 2
 
 
+def restore(state: Path, root: Path) -> None:
+    """Bring a run directory into a state again."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(state, root)
+
+
 def outcome(faults: Faults, command: Callable[[Path], object], root: Path) -> str:
     """Return how a command ended under a fault; anything but a `RunFailed` is raised."""
     try:
@@ -116,12 +122,12 @@ def outcome(faults: Faults, command: Callable[[Path], object], root: Path) -> st
 def test_faults_at_every_call_lose_no_committed_part(
     tmp_path: Path, before: Callable[[Path], None] | None, command: Callable[[Path], None]
 ) -> None:
-    root = tmp_path / "run"
+    root, state = tmp_path / "run", tmp_path / "before"
+    state.mkdir()
+    if before is not None:
+        before(state)
     for faults in each_fault(root):
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        if before is not None:
-            before(root)
+        restore(state, root)
         sound = (root / "a/d/part-00000.arrow").read_bytes() if before is damage else None
         ended = outcome(faults, command, root)
         assert ended in ("done", "failed", "killed")
@@ -158,13 +164,13 @@ def test_faults_at_every_call_of_a_claim_leave_a_later_claim_possible(tmp_path: 
 
 @pytest.mark.parametrize("before", [None, "old"])
 def test_faults_at_every_call_of_the_commit_of_a_model_leave_a_whole_model(tmp_path: Path, before: str | None) -> None:
-    root = tmp_path / "run"
+    root, state = tmp_path / "run", tmp_path / "before"
     final = root / "models/a"
+    state.mkdir()
+    if before is not None:
+        make(state / "models/a", before, 2.0)
     for faults in each_fault(root):
-        shutil.rmtree(root, ignore_errors=True)
-        root.mkdir()
-        if before is not None:
-            make(final, before, 2.0)
+        restore(state, root)
         ended = outcome(faults, lambda _: make(final), root)
         assert ended in ("done", "failed", "killed")
         if ended != "killed":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from plad_dist.training.checkpoints.attempts import claim
 from plad_dist.training.checkpoints.saving import Checkpoints
 from plad_dist.training.checkpoints.store import CheckpointStore, TrainState
 from tests.file_faults import each_fault, temporaries
-from tests.unit.data.test_faults import outcome
+from tests.unit.data.test_faults import outcome, restore
 
 
 class _Engine:
@@ -66,10 +65,10 @@ def test_faults_at_every_call_that_carries_a_checkpoint_leave_the_one_before_or_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    root, staging = tmp_path / "run", tmp_path / "staging"
+    root, staging, state = tmp_path / "run", tmp_path / "staging", tmp_path / "before"
+    save(state, staging, 1)
     for faults in each_fault(root):
-        shutil.rmtree(root, ignore_errors=True)
-        save(root, staging, 1)
+        restore(state, root)
         ended = outcome(faults, lambda root: save(root, staging, 2), root)
         assert ended in ("done", "failed", "killed")
         if ended != "killed":
