@@ -125,7 +125,7 @@ def test_a_long_lived_cluster_has_the_pods_of_a_job_and_no_job() -> None:
 def test_ray_has_one_version_everywhere(overlay: str) -> None:
     version = cluster_of(render(overlay))["rayVersion"]
     for lock in ("cpu", "gpu"):
-        assert f"\nray=={version}\n" in (ROOT / "requirements" / f"{lock}.txt").read_text()
+        assert f"\nray=={version} " in (ROOT / "requirements" / f"{lock}.txt").read_text()
     assert f'"ray[default,train]=={version}"' in (ROOT / "pyproject.toml").read_text()
 
 

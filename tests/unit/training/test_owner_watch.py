@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +29,14 @@ from plad_dist.training.worker.attempt_guard import stop_if_superseded
 def owned(tmp_path: Path) -> Storage:
     storage = Storage(str(tmp_path))
     return replace(storage, claim=claim_run(storage, "plad run"))
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Workers of pytest-xdist ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_driver_that_waits_for_its_workers_is_interrupted(owned: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
