@@ -51,7 +51,7 @@ LABEL org.opencontainers.image.title="plad-dist" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.base.name="docker.io/library/${PYTHON_IMAGE}"
 # g++: Triton and torch.compile (FlexAttention in the trainer, vLLM) compile small launchers at run
-# time. DeepSpeed compiles its CPU collectives and the AdamW of an offloaded optimizer.
+# time. DeepSpeed compiles the AdamW of an offloaded optimizer.
 # No CUDA toolkit: torch's wheels contain the libraries, the trainer uses torch's AdamW, and it uses
 # no other CUDA operation of DeepSpeed.
 # wget: older KubeRay operators probe with it.

@@ -12,6 +12,8 @@ Written for DeepSpeed 0.19.8. Relies on:
   `_clear_fp32_optimizer_param_groups`, `checkpoint_event_prologue` and `_epilogue`,
   `load_state_dict` (a list with one state per rank, of which it reads its own);
 - `TorchCheckpointEngine.load`, by which `DeepSpeedEngine.load_checkpoint` reads all files;
+- `build_shm_op` of `comm/torch.py`, which compiles collectives for inference on CPUs. It is
+  replaced, because training does not use them and a compiler takes a minute for them;
 - `DeepSpeedEngine.param_names` (names by parameter), and `ds_numel` of a partitioned parameter.
 
 Importing this module imports DeepSpeed, which takes seconds: import it where an engine is built.
@@ -19,6 +21,7 @@ Importing this module imports DeepSpeed, which takes seconds: import it where an
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from plad_dist.compat.assumptions import Assumptions
 from plad_dist.compat.zero_files import FP32_FLAT_GROUPS, OPTIMIZER_STATES, PARAM_SHAPES, load_tensors
 
 _assumptions = Assumptions("deepspeed", "0.19.8")
+_comm = importlib.import_module("deepspeed.comm.torch")  # the package has torch itself under this name
 _assumptions.attribute(parameter_offload, "FWD_MODULE_STACK")
 _params_to_release = _assumptions.attribute(
     PartitionedParameterCoordinator, "_PartitionedParameterCoordinator__params_to_release"
@@ -52,6 +56,7 @@ for _name, _expected in (
 ):
     _assumptions.value(_assumptions.attribute(constants, _name), _expected, _name)
 _assumptions.parameters(_assumptions.attribute(TorchCheckpointEngine, "load"), "self", "path", "map_location")
+_assumptions.parameters(_assumptions.attribute(_comm, "build_shm_op"))
 
 
 def _load(engine: TorchCheckpointEngine, path: str, map_location: Any = None) -> Any:
@@ -60,6 +65,7 @@ def _load(engine: TorchCheckpointEngine, path: str, map_location: Any = None) ->
 
 
 TorchCheckpointEngine.load = _load
+_comm.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def release_engine(engine: Any) -> None:
