@@ -6,6 +6,8 @@ distributions, Docker and Kubernetes). Relies on:
 - `/proc/self/cgroup`: one line `0::/PATH` that names this process's group (man 7 cgroups);
 - `memory.max`, one number of bytes or `max`, and `cpu.max`, `QUOTA PERIOD` in microseconds with
   `max` for no quota (Documentation/admin-guide/cgroup-v2.rst in the kernel's source);
+- `F_SETSIG` and `O_ASYNC`: a signal of the process's choice when a pipe can be read or ends (man 2
+  fcntl);
 - `/proc/PID/fd/N`: a link to the file that a process has opened as number N (man 5 proc).
 
 Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit, or the
@@ -14,10 +16,15 @@ output is not redirected to a file.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import select
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 
+_SET_SIGNAL = 10  # F_SETSIG, which Python's module fcntl does not name
 _CGROUP_ROOT, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -62,3 +69,26 @@ def redirected_output(stream: int, last_bytes: int = 200_000) -> str | None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - last_bytes))
         return file.read().decode(errors="replace")
+
+
+def die_with(lifeline: int) -> None:
+    """Let the kernel kill this process when the write end of a pipe is closed.
+
+    It works at once, even if this process is stopped or runs code that heeds no signal.
+    """
+    fcntl.fcntl(lifeline, _SET_SIGNAL, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    if select.select([lifeline], [], [], 0)[0]:  # closed before the signal was set
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def set_environment(environment: Mapping[str, str]) -> None:
+    """Replace the environment variables of this process.
+
+    Only those that differ are touched, because the title of a process is written over the memory of
+    its first ones.
+    """
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})

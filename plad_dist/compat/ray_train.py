@@ -11,6 +11,7 @@ Written for Ray 2.60.0. Relies on:
 - the chain of causes of a failure: `WorkerGroupError.worker_failures`,
   `ControllerError.controller_failure`, `WorkerHealthCheckFailedError.health_check_failure`, and
   `cause` of a `RayTaskError`;
+- `ray.train.v2.api.data_parallel_trainer.DataParallelTrainer`, which has no public name;
 - `ray._private.state`: `state.get_draining_nodes()` and `available_resources_per_node()`.
 
 Ray Train resizes by what nodes have in total and without a checkpoint
@@ -39,6 +40,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.config import ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from plad_dist.compat.assumptions import Assumptions

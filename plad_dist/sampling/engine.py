@@ -14,6 +14,7 @@ from plad_dist.compat.vllm import (
     root_cause,
     tokens_in_flight,
 )
+from plad_dist.compat.vllm_processes import start_fork_server
 from plad_dist.config import Decoding, Model
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import load_model_config
@@ -49,6 +50,8 @@ class Engine:
     fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
+        if not engine.get("numa_bind"):  # which replaces the interpreter of the engine's process
+            start_fork_server()
         self._renderer, self._settings = Renderer(path, settings), settings
         self._separate = _parser(settings, self._renderer)
         from vllm.platforms import current_platform
