@@ -10,7 +10,8 @@ per node in an elastic group of one to two workers. One command trains a phase. 
 4. Another node joins.
 5. A node receives a preemption notice and is killed at the deadline.
 
-An undisturbed run of the same phase gives the expected losses. Times run from the event to the end
+Another command meets the first of these faults without warm starts, for comparison. An undisturbed
+run of the same phase gives the expected losses. Times run from the event to the end
 of the first optimizer step of the next attempt at the expected size, according to the metrics that
 the run writes.
 
@@ -59,6 +60,7 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
         disturbed = Training(cluster, folder / "disturbed", steps, EVERY, phase=RATE)
         recovery = disturb(cluster, nodes, disturbed)
         disturbed.finish()
+        cold = kill_without_nursery(cluster, folder / "cold", steps)
         undisturbed = Training(cluster, folder / "undisturbed", steps, EVERY, phase=RATE)
         undisturbed.finish()
     finally:
@@ -68,6 +70,8 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     stalls = [row["checkpoint_seconds"] for row in undisturbed.rows() if row["checkpoint_seconds"]]
     return {
         **recovery,
+        "recover_seconds_kill_cold": round(cold, 1),
+        "recover_ratio_vs_cold": round(recovery["recover_seconds_kill"] / cold, 3),
         "checkpoint_stall_seconds": round(statistics.mean(stalls), 4),
         "max_rel_loss_diff": max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)),
         "checkpoint_every": EVERY,
@@ -110,6 +114,18 @@ def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str
         "steps_lost_resize_up": lost_grow,
         "steps_lost_preemption": lost_preemption,
     }
+
+
+def kill_without_nursery(cluster: Cluster, folder: Path, steps: int) -> float:
+    """Return the seconds that a recovery takes whose processes are new interpreters."""
+    node = cluster.add()
+    training = Training(cluster, folder, steps, EVERY, phase=RATE, warm_starts=False)
+    training.wait_for_steps(STEPS["kill"])
+    fault_at = time.time()
+    node.kill(quietly=False)
+    seconds, _ = training.recover(fault_at, 1)
+    training.finish()
+    return seconds
 
 
 if __name__ == "__main__":

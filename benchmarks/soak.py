@@ -249,7 +249,8 @@ class Soak:
         return self._signal(self._workers(), signal.SIGSTOP)
 
     def _workers(self) -> list[int]:
-        return [pid for node in self._nodes for pid in node.processes("ray::RayTrainWorker")]
+        names = ("ray::RayTrainWorker", "plad:train", "plad:nursery")
+        return [pid for node in self._nodes for name in names for pid in node.processes(name)]
 
     def _signal(self, pids: list[int], number: int) -> bool:
         if not pids:

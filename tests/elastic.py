@@ -20,6 +20,7 @@ from tests.nodes import Cluster, Node, available, wait
 from tests.numerics.workers import config_with_pairs, make_run, train
 
 PHASE = "round-0"
+WORKER, TRAINING, NURSERY = "ray::RayTrainWorker", "plad:train", "plad:nursery"  # names of processes
 _WHY = available()
 MARKS = [
     pytest.mark.engine,
@@ -36,6 +37,7 @@ class Training:
 
     Args:
         phase: keys of the phase that differ from `ROUND`.
+        warm_starts: as in the `cluster` section.
         settings: further keys of the `training` section.
     """
 
@@ -46,18 +48,22 @@ class Training:
         steps: int,
         every: int,
         phase: dict[str, Any] | None = None,
+        *,
+        warm_starts: bool = True,
         **settings: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.raw = config_with_pairs(folder, max_steps=steps, checkpoint_every=every, **(ROUND | (phase or {})))
         self.raw["training"] |= {"num_workers": [1, 2], "resize_check_s": 2} | settings
         self.run = make_run(self.raw)
-        self._folder, self.log_file = folder, folder / "log"
+        self._folder, self.log_file, self._warm_starts = folder, folder / "log", warm_starts
         self.start(cluster)
 
     def start(self, cluster: Cluster) -> None:
         """Start the command; call it again after the command has ended."""
-        self.raw["cluster"] = {"address": cluster.address, "start_timeout_s": 300}
+        self.raw["cluster"] = {
+            "address": cluster.address, "start_timeout_s": 300, "warm_starts": self._warm_starts,
+        }  # fmt: skip
         path = self._folder / "run.yaml"
         path.write_text(yaml.safe_dump(self.raw))
         self.command: subprocess.Popen[bytes] = cluster.run("train", str(path), "--phase", PHASE, log=self.log_file)
@@ -141,9 +147,17 @@ def thaw_worker(node: Node) -> None:
     _signal_worker(node, signal.SIGCONT)
 
 
+def kill_training(node: Node) -> None:
+    os.kill(node.processes(TRAINING)[0], signal.SIGKILL)
+
+
+def freeze_training(node: Node) -> None:
+    os.kill(node.processes(TRAINING)[0], signal.SIGSTOP)
+
+
 def _signal_worker(node: Node, number: int) -> None:
-    """Send a signal to the process of the training worker on a node."""
-    os.kill(node.processes("ray::RayTrainWorker")[0], number)
+    """Send a signal to the Ray worker of a rank, which is not the process that trains."""
+    os.kill(node.processes(WORKER)[0], number)
 
 
 def undisturbed_student(folder: Path, steps: int, every: int) -> dict[str, torch.Tensor]:

@@ -77,6 +77,11 @@ class Cluster(Section):
         "The check runs before anything starts.",
         json_schema_extra=OPERATIONAL,
     )
+    warm_starts: bool = Field(
+        True,
+        description="Fork training processes from one on each node that has imported torch and takes about 0.5 GB.",
+        json_schema_extra=OPERATIONAL,
+    )
 
 
 class Rounds(Section):
@@ -442,5 +447,4 @@ def is_operational(key: str) -> bool:
         return parts[parts.index("engine") + 1] in OPERATIONAL_ENGINE
     if parts[0] == "teachers" and len(parts) > 2:
         parts[1] = "*"
-    keys = operational_keys()
-    return any(".".join(parts[:end]) in keys for end in range(1, len(parts) + 1))
+    return any(".".join(parts[:end]) in operational_keys() for end in range(1, len(parts) + 1))

@@ -38,7 +38,7 @@ class PhaseJob:
         fingerprint: hash of everything that decides the trained model.
         inputs: hash of what decides the trained model, apart from the bytes of the data.
         launch: identifies the command that trains, which may start several worker groups.
-        mailbox: Ray actor that receives the progress, or None.
+        mailbox: way of a training process to the driver, or None.
     """
 
     name: str

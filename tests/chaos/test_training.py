@@ -19,7 +19,9 @@ from tests.elastic import (
     MARKS,
     Training,
     expect_same_student,
+    freeze_training,
     freeze_worker,
+    kill_training,
     kill_worker,
     resumed_steps,
     undisturbed_student,
@@ -45,6 +47,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 FAULTS: dict[str, Callable[[Node], None]] = {
     "a worker is killed": kill_worker,
     "a worker freezes": freeze_worker,
+    "a training process is killed": kill_training,
+    "a training process freezes": freeze_training,
     "a node is killed": Node.kill,
     "a node freezes": Node.freeze,
     "a node is cut off": Node.cut,

@@ -46,6 +46,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plad_dist.catalog", "plad_dist.run_logs"),
     ("plad_dist.reuse",),
     ("plad_dist.decoding_checks",),
+    ("plad_dist.nursery.",),
     ("plad_dist.fleet.",),
     ("plad_dist.sampling.backend", "plad_dist.sampling.spool", "plad_dist.sampling.vllm_models."),
     ("plad_dist.sampling.thoughts",),

@@ -15,10 +15,11 @@ from plad_dist.compat.ray_train import (
     WorkerGroupEvents,
     count_only_free_resources,
     free_resources,
+    is_preemption,
     resize_only_after_yield,
 )
 from plad_dist.errors import RunFailed
-from plad_dist.training.driver.failures import describe_failure, is_reported, unreachable_ranks
+from plad_dist.training.driver.failures import describe_failure, unreachable_ranks
 from plad_dist.training.messages import Said
 
 _REPORT_EVERY_S = 30.0
@@ -43,7 +44,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         self._suspected_at: dict[str, float] = {}  # by node that does not respond but that Ray has not found dead
         self._waits_since = self._reported_at = time.monotonic()
         self._is_restarting = self._is_asked_to_yield = False
-        self._failed_starts = 0  # groups in a row that reported a failure before their first step
+        self._failed_starts = 0  # groups in a row that failed before their first step
 
     def on_controller_start(self) -> None:
         self._waits_since = self._reported_at = time.monotonic()
@@ -64,12 +65,13 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         """Report the failure.
 
         Raises:
-            RunFailed: group after group fails before its first step for a reason that it reports.
-                Workers count their failed attempts in the storage, but not while it refuses writes.
+            RunFailed: group after group fails before its first step. Workers count their failed
+                attempts in the storage, but not while it refuses writes or before they have met.
         """
         self._is_restarting, self._waits_since = True, time.monotonic()
         self._suspect_nodes(error)
-        self._failed_starts = self._failed_starts + 1 if is_reported(error) and not self._takes_steps() else 0
+        is_failed_start = not is_preemption(error) and not self._takes_steps()
+        self._failed_starts = self._failed_starts + 1 if is_failed_start else 0
         if self._failed_starts == _MAX_FAILED_STARTS:
             raise RunFailed(f"{describe_failure(error)} ({_MAX_FAILED_STARTS} times in a row before the first step)")
         self._report(f"{describe_failure(error)}; the workers are restarted")

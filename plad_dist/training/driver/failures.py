@@ -8,6 +8,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from plad_dist.compat import ray_train
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.nursery.client import ChildDied, ChildFailed
 
 _MAX_LENGTH = 400
 _MAX_DETAILS = 4
@@ -24,6 +25,8 @@ def describe_failure(error: Any) -> str:
     rank, cause = min((deaths or causes).items(), key=lambda item: item[0])
     if isinstance(cause, RayActorError):
         return f"worker {rank} died: {_death(cause)}"
+    if isinstance(cause, ChildDied):
+        return f"worker {rank} died: {cause}"
     if ray_train.is_health_check_timeout(cause):
         return f"worker {rank} does not respond (training.worker_timeout_s)"
     return f"worker {rank} failed: {_last_line(cause)}"
@@ -34,18 +37,13 @@ def root_cause(error: BaseException) -> BaseException:
     return ray_train.root_cause(error, stop_at=(UserError, RunFailed))
 
 
-def is_reported(error: Any) -> bool:
-    """Return True if a worker reported the failure itself, as it does when the storage fails."""
-    return any(isinstance(root_cause(failure), RunFailed) for failure in ray_train.worker_failures(error).values())
-
-
 def unreachable_ranks(error: Any) -> list[int]:
     """Return the ranks of silent workers, whose nodes Ray may not have found dead yet."""
     return [rank for rank, failure in ray_train.worker_failures(error).items() if _is_silent(root_cause(failure))]
 
 
 def _is_death(cause: BaseException) -> bool:
-    return isinstance(cause, RayActorError) or ray_train.is_health_check_timeout(cause)
+    return isinstance(cause, RayActorError | ChildDied) or ray_train.is_health_check_timeout(cause)
 
 
 def _is_silent(cause: BaseException) -> bool:
@@ -53,7 +51,7 @@ def _is_silent(cause: BaseException) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    if isinstance(error, RunFailed):  # a message of ours is complete
+    if isinstance(error, RunFailed | ChildFailed):  # a message of ours is complete
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:_MAX_LENGTH] if lines else ''}"

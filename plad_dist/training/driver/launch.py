@@ -1,7 +1,6 @@
 """Training of several phases by one worker group, with restarts of Ray Train's controller.
 
-Phases that follow each other share a worker group, because starting one takes the better part of a
-minute.
+Phases that follow each other share a worker group, because starting one takes its time.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from plad_dist.training.driver.failures import describe_failure, root_cause
 from plad_dist.training.driver.mailbox import open_mailbox
 from plad_dist.training.driver.owner_watch import stopped_if_superseded
 from plad_dist.training.driver.trainer import build_trainer, preserved_sigint_handler, ray_train_timeouts
+from plad_dist.training.driver.warm import warm_workers
 from plad_dist.training.job import PhaseJob
 
 _MAX_STARTS = 10  # of a controller in a row without a new checkpoint
@@ -56,6 +56,7 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
         ray_train_timeouts(config),
         open_mailbox(progress, f"train {names}: starting {size} workers") as mailbox,
         watching(jobs, config, run, mailbox, progress),
+        warm_workers(config),
     ):
         callbacks = WorkerGroupCallbacks(mailbox, names, fewest, most, config.cluster.start_timeout_s)
         starts = _StartLimit(saved_progress(jobs, run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 import uuid
@@ -12,28 +13,36 @@ from dataclasses import replace
 from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
+from plad_dist.compat.ray_train import DataParallelTrainer
 from plad_dist.config import Config
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.engine_placement import engines_use_gpus
 from plad_dist.training.driver.elastic import WorkerGroupCallbacks
+from plad_dist.training.driver.warm import worker_environment
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.worker.entry import train_jobs
+from plad_dist.training.worker.shared_devices import SharedDevicesConfig
 
 
 def build_trainer(
     jobs: list[PhaseJob], config: Config, run: RunDir, mailbox: Any, callbacks: WorkerGroupCallbacks
-) -> TorchTrainer:
+) -> DataParallelTrainer:
     """Return the trainer of a worker group for the phases."""
     gpus = engines_use_gpus()
     training = config.training
     fewest, most = training.workers
     dtype = ("bfloat16" if gpus else "float32") if training.dtype == "auto" else training.dtype
-    return TorchTrainer(
+    return DataParallelTrainer(
         train_jobs,
-        train_loop_config={"jobs": [replace(job, dtype=dtype, mailbox=mailbox) for job in jobs]},
-        torch_config=TorchConfig(timeout_s=training.collective_timeout_s),
+        train_loop_config={
+            # Bytes, because reading a job imports torch, which only the training process needs.
+            "jobs": pickle.dumps([replace(job, dtype=dtype) for job in jobs]),
+            "mailbox": mailbox,
+            "timeout_s": training.collective_timeout_s,
+            "silence_s": training.worker_timeout_s,
+        },
+        backend_config=SharedDevicesConfig(),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
             elastic_resize_monitor_interval_s=training.resize_check_s,
@@ -48,15 +57,10 @@ def build_trainer(
                 max_preemption_failures=training.max_preemptions,
                 controller_failure_limit=-1,  # failures for lack of resources; the callbacks limit the wait
             ),
-            worker_runtime_env={"env_vars": _environment(training.cpus_per_worker, gpus=gpus)},
+            worker_runtime_env={"env_vars": worker_environment(training.cpus_per_worker, gpus=gpus)},
             callbacks=[callbacks],
         ),
     )
-
-
-def _environment(cpus: float, *, gpus: bool) -> dict[str, str]:
-    environment = {"OMP_NUM_THREADS": str(max(1, int(cpus))), "TOKENIZERS_PARALLELISM": "false"}
-    return environment if gpus else environment | {"DS_ACCELERATOR": "cpu"}
 
 
 @contextmanager

@@ -1,37 +1,125 @@
-"""Entry point of a training worker.
+"""Entry point of a Ray Train worker, which relays between the driver and its training process.
 
-It imports little, because every restart of a group waits for it.
+It imports neither torch nor DeepSpeed, because every restart of a group waits for it.
 """
 
 from __future__ import annotations
 
-import time
-from functools import partial
+import contextlib
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
-from plad_dist.data.models import model_fingerprint
-from plad_dist.training.agreement import from_rank_zero
-from plad_dist.training.worker.loop import train_loop
+import ray
+import ray.train
+import ray.util
+from ray.train.collective import broadcast_from_rank_zero
 
-_AFTER_A_DEATH_S = 5.0
+from plad_dist.errors import RunFailed
+from plad_dist.nursery.actor import server_path
+from plad_dist.nursery.client import start_child
+from plad_dist.training.messages import Message
+from plad_dist.training.worker.seat import NURSERY, Seat
 
 
 def train_jobs(settings: dict[str, Any]) -> None:
-    """Train the phases that have no model yet, in order.
+    """Train the phases that have no model yet, in order, in a process of its own.
 
     Ray Train calls this on every worker of every attempt.
 
     Args:
-        settings: the jobs of the phases under `jobs`.
+        settings: the pickled jobs of the phases (`jobs`), the driver's mailbox (`mailbox`), the
+            seconds that a collective may take (`timeout_s`), and those after which a silent process
+            is given up (`silence_s`).
     """
-    for job in settings["jobs"]:
-        if from_rank_zero(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
-            try:
-                train_loop(job)
-            except RuntimeError:
-                # Mostly a connection that broke because another worker died, which must be
-                # reported first.
-                time.sleep(_AFTER_A_DEATH_S)
-                raise
-            if from_rank_zero(partial(job.storage.exists, job.stopped_key)):
-                return
+    relay = _Relay(settings["mailbox"])
+    arguments = (settings["jobs"], _seat(settings["timeout_s"]))
+    with start_child("plad:train", "plad_dist.training.worker.process:train", arguments, _nursery()) as child:
+        child.serve(
+            {
+                "post": relay.post,
+                "wants_yield": relay.wants_yield,
+                "yielded": relay.yielded,
+                "leaving_nodes": relay.leaving_nodes,
+            },
+            settings["silence_s"],
+        )
+
+
+def _nursery() -> Path | None:
+    with contextlib.suppress(RunFailed, OSError):
+        return server_path(NURSERY)
+    return None
+
+
+def _seat(timeout_s: float) -> Seat:
+    """Agree with the other workers on an address, and return the place of this one."""
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    return Seat(
+        rank,
+        context.get_world_size(),
+        context.get_local_rank(),
+        context.get_local_world_size(),
+        context.get_node_rank(),
+        _device(),
+        broadcast_from_rank_zero(_free_address() if rank == 0 else None),
+        timeout_s,
+    )
+
+
+def _device() -> int | None:
+    """Return the index of this worker's GPU among the visible ones, which all workers share.
+
+    Raises:
+        RunFailed: it is not among them.
+    """
+    ids = [str(gpu) for gpu in ray.get_gpu_ids()]
+    if not ids:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and ids[0].isdecimal():
+        return int(ids[0])
+    if ids[0] not in (visible or "").split(","):
+        raise RunFailed(f"CUDA_VISIBLE_DEVICES={visible}: lacks GPU {ids[0]}, which Ray has given this worker")
+    return (visible or "").split(",").index(ids[0])
+
+
+def _free_address() -> str:
+    host = ray.util.get_node_ip_address()
+    is_ipv6 = ":" in host
+    with socket.socket(socket.AF_INET6 if is_ipv6 else socket.AF_INET) as free:
+        free.bind(("", 0))
+        return f"[{host}]:{free.getsockname()[1]}" if is_ipv6 else f"{host}:{free.getsockname()[1]}"
+
+
+class _Relay:
+    """Handlers of what a training process tells the driver, and asks of it and of Ray Train."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._pending_reply: Any = None
+        self._yield_group = 0
+
+    def post(self, message: Message) -> None:
+        self._mailbox.post.remote(message)
+
+    def yielded(self, group: int) -> None:
+        self._mailbox.yielded.remote(group)
+
+    def wants_yield(self) -> int:
+        """Return the reply to the previous request, if it has arrived, and send the next one."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            if self._pending_reply is not None and ray.wait([self._pending_reply], timeout=0)[0]:
+                reply, self._pending_reply = self._pending_reply, None
+                self._yield_group = int(ray.get(reply))
+            if self._pending_reply is None:
+                self._pending_reply = self._mailbox.wants_yield.remote()
+        return self._yield_group
+
+    def leaving_nodes(self) -> tuple[list[str], float | None]:
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return [], None
+        return list(info.preempted_node_to_ranks), None if info.deadline_ms is None else info.deadline_ms / 1000

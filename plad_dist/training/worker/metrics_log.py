@@ -24,7 +24,7 @@ class MetricsLog:
         folder: ``events/<phase>``.
         step: step from which the attempt resumes; later figures of earlier attempts are superseded.
         steps: number of steps of the phase.
-        mailbox: Ray actor with a ``post`` method, or None.
+        mailbox: way to the driver with a `post` method, or None.
         trackers: names of the trackers that also get the figures.
         run: URL of the run directory, which identifies the run to trackers.
         attempt: number of this attempt; the figures of the highest attempt count.
@@ -111,7 +111,7 @@ class MetricsLog:
 
     def _post(self, message: Message) -> None:
         if self._mailbox is not None:
-            self._mailbox.post.remote(message)
+            self._mailbox.post(message)
 
 
 def _continued(path: Path) -> TextIO:

@@ -7,8 +7,8 @@ replaces the group, because further steps would be lost.
 
 from __future__ import annotations
 
-import contextlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 from plad_dist.errors import RunFailed
@@ -32,7 +32,6 @@ class PreemptionNotices:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
         self._checked_at = time.monotonic()
-        self._pending_reply: Any = None
         self._leaving_nodes: set[str] = set()
         self._deadline: float | None = None  # seconds since the epoch; None if unknown or no node leaves
         self._yield_group = 0  # number of the worker group that is asked to yield; 0 for none
@@ -51,7 +50,7 @@ class PreemptionNotices:
         must_check = time.monotonic() - self._checked_at >= _CHECK_EVERY_S
         if must_check:
             self._checked_at = time.monotonic()
-            self._poll_yield_request()
+            self._yield_group = self._mailbox.wants_yield()
         margin = _MARGIN_S + 3 * commit_seconds + 2 * step_seconds
         is_near = self._deadline is None or time.time() >= self._deadline - margin
         must_leave = (bool(self._leaving_nodes) and is_near) or bool(self._yield_group)
@@ -63,16 +62,18 @@ class PreemptionNotices:
         Returns:
             True if Ray reports leaving nodes that it did not report before.
         """
-        from ray.train import get_preemption_info
+        nodes, deadline = self._mailbox.leaving_nodes()
+        return self.record(nodes, deadline, log)
 
-        return self.record(get_preemption_info(), log)
+    def record(self, leaving: Collection[str], deadline: float | None, log: MetricsLog | None) -> bool:
+        """Record the nodes that will leave; return True if there are further ones.
 
-    def record(self, info: Any, log: MetricsLog | None) -> bool:
-        """Record Ray's preemption info; return True if it names further leaving nodes."""
-        nodes = set() if info is None else set(info.preempted_node_to_ranks)
-        if info is None or not nodes:
+        Args:
+            deadline: when they leave, in seconds since the epoch; None if it is unknown.
+        """
+        nodes = set(leaving)
+        if not nodes:
             return False
-        deadline = None if info.deadline_ms is None else info.deadline_ms / 1000
         if self._leaving_nodes and deadline and self._deadline:
             deadline = min(deadline, self._deadline)
         self._deadline = deadline
@@ -96,19 +97,8 @@ class PreemptionNotices:
         reason = "a node will leave" if self._leaving_nodes else "the number of workers changes"
         if log is not None:
             log.report(f"{reason}: the checkpoint of step {step} is committed; the workers wait for their restart")
-            self._mailbox.yielded.remote(self._yield_group)
+            self._mailbox.yielded(self._yield_group)
         until = (self._deadline or time.time()) + _GRACE_S
         while time.time() < until:
             time.sleep(0.5)
         raise RunFailed(f"{reason}, but the workers were not restarted")
-
-    def _poll_yield_request(self) -> None:
-        """Read the reply to the previous request, if it has arrived, and send the next one."""
-        import ray
-
-        with contextlib.suppress(ray.exceptions.RayError):
-            if self._pending_reply is not None and ray.wait([self._pending_reply], timeout=0)[0]:
-                reply, self._pending_reply = self._pending_reply, None
-                self._yield_group = int(ray.get(reply))
-            if self._pending_reply is None:
-                self._pending_reply = self._mailbox.wants_yield.remote()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -20,18 +19,17 @@ class Clock:
         monkeypatch.setattr(preemption, "time", fake)
 
 
-def notice(node: str, deadline: float | None) -> Any:
-    """Preemption info of Ray for one node; the deadline is in seconds since the epoch."""
-    return SimpleNamespace(
-        deadline_ms=None if deadline is None else deadline * 1000, preempted_node_to_ranks={node: [0]}
-    )
+class QuietMailbox:
+    """Mailbox of a driver that never asks the group to yield."""
+
+    def wants_yield(self) -> int:
+        return 0
 
 
 @pytest.fixture
 def notices_and_clock(monkeypatch: pytest.MonkeyPatch) -> tuple[PreemptionNotices, Clock]:
-    monkeypatch.setattr(PreemptionNotices, "_poll_yield_request", lambda self: None)
     clock = Clock(monkeypatch)
-    return PreemptionNotices(object()), clock
+    return PreemptionNotices(QuietMailbox()), clock
 
 
 def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(
@@ -39,9 +37,9 @@ def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(
 ) -> None:
     """In time: two steps and three commits before the node leaves, and a margin."""
     notices, clock = notices_and_clock
-    assert not notices.record(None, None)
-    assert notices.record(notice("a", 1300.0), None)
-    assert not notices.record(notice("a", 1300.0), None), "it is the same notice"
+    assert not notices.record([], None, None)
+    assert notices.record(["a"], 1300.0, None)
+    assert not notices.record(["a"], 1300.0, None), "it is the same notice"
     clock.now = 1300.0 - (15 + 3 * 5 + 2 * 40) - 1
     assert not notices.poll(5.0, 40.0).leave
     clock.now += 1
@@ -50,16 +48,16 @@ def test_a_notice_asks_for_a_checkpoint_now_and_for_the_last_one_in_time(
 
 def test_a_second_node_that_leaves_sooner_counts(notices_and_clock: tuple[PreemptionNotices, Clock]) -> None:
     notices, _ = notices_and_clock
-    assert notices.record(notice("a", 3000.0), None)
+    assert notices.record(["a"], 3000.0, None)
     assert not notices.poll(0.0, 0.0).leave
-    assert notices.record(notice("b", 1010.0), None)
+    assert notices.record(["b"], 1010.0, None)
     assert notices.poll(0.0, 0.0).leave
 
 
 def test_a_deadline_that_moves_forward_counts(notices_and_clock: tuple[PreemptionNotices, Clock]) -> None:
     notices, _ = notices_and_clock
-    assert notices.record(notice("a", 3000.0), None)
-    assert not notices.record(notice("a", 1010.0), None), "no other node leaves"
+    assert notices.record(["a"], 3000.0, None)
+    assert not notices.record(["a"], 1010.0, None), "no other node leaves"
     assert notices.poll(0.0, 0.0).leave
 
 
@@ -67,7 +65,7 @@ def test_a_node_without_a_deadline_is_taken_to_leave_at_once(
     notices_and_clock: tuple[PreemptionNotices, Clock],
 ) -> None:
     notices, _ = notices_and_clock
-    assert notices.record(notice("a", None), None)
+    assert notices.record(["a"], None, None)
     assert notices.poll(0.0, 0.0).leave
 
 

@@ -33,7 +33,8 @@ def test_ctrl_c_still_works_after_training(tmp_path: Path, monkeypatch: pytest.M
         def fit(self) -> None:
             signal.signal(signal.SIGINT, lambda *_: None)
 
-    monkeypatch.setattr(trainer, "TorchTrainer", Trainer)
+    monkeypatch.setattr(trainer, "DataParallelTrainer", Trainer)
+    monkeypatch.setattr(launch, "warm_workers", lambda config: nullcontext())
     monkeypatch.setattr(launch, "open_mailbox", lambda progress, stage: nullcontext())
     before = signal.getsignal(signal.SIGINT)
     launch.fit([plan_phase("round-0", config, run)], config, run, Progress())

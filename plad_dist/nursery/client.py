@@ -1,0 +1,285 @@
+"""Start of a child, from a nursery if there is one, and the conversation with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from plad_dist.errors import RunFailed
+from plad_dist.nursery.child import Call
+from plad_dist.nursery.child import ChildFailed as ChildFailed
+
+logger = logging.getLogger("plad")
+
+_IDLE_S = 10.0  # a server that uses no time of a processor for so long does not import any more
+_STATUS_TIMEOUT_S = 1.0
+_END_TIMEOUT_S = 30.0  # for a killed process to give back its memory
+_START_TIMEOUT_S = 120.0  # of a new interpreter
+_LONGEST_PATH = 107  # bytes of the path of a socket
+
+
+class ChildDied(RuntimeError):
+    """The process of a child ended before its function did."""
+
+
+class Child:
+    """Running child.
+
+    Args:
+        connection: this process's end of the connection.
+        lifeline: write end of the pipe whose end kills the child.
+        wait: waits for the child's end for some seconds, and returns its wait status, None if it is
+            unknown.
+        is_warm: True if the child comes from a nursery.
+    """
+
+    def __init__(
+        self, connection: Connection, lifeline: int, wait: Callable[[float], int | None], *, is_warm: bool
+    ) -> None:
+        self._connection, self._lifeline, self._wait = connection, lifeline, wait
+        self.is_warm = is_warm
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.kill()
+
+    def serve(self, handlers: Mapping[str, Callable[..., Any]], silence_s: float) -> Any:
+        """Handle what the child tells and asks until its function returns, and return its result.
+
+        Args:
+            silence_s: seconds without a sign of life after which the child is killed.
+
+        Raises:
+            UserError, RunFailed: the function raised it.
+            ChildFailed: the function raised something else.
+            ChildDied: the child died, or was silent.
+        """
+        heard = time.monotonic()
+        while True:
+            if not self._connection.poll(1.0):
+                if time.monotonic() - heard > silence_s:
+                    self.kill()
+                    raise ChildDied(f"its process gave no sign of life for {silence_s:g} s")
+                continue
+            heard = time.monotonic()
+            try:
+                kind, *rest = self._connection.recv()
+            except (EOFError, ConnectionError):
+                raise ChildDied(_described(self._wait(_STATUS_TIMEOUT_S))) from None
+            match kind:
+                case "tell":
+                    handlers[rest[0]](*rest[1:])
+                case "ask":
+                    self._connection.send(handlers[rest[0]](*rest[1:]))
+                case "done":
+                    return rest[0]
+                case "failed":
+                    raise rest[0]
+
+    def kill(self) -> None:
+        """Kill the child if it lives, and wait until its memory is free."""
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+            self._connection.close()
+            self._wait(_END_TIMEOUT_S)
+
+
+def start_child(title: str, function: str, arguments: tuple[Any, ...], server: Path | None = None) -> Child:
+    """Start a child that runs a function in the environment of this process.
+
+    Args:
+        title: name of the process in lists of processes.
+        function: `module:name`; see :class:`~plad_dist.nursery.child.Call`.
+        arguments: picklable.
+        server: socket of a nursery's server. A new interpreter is started if it is None, does not
+            respond, or has another environment.
+    """
+    call = Call(title, dict(os.environ), str(Path.cwd()), list(sys.path), function, pickle.dumps(arguments))
+    child = _from_server(server, call) if server is not None else None
+    return child or _new_interpreter(call)
+
+
+def interpreter(module: str, *arguments: object) -> list[str]:
+    """Return the command that runs the `main` of a module with the import path of this process.
+
+    Args:
+        arguments: of `main`, as texts.
+    """
+    start = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; main(*sys.argv[2:])"
+    return [sys.executable, "-c", start, json.dumps(sys.path), *map(str, arguments)]
+
+
+def socket_path(name: str) -> Path:
+    """Return the path of a server's socket, in a folder that only this user can enter.
+
+    Raises:
+        RunFailed: the folder is another user's, or open to others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"plad-{os.geteuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not folder.is_dir() or folder.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise RunFailed(f"{folder}: expected a folder that only this user can enter; remove it")
+    path = folder / name
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise RunFailed(
+            f"{path}: too long for a socket, whose path has at most {_LONGEST_PATH} bytes; set a shorter TMPDIR"
+        )
+    return path
+
+
+class _Ends:
+    """Both ends of a connection and of a lifeline, before the child has its ends."""
+
+    def __init__(self) -> None:
+        parents, childs = socket.socketpair()
+        self.connection, self.childs_connection = Connection(parents.detach()), childs.detach()
+        self.childs_lifeline, self.lifeline = os.pipe()
+
+    def close_childs(self) -> None:
+        """Close the ends that the child has now."""
+        os.close(self.childs_connection)
+        os.close(self.childs_lifeline)
+
+
+def _from_server(server: Path, call: Call) -> Child | None:
+    """Return a child of a nursery's server, None if a new interpreter must do."""
+    request = socket.socket(socket.AF_UNIX)
+    try:
+        request.connect(str(server))
+    except OSError:  # there is none
+        request.close()
+        return None
+    ends = _Ends()
+    child = Child(ends.connection, ends.lifeline, lambda seconds: _status_of(request, seconds), is_warm=True)
+    problem: str | None = "its server does not respond"
+    with contextlib.suppress(OSError, EOFError):
+        try:
+            socket.send_fds(request, [b"1"], [ends.childs_connection, ends.childs_lifeline, 1, 2])
+        finally:
+            ends.close_childs()
+        if _responds(ends.connection, request):
+            ends.connection.recv()
+            ends.connection.send(call)
+            if _responds(ends.connection, request):
+                kind, *rest = ends.connection.recv()
+                problem = None if kind == "ready" else f"it has another environment: {', '.join(rest[0])}"
+    if problem is None:
+        return child
+    logger.warning("nursery: not used: %s", problem)
+    child.kill()
+    return None
+
+
+def _responds(connection: Connection, request: socket.socket) -> bool:
+    """Wait for the first message of a child as long as its server makes progress."""
+    pid = _server_of(request)
+    used, since = -1, time.monotonic()
+    while not connection.poll(0.2):
+        now = processor_time(pid)
+        if now is None:
+            return False
+        if now != used:
+            used, since = now, time.monotonic()
+        elif time.monotonic() - since > _IDLE_S:
+            return False
+    return True
+
+
+def processor_time(pid: int) -> int | None:
+    """Return the processor time of a process in ticks; None if it is dead or stopped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "TtZX" else int(fields[11]) + int(fields[12])
+
+
+def _status_of(request: socket.socket, seconds: float) -> int | None:
+    """Return the wait status that a server reports in time.
+
+    None if the server is silent, stopped or dead.
+    """
+    until = time.monotonic() + seconds
+    with request:
+        while True:
+            try:
+                request.settimeout(0.2)
+                return int(request.recv(32))
+            except TimeoutError:
+                if time.monotonic() > until or processor_time(_server_of(request)) is None:
+                    return None
+            except (OSError, ValueError):
+                return None
+
+
+def _server_of(request: socket.socket) -> int:
+    """Return the process id of the server behind a socket."""
+    pid, _, _ = struct.unpack("3i", request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(pid)
+
+
+def _new_interpreter(call: Call) -> Child:
+    """Start a new interpreter.
+
+    Raises:
+        ChildDied: it does not run the child's code.
+    """
+    ends = _Ends()
+    handles = (ends.childs_connection, ends.childs_lifeline)
+    command = interpreter("plad_dist.nursery.child", *handles)
+    process = subprocess.Popen(command, pass_fds=handles, start_new_session=True)
+    ends.close_childs()
+
+    def wait(seconds: float) -> int | None:
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+        return -code if code < 0 else code << 8
+
+    child = Child(ends.connection, ends.lifeline, wait, is_warm=False)
+    try:
+        for answer in (call, None):  # to its hello, and to its being ready
+            if not ends.connection.poll(_START_TIMEOUT_S):
+                raise ChildDied(f"its interpreter did not start within {_START_TIMEOUT_S:g} s")
+            ends.connection.recv()
+            if answer is not None:
+                ends.connection.send(answer)
+    except (EOFError, ConnectionError):
+        status = wait(_STATUS_TIMEOUT_S)
+        child.kill()
+        raise ChildDied(_described(status)) from None
+    except BaseException:
+        child.kill()
+        raise
+    return child
+
+
+def _described(status: int | None) -> str:
+    if status is None:
+        return "its process died"
+    code = os.waitstatus_to_exitcode(status)
+    return (
+        f"its process was killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"its process ended with exit code {code}"
+    )
