@@ -73,14 +73,14 @@ class Nursery:
         _remove_dead_sockets(path.parent)
         while True:
             started = time.monotonic()
-            childs_end, lifeline = os.pipe()  # ours is closed when this process ends
+            its_end, lifeline = os.pipe()  # ours is closed when this process ends
             process = subprocess.Popen(
-                interpreter("plad_dist.nursery.server", childs_end, path, *self._modules),
+                interpreter("plad_dist.nursery.server", its_end, path, *self._modules),
                 env=os.environ | _ONE_THREAD | _WITHOUT_CUDA,
-                pass_fds=(childs_end,),
+                pass_fds=(its_end,),
                 start_new_session=True,
             )
-            os.close(childs_end)
+            os.close(its_end)
             _wait_while_it_runs(process)
             os.close(lifeline)
             process.wait()

@@ -150,14 +150,14 @@ class _Ends:
     """Both ends of a connection and of a lifeline, before the child has its ends."""
 
     def __init__(self) -> None:
-        parents, childs = socket.socketpair()
-        self.connection, self.childs_connection = Connection(parents.detach()), childs.detach()
-        self.childs_lifeline, self.lifeline = os.pipe()
+        ours, its = socket.socketpair()
+        self.connection, self.its_connection = Connection(ours.detach()), its.detach()
+        self.its_lifeline, self.lifeline = os.pipe()
 
-    def close_childs(self) -> None:
+    def close_its(self) -> None:
         """Close the ends that the child has now."""
-        os.close(self.childs_connection)
-        os.close(self.childs_lifeline)
+        os.close(self.its_connection)
+        os.close(self.its_lifeline)
 
 
 def _from_server(server: Path, call: Call) -> Child | None:
@@ -173,9 +173,9 @@ def _from_server(server: Path, call: Call) -> Child | None:
     problem: str | None = "its server does not respond"
     with contextlib.suppress(OSError, EOFError):
         try:
-            socket.send_fds(request, [b"1"], [ends.childs_connection, ends.childs_lifeline, 1, 2])
+            socket.send_fds(request, [b"1"], [ends.its_connection, ends.its_lifeline, 1, 2])
         finally:
-            ends.close_childs()
+            ends.close_its()
         if _responds(ends.connection, request):
             ends.connection.recv()
             ends.connection.send(call)
@@ -244,10 +244,10 @@ def _new_interpreter(call: Call) -> Child:
         ChildDied: it does not run the child's code.
     """
     ends = _Ends()
-    handles = (ends.childs_connection, ends.childs_lifeline)
+    handles = (ends.its_connection, ends.its_lifeline)
     command = interpreter("plad_dist.nursery.child", *handles)
     process = subprocess.Popen(command, pass_fds=handles, start_new_session=True)
-    ends.close_childs()
+    ends.close_its()
 
     def wait(seconds: float) -> int | None:
         try:
