@@ -6,25 +6,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from plad_dist.data import local_files
 from plad_dist.data.claims import claim_run, latest_number, read_claim
-from plad_dist.data.dataset import Dataset
 from plad_dist.data.models import model_fingerprint, model_problems
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.verify.parts import check_dataset
 from tests.power_loss import Loss, PowerRecord
+from tests.unit.data.test_faults import another_config, damage, dataset, rows
 from tests.unit.data.test_model_commit import make
 
-SCHEMA = pa.schema([("x", pa.string())])
 Promise = Callable[[str], None]
-
-
-def dataset(root: Path) -> Dataset:
-    return Dataset(Storage(str(root)), "a/d", SCHEMA)
 
 
 def run(root: Path, promise: Promise = lambda what: None) -> None:
@@ -35,8 +29,7 @@ def run(root: Path, promise: Promise = lambda what: None) -> None:
     journal, parts = data.journal("f"), data.resume("f")
     for block in range(2):
         if block not in parts:
-            table = pa.table({"x": [f"row {block}"] * 30}, schema=SCHEMA)
-            parts[block], _ = data.commit(block, table, fingerprint="f", attempt="a", counts={"n": 1})
+            parts[block], _ = data.commit(block, rows(block), fingerprint="f", attempt="a", counts={"n": 1})
             journal.add(parts[block])
             promise(f"part-{block:05d}.arrow")
     journal.try_flush()
@@ -56,22 +49,6 @@ def repair(root: Path, promise: Promise = lambda what: None) -> None:
 def redo(root: Path, promise: Promise = lambda what: None) -> None:
     dataset(root).set_aside_unless("f")
     run(root, promise)
-
-
-def damage(root: Path) -> None:
-    run(root)
-    path = root / "a/d/part-00001.arrow"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def another_config(root: Path) -> None:
-    data = dataset(root)
-    for block in range(2):
-        table = pa.table({"x": [f"old {block}"] * 30}, schema=SCHEMA)
-        data.commit(block, table, fingerprint="old", attempt="a")
-    data.finish(2, fingerprint="old", facts={})
 
 
 def check_promises(root: Path, loss: Loss, sound: dict[str, bytes]) -> None:
