@@ -15,26 +15,10 @@ from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.verify.parts import check_dataset
 from tests.power_loss import Loss, PowerRecord
-from tests.unit.data.test_faults import another_config, damage, dataset, rows
+from tests.unit.data.test_faults import another_config, damage, dataset, run
 from tests.unit.data.test_model_commit import make
 
 Promise = Callable[[str], None]
-
-
-def run(root: Path, promise: Promise = lambda what: None) -> None:
-    """Commit two blocks and the manifest, as a driver does, from whatever state there is."""
-    data = dataset(root)
-    if data.manifest() is not None:
-        return
-    journal, parts = data.journal("f"), data.resume("f")
-    for block in range(2):
-        if block not in parts:
-            parts[block], _ = data.commit(block, rows(block), fingerprint="f", attempt="a", counts={"n": 1})
-            journal.add(parts[block])
-            promise(f"part-{block:05d}.arrow")
-    journal.try_flush()
-    data.finish(2, fingerprint="f", facts={}, known_parts=[part for part in parts.values() if part])
-    promise("manifest.json")
 
 
 def repair(root: Path, promise: Promise = lambda what: None) -> None:
