@@ -8,6 +8,8 @@ distributions, Docker and Kubernetes). Relies on:
   `max` for no quota (Documentation/admin-guide/cgroup-v2.rst in the kernel's source);
 - `F_SETSIG` and `O_ASYNC`: a signal of the process's choice when a pipe can be read or ends (man 2
   fcntl);
+- `SO_PEERCRED`: process, user and group of a peer (man 7 unix), and the state and the times in
+  `/proc/PID/stat` (man 5 proc);
 - `/proc/PID/fd/N`: a link to the file that a process has opened as number N (man 5 proc).
 
 Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit, or the
@@ -21,10 +23,14 @@ import os
 import re
 import select
 import signal
+import socket
+import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 _SET_SIGNAL = 10  # F_SETSIG, which Python's module fcntl does not name
+_CREDENTIALS = struct.Struct("3i")  # process, user and group
 _CGROUP_ROOT, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -92,3 +98,26 @@ def set_environment(environment: Mapping[str, str]) -> None:
     for name in set(os.environ) - set(environment):
         del os.environ[name]
     os.environ.update({name: value for name, value in environment.items() if os.environ.get(name) != value})
+
+
+def processor_time(pid: int) -> int | None:
+    """Return the processor time of a process in ticks; None if it is dead or stopped."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "TtZX" else int(fields[11]) + int(fields[12])
+
+
+class Peer(NamedTuple):
+    """Process at the other end of a local socket, or the one that listens to it."""
+
+    process: int
+    user: int
+
+
+def peer_of(connection: socket.socket) -> Peer:
+    """Return the process and the user at the other end of a connected local socket."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    process, user, _ = _CREDENTIALS.unpack(credentials)
+    return Peer(process, user)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from plad_dist.compat.linux import processor_time
 from plad_dist.errors import first_line
-from plad_dist.nursery.client import interpreter, processor_time, socket_path
+from plad_dist.nursery.client import interpreter, socket_path
 
 logger = logging.getLogger("plad")
 

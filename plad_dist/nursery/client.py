@@ -9,7 +9,6 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from plad_dist.compat.linux import peer_of, processor_time
 from plad_dist.errors import RunFailed
 from plad_dist.nursery.child import Call
-from plad_dist.nursery.child import ChildFailed as ChildFailed
 
 logger = logging.getLogger("plad")
 
@@ -191,7 +190,7 @@ def _from_server(server: Path, call: Call) -> Child | None:
 
 def _responds(connection: Connection, request: socket.socket) -> bool:
     """Wait for the first message of a child as long as its server makes progress."""
-    pid = _server_of(request)
+    pid = peer_of(request).process
     used, since = -1, time.monotonic()
     while not connection.poll(0.2):
         now = processor_time(pid)
@@ -202,15 +201,6 @@ def _responds(connection: Connection, request: socket.socket) -> bool:
         elif time.monotonic() - since > _IDLE_S:
             return False
     return True
-
-
-def processor_time(pid: int) -> int | None:
-    """Return the processor time of a process in ticks; None if it is dead or stopped."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "TtZX" else int(fields[11]) + int(fields[12])
 
 
 def _status_of(request: socket.socket, seconds: float) -> int | None:
@@ -225,16 +215,10 @@ def _status_of(request: socket.socket, seconds: float) -> int | None:
                 request.settimeout(0.2)
                 return int(request.recv(32))
             except TimeoutError:
-                if time.monotonic() > until or processor_time(_server_of(request)) is None:
+                if time.monotonic() > until or processor_time(peer_of(request).process) is None:
                     return None
             except (OSError, ValueError):
                 return None
-
-
-def _server_of(request: socket.socket) -> int:
-    """Return the process id of the server behind a socket."""
-    pid, _, _ = struct.unpack("3i", request.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    return int(pid)
 
 
 def _new_interpreter(call: Call) -> Child:

@@ -14,18 +14,16 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from plad_dist.compat.linux import die_with
+from plad_dist.compat.linux import die_with, peer_of
 from plad_dist.nursery.child import run_child, set_title
 
 _REQUEST_TIMEOUT_S = 5.0
-_CREDENTIALS = struct.Struct("3i")  # process, user and group
 _CUDA_DEVICE = "/dev/nvidia-uvm"  # that counting devices does not open
 
 
@@ -94,7 +92,7 @@ def _accepted(listener: socket.socket, waiting: Mapping[int, _Waiting], environm
     client: socket.socket | None = None
     try:
         client, _ = listener.accept()
-        if _user_of(client) != os.geteuid():
+        if peer_of(client).user != os.geteuid():
             raise PermissionError("a request of another user")
         client.settimeout(_REQUEST_TIMEOUT_S)
         _, handles, *_ = socket.recv_fds(client, 1, 4)
@@ -139,11 +137,6 @@ def _be_a_child(handles: list[int], environment: dict[str, str]) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # or all children would draw the same numbers
     run_child(connection, lifeline, environment)
-
-
-def _user_of(client: socket.socket) -> int:
-    credentials = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])
 
 
 def _obstacle() -> str | None:

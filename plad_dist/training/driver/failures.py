@@ -8,7 +8,8 @@ from ray.exceptions import ActorUnavailableError, RayActorError
 
 from plad_dist.compat import ray_train
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.nursery.client import ChildDied, ChildFailed
+from plad_dist.nursery.child import ChildFailed
+from plad_dist.nursery.client import ChildDied
 
 _MAX_LENGTH = 400
 _MAX_DETAILS = 4

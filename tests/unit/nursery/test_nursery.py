@@ -16,7 +16,8 @@ import pytest
 
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.nursery import client
-from plad_dist.nursery.client import Child, ChildDied, ChildFailed, interpreter, start_child
+from plad_dist.nursery.child import ChildFailed
+from plad_dist.nursery.client import Child, ChildDied, interpreter, start_child
 
 FUNCTIONS = "tests.unit.nursery.functions"
 
@@ -232,7 +233,7 @@ def test_children_outlive_their_server(server: Server) -> None:
 def test_a_server_dies_with_its_keeper(server: Server) -> None:
     os.close(server.lifeline)
     server.lifeline = -1
-    server.process.wait(30)
+    assert server.process.wait(30) == -signal.SIGKILL
 
 
 def test_a_server_whose_modules_start_threads_ends(tmp_path: Path) -> None:
