@@ -1,31 +1,20 @@
-"""Internals of Ray Train: elastic policy, controller states, failures, free resources.
+"""Internals of Ray Train: controller states, worker groups, and failures.
 
 Written for Ray 2.60.0. Relies on:
 
-- `ElasticScalingPolicy._count_possible_workers` and `make_decision_for_running_worker_group`, which
-  are replaced; `_get_resize_decision`, `_get_reserved_resources` and `NoopDecision`;
-- `ScalingConfig._resources_per_worker_not_none`, `min_workers`;
 - `ControllerCallback` and `WorkerGroupCallback`, and the classes of
   `ray.train.v2._internal.execution.controller.state`;
 - `WorkerGroup.get_workers()`, whose items have `metadata.node_id`, in the order of ranks;
 - the chain of causes of a failure: `WorkerGroupError.worker_failures`,
   `ControllerError.controller_failure`, `WorkerHealthCheckFailedError.health_check_failure`, and
-  `cause` of a `RayTaskError`;
-- `ray.train.v2.api.data_parallel_trainer.DataParallelTrainer`, which has no public name;
-- `ray._private.state`: `state.get_draining_nodes()` and `available_resources_per_node()`.
-
-Ray Train resizes by what nodes have in total and without a checkpoint
-(`ElasticScalingPolicy.make_decision_for_running_worker_group`); the replacements here exist for
-that.
+  `cause` of a `RayTaskError`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
 from typing import Any
 
-import ray
-from ray._private import state as ray_state
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import (
@@ -36,25 +25,14 @@ from ray.train.v2._internal.execution.controller.state import (
     RunningState,
     SchedulingState,
 )
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2.api.config import ScalingConfig
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer as DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from plad_dist.compat.assumptions import Assumptions
 
 _assumptions = Assumptions("ray", "2.60.0")
 for _owner, _name, _parameters in (
-    (ElasticScalingPolicy, "_count_possible_workers", ("self", "reserved_resources")),
-    (
-        ElasticScalingPolicy,
-        "make_decision_for_running_worker_group",
-        ("self", "worker_group_state", "worker_group_status"),
-    ),
-    (ElasticScalingPolicy, "_get_resize_decision", ("self", "num_workers")),
-    (ElasticScalingPolicy, "_get_reserved_resources", ("self",)),
     (ControllerCallback, "after_controller_start", ("self", "train_run_context")),
     (ControllerCallback, "after_controller_state_update", ("self", "previous_state", "current_state")),
     (WorkerGroupCallback, "after_worker_group_start", ("self", "worker_group")),
@@ -65,22 +43,39 @@ for _owner, _name, _parameters in (
     (WorkerGroupError, "__init__", ("self", "error_message", "worker_failures")),
     (ControllerError, "__init__", ("self", "controller_failure")),
     (WorkerHealthCheckFailedError, "__init__", ("self", "message", "failure")),
-    (type(ray_state.state), "get_draining_nodes", ("self",)),
-    (ray_state, "available_resources_per_node", ()),
+    (SchedulingState, "__init__", ("self", "scaling_decision")),
 ):
     _assumptions.parameters(_assumptions.attribute(_owner, _name), *_parameters)
-for _name in ("_resources_per_worker_not_none", "min_workers"):
-    _assumptions.attribute(ScalingConfig, _name)
+_assumptions.starts_with_parameters(ResizeDecision.__init__, "self", "num_workers")
+
+_observers: dict[str, WorkerGroupEvents] = {}  # of this process, by key
+
+
+def _observer(key: str, kind: type[WorkerGroupEvents], arguments: tuple[Any, ...]) -> WorkerGroupEvents:
+    """Return the observer of this process with a key; the first call makes it."""
+    if key not in _observers:
+        _observers[key] = kind(*arguments)
+        _observers[key]._key = key
+    return _observers[key]
 
 
 class WorkerGroupEvents(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     """Base class of observers of a worker group; it runs in the process of Ray Train's controller.
 
-    Ray Train calls its own hooks, which this class translates into the `on_...` methods.
+    Ray Train calls its own hooks, which this class translates into the `on_...` methods. It sends
+    its callbacks and its scaling policy to the controller one by one, so an observer that both
+    contain arrives several times. All these are one object there, without the state of the sender.
+
+    Args:
+        arguments: arguments of the subclass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *arguments: Any) -> None:
+        self._key, self._arguments = uuid.uuid4().hex, arguments
         self._worker_group: Any = None
+
+    def __reduce__(self) -> Any:
+        return _observer, (self._key, type(self), self._arguments)
 
     @property
     def node_by_rank(self) -> list[str]:
@@ -103,8 +98,8 @@ class WorkerGroupEvents(ControllerCallback, WorkerGroupCallback):  # type: ignor
     def on_resize(self) -> None:
         """Handle the decision to restart the group at another size."""
 
-    def on_scheduling(self) -> None:
-        """Handle the decision to start a group, before its workers start."""
+    def on_scheduling(self, workers: int) -> None:
+        """Handle the decision to start a group of some size, before its workers start."""
 
     def on_waiting(self) -> None:
         """Handle a turn of the controller in which the group waits for resources."""
@@ -132,84 +127,9 @@ class WorkerGroupEvents(ControllerCallback, WorkerGroupCallback):  # type: ignor
             case ResizingState():
                 self.on_resize()
             case SchedulingState():
-                self.on_scheduling()
+                self.on_scheduling(current_state.scaling_decision.num_workers)
             case InitializingState() | RestartingState() | ReschedulingState():
                 self.on_waiting()
-
-
-def count_only_free_resources(
-    free_by_node: Callable[[], dict[str, dict[str, float]]], own_workers_on: Callable[[set[str]], int]
-) -> None:
-    """Let this process's elastic policy count only resources that are free or its own workers'.
-
-    Ray's policy counts all that the nodes have, including the resources of other jobs and of
-    leaving nodes. It would end a healthy group for a size that cannot start, and after a death try
-    sizes that are no longer available.
-
-    Args:
-        free_by_node: returns the free resources of every node that may be used.
-        own_workers_on: returns how many workers the group has on some nodes; they end before the
-            next group starts.
-    """
-    original = ElasticScalingPolicy._count_possible_workers
-
-    def count_possible_workers(self: Any, reserved_resources: Any) -> int:
-        per_worker = self.scaling_config._resources_per_worker_not_none
-        free = free_by_node()
-        fitting = sum(workers_that_fit(resources, per_worker) for resources in free.values())
-        return min(int(original(self, reserved_resources)), fitting + own_workers_on(set(free)))
-
-    ElasticScalingPolicy._count_possible_workers = count_possible_workers
-
-
-def resize_only_after_yield(
-    takes_steps: Callable[[], bool], ask_to_yield: Callable[[int], None], has_yielded: Callable[[], bool | None]
-) -> None:
-    """Let this process's elastic policy resize a group only after the group has yielded.
-
-    A group yields when it has committed a checkpoint and waits for its restart.
-
-    Ray's policy ends a group at once, and all steps since its latest checkpoint are lost. The
-    controller keeps polling in between, so that a group that finishes or dies first is handled as
-    usual. A group that has taken no step is not resized either: nodes that join one by one could
-    otherwise keep it from ever taking one.
-
-    Args:
-        takes_steps: returns True if the running group has taken a step.
-        ask_to_yield: asks the group to yield to one of another size.
-        has_yielded: returns True if the group has yielded, None if it was not asked.
-    """
-    original = ElasticScalingPolicy.make_decision_for_running_worker_group
-
-    def make_decision(self: Any, worker_group_state: Any, worker_group_status: Any) -> Any:
-        yielded = has_yielded()
-        if yielded:
-            reserved = self._get_reserved_resources()
-            size = self._count_possible_workers(reserved) if reserved is not None else 0
-            # A waiting group must be restarted in any case, at its old size if the room is gone.
-            return self._get_resize_decision(
-                size if size >= self.scaling_config.min_workers else worker_group_state.num_workers
-            )
-        if yielded is None:
-            decision = original(self, worker_group_state, worker_group_status)
-            if not isinstance(decision, NoopDecision) and takes_steps():
-                ask_to_yield(decision.num_workers)
-        return NoopDecision()
-
-    ElasticScalingPolicy.make_decision_for_running_worker_group = make_decision
-
-
-def free_resources() -> dict[str, dict[str, float]]:
-    """Return the free resources of every node that is alive and not about to leave, by node id."""
-    leaving = set(ray_state.state.get_draining_nodes() or {})
-    staying = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - leaving
-    free: dict[str, dict[str, float]] = ray_state.available_resources_per_node()
-    return {node: free.get(node, {}) for node in staying}
-
-
-def workers_that_fit(free: dict[str, float], per_worker: dict[str, float]) -> int:
-    """Return how many workers fit into the free resources of a node."""
-    return int(min((free.get(name, 0.0) // amount for name, amount in per_worker.items() if amount > 0), default=0))
 
 
 def worker_failures(error: Any) -> dict[int, BaseException]:

@@ -324,9 +324,10 @@ class Training(Section):
         json_schema_extra=OPERATIONAL,
     )
     resize_check_s: float = Field(
-        60.0,
+        5.0,
         gt=0,
-        description="Seconds between checks of an elastic group for additional resources.",
+        description="Seconds between checks of an elastic group for more room. The group grows if that gains more "
+        "than a restart costs.",
         json_schema_extra=OPERATIONAL,
     )
     start_timeout_s: float = Field(

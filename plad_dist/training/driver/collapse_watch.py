@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 
-from plad_dist.compat.ray_train import free_resources
+from plad_dist.compat.ray_scaling import node_resources
 from plad_dist.config import CollapseBounds, Config
 from plad_dist.data.models import model_fingerprint
 from plad_dist.errors import first_line
@@ -171,7 +171,8 @@ class CollapseWatch:
         placement = self._placement
         need = {"CPU": placement.cpus, "GPU": placement.gpus}
         has_room = not placement.bundles and any(
-            all(free.get(name, 0.0) >= amount for name, amount in need.items()) for free in free_resources().values()
+            all(node.free.get(name, 0.0) >= amount for name, amount in need.items())
+            for node in node_resources().values()
         )
         if not has_room and not self._has_reported_no_room:
             self._has_reported_no_room = True

@@ -1,25 +1,25 @@
-"""Resize decisions and observer of a worker group, in Ray Train's controller.
+"""Observer of a worker group in Ray Train's controller, which also answers its scaling policy.
 
-It reports failures, restarts and waits to the driver, keeps the elastic policy from counting
-resources that are not available, and has a group write a checkpoint before it is resized.
+It reports failures, restarts and waits to the driver, and keeps the policy from counting on
+resources that are not available.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import ray
 
-from plad_dist.compat.ray_train import (
-    WorkerGroupEvents,
-    count_only_free_resources,
-    free_resources,
-    is_preemption,
-    resize_only_after_yield,
-)
+from plad_dist.compat.ray_scaling import Resources, node_resources, workers_that_fit
+from plad_dist.compat.ray_train import WorkerGroupEvents, is_preemption
 from plad_dist.errors import RunFailed
 from plad_dist.training.driver.failures import describe_failure, unreachable_ranks
+from plad_dist.training.driver.growth import NodeRoom, room_in_parts, room_on_whole_nodes
+from plad_dist.training.driver.mailbox import reply_to
+from plad_dist.training.driver.resizing import Resizing
 from plad_dist.training.messages import Said
 
 _REPORT_EVERY_S = 30.0
@@ -27,32 +27,57 @@ _SUSPECT_S = 30.0
 _MAX_FAILED_STARTS = 5  # as for attempts without a new checkpoint
 
 
+class GroupSettings(NamedTuple):
+    """Settings of a worker group.
+
+    Attributes:
+        phases: names of its phases, for messages.
+        fewest, most: its smallest and largest size.
+        patience: seconds that a group of one size waits for resources; an elastic group waits
+            without limit.
+        check_every: seconds between checks of a running group for more room.
+    """
+
+    phases: str
+    fewest: int
+    most: int
+    patience: float
+    check_every: float
+
+
 class WorkerGroupCallbacks(WorkerGroupEvents):
     """Observer of the worker group of some phases.
 
     Args:
         mailbox: mailbox actor of the driver.
-        phases: names of the phases, for messages.
-        fewest, most: smallest and largest size of the group.
-        patience: seconds that a group of one size waits for resources; an elastic group waits
-            without limit.
     """
 
-    def __init__(self, mailbox: Any, phases: str, fewest: int, most: int, patience: float) -> None:
-        super().__init__()
-        self._mailbox, self._phases, self._fewest, self._most, self._patience = mailbox, phases, fewest, most, patience
+    def __init__(self, mailbox: Any, group: GroupSettings) -> None:
+        super().__init__(mailbox, group)
+        self._mailbox, self._group = mailbox, group
+        self._resizing = Resizing(mailbox, self._report, group.fewest, group.most, group.check_every)
         self._suspected_at: dict[str, float] = {}  # by node that does not respond but that Ray has not found dead
         self._waits_since = self._reported_at = time.monotonic()
-        self._is_restarting = self._is_asked_to_yield = False
+        self._is_restarting = False
         self._failed_starts = 0  # groups in a row that failed before their first step
+
+    def room(self, per_worker: Resources) -> int:
+        """Return how many workers could start now if the group's own ended."""
+        return room_in_parts(self._rooms(per_worker))
+
+    def next_size(self, size: int, per_worker: Resources, granted: Callable[[], int]) -> int | None:
+        """Return the size to restart the running group at now, or None to let it run.
+
+        Args:
+            granted: returns how many workers Ray would start, by what the nodes have in total.
+        """
+        return self._resizing.next_size(size, lambda: min(granted(), room_on_whole_nodes(self._rooms(per_worker))))
 
     def on_controller_start(self) -> None:
         self._waits_since = self._reported_at = time.monotonic()
-        count_only_free_resources(self._free_by_node, self._own_workers_on)
-        resize_only_after_yield(self._takes_steps, self._ask_to_yield, self._has_yielded)
 
     def on_group_start(self) -> None:
-        self._is_asked_to_yield = False
+        self._resizing.reset()
 
     def on_running(self) -> None:
         workers = len(self.node_by_rank)
@@ -69,6 +94,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
                 attempts in the storage, but not while it refuses writes or before they have met.
         """
         self._is_restarting, self._waits_since = True, time.monotonic()
+        self._mailbox.disrupted.remote()
         self._suspect_nodes(error)
         is_failed_start = not is_preemption(error) and not self._takes_steps()
         self._failed_starts = self._failed_starts + 1 if is_failed_start else 0
@@ -79,8 +105,8 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
     def on_resize(self) -> None:
         self._is_restarting = True
 
-    def on_scheduling(self) -> None:
-        self._call(self._mailbox.new_group.remote())
+    def on_scheduling(self, workers: int) -> None:
+        reply_to(self._mailbox.new_group.remote(workers))
 
     def on_waiting(self) -> None:
         """Report the wait for resources.
@@ -90,13 +116,14 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         """
         now = time.monotonic()
         waited = now - self._waits_since
-        size = f"{self._fewest} workers" if self._fewest == self._most else f"{self._fewest} to {self._most} workers"
+        _, fewest, most, patience, _ = self._group
+        size = f"{fewest} workers" if fewest == most else f"{fewest} to {most} workers"
         cluster = ray.cluster_resources()
         need = (
             f"room for {size}; the cluster has {cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs in "
             "total"
         )
-        if self._fewest == self._most and waited > self._patience:
+        if fewest == most and waited > patience:
             raise RunFailed(
                 f"waited {waited:.0f} s (cluster.start_timeout_s) for {need}. Add nodes, or set fewer workers"
             )
@@ -105,17 +132,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
             self._report(f"has waited {waited:.0f} s for {need}")
 
     def _takes_steps(self) -> bool:
-        return bool(self._call(self._mailbox.takes_steps.remote()))
-
-    def _ask_to_yield(self, size: int) -> None:
-        """Ask the workers to commit a checkpoint and to wait for their restart."""
-        self._is_asked_to_yield = True
-        self._report(f"the cluster has room for {size} workers now; a checkpoint is written first")
-        self._call(self._mailbox.ask_to_yield.remote())
-
-    def _has_yielded(self) -> bool | None:
-        """Return True if the workers have yielded, None if they were not asked to."""
-        return bool(self._call(self._mailbox.has_yielded.remote())) if self._is_asked_to_yield else None
+        return bool(reply_to(self._mailbox.takes_steps.remote()))
 
     def _suspect_nodes(self, error: Any) -> None:
         """Suspect the nodes of workers that no longer respond.
@@ -128,26 +145,19 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
             if rank < len(nodes):
                 self._suspected_at[nodes[rank]] = time.monotonic()
 
-    def _free_by_node(self) -> dict[str, dict[str, float]]:
-        """Return the free resources of the nodes that respond and stay."""
+    def _rooms(self, per_worker: Resources) -> list[NodeRoom]:
+        """Return the room of each node that responds and stays."""
         suspects = {node for node, since in self._suspected_at.items() if time.monotonic() - since < _SUSPECT_S}
-        return {node: free for node, free in free_resources().items() if node not in suspects}
+        own = Counter(self.node_by_rank)
 
-    def _own_workers_on(self, nodes: set[str]) -> int:
-        return sum(node in nodes for node in self.node_by_rank)
+        def fitting(resources: Mapping[str, float]) -> int:
+            return workers_that_fit(resources, per_worker)
+
+        return [
+            NodeRoom(fitting(node.total), fitting(node.free), own[name])
+            for name, node in node_resources().items()
+            if name not in suspects
+        ]
 
     def _report(self, text: str) -> None:
-        self._mailbox.post.remote(Said(self._phases, text))
-
-    def _call(self, reply: Any) -> Any:
-        """Wait up to 10 s for a reply of the mailbox, and return it, or None if the call fails.
-
-        Failures are not reported, because training does not depend on the mailbox.
-
-        Args:
-            reply: Ray's reference of the reply.
-        """
-        try:
-            return ray.get(reply, timeout=10)
-        except ray.exceptions.RayError:
-            return None
+        self._mailbox.post.remote(Said(self._group.phases, text))

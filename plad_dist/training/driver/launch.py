@@ -16,7 +16,7 @@ from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.training.checkpoints.store import CheckpointStore
 from plad_dist.training.driver.collapse_watch import watching
-from plad_dist.training.driver.elastic import WorkerGroupCallbacks
+from plad_dist.training.driver.elastic import GroupSettings, WorkerGroupCallbacks
 from plad_dist.training.driver.failures import describe_failure, root_cause
 from plad_dist.training.driver.mailbox import open_mailbox
 from plad_dist.training.driver.owner_watch import stopped_if_superseded
@@ -54,11 +54,12 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
     with (
         stopped_if_superseded(run.storage),
         ray_train_timeouts(config),
-        open_mailbox(progress, f"train {names}: starting {size} workers") as mailbox,
+        open_mailbox(progress, f"train {names}: starting {size} workers", jobs[-1].name) as mailbox,
         watching(jobs, config, run, mailbox, progress),
         warm_workers(config),
     ):
-        callbacks = WorkerGroupCallbacks(mailbox, names, fewest, most, config.cluster.start_timeout_s)
+        group = GroupSettings(names, fewest, most, config.cluster.start_timeout_s, config.training.resize_check_s)
+        callbacks = WorkerGroupCallbacks(mailbox, group)
         starts = _StartLimit(saved_progress(jobs, run))
         while True:
             try:
@@ -72,6 +73,7 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
             except ControllerError as error:
                 if not starts.may_restart_after(error, saved_progress(jobs, run)):
                     raise explained(error, saved_progress(jobs, run)) from error
+                mailbox.disrupted.remote()
                 progress.say(f"train {names}: {describe_failure(error)}; the workers are restarted")
             except Exception as error:
                 raise explained(error, saved_progress(jobs, run)) from error

@@ -2,6 +2,7 @@
 
 Workers and Ray Train's controller post messages; a thread of the driver reads them every second.
 The controller asks a group to yield before a resize; the workers poll that request and confirm it.
+The mailbox also keeps the history of the worker groups, because it outlives every controller.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from plad_dist.progress import Progress
+from plad_dist.training.driver.growth import Outlook
+from plad_dist.training.driver.history import RunHistory
 from plad_dist.training.driver.metrics import TrainingMetrics
 from plad_dist.training.messages import Began, HeldoutRanked, Message, Said, StepDone
 
@@ -29,31 +32,51 @@ class ProgressMailbox:
     """State of the mailbox actor.
 
     Worker groups are numbered, so that a late reply to an earlier one is ignored.
+
+    Args:
+        last_phase: name of the last phase; the time left is known only in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_phase: str) -> None:
         self._messages: list[Message] = []
         self._group = self._asked_group = self._yielded_group = 0
-        self._takes_steps = False
+        self._last_phase = last_phase
+        self._phase_steps: dict[str, int] = {}
+        self._history = RunHistory()
 
     def post(self, message: Message) -> None:
         """Add a message for the driver."""
         self._messages.append(message)
-        self._takes_steps |= isinstance(message, StepDone)
+        match message:
+            case Began():
+                self._phase_steps[message.phase] = message.steps
+            case StepDone():
+                steps = self._phase_steps.get(message.phase) if message.phase == self._last_phase else None
+                left = None if steps is None else steps - message.step
+                self._history = self._history.steps(time.monotonic(), message.figures["seconds"], left)
 
     def drain(self) -> list[Message]:
         """Return and remove all messages."""
         messages, self._messages = self._messages, []
         return messages
 
-    def new_group(self) -> None:
+    def new_group(self, workers: int) -> None:
         """Record that another worker group is about to start."""
         self._group += 1
-        self._asked_group, self._takes_steps = 0, False
+        self._asked_group = 0
+        self._history = self._history.starts(time.monotonic(), workers)
+
+    def disrupted(self) -> None:
+        """Record that the present group ended by a failure or because a node left."""
+        self._history = self._history.ends(time.monotonic(), is_disrupted=True)
 
     def takes_steps(self) -> bool:
         """Return True if the present group has taken a step."""
-        return self._takes_steps
+        return self._history.takes_steps()
+
+    def outlook(self) -> Outlook:
+        """Return what the present group can expect."""
+        return self._history.outlook(time.monotonic())
 
     def ask_to_yield(self) -> None:
         """Ask the present group to yield."""
@@ -72,15 +95,30 @@ class ProgressMailbox:
         return self._yielded_group == self._group
 
 
+def reply_to(call: Any) -> Any:
+    """Return the mailbox's reply to a call, or None if it fails or takes more than 10 s.
+
+    Failures are not reported, because training does not depend on the mailbox.
+
+    Args:
+        call: Ray's reference of the reply.
+    """
+    try:
+        return ray.get(call, timeout=10)
+    except ray.exceptions.RayError:
+        return None
+
+
 @contextmanager
-def open_mailbox(progress: Progress, stage: str) -> Iterator[Any]:
+def open_mailbox(progress: Progress, stage: str, last_phase: str) -> Iterator[Any]:
     """Yield a mailbox actor whose messages are shown and exported as metrics while the block runs.
 
     Args:
         stage: what is starting, reported until the first message arrives.
+        last_phase: name of the last phase.
     """
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(ProgressMailbox).options(num_cpus=0, scheduling_strategy=this_node).remote()
+    mailbox = ray.remote(ProgressMailbox).options(num_cpus=0, scheduling_strategy=this_node).remote(last_phase)
     reader = _MailboxReader(mailbox, progress, stage)
     thread = threading.Thread(target=reader.follow, daemon=True)
     thread.start()

@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from plad_dist.compat.ray_train import DataParallelTrainer
+from plad_dist.compat.ray_scaling import Trainer
 from plad_dist.config import Config
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.engine_placement import engines_use_gpus
@@ -27,14 +27,15 @@ from plad_dist.training.worker.shared_devices import SharedDevicesConfig
 
 def build_trainer(
     jobs: list[PhaseJob], config: Config, run: RunDir, mailbox: Any, callbacks: WorkerGroupCallbacks
-) -> DataParallelTrainer:
+) -> Trainer:
     """Return the trainer of a worker group for the phases."""
     gpus = engines_use_gpus()
     training = config.training
     fewest, most = training.workers
     dtype = ("bfloat16" if gpus else "float32") if training.dtype == "auto" else training.dtype
-    return DataParallelTrainer(
+    return Trainer(
         train_jobs,
+        sizes=callbacks,
         train_loop_config={
             # Bytes, because reading a job imports torch, which only the training process needs.
             "jobs": pickle.dumps([replace(job, dtype=dtype) for job in jobs]),
@@ -45,7 +46,6 @@ def build_trainer(
         backend_config=SharedDevicesConfig(),
         scaling_config=ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),
-            elastic_resize_monitor_interval_s=training.resize_check_s,
             use_gpu=gpus,
             resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if gpus else {}),
         ),

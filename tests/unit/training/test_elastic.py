@@ -9,9 +9,10 @@ import pytest
 from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
+from plad_dist.compat.ray_scaling import NodeResources
 from plad_dist.errors import RunFailed
 from plad_dist.training.driver import elastic
-from plad_dist.training.driver.elastic import WorkerGroupCallbacks
+from plad_dist.training.driver.elastic import GroupSettings, WorkerGroupCallbacks
 
 
 class Clock:
@@ -28,6 +29,11 @@ class Mailbox:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.post = SimpleNamespace(remote=lambda message: self.texts.append(message.text))
+        self.disrupted = SimpleNamespace(remote=lambda: None)
+
+
+def observer(mailbox: Mailbox, fewest: int, most: int) -> WorkerGroupCallbacks:
+    return WorkerGroupCallbacks(mailbox, GroupSettings("round-0", fewest, most, patience=60.0, check_every=5.0))
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_group_of_one_size_waits_for_resources_only_as_long_as_its_patience(clock: Clock) -> None:
     mailbox = Mailbox()
-    callbacks = WorkerGroupCallbacks(mailbox, "round-0", 8, 8, patience=60.0)
+    callbacks = observer(mailbox, 8, 8)
     callbacks.on_waiting()
     assert mailbox.texts == []
     clock.now += 31
@@ -50,29 +56,29 @@ def test_a_group_of_one_size_waits_for_resources_only_as_long_as_its_patience(cl
 
 
 def test_an_elastic_group_waits_without_limit(clock: Clock) -> None:
-    callbacks = WorkerGroupCallbacks(Mailbox(), "round-0", 2, 8, patience=60.0)
+    callbacks = observer(Mailbox(), 2, 8)
     clock.now += 10_000
     callbacks.on_waiting()
 
 
 def test_nodes_of_silent_workers_are_not_counted_on_for_a_while(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    free: dict[str, dict[str, float]] = {"a": {"CPU": 1.0}, "b": {"CPU": 2.0}}
-    monkeypatch.setattr(elastic, "free_resources", lambda: free)
-    callbacks = WorkerGroupCallbacks(Mailbox(), "round-0", 1, 2, patience=60.0)
+    nodes = {"a": NodeResources({"CPU": 2.0}, {"CPU": 1.0}), "b": NodeResources({"CPU": 3.0}, {"CPU": 2.0})}
+    monkeypatch.setattr(elastic, "node_resources", lambda: nodes)
+    callbacks = observer(Mailbox(), 1, 2)
     workers: list[Any] = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in ("a", "b")]
     callbacks.after_worker_group_start(SimpleNamespace(get_workers=lambda: workers))
     callbacks._takes_steps = lambda: True  # type: ignore[method-assign]
     callbacks.on_failure(WorkerGroupError("failed", {1: WorkerHealthCheckTimeoutError("late")}))
-    assert callbacks._free_by_node() == {"a": {"CPU": 1.0}}
+    assert callbacks.room({"CPU": 1.0}) == 2
     clock.now += 31
-    assert callbacks._free_by_node() == free
+    assert callbacks.room({"CPU": 1.0}) == 5
 
 
 def test_a_group_that_fails_again_and_again_before_its_first_step_is_given_up(clock: Clock) -> None:
     """On a full disk the workers cannot record that they failed."""
     takes_steps = True
     mailbox = Mailbox()
-    callbacks = WorkerGroupCallbacks(mailbox, "round-0", 2, 2, patience=60.0)
+    callbacks = observer(mailbox, 2, 2)
     callbacks._takes_steps = lambda: takes_steps  # type: ignore[method-assign]
     failure = WorkerGroupError("failed", {0: RunFailed("/run/x: cannot be written: No space left on device")})
     for _ in range(9):

@@ -7,11 +7,11 @@ from plad_dist.training.messages import Began, Said, StepDone
 
 
 def test_a_late_reply_of_an_earlier_group_is_ignored() -> None:
-    mailbox = ProgressMailbox()
-    mailbox.new_group()
+    mailbox = ProgressMailbox("round-0")
+    mailbox.new_group(2)
     mailbox.ask_to_yield()
     earlier_group = mailbox.wants_yield()
-    mailbox.new_group()
+    mailbox.new_group(2)
     assert mailbox.wants_yield() == 0
     mailbox.yielded(earlier_group)
     mailbox.ask_to_yield()
@@ -21,19 +21,19 @@ def test_a_late_reply_of_an_earlier_group_is_ignored() -> None:
 
 
 def test_a_group_takes_steps_from_its_first_step_until_the_next_group_starts() -> None:
-    mailbox = ProgressMailbox()
-    mailbox.new_group()
+    mailbox = ProgressMailbox("round-0")
+    mailbox.new_group(2)
     mailbox.post(Began("round-0", 10, "starts"))
     mailbox.post(Said("round-0", "a line"))
     assert not mailbox.takes_steps()
-    mailbox.post(StepDone("round-0", 1, 8, 100, 2, {"loss": 1.0}))
+    mailbox.post(StepDone("round-0", 1, 8, 100, 2, {"loss": 1.0, "seconds": 1.0}))
     assert mailbox.takes_steps()
-    mailbox.new_group()
+    mailbox.new_group(2)
     assert not mailbox.takes_steps()
 
 
 def test_messages_are_drained_once_and_in_order() -> None:
-    mailbox = ProgressMailbox()
+    mailbox = ProgressMailbox("round-0")
     messages = [Said("round-0", "first"), Said("round-0", "second")]
     for message in messages:
         mailbox.post(message)

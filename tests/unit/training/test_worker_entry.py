@@ -15,7 +15,7 @@ from plad_dist.config_file import parse_config
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RunDir
 from plad_dist.training.driver import trainer
-from plad_dist.training.driver.elastic import WorkerGroupCallbacks
+from plad_dist.training.driver.elastic import GroupSettings, WorkerGroupCallbacks
 from plad_dist.training.plan import plan_phase
 from plad_dist.training.worker import entry
 from tests.numerics.workers import config_with_pairs, make_run
@@ -36,8 +36,8 @@ def test_what_ray_sends_to_a_worker_imports_no_torch_either(tmp_path: Path, monk
     config = parse_config(raw, "test")
     run = RunDir.of(config)
     sent: list[Any] = []
-    monkeypatch.setattr(trainer, "DataParallelTrainer", lambda function, **options: sent.append((function, options)))
-    callbacks = WorkerGroupCallbacks(None, "round-0", 1, 1, patience=60.0)
+    monkeypatch.setattr(trainer, "Trainer", lambda function, **options: sent.append((function, options)))
+    callbacks = WorkerGroupCallbacks(None, GroupSettings("round-0", 1, 1, 60.0, 5.0))
     trainer.build_trainer([plan_phase("round-0", config, run)], config, run, None, callbacks)
     function, options = sent[0]
     (tmp_path / "sent").write_bytes(
