@@ -1,11 +1,21 @@
-"""An elastic group on a cluster of namespaces: two workers, one, and two again."""
+"""Groups on a cluster of namespaces: two workers, one, and two again; and two with a spare node."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from tests.elastic import MARKS, PHASE, Training, expect_same_student, freeze_worker, thaw_worker, undisturbed_student
+from tests.elastic import (
+    MARKS,
+    NURSERY,
+    PHASE,
+    WORKER,
+    Training,
+    expect_same_student,
+    freeze_worker,
+    thaw_worker,
+    undisturbed_student,
+)
 from tests.nodes import Cluster
 
 pytestmark = MARKS
@@ -38,3 +48,21 @@ def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Pat
     ):
         assert re.search(line, training.log()), training.log()
     expect_same_student(training, undisturbed)
+
+
+def test_a_group_of_one_size_replaces_a_dead_node_by_a_warm_spare(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path)
+    try:
+        nodes = [cluster.add(), cluster.add(), cluster.add()]
+        training = Training(cluster, tmp_path / "run", 60, EVERY, num_workers=2)
+        training.wait_for_steps(EVERY + 5)
+        spare = next(node for node in nodes if not node.processes(WORKER))
+        assert spare.processes(NURSERY), "it has imported what a worker needs"
+        next(node for node in nodes if node is not spare).kill(quietly=False)
+        training.finish()
+    finally:
+        cluster.end()
+    assert training.sizes() == [2]
+    assert re.search(r"worker \d died: .*node", training.log())
+    assert "resumes with 2 workers" in training.log()
+    assert [row["step"] for row in training.rows()] == list(range(1, 61))
