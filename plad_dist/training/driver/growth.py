@@ -137,12 +137,10 @@ def judge(room: Room, most: int, outlook: Outlook) -> Verdict:
     ends_s = outlook.left_s * room.size / room.workers
     gain_s = room.gain_rate * min(outlook.undisturbed_s, ends_s)
     if gain_s <= outlook.restart_s:
-        is_disrupted = outlook.undisturbed_s < ends_s
-        cause = (
-            f"a disruption is expected in {outlook.undisturbed_s:.0f} s"
-            if is_disrupted
-            else f"training would end {ends_s:.0f} s after it"
-        )
+        if outlook.undisturbed_s < ends_s:
+            cause = f"a disruption is expected in {outlook.undisturbed_s:.0f} s"
+        else:
+            cause = f"training would end {ends_s:.0f} s after it"
         cost = f"a restart costs {outlook.restart_s:.0f} s and would gain {gain_s:.0f} s"
         return Verdict(Choice.STAY, f"stays at {room.size}: {cost}, because {cause}")
     wait_s = 0.0 if room.workers >= most else _wait_s(room, outlook)

@@ -63,6 +63,8 @@ def test_a_stream_of_nodes_is_waited_for_while_that_costs_less_than_a_restart() 
     assert judge(room_of(8, 9, quiet_s=121.0, gap_s=60.0), 64, outlook).choice is Choice.GROW, "the stream has ended"
     assert judge(room_of(2, 4, quiet_s=30.0, gap_s=60.0), 64, outlook).choice is Choice.WAIT
     assert judge(room_of(2, 4, quiet_s=5.0, gap_s=60.0), 64, outlook).choice is Choice.GROW, "the next one is too far"
+    late = judge(room_of(8, 9, quiet_s=100.0, gap_s=300.0), 64, outlook)
+    assert late == (Choice.WAIT, "waits up to 320 s for further nodes, since a restart costs 40 s")
     forgone = Room(8, 12, seen_at=0.0, grew_at=-30.0, gap_s=60.0, forgone_s=26.0)
     assert judge(forgone, 64, outlook).choice is Choice.GROW
 
@@ -156,6 +158,11 @@ def test_a_node_that_disrupts_only_larger_groups_is_not_hidden_by_calm_smaller_o
     now = 3 * (300.0 + 3 * HOUR)
     assert history_of(*flapping).undisturbed_s(now, 8) < 1500.0
     assert history_of(*flapping).undisturbed_s(now, 9) == HOUR, "no group was larger than 9"
+
+
+def test_disruptions_of_smaller_groups_are_expected_of_larger_ones() -> None:
+    history = history_of(*[(8, 300.0, True)] * 5)
+    assert history.undisturbed_s(1500.0, 8) < 500.0
 
 
 def test_the_cost_of_a_restart_is_measured_without_the_step_and_the_detection() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
+import ray
 
-from tests.growing_cluster import GrowingCluster, Growth
+from plad_dist.training.driver.growth import Outlook
+from plad_dist.training.driver.resizing import Resizing
+from tests.growing_cluster import GrowingCluster, Growth, Handle
 
 HOUR = 3600
 
@@ -202,6 +206,28 @@ def test_a_group_that_has_yielded_is_restarted_even_if_the_room_is_gone(monkeypa
     assert cluster.group == ["a"]
 
 
+def test_a_group_that_has_yielded_keeps_its_size_if_there_is_room_for_fewer_than_the_smallest() -> None:
+    mailbox = SimpleNamespace(
+        outlook=lambda: Outlook(True, 10.0, float(HOUR), math.inf), ask_to_yield=lambda: None, has_yielded=lambda: True
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "get", lambda reply, timeout: reply)
+        resizing = Resizing(Handle(mailbox), lambda line: None, fewest=3, most=5, check_every=5.0)
+        assert resizing.next_size(4, lambda: 5) is None
+        assert resizing.next_size(4, lambda: 2) == 4
+        assert resizing.next_size(4, lambda: 3) == 3, "it waits, and a smaller group can start now"
+
+
+def test_a_group_that_waits_for_further_nodes_looks_every_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = GrowingCluster(monkeypatch, (1, 4), restart_s=40)
+    cluster.add("a")
+    cluster.run(100)
+    cluster.add("b")
+    cluster.run(10)
+    (growth,) = cluster.growths
+    assert 2 <= growth.at - cluster.observer._resizing._room.grew_at <= 3
+
+
 def test_a_group_without_a_step_is_not_restarted_however_many_nodes_join(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = GrowingCluster(monkeypatch, (1, 32), restart_s=600)
     for number in range(10):
@@ -211,14 +237,11 @@ def test_a_group_without_a_step_is_not_restarted_however_many_nodes_join(monkeyp
     assert len(cluster.runs) == 1
 
 
-def test_a_disruption_that_is_not_of_larger_groups_does_not_hide_that_these_are_rare(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """After a day without disruptions, one of many nodes that returns is used."""
+def test_one_of_many_nodes_is_used_when_it_returns_after_calm_hours(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = GrowingCluster(monkeypatch, (4, 16), restart_s=120)
     for number in range(16):
         cluster.add(f"node-{number:02d}")
-    cluster.run(6 * HOUR)
+    cluster.run(2 * HOUR)
     cluster.remove("node-15")
     cluster.run(600)
     cluster.add("node-15")
