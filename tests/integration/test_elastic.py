@@ -19,7 +19,7 @@ from tests.elastic import (
 from tests.nodes import Cluster
 
 pytestmark = MARKS
-STEPS, EVERY = 120, 10
+STEPS, EVERY = 160, 10
 
 
 def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Path) -> None:
