@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from plad_dist.training.driver.mailbox import ProgressMailbox
 from plad_dist.training.messages import Began, Said, StepDone
 
@@ -39,3 +41,14 @@ def test_messages_are_drained_once_and_in_order() -> None:
         mailbox.post(message)
     assert mailbox.drain() == messages
     assert mailbox.drain() == []
+
+
+def test_the_time_left_is_known_only_in_the_last_phase() -> None:
+    mailbox = ProgressMailbox("seqkd")
+    mailbox.new_group(2)
+    for phase in ("round-0", "seqkd"):
+        mailbox.post(Began(phase, 10, "starts"))
+    mailbox.post(StepDone("round-0", 4, 8, 100, 2, {"loss": 1.0, "seconds": 3.0}))
+    assert mailbox.outlook().left_s == math.inf
+    mailbox.post(StepDone("seqkd", 4, 8, 100, 2, {"loss": 1.0, "seconds": 3.0}))
+    assert mailbox.outlook().left_s == 6 * 3.0
