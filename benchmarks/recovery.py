@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.elastic import Training
+from tests.elastic import Recovery, Training
 from tests.nodes import Cluster, Node, available
 
 EVERY, NOTICE_S = 10, 40
@@ -70,8 +70,9 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
     stalls = [row["checkpoint_seconds"] for row in undisturbed.rows() if row["checkpoint_seconds"]]
     return {
         **recovery,
-        "recover_seconds_kill_cold": round(cold, 1),
-        "recover_ratio_vs_cold": round(recovery["recover_seconds_kill"] / cold, 3),
+        "recover_seconds_kill_cold": round(cold.seconds, 1),
+        "parts_kill_cold": cold.parts,
+        "recover_ratio_vs_cold": round(recovery["recover_seconds_kill"] / cold.seconds, 3),
         "checkpoint_stall_seconds": round(statistics.mean(stalls), 4),
         "max_rel_loss_diff": max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True)),
         "checkpoint_every": EVERY,
@@ -84,17 +85,17 @@ def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str
     training.wait_for_steps(STEPS["kill"])
     fault_at = time.time()
     nodes[1].kill(quietly=False)
-    kill, lost_kill = training.recover(fault_at, 1)
+    kill = training.recover(fault_at, 1)
 
     training.wait_for_steps(STEPS["grow"])
     nodes[1] = cluster.add()
     fault_at = time.time()
-    grow, lost_grow = training.recover(fault_at, 2)
+    grow = training.recover(fault_at, 2)
 
     training.wait_for_steps(STEPS["kill"])
     fault_at = time.time()
     nodes[1].kill()
-    lost_node, lost_steps = training.recover(fault_at, 1)
+    lost_node = training.recover(fault_at, 1)
     cluster.add()
     training.recover(time.time(), 2)
 
@@ -103,29 +104,36 @@ def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str
     drained_at = time.time()
     time.sleep(NOTICE_S)
     nodes[0].kill()
-    preempt, lost_preemption = training.recover(drained_at, 1)
+    preempt = training.recover(drained_at, 1)
     return {
-        "recover_seconds_kill": round(kill, 1),
-        "recover_seconds_resize_up": round(grow, 1),
-        "recover_seconds_lost_machine": round(lost_node, 1),
-        "recover_seconds_preemption": round(preempt - NOTICE_S, 1),
-        "steps_lost_kill": lost_kill,
-        "steps_lost_lost_machine": lost_steps,
-        "steps_lost_resize_up": lost_grow,
-        "steps_lost_preemption": lost_preemption,
+        "recover_seconds_kill": round(kill.seconds, 1),
+        "recover_seconds_resize_up": round(grow.seconds, 1),
+        "recover_seconds_lost_machine": round(lost_node.seconds, 1),
+        "recover_seconds_preemption": round(preempt.seconds - NOTICE_S, 1),
+        "steps_lost_kill": kill.lost_steps,
+        "steps_lost_lost_machine": lost_node.lost_steps,
+        "steps_lost_resize_up": grow.lost_steps,
+        "steps_lost_preemption": preempt.lost_steps,
+        # Those of a preemption include the notice, in which training continues.
+        "parts": {
+            "kill": kill.parts,
+            "resize_up": grow.parts,
+            "lost_machine": lost_node.parts,
+            "preemption": preempt.parts,
+        },
     }
 
 
-def kill_without_nursery(cluster: Cluster, folder: Path, steps: int) -> float:
-    """Return the seconds that a recovery takes whose processes are new interpreters."""
+def kill_without_nursery(cluster: Cluster, folder: Path, steps: int) -> Recovery:
+    """Return the recovery from a kill whose processes are new interpreters."""
     node = cluster.add()
     training = Training(cluster, folder, steps, EVERY, phase=RATE, warm_starts=False)
     training.wait_for_steps(STEPS["kill"])
     fault_at = time.time()
     node.kill(quietly=False)
-    seconds, _ = training.recover(fault_at, 1)
+    recovery = training.recover(fault_at, 1)
     training.finish()
-    return seconds
+    return recovery
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from plad_dist.cli_arguments import (
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
-from plad_dist.terminal import exit_with, log_to_terminal, print_comparison, print_metrics, print_table
+from plad_dist.terminal import exit_with, log_to_terminal, print_comparison, print_metrics, print_table, print_times
 
 if TYPE_CHECKING:
     from plad_dist.jobs import JobServer
@@ -72,6 +72,7 @@ def run(config: ConfigPath, overrides: Overrides = None) -> None:
 
     settings = load_config(config, overrides or [])
     last = last_round(settings, _run_pipeline(settings))
+    print_times(last)
     print_metrics(finished_metrics(last), str(last.root / last.report))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +25,9 @@ from plad_dist.phases import SEQKD, TEACHER, WARMUP, phase_names, round_phase
 from plad_dist.preflight import check_inputs
 from plad_dist.progress import Progress
 from plad_dist.reuse import reused_run, take_over
-from plad_dist.run_logs import TIMINGS, log_to_run, read_timings
+from plad_dist.run_logs import add_timing, log_to_run
 from plad_dist.rundir import RunDir, check_binding, is_bound_to, open_run, with_date
+from plad_dist.timeline import Activity
 
 logger = logging.getLogger("plad")
 
@@ -220,22 +219,20 @@ def _work_off(
                     break
             worked += 1
             check_binding(config, run)
-            _work(step, run, partial(connect, remaining_from(step)))
+            _work(step, run, progress, partial(connect, remaining_from(step)))
 
 
-def _work(step: Step, run: RunDir, connect: Callable[[], object]) -> None:
-    logger.info("%s: begins", step.name)
-    started = time.monotonic()
+def _work(step: Step, run: RunDir, progress: Progress, connect: Callable[[], object]) -> None:
+    progress.say(f"{step.name}: begins")
     step.require_inputs()
-    if step.needs_ray:
-        connect()
-    result = step.work()
+    with progress.timed(step.name, Activity.STARTING if step.needs_ray else Activity.COMPUTING) as clock:
+        if step.needs_ray:
+            connect()
+        result = step.work()
     check_owned(run.storage)
-    seconds = time.monotonic() - started
-    timings = read_timings(run)
-    timings[step.name] = round(timings.get(step.name, 0.0) + seconds, 1)
-    run.storage.replace(TIMINGS, json.dumps(timings, indent=1).encode())
-    logger.info("%s: done in %.1f s%s", step.name, seconds, f"; {result}" if result else "")
+    spent = clock.read()
+    add_timing(run, step.name, spent)
+    progress.say(f"{step.name}: done in {spent.total:.1f} s{f'; {result}' if result else ''}")
 
 
 def _prepare(config: Config, run: RunDir) -> str:

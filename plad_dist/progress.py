@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from plad_dist.timeline import Activity, StageClock
 
 logger = logging.getLogger("plad")
 
@@ -20,7 +25,38 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._every = 0.5 if self._live else every_s
         self._shown = False
-        self._last_progress = time.monotonic()
+        self._last_progress = self._last_shown = time.monotonic()
+        self._clock = StageClock(Activity.COMPUTING)
+
+    @contextmanager
+    def timed(self, step: str, activity: Activity) -> Iterator[StageClock]:
+        """Time the activities of a step in the block, and log a line whenever none came for long.
+
+        Args:
+            step: name of the step, for these lines.
+            activity: the first one.
+        """
+        self._clock = StageClock(activity)
+        self._last_shown = time.monotonic()
+        finished = threading.Event()
+        thread = threading.Thread(target=self._fill_silence, args=(step, finished), daemon=True)
+        thread.start()
+        try:
+            yield self._clock
+        finally:
+            finished.set()
+            thread.join()
+
+    def enter(self, activity: Activity) -> None:
+        """Record that the step is at this activity from now on."""
+        self._clock.enter(activity)
+
+    def _fill_silence(self, step: str, finished: threading.Event) -> None:
+        started = time.monotonic()
+        while not finished.wait(0.5):
+            now = time.monotonic()
+            if now - self._last_shown >= self._every:
+                self._write(f"{step}: {self._clock.activity}, {_duration(now - started)} so far")
 
     @property
     def idle_s(self) -> float:
@@ -86,6 +122,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Log a separate line."""
         self.end_line()
+        self._last_shown = time.monotonic()
         logger.info("%s", text)
 
     def end_line(self) -> None:
@@ -95,8 +132,10 @@ class Progress:
             self._shown = False
 
     def _show(self) -> None:
+        self._write(f"{self._stage}: {self._completed:,}/{self._total:,} {self._unit}{self._note}{self._rates()}")
+
+    def _write(self, text: str) -> None:
         self._last_shown = time.monotonic()
-        text = f"{self._stage}: {self._completed:,}/{self._total:,} {self._unit}{self._note}{self._rates()}"
         if self._live:
             sys.stderr.write(f"\r\x1b[2K{text}")
             sys.stderr.flush()

@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 
 from plad_dist.data.local_files import failure_explained
 from plad_dist.errors import RunFailed
 from plad_dist.rundir import RunDir
+from plad_dist.timeline import StageTime
 
 TIMINGS = "logs/timings.json"
 
 
-def read_timings(run: RunDir) -> dict[str, float]:
-    """Return the seconds that each stage took.
+def read_timings(run: RunDir) -> dict[str, StageTime]:
+    """Return the time that all commands so far have spent on each step of a run.
 
-    A damaged file counts as empty, since nothing depends on it.
+    What is damaged, or was written by an earlier version, counts as missing, since nothing depends
+    on it.
     """
     try:
         timings = run.storage.read_json(TIMINGS)
     except RunFailed:
         return {}
-    timings = timings if isinstance(timings, dict) else {}
-    return {name: seconds for name, seconds in timings.items() if isinstance(seconds, int | float)}
+    times: dict[str, StageTime] = {}
+    for name, seconds in timings.items() if isinstance(timings, dict) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            times[name] = StageTime(**{activity: float(value) for activity, value in dict(seconds).items()})
+    return times
+
+
+def add_timing(run: RunDir, step: str, time: StageTime) -> None:
+    """Add the time that this command has spent on a step."""
+    times = read_timings(run)
+    times[step] = times.get(step, StageTime()).plus(time)
+    rounded = {
+        name: {activity: round(seconds, 1) for activity, seconds in spent._asdict().items()}
+        for name, spent in times.items()
+    }
+    run.storage.replace(TIMINGS, json.dumps(rounded, indent=1).encode())
 
 
 def log_to_run(run: RunDir) -> None:

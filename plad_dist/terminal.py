@@ -13,6 +13,7 @@ from plad_dist.untrusted import harmless
 if TYPE_CHECKING:
     from plad_dist.evaluation.comparison import Comparison
     from plad_dist.evaluation.document import Metrics
+    from plad_dist.rundir import RunDir
 
 
 def log_to_terminal() -> None:
@@ -60,6 +61,15 @@ def print_metrics(metrics: Metrics, report_path: str) -> None:
     for sentence in metrics.verdict:
         print(f"- {harmless(sentence)}")
     print(f"\nReport: {report_path}")
+
+
+def print_times(run: RunDir) -> None:
+    """Print the time that all commands so far have spent on each step of a run."""
+    from plad_dist.evaluation.report.tables import times_table
+    from plad_dist.run_logs import read_timings
+
+    if times := read_timings(run):
+        print_table(times_table(times))
 
 
 def print_comparison(comparison: Comparison, output: str | None, as_json: bool = False) -> None:

@@ -7,14 +7,14 @@ import os
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from plad_dist.training.records.metrics_file import read_metrics
+from plad_dist.training.records.metrics_file import STARTS_FILE, read_metrics
 from plad_dist.verify.run import verify
 from tests.nodes import Cluster, Node, available, wait
 from tests.numerics.workers import config_with_pairs, make_run, train
@@ -30,6 +30,20 @@ MARKS = [
 # The learning rate is low, so that float error stays float error: at a high one, two runs that
 # differ by a rounding part by per cents in their first steps, even without faults.
 ROUND: dict[str, Any] = {"epochs": 1000, "batch_groups": 48, "optimizer": {"lr": 3e-4}}
+
+
+class Recovery(NamedTuple):
+    """Recovery from a fault.
+
+    Attributes:
+        seconds: from the fault to the first step of a later attempt.
+        lost_steps: number of repeated steps.
+        parts: seconds by part.
+    """
+
+    seconds: float
+    lost_steps: int
+    parts: dict[str, float]
 
 
 class Training:
@@ -103,12 +117,8 @@ class Training:
         goal = self.last_step() + count
         self.wait(lambda: self.last_step() >= goal, f"step {goal}")
 
-    def recover(self, fault_at: float, workers: int) -> tuple[float, int]:
-        """Wait for the first step of a later attempt at a size.
-
-        Returns:
-            The seconds from the fault to that step, and the number of repeated steps.
-        """
+    def recover(self, fault_at: float, workers: int) -> Recovery:
+        """Wait for the first step of a later attempt at a size."""
         attempt = max(row["attempt"] for row in self.all_rows() if row["time"] <= fault_at)
 
         def rows_after() -> list[dict[str, Any]]:
@@ -117,7 +127,20 @@ class Training:
         self.wait(rows_after, f"a step with {workers} workers")
         first = rows_after()[0]
         last = max(row["step"] for row in self.all_rows() if row["attempt"] <= attempt)
-        return first["time"] - fault_at, last - (first["step"] - 1)
+        return Recovery(first["time"] - fault_at, last - (first["step"] - 1), self._parts(first, fault_at))
+
+    def _parts(self, first: dict[str, Any], fault_at: float) -> dict[str, float]:
+        """Return the parts of a recovery that led to a step."""
+
+        def starts() -> list[dict[str, float]]:
+            path = self.run.root / "events" / PHASE / STARTS_FILE
+            lines = path.read_text().splitlines() if path.is_file() else []
+            return [row["parts"] for row in map(json.loads, lines) if row["attempt"] == first["attempt"]]
+
+        self.wait(starts, f"the start of attempt {first['attempt']}")
+        (parts,) = starts()
+        group = first["time"] - fault_at - sum(parts.values())
+        return {"fault to Ray's worker": round(group, 1)} | {name: round(value, 1) for name, value in parts.items()}
 
     def finish(self) -> None:
         code = self.command.wait(timeout=1200)

@@ -11,6 +11,7 @@ from typing import Any
 
 from plad_dist.config import Decoding
 from plad_dist.sampling.backend import Completion, RefusedPromptError
+from plad_dist.timeline import StartClock
 
 
 class FakeBackend:
@@ -34,6 +35,7 @@ class FakeBackend:
 
     paid, retries = False, 0
     fatal: tuple[type[Exception], ...] = ()
+    start = StartClock()
 
     def __init__(self, folder: str, seconds: float = 0.01) -> None:
         self.path: str | None = "fake"

@@ -8,8 +8,8 @@ distributions, Docker and Kubernetes). Relies on:
   `max` for no quota (Documentation/admin-guide/cgroup-v2.rst in the kernel's source);
 - `F_SETSIG` and `O_ASYNC`: a signal of the process's choice when a pipe can be read or ends (man 2
   fcntl);
-- `SO_PEERCRED`: process, user and group of a peer (man 7 unix), and the state and the times in
-  `/proc/PID/stat` (man 5 proc);
+- `SO_PEERCRED`: process, user and group of a peer (man 7 unix), and the state, the times and the
+  start in `/proc/PID/stat` (man 5 proc);
 - `/proc/PID/fd/N`: a link to the file that a process has opened as number N (man 5 proc).
 
 Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit, or the
@@ -25,6 +25,7 @@ import select
 import signal
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -103,10 +104,21 @@ def set_environment(environment: Mapping[str, str]) -> None:
 def processor_time(pid: int) -> int | None:
     """Return the processor time of a process in ticks; None if it is dead or stopped."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
     except OSError:
         return None
     return None if fields[0] in "TtZX" else int(fields[11]) + int(fields[12])
+
+
+def process_began() -> float:
+    """Return the time at which this process was started or forked, as `time.monotonic()` has it."""
+    started = int(_stat(os.getpid())[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of `/proc/PID/stat` from the third one, the state, on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Peer(NamedTuple):

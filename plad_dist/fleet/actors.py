@@ -20,6 +20,7 @@ from plad_dist.fleet.fleet import Fleet, Task
 from plad_dist.fleet.protocol import EngineStartError, Heartbeat, RowsInFlight
 from plad_dist.fleet.running import FleetActor, RunningFleet
 from plad_dist.progress import Progress
+from plad_dist.timeline import parts_text
 
 logger = logging.getLogger("plad")
 
@@ -128,6 +129,9 @@ class ActorManager:
         actor.awaits_heartbeat, actor.last_heartbeat = False, heartbeat
         if heartbeat.finished > previous.finished:
             fleet.failed_starts = 0
+        if heartbeat.start and heartbeat.start != actor.start:
+            actor.start = heartbeat.start
+            self._progress.say(f"{actor.name}: responded first after {parts_text(heartbeat.start)}")
         if heartbeat.is_reloading and not previous.is_reloading:
             self._progress.say(f"{actor.name}: restarts its engine with the weights of the next model")
         if not heartbeat.is_reloading:

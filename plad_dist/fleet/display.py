@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
 from plad_dist.fleet.running import RunningFleet
+from plad_dist.timeline import Activity
 
 _ID_LINE = re.compile(r"(class_name|actor_id|pid|name|namespace|ip): ")
 _LONGEST_REASON = 300
@@ -18,6 +19,14 @@ def progress_note(fleets: Iterable[RunningFleet], errors: int) -> str:
     """Return the actors that are up, of all requested ones, and the number of error rows."""
     engines = ", ".join(f"{fleet.name} {len(fleet.ready)}/{len(fleet.actors)}" for fleet in fleets)
     return f"up: {engines}" + (f", {errors:,} errors" if errors else "")
+
+
+def activity_of(fleets: Iterable[RunningFleet]) -> Activity:
+    """Return the activity of a stage: it computes as soon as one actor does."""
+    actors = [actor for fleet in fleets for actor in fleet.actors.values()]
+    if any(actor.computes for actor in actors):
+        return Activity.COMPUTING
+    return Activity.STARTING if any(actor.placed_at is not None for actor in actors) else Activity.WAITING
 
 
 def too_few_actors(fleet: RunningFleet, timeout_s: float) -> str:

@@ -28,7 +28,7 @@ from plad_dist.fleet.calls import (
     StopCall,
     WorkCall,
 )
-from plad_dist.fleet.display import death_reason, progress_note, too_few_actors
+from plad_dist.fleet.display import activity_of, death_reason, progress_note, too_few_actors
 from plad_dist.fleet.fleet import Fleet
 from plad_dist.fleet.leases import LeaseManager
 from plad_dist.fleet.output import ManifestFacts, OutputDatasets
@@ -217,6 +217,7 @@ class _Driver:
             self._actors.release_surplus(fleet)
             fleet.show_metrics()
         self._check_actor_counts(fleets, now)
+        self._progress.enter(activity_of(fleets))
         self._progress.note(progress_note(fleets, self._outputs.errors))
         self._progress.tick()
 

@@ -31,6 +31,7 @@ Rows never pass through the driver, and it holds no state that storage lacks. So
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -134,6 +135,8 @@ class Heartbeat:
         retries: requests repeated since the actor started.
         is_reloading: True while the engine restarts with other weights.
         stuck_rows: rows in flight, if nothing has changed since the previous heartbeat.
+        start: seconds of each part of the latest start of the engine, up to its first response;
+            empty before that.
     """
 
     finished: int
@@ -142,6 +145,7 @@ class Heartbeat:
     retries: int = 0
     is_reloading: bool = False
     stuck_rows: RowsInFlight = field(default_factory=dict)
+    start: Mapping[str, float] = field(default_factory=dict)
 
 
 class BlockWorker(Protocol):

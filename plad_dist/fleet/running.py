@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class FleetActor:
         last_heartbeat: latest heartbeat; None until the actor is ready.
         awaits_heartbeat: True while a heartbeat call has no reply.
         reloading_since: time since which its engine restarts with other weights, otherwise None.
+        start: parts of the latest start of its engine that was reported.
     """
 
     name: str
@@ -38,11 +39,17 @@ class FleetActor:
     last_heartbeat: Heartbeat | None = None
     awaits_heartbeat: bool = False
     reloading_since: float | None = None
+    start: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_ready(self) -> bool:
         """True once the engine is up."""
         return self.last_heartbeat is not None
+
+    @property
+    def computes(self) -> bool:
+        """True while the engine is up and does not restart."""
+        return self.is_ready and self.reloading_since is None
 
     @property
     def is_starting(self) -> bool:

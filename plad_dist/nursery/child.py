@@ -18,6 +18,7 @@ import os
 import pickle
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -59,10 +60,15 @@ class Call(NamedTuple):
 
 
 class Parent:
-    """The child's end of the connection. Any thread may tell; one thread may ask."""
+    """The child's end of the connection. Any thread may tell; one thread may ask.
+
+    Attributes:
+        met: `time.monotonic()` when the child could run its own code.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection, self._lock = connection, threading.Lock()
+        self.met = time.monotonic()
 
     def tell(self, name: str, *arguments: Any) -> None:
         """Call a handler of the parent and do not wait for it."""

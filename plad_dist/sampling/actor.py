@@ -22,6 +22,7 @@ logger = logging.getLogger("plad")
 
 _EXIT_DELAY_S = 5.0  # after the death of the engine, for the replies of all attempts
 _FLUSH_INTERVAL_S = 2.0
+_FIRST_RESPONSE = "first response"
 
 
 class Sampler:
@@ -93,6 +94,7 @@ class Sampler:
             tokens=self._backend.tokens,
             retries=self._backend.retries,
             is_reloading=self._backend.path is None,
+            start=dict(self._backend.start.parts) if _FIRST_RESPONSE in self._backend.start.parts else {},
         )
         is_unchanged, self._last_heartbeat = heartbeat == self._last_heartbeat, heartbeat
         # A server that stops responding says nothing about the rows.
@@ -142,6 +144,8 @@ class Sampler:
 
     def _count_sample(self) -> None:
         self._finished += 1
+        if _FIRST_RESPONSE not in self._backend.start.parts:
+            self._backend.start.end(_FIRST_RESPONSE)
 
     # -- spools of paid responses
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from plad_dist.config import Decoding
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.dataset import Dataset
+from plad_dist.timeline import StartClock
 
 SampleNumber = tuple[int, int]  # row of a block, sample_index
 
@@ -71,12 +72,14 @@ class Backend(Protocol):
         paid: True if responses cost money, so that none may be lost.
         retries: requests that were repeated.
         fatal: exceptions of :meth:`complete` that end the stage.
+        start: clock of the latest start, or change of weights.
     """
 
     path: str | None
     paid: bool
     retries: int
     fatal: tuple[type[Exception], ...]
+    start: StartClock
 
     @property
     def dead(self) -> bool:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from plad_dist.compat.linux import process_began
 from plad_dist.compat.vllm import (
     assert_engine_internals,
     death_without_message,
@@ -25,6 +26,7 @@ from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
 from plad_dist.sampling.engine_arguments import CPU_DEFAULTS, check_cpu_heads, with_executor
 from plad_dist.sampling.thoughts import Separate, tags_of_prompt, with_thought
+from plad_dist.timeline import StartClock
 
 # vLLM's finish reasons of usable responses, by the name that samples have for them. With
 # "repetition", vLLM cut a loop short, as the token limit would have.
@@ -50,12 +52,15 @@ class Engine:
     fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self, path: str, settings: Model, engine: dict[str, Any], seed: int) -> None:
+        self.start = StartClock(process_began())
+        self.start.end("process")
         if not engine.get("numa_bind"):  # which replaces the interpreter of the engine's process
             start_fork_server()
         self._renderer, self._settings = Renderer(path, settings), settings
         self._separate = _parser(settings, self._renderer)
         from vllm.platforms import current_platform
 
+        self.start.end("imports")
         is_cpu = current_platform.is_cpu()
         if is_cpu:
             check_cpu_heads(load_model_config(path, settings))
@@ -70,6 +75,7 @@ class Engine:
             **with_executor(engine),
         }
         self._llm = self._start(path)
+        self.start.end("engine")
         assert_engine_internals(self._llm)
         self.max_model_len = int(self._llm.model_config.max_model_len)
         self._was_aborted = False
@@ -213,8 +219,10 @@ class Engine:
 
     async def _restart_with(self, path: str) -> None:
         self.path = None  # neither the old nor the new weights until the engine is up
+        self.start = StartClock()
         self._llm.shutdown()
         self._llm = await asyncio.to_thread(self._start, path)  # heartbeats continue meanwhile
+        self.start.end("engine")
         self.path = path
 
     @property

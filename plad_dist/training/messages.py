@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from plad_dist.timeline import Activity
+
 
 @dataclass(frozen=True)
 class Began:
@@ -71,10 +73,29 @@ class Said:
 
 
 @dataclass(frozen=True)
+class Enters:
+    """A worker group starts, or waits for resources."""
+
+    activity: Activity
+
+
+@dataclass(frozen=True)
+class Started:
+    """An attempt at a phase has taken its first step.
+
+    Attributes:
+        parts: seconds of each part of its start, in order.
+    """
+
+    phase: str
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Diverged:
     """The loss or the gradient diverged: the step is not taken, and training stops."""
 
     phase: str
 
 
-Message: TypeAlias = Began | StepDone | HeldoutRanked | Said | Diverged
+Message: TypeAlias = Began | StepDone | HeldoutRanked | Said | Enters | Started | Diverged

@@ -106,10 +106,10 @@ def test_a_node_that_leaves_as_announced_and_a_new_node_cost_no_step(
     announced_at = time.time()
     time.sleep(NOTICE_S)
     nodes[0].kill()
-    assert training.recover(announced_at, 1)[1] == 0
+    assert training.recover(announced_at, 1).lost_steps == 0
     joined_at = time.time()
     cluster.add()
-    assert training.recover(joined_at, 2)[1] == 0
+    assert training.recover(joined_at, 2).lost_steps == 0
     training.finish()
     assert "a node has left as announced" in training.log()
     expect_same_student(training, undisturbed)

@@ -44,6 +44,7 @@ from plad_dist.sampling import stage
 from plad_dist.sampling.attempt import BlockAttempt
 from plad_dist.sampling.backend import Completion
 from plad_dist.sampling.job import SamplingJob
+from plad_dist.timeline import StartClock
 from plad_dist.verify import parts as verified_parts
 from plad_dist.verify.verification import Verification
 from tests.caching import cached
@@ -129,6 +130,7 @@ class _Backend:
 
     path, paid, retries, dead, tokens = "simulated", False, 0, False, 0
     fatal: tuple[type[Exception], ...] = ()
+    start = StartClock()
 
     def render(self, conversations: Sequence[Any]) -> Sequence[Any]:
         return [conversation.messages[-1]["content"] for conversation in conversations]

@@ -26,11 +26,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "plad_dist.fingerprint",
         "plad_dist.devices",
         "plad_dist.resources",
-        "plad_dist.progress",
+        "plad_dist.timeline",
         "plad_dist.systems",
         "plad_dist.untrusted",
     ),
-    ("plad_dist.bounded_templates",),
+    ("plad_dist.bounded_templates", "plad_dist.progress"),
     (
         "plad_dist.reach",
         "plad_dist.text_metrics",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
 import pytest
 
 from plad_dist.errors import RunFailed
-from plad_dist.run_logs import log_to_run
+from plad_dist.run_logs import TIMINGS, add_timing, log_to_run, read_timings
 from plad_dist.rundir import RunDir
+from plad_dist.timeline import StageTime
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +43,20 @@ def test_the_log_of_the_next_run_begins_although_the_last_lines_of_the_previous_
     log_to_run(RunDir.at(str(tmp_path / "second")))
     logging.getLogger("plad").error("another line")
     assert "another line" in (tmp_path / "second/logs/plad.log").read_text()
+
+
+def test_times_of_a_stage_add_up_over_commands(tmp_path: Path) -> None:
+    run = RunDir.at(str(tmp_path))
+    add_timing(run, "sample", StageTime(starting=60, waiting=5))
+    add_timing(run, "pair", StageTime(computing=1))
+    add_timing(run, "sample", StageTime(starting=40, computing=10))
+    assert read_timings(run) == {"sample": StageTime(100, 10, 5), "pair": StageTime(computing=1)}
+
+
+def test_damaged_times_count_as_missing(tmp_path: Path) -> None:
+    run = RunDir.at(str(tmp_path))
+    damaged = {"a": {"starting": "x"}, "b": {"sleeping": 1}, "c": 3, "d": None, "e": {"computing": 2}}
+    run.storage.replace(TIMINGS, json.dumps(damaged).encode())
+    assert read_timings(run) == {"e": StageTime(computing=2)}
+    run.storage.replace(TIMINGS, b"[")
+    assert read_timings(run) == {}

@@ -24,6 +24,7 @@ from plad_dist.evaluation.report.charts import LogRecord, QualityPoint
 from plad_dist.evaluation.report.templating import render_page
 from plad_dist.systems import PLAD, SEQKD, WARMUP, System
 from plad_dist.text_metrics import SystemDecoding
+from plad_dist.timeline import StageTime
 from plad_dist.training.records.collapse import CollapseRecord
 
 _EXAMPLES_SHOWN = 4  # further examples are folded
@@ -91,7 +92,7 @@ class ReportData:
             train on pairs also have `pair_accuracy`, `active_share`, `chosen_logp` and
             `rejected_logp`.
         lengths: number of tokens of every response.
-        timings: seconds by stage.
+        timings: time by stage.
         cost: amounts of sampling by purpose.
         watched: findings of the collapse watch by phase.
     """
@@ -104,7 +105,7 @@ class ReportData:
     config_yaml: str
     versions: Mapping[str, str]
     pairing: PairingSummary | None
-    timings: Mapping[str, float]
+    timings: Mapping[str, StageTime]
     cost: Mapping[str, SamplingCost] = field(default_factory=dict)
     watched: Mapping[str, Watch] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -10,9 +10,10 @@ from rich.text import Text
 
 from plad_dist.evaluation.comparison import Comparison
 from plad_dist.evaluation.document import Metrics
-from plad_dist.evaluation.formatting import NO_EOS_WARNING, percent, with_interval
+from plad_dist.evaluation.formatting import NO_EOS_WARNING, duration, percent, with_interval
 from plad_dist.evaluation.over_seeds import VariantFigures
 from plad_dist.systems import PLAD
+from plad_dist.timeline import StageTime
 from plad_dist.untrusted import cell
 
 
@@ -47,6 +48,20 @@ def metrics_table(metrics: Metrics) -> Table:
             Text(percent(row.no_eos_share), style="bold red" if cut_off >= NO_EOS_WARNING else ""),
         ]
         table.add_row(*cells, style="bold" if row.system == PLAD else "")
+    return table
+
+
+def times_table(times: Mapping[str, StageTime]) -> Table:
+    """Return the wall time of a run in minutes and seconds by stage and activity."""
+    table = _new_table("Where the time went: starting processes, computing, or waiting for resources")
+    table.add_column("stage", no_wrap=True)
+    for header in (*StageTime._fields, "total"):
+        table.add_column(header, justify="right")
+    total = StageTime()
+    for stage, spent in times.items():
+        total = total.plus(spent)
+        table.add_row(cell(stage), *map(duration, (*spent, spent.total)))
+    table.add_row("total", *map(duration, (*total, total.total)), style="bold")
     return table
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from plad_dist.compat.linux import process_began
 from plad_dist.config import Decoding, Endpoint, Model
 from plad_dist.data.chat_templates import config_template
 from plad_dist.data.conversation import Conversation, Messages, to_json, with_full_calls
@@ -21,6 +22,7 @@ from plad_dist.sampling.endpoint.errors import EndpointStoppedError
 from plad_dist.sampling.endpoint.ledger import Ledger, spent_before
 from plad_dist.sampling.endpoint.request import make_request
 from plad_dist.sampling.thoughts import Separate, tags_of_prompt, tags_of_server, with_thought
+from plad_dist.timeline import StartClock
 
 _DRAIN_S = 20.0
 _SUPERSEDED_DRAIN_S = 2.0  # well below the time for which a driver that was superseded waits for its actors
@@ -48,6 +50,7 @@ class EndpointBackend:
     ) -> None:
         assert settings.endpoint is not None
         self.path: str | None = name
+        self.start = StartClock(process_began())
         self._settings, self._endpoint = settings, _with_template_kwargs(settings)
         self._client = EndpointClient(self._endpoint, ledger=_ledger_of(self._endpoint, outputs, payer))
         self._template = config_template(settings, name) if settings.template else None
@@ -68,7 +71,10 @@ class EndpointBackend:
 
     async def check(self) -> str | None:
         """Return what the user must correct, None if the key is set and the server responds."""
-        return await self._client.check()
+        self.start.end("process")
+        problem = await self._client.check()
+        self.start.end("server")
+        return problem
 
     def render(self, prompts: Sequence[Conversation]) -> Sequence[Any]:
         """Return messages for `api: chat`, and rendered texts for `api: completions`."""

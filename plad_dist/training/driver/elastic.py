@@ -16,11 +16,12 @@ import ray
 from plad_dist.compat.ray_scaling import Resources, node_resources, workers_that_fit
 from plad_dist.compat.ray_train import WorkerGroupEvents, is_preemption
 from plad_dist.errors import RunFailed
+from plad_dist.timeline import Activity
 from plad_dist.training.driver.failures import describe_failure, unreachable_ranks
 from plad_dist.training.driver.growth import NodeRoom, room_in_parts, room_on_whole_nodes
 from plad_dist.training.driver.mailbox import reply_to
 from plad_dist.training.driver.resizing import Resizing
-from plad_dist.training.messages import Said
+from plad_dist.training.messages import Enters, Said
 
 _REPORT_EVERY_S = 30.0
 _SUSPECT_S = 30.0
@@ -106,6 +107,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         self._is_restarting = True
 
     def on_scheduling(self, workers: int) -> None:
+        self._mailbox.post.remote(Enters(Activity.STARTING))
         reply_to(self._mailbox.new_group.remote(workers))
 
     def on_waiting(self) -> None:
@@ -116,6 +118,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         """
         now = time.monotonic()
         waited = now - self._waits_since
+        self._mailbox.post.remote(Enters(Activity.WAITING))
         _, fewest, most, patience, _ = self._group
         size = f"{fewest} workers" if fewest == most else f"{fewest} to {most} workers"
         cluster = ray.cluster_resources()

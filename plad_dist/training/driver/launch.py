@@ -50,11 +50,10 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
     """
     fewest, most = config.training.workers
     names = ", ".join(job.name for job in jobs)
-    size = str(most) if fewest == most else f"{fewest} to {most}"
     with (
         stopped_if_superseded(run.storage),
         ray_train_timeouts(config),
-        open_mailbox(progress, f"train {names}: starting {size} workers", jobs[-1].name) as mailbox,
+        open_mailbox(progress, jobs[-1].name) as mailbox,
         watching(jobs, config, run, mailbox, progress),
         warm_workers(config),
     ):

@@ -18,14 +18,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from plad_dist.progress import Progress
+from plad_dist.timeline import Activity, parts_text
 from plad_dist.training.driver.growth import Outlook
 from plad_dist.training.driver.history import RunHistory
 from plad_dist.training.driver.metrics import TrainingMetrics
-from plad_dist.training.messages import Began, HeldoutRanked, Message, Said, StepDone
+from plad_dist.training.messages import Began, Enters, HeldoutRanked, Message, Said, Started, StepDone
 
 logger = logging.getLogger("plad")
-
-_REPORT_EVERY_S = 20.0
 
 
 class ProgressMailbox:
@@ -110,16 +109,15 @@ def reply_to(call: Any) -> Any:
 
 
 @contextmanager
-def open_mailbox(progress: Progress, stage: str, last_phase: str) -> Iterator[Any]:
-    """Yield a mailbox actor whose messages are shown and exported as metrics while the block runs.
+def open_mailbox(progress: Progress, last_phase: str) -> Iterator[Any]:
+    """Yield a mailbox actor. Show its messages and export them as metrics while the block runs.
 
     Args:
-        stage: what is starting, reported until the first message arrives.
         last_phase: name of the last phase.
     """
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(ProgressMailbox).options(num_cpus=0, scheduling_strategy=this_node).remote(last_phase)
-    reader = _MailboxReader(mailbox, progress, stage)
+    reader = _MailboxReader(mailbox, progress)
     thread = threading.Thread(target=reader.follow, daemon=True)
     thread.start()
     try:
@@ -137,20 +135,15 @@ class _MailboxReader:
     The driver runs :meth:`follow` in a thread until `finished` is set.
     """
 
-    def __init__(self, mailbox: Any, progress: Progress, stage: str) -> None:
-        self._mailbox, self._progress, self._stage = mailbox, progress, stage
+    def __init__(self, mailbox: Any, progress: Progress) -> None:
+        self._mailbox, self._progress = mailbox, progress
         self._metrics = TrainingMetrics()
-        self._has_messages = False
         self.finished = threading.Event()
 
     def follow(self) -> None:
-        """Read every second, and report the wait for the first message."""
-        started = reported = time.monotonic()
+        """Read every second."""
         while not self.finished.wait(1.0):
             self.read()
-            if not self._has_messages and time.monotonic() - reported >= _REPORT_EVERY_S:
-                reported = time.monotonic()
-                self._progress.say(f"{self._stage}, {reported - started:.0f} s so far")
 
     def read(self) -> None:
         """Show the new messages.
@@ -159,7 +152,6 @@ class _MailboxReader:
         """
         try:
             for message in ray.get(self._mailbox.drain.remote(), timeout=30):
-                self._has_messages = True
                 _show(self._progress, message)
                 self._metrics.record(message)
             self._metrics.refresh()
@@ -170,7 +162,7 @@ class _MailboxReader:
 
 
 def _show(progress: Progress, message: Message) -> None:
-    stage = f"train {message.phase}"
+    stage = f"train {getattr(message, 'phase', '')}"
     match message:
         case Began():
             progress.say(f"{stage}: {message.text}")
@@ -181,5 +173,10 @@ def _show(progress: Progress, message: Message) -> None:
             progress.say(
                 f"{stage}: step {message.step}: {message.pair_accuracy:.1%} of the held-out pairs ranked correctly"
             )
+        case Enters():
+            progress.enter(message.activity)
+        case Started():
+            progress.say(f"{stage}: started in {parts_text(message.parts)}")
         case StepDone():
+            progress.enter(Activity.COMPUTING)
             progress.set(message.step, message.tokens, f"loss {message.figures['loss']:.3f}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ray.util.metrics import Counter, Gauge
 
 from plad_dist.prometheus import MetricSet
-from plad_dist.training.messages import Began, Diverged, HeldoutRanked, Message, Said, StepDone
+from plad_dist.training.messages import Began, Diverged, Enters, HeldoutRanked, Message, Said, Started, StepDone
 
 TRAINING = {
     "train_starts": (
@@ -31,6 +31,7 @@ TRAINING = {
     ),
     "train_tokens_per_s": (Gauge, "Tokens per second of all workers."),
     "train_model_flops_utilisation": (Gauge, "Model FLOPs as a share of the devices' peak."),
+    "train_start_seconds": (Gauge, "Seconds of the latest start, from Ray's worker to the first step."),
     "train_memory_gb": (Gauge, "Peak memory of the first worker's device so far."),
     "train_checkpoint_seconds": (Gauge, "Seconds that the step waited for a checkpoint."),
     "train_input_wait_share": (Gauge, "Share of the step that waited for data."),
@@ -47,7 +48,7 @@ class TrainingMetrics:
 
     def record(self, message: Message) -> None:
         """Update the metrics of a phase by a message."""
-        if isinstance(message, Said):
+        if isinstance(message, Said | Enters):
             return
         phase = message.phase
         if phase not in self._metrics:
@@ -57,6 +58,8 @@ class TrainingMetrics:
             case Began():
                 metrics.add("train_starts")
                 gauges["train_steps"] = message.steps
+            case Started():
+                gauges["train_start_seconds"] = sum(message.parts.values())
             case Diverged():
                 metrics.add("train_diverged")
             case HeldoutRanked():

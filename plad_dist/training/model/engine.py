@@ -32,6 +32,10 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     """
     import deepspeed
 
+    if device.type == "cpu":
+        # DeepSpeed compiles Muon. On CPUs, this needs a C++ compiler and half a minute, and saves
+        # nothing.
+        torch.compiler.set_stance("force_eager")
     model_config = disable_dropout(load_model_config(job.start, job.settings))
     attention = attention_of(model_config, job.max_group_tokens, job.attention)
     if not attention.takes_mask:

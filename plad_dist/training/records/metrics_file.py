@@ -1,4 +1,4 @@
-"""Figures of a phase as JSON lines, ``events/<phase>/metrics.jsonl``."""
+"""Figures of a phase and the parts of its starts, as JSON lines in ``events/<phase>/``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from plad_dist.data.local_files import is_file
 
 METRICS_FILE = "metrics.jsonl"
+STARTS_FILE = "starts.jsonl"
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

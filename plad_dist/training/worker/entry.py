@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def train_jobs(settings: dict[str, Any]) -> None:
             seconds that a collective may take (`timeout_s`), and those after which a silent process
             is given up (`silence_s`).
     """
+    began = time.monotonic()
     relay = _Relay(settings["mailbox"])
-    arguments = (settings["jobs"], _seat(settings["timeout_s"]))
+    arguments = (settings["jobs"], _seat(settings["timeout_s"], began))
     with start_child("plad:train", "plad_dist.training.worker.process:train", arguments, _nursery()) as child:
         child.serve(
             {
@@ -53,10 +55,11 @@ def _nursery() -> Path | None:
     return None
 
 
-def _seat(timeout_s: float) -> Seat:
+def _seat(timeout_s: float, began: float) -> Seat:
     """Agree with the other workers on an address, and return the place of this one."""
     context = ray.train.get_context()
     rank = context.get_world_rank()
+    address = broadcast_from_rank_zero(_free_address() if rank == 0 else None)
     return Seat(
         rank,
         context.get_world_size(),
@@ -64,8 +67,10 @@ def _seat(timeout_s: float) -> Seat:
         context.get_local_world_size(),
         context.get_node_rank(),
         _device(),
-        broadcast_from_rank_zero(_free_address() if rank == 0 else None),
+        address,
         timeout_s,
+        began,
+        time.monotonic(),
     )
 
 

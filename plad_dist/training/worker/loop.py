@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import RunFailed
+from plad_dist.timeline import StartClock
 from plad_dist.training.agreement import StoppedError, agreed, check_on_every_rank, from_rank_zero
 from plad_dist.training.batches.groups import open_groups
 from plad_dist.training.checkpoints.attempts import claim
@@ -43,8 +44,11 @@ from plad_dist.training.worker.step_data import RankShare, StepLoader
 from plad_dist.training.worker.step_totals import StepTotals
 
 
-def train_loop(job: PhaseJob) -> None:
+def train_loop(job: PhaseJob, clock: StartClock | None = None) -> None:
     """Train a phase from its newest checkpoint to its last step, then export the model.
+
+    Args:
+        clock: clock of this start; None if it begins here.
 
     A stop that a retry would only repeat is not raised: the first rank writes its reason to
     `job.stopped_key`, where the driver finds it.
@@ -54,7 +58,7 @@ def train_loop(job: PhaseJob) -> None:
     worker = None
     try:
         with agreed():
-            worker = Worker(job, device)
+            worker = Worker(job, device, clock)
         worker.run()
     except StoppedError as stop:
         if worker is not None:
@@ -76,8 +80,8 @@ class Worker:
         log: metrics log, on the first rank after :meth:`open_log`.
     """
 
-    def __init__(self, job: PhaseJob, device: torch.device) -> None:
-        self.job, self.device = job, device
+    def __init__(self, job: PhaseJob, device: torch.device, clock: StartClock | None = None) -> None:
+        self.job, self.device, self._clock = job, device, clock or StartClock()
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         # First, so that every failure from here on is counted, and earlier attempts stop writing.
         self.attempt = from_rank_zero(lambda: claim(job.storage, f"events/{job.name}/{ATTEMPTS}", job.launch))
@@ -86,6 +90,7 @@ class Worker:
         from plad_dist.compat.deepspeed import release_engine  # not at the top: importing DeepSpeed takes seconds
 
         self.engine, self._release_engine = build_engine(job, device), release_engine
+        self._clock.end("model")
         self.checkpoints = Checkpoints(
             CheckpointStore(job.checkpoints, job.name, job.fingerprint),
             self.attempt,
@@ -105,6 +110,7 @@ class Worker:
         self._steps: StepLoader | None = None
         self._heldout: HeldoutEvaluation | None = None
         self._collapse: CollapseRecord | None = None
+        self._has_started = False
         self._is_save_due = False  # while the upload of the previous checkpoint delays the next one
         self._saved_at, self._step_seconds = time.monotonic(), 0.0
 
@@ -115,15 +121,19 @@ class Worker:
             StoppedError: training must not continue, and a retry would end the same way.
         """
         self.open_data()
+        self._clock.end("data")
         damaged = self.resume()
+        self._clock.end("checkpoint")
         self.open_log()
         self._report_start(damaged)
         if self.state.step == 0:
             self.evaluate()
+            self._clock.end("evaluation")
         self._saved_at = time.monotonic()
         self._collapse = from_rank_zero(lambda: read_collapse(self.job))
         while not self._is_finished:
             signals = self.train_step()
+            self._report_first_step()
             is_best = self._evaluate_if_due()
             self._save_if_due(signals, is_best=is_best)
             self._obey(signals)
@@ -222,6 +232,13 @@ class Worker:
                 groups=self._steps.number_of_groups,
             )
         )
+
+    def _report_first_step(self) -> None:
+        if not self._has_started:
+            self._has_started = True
+            self._clock.end("first step")
+            if self.log is not None:
+                self.log.write_start(self.state.step, self._clock.parts)
 
     # -- one global step
 

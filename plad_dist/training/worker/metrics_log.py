@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from plad_dist.data.local_files import failure_explained
 from plad_dist.training.checkpoints.store import TrainState
-from plad_dist.training.messages import Began, Diverged, HeldoutRanked, Message, Said, StepDone
-from plad_dist.training.records.metrics_file import METRICS_FILE
+from plad_dist.training.messages import Began, Diverged, HeldoutRanked, Message, Said, Started, StepDone
+from plad_dist.training.records.metrics_file import METRICS_FILE, STARTS_FILE
 from plad_dist.training.worker.trackers import Tracker, open_tracker
 
 _NOT_OF_HELDOUT_PAIRS = ("prompt_tokens_saved", "active_share")
@@ -74,6 +74,13 @@ class MetricsLog:
         """Report to the driver that the attempt starts or resumes."""
         self._post(Began(self._phase, self._steps, text))
 
+    def write_start(self, step: int, parts: Mapping[str, float]) -> None:
+        """Write the seconds of each part of the start that led to the first step of the attempt."""
+        record = {"step": step, "parts": {part: round(seconds, 3) for part, seconds in parts.items()}}
+        with failure_explained(str(self._folder), "written"), _continued(self._folder / STARTS_FILE) as file:
+            file.write(self._line(record))
+        self._post(Started(self._phase, dict(parts)))
+
     def report(self, text: str) -> None:
         """Add a line to the driver's log."""
         self._post(Said(self._phase, text))
@@ -103,11 +110,14 @@ class MetricsLog:
     def _write(self, record: dict[str, Any], group: str, figures: dict[str, float], step: int) -> None:
         by_tag = {f"{group}/{name}": value for name, value in figures.items()}
         with failure_explained(str(self._folder), "written"):
-            self._file.write(json.dumps({"time": round(time.time(), 3), "attempt": self._attempt, **record}) + "\n")
+            self._file.write(self._line(record))
             for tag, value in by_tag.items():
                 self._board.add_scalar(tag, value, step)
         for tracker in list(self._trackers):
             self._call_tracker(tracker, lambda: tracker.log(by_tag, step))  # noqa: B023 - called at once
+
+    def _line(self, record: dict[str, Any]) -> str:
+        return json.dumps({"time": round(time.time(), 3), "attempt": self._attempt, **record}) + "\n"
 
     def _post(self, message: Message) -> None:
         if self._mailbox is not None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from plad_dist.data.models import model_fingerprint
 from plad_dist.nursery.child import Parent
+from plad_dist.timeline import StartClock
 from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.messages import Message
@@ -64,6 +65,7 @@ def train(parent: Parent, jobs: bytes, seat: Seat) -> None:
         LOCAL_WORLD_SIZE=str(seat.local_world_size),
         NODE_RANK=str(seat.node_rank),
     )
+    clock = _start_clock(parent, seat)
     if seat.device is not None:
         torch.cuda.set_device(seat.device)
     dist.init_process_group(
@@ -73,11 +75,12 @@ def train(parent: Parent, jobs: bytes, seat: Seat) -> None:
         world_size=seat.world_size,
         timeout=dt.timedelta(seconds=seat.timeout_s),
     )
+    clock.end("rendezvous")
     phases: list[PhaseJob] = pickle.loads(jobs)  # noqa: S301 - from the driver
     for job in phases:
         if from_rank_zero(partial(model_fingerprint, job.folder("models"))) != job.fingerprint:
             try:
-                train_loop(replace(job, mailbox=RelayedMailbox(parent)))
+                train_loop(replace(job, mailbox=RelayedMailbox(parent)), clock)
             except RuntimeError:
                 # Mostly a connection that broke because another worker died, which must be
                 # reported first.
@@ -85,4 +88,14 @@ def train(parent: Parent, jobs: bytes, seat: Seat) -> None:
                 raise
             if from_rank_zero(partial(job.storage.exists, job.stopped_key)):
                 break
+            clock = StartClock()
     dist.destroy_process_group()
+
+
+def _start_clock(parent: Parent, seat: Seat) -> StartClock:
+    """Return the clock of this start, with the parts until this process has its imports."""
+    clock = StartClock(seat.began)
+    clock.end("workers", at=seat.met)
+    clock.end("process", at=parent.met)
+    clock.end("imports")
+    return clock

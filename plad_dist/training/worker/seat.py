@@ -14,6 +14,8 @@ class Seat(NamedTuple):
         device: index of its GPU among the visible ones; None to train on the CPU.
         address: `host:port` of the first rank, where all ranks meet.
         timeout_s: seconds that a collective may take.
+        began: `time.monotonic()` of this machine when Ray's worker was called.
+        met: the same when all workers had the address.
     """
 
     rank: int
@@ -24,3 +26,5 @@ class Seat(NamedTuple):
     device: int | None
     address: str
     timeout_s: float
+    began: float
+    met: float

@@ -21,6 +21,7 @@ from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData
 from plad_dist.evaluation.report.tables import metrics_table
 from plad_dist.systems import PLAD, SEQKD, TEACHER, WARMUP, System
 from plad_dist.text_metrics import Output
+from plad_dist.timeline import StageTime
 from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
@@ -64,7 +65,7 @@ def make_report(
         config_yaml=CONFIG,
         versions={"vllm": "0.29.0"},
         pairing=PairingSummary(7421, {"teacher_truncated": 12, "identical": 340}, teacher_win_share=0.512),
-        timings={"warmup": 55.2, "sample": 3725.0},
+        timings={"warmup": StageTime(40.0, 15.2), "sample": StageTime(computing=3725.0)},
         watched={"round-0": Watch(CollapseRecord("f", PROBE, [PROBE], sound=0, collapse=f"it writes {EVIL}"), 7)},
     )
 

@@ -20,6 +20,7 @@ from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.backend import Completion, RefusedPromptError
 from plad_dist.sampling.job import SamplingJob
 from plad_dist.sampling.spool import Spool, total_cost
+from plad_dist.timeline import StartClock
 
 
 class PaidBackend:
@@ -30,6 +31,7 @@ class PaidBackend:
 
     def __init__(self, requests: list[str]) -> None:
         self.path: str | None = "m"
+        self.start = StartClock()
         self._requests = requests
 
     async def check(self) -> str | None:

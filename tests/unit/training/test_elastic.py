@@ -11,8 +11,10 @@ from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
 from plad_dist.compat.ray_scaling import NodeResources
 from plad_dist.errors import RunFailed
+from plad_dist.timeline import Activity
 from plad_dist.training.driver import elastic
 from plad_dist.training.driver.elastic import GroupSettings, WorkerGroupCallbacks
+from plad_dist.training.messages import Enters, Message, Said
 
 
 class Clock:
@@ -27,9 +29,13 @@ class Mailbox:
     """Records posted messages; has no replies."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.post = SimpleNamespace(remote=lambda message: self.texts.append(message.text))
+        self.messages: list[Message] = []
+        self.post = SimpleNamespace(remote=self.messages.append)
         self.disrupted = SimpleNamespace(remote=lambda: None)
+
+    @property
+    def texts(self) -> list[str]:
+        return [message.text for message in self.messages if isinstance(message, Said)]
 
 
 def observer(mailbox: Mailbox, fewest: int, most: int) -> WorkerGroupCallbacks:
@@ -46,7 +52,7 @@ def test_a_group_of_one_size_waits_for_resources_only_as_long_as_its_patience(cl
     mailbox = Mailbox()
     callbacks = observer(mailbox, 8, 8)
     callbacks.on_waiting()
-    assert mailbox.texts == []
+    assert mailbox.messages == [Enters(Activity.WAITING)]
     clock.now += 31
     callbacks.on_waiting()
     assert mailbox.texts == ["has waited 31 s for room for 8 workers; the cluster has 4 CPUs and 0 GPUs in total"]
