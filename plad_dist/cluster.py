@@ -38,15 +38,28 @@ def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collecti
         import ray
 
         from plad_dist.prometheus import run_metrics
+        from plad_dist.sampling.warm import warm_engines
+        from plad_dist.training.driver.warm import warm_workers
 
         resources.callback(ray.shutdown)
         _connect(config)
+        if not _joins(config):  # no autoscaler waits for the only node to be idle
+            kinds = {holder.kind for holder in remaining}
+            if "train" in kinds:
+                resources.enter_context(warm_workers(config))
+            if kinds - {"train"}:
+                resources.enter_context(warm_engines(config))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         refuse_unfit(config, hardware_of_nodes(nodes), remaining)
         resources.enter_context(run_metrics(RunDir.of(config).storage.local_root, progress))
 
     with ExitStack() as resources:
         yield connect
+
+
+def _joins(config: Config) -> str | None:
+    """Return the address of the cluster to join, or None to start a local one."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 def _connect(config: Config) -> None:
@@ -63,7 +76,7 @@ def _connect(config: Config) -> None:
         )
     import ray
 
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _joins(config)
     if address and (problem := ray_problem(address)) is not None:
         raise UserError(f"cluster.address: {address}: no Ray cluster responds ({problem})")
     try:

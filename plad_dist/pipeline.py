@@ -174,12 +174,13 @@ def run_pipeline(config: Config, command: str | None = None, phase: str | None =
         RunFailed: a stage failed. Committed output is kept.
     """
     run = RunDir.of(config)
-    check_inputs(config, run, command=command)
+    progress = Progress()
+    with progress.timed("check of the inputs", Activity.COMPUTING):
+        check_inputs(config, run, command=command)
     claimant = f"plad {command or 'run'}"
     if source := reused_run(config):
         take_over(config, [source], claimant)
     config = with_date(config, run)
-    progress = Progress()
 
     def steps(run: RunDir) -> Iterator[Step]:
         return (step for step in steps_of(config, run, progress, phase) if command in (None, step.command))

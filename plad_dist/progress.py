@@ -21,9 +21,10 @@ class Progress:
         every_s: seconds between log lines if the output is not a terminal.
     """
 
-    def __init__(self, every_s: float = 10.0) -> None:
+    def __init__(self, every_s: float = 8.0) -> None:
         self._live = sys.stderr.isatty()
         self._every = 0.5 if self._live else every_s
+        self._longest_silence = 1.25 * self._every
         self._shown = False
         self._last_progress = self._last_shown = time.monotonic()
         self._clock = StageClock(Activity.COMPUTING)
@@ -53,9 +54,9 @@ class Progress:
 
     def _fill_silence(self, step: str, finished: threading.Event) -> None:
         started = time.monotonic()
-        while not finished.wait(0.5):
+        while not finished.wait(min(0.25, self._every)):
             now = time.monotonic()
-            if now - self._last_shown >= self._every:
+            if now - self._last_shown >= self._longest_silence:
                 self._write(f"{step}: {self._clock.activity}, {_duration(now - started)} so far")
 
     @property

@@ -27,6 +27,7 @@ _CHECK_EVERY_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 120.0
 # A server must have one thread. OpenBLAS and jemalloc start others while they are imported.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+_kept: set[str] = set()  # kinds that this process keeps
 _WITHOUT_CUDA = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # counts devices without initialising CUDA
 
 
@@ -111,13 +112,21 @@ def _remove_dead_sockets(folder: Path) -> None:
 
 @contextmanager
 def nurseries(plan: NurseryPlan) -> Iterator[None]:
-    """Keep nurseries on the nodes of the cluster while the block runs."""
+    """Keep nurseries on the nodes of the cluster while the block runs.
+
+    A block within a block that keeps the same kind changes nothing.
+    """
+    if plan.kind in _kept:
+        yield
+        return
+    _kept.add(plan.kind)
     keeper = _Keeper(plan)
     thread = threading.Thread(target=keeper.run, daemon=True)
     thread.start()
     try:
         yield
     finally:
+        _kept.discard(plan.kind)
         keeper.finished.set()
         thread.join(timeout=30)
         keeper.end()

@@ -49,6 +49,8 @@ class Call(NamedTuple):
         path: folders that modules are imported from.
         function: `module:name` of a function that takes a :class:`Parent` and the arguments.
         arguments: pickled tuple, which is read only after the environment is set.
+        first: `module:name` of a function without arguments that a child of a server calls while it
+            has one thread; empty for none.
     """
 
     title: str
@@ -57,6 +59,7 @@ class Call(NamedTuple):
     path: list[str]
     function: str
     arguments: bytes
+    first: str = ""
 
 
 class Parent:
@@ -77,6 +80,10 @@ class Parent:
     def ask(self, name: str, *arguments: Any) -> Any:
         """Return the reply of a handler of the parent."""
         self.send("ask", name, *arguments)
+        return self._connection.recv()
+
+    def receive(self) -> Any:
+        """Wait for a message of the parent and return it. Not to be mixed with :meth:`ask`."""
         return self._connection.recv()
 
     def send(self, *message: Any) -> None:
@@ -116,10 +123,11 @@ def run_child(connection: int, lifeline: int, preloaded: Mapping[str, str] | Non
         set_environment(call.environment)
         os.chdir(call.directory)
         sys.path[:] = call.path
+        if call.first and preloaded is not None:
+            _function(call.first)()
         threading.Thread(target=parent.beat, daemon=True).start()
         parent.send("ready")
-        module, _, name = call.function.partition(":")
-        result = getattr(importlib.import_module(module), name)(parent, *pickle.loads(call.arguments))  # noqa: S301
+        result = _function(call.function)(parent, *pickle.loads(call.arguments))  # noqa: S301 - from the parent
         sys.stdout.flush()
         parent.send("done", result)
     except BaseException as error:  # noqa: BLE001 - raised again in the process that asked
@@ -127,6 +135,11 @@ def run_child(connection: int, lifeline: int, preloaded: Mapping[str, str] | Non
         sys.stdout.flush()
         sys.stderr.flush()
         parent.send("failed", _portable(error))
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def set_title(title: str) -> None:

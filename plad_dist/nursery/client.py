@@ -92,6 +92,14 @@ class Child:
                 case "failed":
                     raise rest[0]
 
+    def send(self, *message: Any) -> None:
+        """Send a message to a child that receives some. Only one thread may send.
+
+        A child that has died is noticed by :meth:`serve`.
+        """
+        with contextlib.suppress(OSError):
+            self._connection.send(message)
+
     def kill(self) -> None:
         """Kill the child if it lives, and wait until its memory is free."""
         if self._lifeline >= 0:
@@ -101,7 +109,9 @@ class Child:
             self._wait(_END_TIMEOUT_S)
 
 
-def start_child(title: str, function: str, arguments: tuple[Any, ...], server: Path | None = None) -> Child:
+def start_child(
+    title: str, function: str, arguments: tuple[Any, ...], server: Path | None = None, *, first: str = ""
+) -> Child:
     """Start a child that runs a function in the environment of this process.
 
     Args:
@@ -110,8 +120,10 @@ def start_child(title: str, function: str, arguments: tuple[Any, ...], server: P
         arguments: picklable.
         server: socket of a nursery's server. A new interpreter is started if it is None, does not
             respond, or has another environment.
+        first: `module:name` of a function without arguments that a child of a server calls while it
+            has one thread.
     """
-    call = Call(title, dict(os.environ), str(Path.cwd()), list(sys.path), function, pickle.dumps(arguments))
+    call = Call(title, dict(os.environ), str(Path.cwd()), list(sys.path), function, pickle.dumps(arguments), first)
     child = _from_server(server, call) if server is not None else None
     return child or _new_interpreter(call)
 

@@ -11,7 +11,6 @@ from plad_dist.config import Lora, Model
 from plad_dist.data.models import load_model_config, resolve_model, vocabulary_size
 from plad_dist.errors import UserError, first_line
 from plad_dist.planning.known_models import KNOWN_MODELS
-from plad_dist.training.model.attention import attention_of
 
 Device = Literal["gpu", "cpu"]
 
@@ -203,6 +202,8 @@ def _linear_shapes(layers: list[Any]) -> tuple[tuple[int, int], ...]:
 def _scores_width(text: Any, heads: int, context: int, device: Device) -> int:
     """Return the elements of a token's attention scores in a layer, 0 if the attention does not
     store them."""
+    from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
+
     attention = attention_of(text, None, "flex" if device == "gpu" else "sdpa")
     if attention.implementation != "eager":
         return 0

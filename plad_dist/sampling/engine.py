@@ -15,7 +15,7 @@ from plad_dist.compat.vllm import (
     root_cause,
     tokens_in_flight,
 )
-from plad_dist.compat.vllm_processes import start_fork_server
+from plad_dist.compat.vllm_processes import start_fork_server, use_fork_server
 from plad_dist.config import Decoding, Model
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import load_model_config
@@ -56,6 +56,7 @@ class Engine:
         self.start.end("process")
         if not engine.get("numa_bind"):  # which replaces the interpreter of the engine's process
             start_fork_server()
+            use_fork_server()
         self._renderer, self._settings = Renderer(path, settings), settings
         self._separate = _parser(settings, self._renderer)
         from vllm.platforms import current_platform

@@ -17,7 +17,10 @@ from plad_dist.rundir import RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.endpoint.backend import EndpointBackend
 from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.engine_actor import EngineActor
+from plad_dist.sampling.engine_arguments import with_executor
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place, window_for
+from plad_dist.sampling.warm import nursery_of
 
 _BATCH_WINDOW = 128  # blocks, each of which is a batch that may take a day
 _DEFAULT_CONCURRENCY = 256  # vLLM's max_num_seqs if it is not set; larger on large GPUs
@@ -113,11 +116,17 @@ def _engine_fleet(config: Config, run: RunDir, responder: Responder, assignments
     sampling, has_gpus = responder.sampling, engines_use_gpus()
     backend = partial(Engine, responder.path, responder.settings, dict(sampling.engine), config.run.seed)
     concurrency = int(sampling.engine.get("max_num_seqs", _DEFAULT_CONCURRENCY))
+    worker: type = EngineActor
+    arguments: tuple[Any, ...] = (run.storage, backend, config.sampling.max_attempts)
+    if with_executor(sampling.engine).get("distributed_executor_backend") == "ray":
+        worker = Sampler  # vLLM starts its workers through the Ray of its own process
+    else:
+        arguments = (nursery_of(sampling) if config.cluster.warm_starts else None, *arguments)
     return Fleet(
         name=responder.name,
         assignments=tuple(assignments),
-        worker=Sampler,
-        arguments=(run.storage, backend, config.sampling.max_attempts),
+        worker=worker,
+        arguments=arguments,
         placement=place(sampling.engine, sampling.cpus, has_gpus=has_gpus),
         replicas=sampling.replicas,
         min_replicas=sampling.min_replicas,

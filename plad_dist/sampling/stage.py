@@ -24,6 +24,7 @@ from plad_dist.sampling.responders import (
     role_responders,
     student_responder,
 )
+from plad_dist.sampling.warm import warm_engines
 from plad_dist.systems import TEACHER, WARMUP, System
 
 # Keep the seeds of held-out samples apart from those of training samples, which have the number of
@@ -43,7 +44,8 @@ def sample(config: Config, run: RunDir, progress: Progress, roles: Sequence[str]
         fleet_of(config, run, responder, assignments)
         for responder, assignments in assignments_of_roles(config, run, roles)
     ]
-    run_fleets(config, run.storage, fleets, progress)
+    with warm_engines(config):
+        run_fleets(config, run.storage, fleets, progress)
 
 
 def is_sampled(config: Config, run: RunDir, roles: Sequence[str] = ROLES) -> bool:
@@ -123,7 +125,8 @@ def sample_systems(config: Config, run: RunDir, systems: dict[System, str], prog
         student = student_responder(config, path)
         assignments.append(assign_blocks(config, run, [student], request)[student.name])
     first_student = student_responder(config, next(iter(systems.values())))
-    run_fleets(config, run.storage, [fleet_of(config, run, first_student, assignments)], progress)
+    with warm_engines(config):
+        run_fleets(config, run.storage, [fleet_of(config, run, first_student, assignments)], progress)
 
 
 def are_systems_sampled(config: Config, run: RunDir, systems: dict[System, str]) -> bool:
@@ -172,7 +175,8 @@ def score_by_teacher(
         for system, dataset in responses.items()
     ]
     assignments = [assign_blocks(config, run, [teacher], request)[teacher.name] for request in requests]
-    run_fleets(config, run.storage, [fleet_of(config, run, teacher, assignments)], progress, stage="evaluate")
+    with warm_engines(config):
+        run_fleets(config, run.storage, [fleet_of(config, run, teacher, assignments)], progress, stage="evaluate")
 
 
 def judge_identity(config: Config, name: str, judge: LlmJudge) -> dict[str, Any]:
@@ -204,4 +208,5 @@ def ask(
     requests = [DatasetRequest(prompts, output, None, 1, _SYSTEM_SEED) for prompts, output in questions]
     assignments = [assign_blocks(config, run, [responder], request)[name] for request in requests]
     fleet = fleet_of(config, run, responder, assignments, other_outputs=earlier)
-    run_fleets(config, run.storage, [fleet], progress, stage="evaluate", unit="answers")
+    with warm_engines(config):
+        run_fleets(config, run.storage, [fleet], progress, stage="evaluate", unit="answers")

@@ -8,6 +8,8 @@ under `TYPE_CHECKING` count like any other.
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -188,3 +190,11 @@ def test_a_circle_is_reported() -> None:
     texts["plad_dist.data.schemas"] += "\nfrom plad_dist.data.dataset import Dataset\n"
     texts["plad_dist.data.storage"] += "\nfrom plad_dist.data.schemas import PROMPTS\n"
     assert circle(texts) is not None
+
+
+def test_commands_begin_without_the_imports_of_the_engines() -> None:
+    """They take ten seconds of a processor, which `plad status` or a finished run does not need."""
+    modules = ("torch", "transformers", "vllm", "deepspeed", "datasets")
+    program = f"import sys, plad_dist.cli, plad_dist.pipeline; print([m for m in {modules} if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

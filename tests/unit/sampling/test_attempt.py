@@ -57,7 +57,7 @@ class PaidBackend:
         pass
 
 
-def prepare(folder: Path, prompts: Sequence[str]) -> tuple[Storage, SamplingJob]:
+def prepare(folder: Path, prompts: Sequence[str], weights: str = "m") -> tuple[Storage, SamplingJob]:
     """Write one block of prompts."""
     storage = Storage(str(folder))
     rows = [{"prompt_id": text, "messages": [{"role": "user", "content": text}]} for text in prompts]
@@ -65,8 +65,8 @@ def prepare(folder: Path, prompts: Sequence[str]) -> tuple[Storage, SamplingJob]
     dataset.commit(0, pa.Table.from_pylist(rows, schema=PROMPTS), fingerprint="p", attempt="a")
     dataset.finish(1, fingerprint="p", facts={})
     job = SamplingJob(
-        prompts="prompts", output="samples", role="teacher", model="m", weights="m", decoding=Decoding(), n=1, seed=1,
-        round=0, seed_round=0, fingerprint="f",
+        prompts="prompts", output="samples", role="teacher", model="m", weights=weights, decoding=Decoding(), n=1,
+        seed=1, round=0, seed_round=0, fingerprint="f",
     )  # fmt: skip
     return storage, job
 
