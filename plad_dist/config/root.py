@@ -79,7 +79,7 @@ class Cluster(Section):
     )
     warm_starts: bool = Field(
         True,
-        description="Fork training processes from one on each node that has imported torch and takes about 0.5 GB.",
+        description="Fork training processes and engines from two that stay on each node with all imports (1 GB).",
         json_schema_extra=OPERATIONAL,
     )
 

@@ -36,6 +36,10 @@ class ChildDied(RuntimeError):
     """The process of a child ended before its function did."""
 
 
+class ChildKilled(Exception):
+    """This process has killed a child because it must end."""
+
+
 class Child:
     """Running child.
 
@@ -59,19 +63,29 @@ class Child:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         self.kill()
 
-    def serve(self, handlers: Mapping[str, Callable[..., Any]], silence_s: float) -> Any:
+    def serve(
+        self,
+        handlers: Mapping[str, Callable[..., Any]],
+        silence_s: float,
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> Any:
         """Handle what the child tells and asks until its function returns, and return its result.
 
         Args:
             silence_s: seconds without a sign of life after which the child is killed.
+            must_end: asked with every sign of life; True kills the child.
 
         Raises:
+            ChildKilled: `must_end` returned True.
             UserError, RunFailed: the function raised it.
             ChildFailed: the function raised something else.
             ChildDied: the child died, or was silent.
         """
         heard = time.monotonic()
         while True:
+            if must_end():
+                self.kill()
+                raise ChildKilled
             if not self._connection.poll(1.0):
                 if time.monotonic() - heard > silence_s:
                     self.kill()

@@ -17,6 +17,7 @@ import torch
 
 from tests.elastic import (
     MARKS,
+    WORKER,
     Training,
     expect_same_student,
     freeze_training,
@@ -68,12 +69,15 @@ def test_the_student_is_the_same_after_any_fault_of_a_node(
     training = Training(cluster, tmp_path / "run", STEPS, EVERY, worker_timeout_s=10)
     training.wait_for_steps(EVERY + 5)
     fault_at = time.time()
+    workers = [each.processes(WORKER) for each in nodes]
     FAULTS[fault](nodes[node])
     attempt = max(row["attempt"] for row in training.all_rows())
     training.wait(lambda: max(row["attempt"] for row in training.all_rows()) > attempt, "a later attempt")
     first_repeated = next(row for row in training.all_rows() if row["attempt"] > attempt)["step"]
     last_before = max(row["step"] for row in training.all_rows() if row["time"] <= fault_at)
     assert last_before - (first_repeated - 1) <= EVERY + 5
+    if "training process" in fault:
+        assert [each.processes(WORKER) for each in nodes] == workers, "the workers of Ray stay"
     nodes[node].mend()
     nodes[node].thaw()
     training.finish()

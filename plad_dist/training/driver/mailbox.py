@@ -2,7 +2,8 @@
 
 Workers and Ray Train's controller post messages; a thread of the driver reads them every second.
 The controller asks a group to yield before a resize; the workers poll that request and confirm it.
-The mailbox also keeps the history of the worker groups, because it outlives every controller.
+A worker whose training process has died asks all workers to restart theirs. The mailbox also keeps
+the history of the worker groups, because it outlives every controller.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from plad_dist.timeline import Activity, parts_text
 from plad_dist.training.driver.growth import Outlook
 from plad_dist.training.driver.history import RunHistory
 from plad_dist.training.driver.metrics import TrainingMetrics
+from plad_dist.training.driver.process_restarts import ProcessRestarts
 from plad_dist.training.messages import Began, Enters, HeldoutRanked, Message, Said, Started, StepDone
 
 logger = logging.getLogger("plad")
+
+_MOST_CALLS = 100_000  # at a time; one for each worker waits
 
 
 class ProgressMailbox:
@@ -38,10 +42,11 @@ class ProgressMailbox:
 
     def __init__(self, last_phase: str) -> None:
         self._messages: list[Message] = []
-        self._group = self._asked_group = self._yielded_group = 0
+        self._group = self._asked_group = self._yielded_group = self._workers = 0
         self._last_phase = last_phase
         self._phase_steps: dict[str, int] = {}
         self._history = RunHistory()
+        self._restarts = ProcessRestarts()
 
     def post(self, message: Message) -> None:
         """Add a message for the driver."""
@@ -62,12 +67,40 @@ class ProgressMailbox:
     def new_group(self, workers: int) -> None:
         """Record that another worker group is about to start."""
         self._group += 1
-        self._asked_group = 0
+        self._asked_group, self._workers = 0, workers
         self._history = self._history.starts(time.monotonic(), workers)
+        self._restarts.new_group(self._group)
 
     def disrupted(self) -> None:
         """Record that the present group ended by a failure or because a node left."""
         self._history = self._history.ends(time.monotonic(), is_disrupted=True)
+
+    def present_group(self) -> int:
+        """Return the number of the present group."""
+        return self._group
+
+    def restart_processes(self, group: int, count: int, reason: str) -> bool:
+        """Ask all workers to restart their training processes: see :meth:`ProcessRestarts.request`.
+
+        Args:
+            reason: reported to the driver.
+        """
+        before = self._restarts.count
+        may_restart = self._restarts.request(group, count, takes_steps=self.takes_steps())
+        if self._restarts.count > before:
+            self.disrupted()
+            self._history = self._history.starts(time.monotonic(), self._workers)
+            self._messages.append(Enters(Activity.STARTING))
+            self._messages.append(Said(self._last_phase, f"{reason}; the training processes are restarted"))
+        return may_restart
+
+    async def processes_restart(self, group: int, count: int) -> int:
+        """Wait for a restart: see :meth:`ProcessRestarts.wait`."""
+        return await self._restarts.wait(group, count)
+
+    def finish(self, group: int, count: int) -> bool:
+        """Record that a worker has finished: see :meth:`ProcessRestarts.finish`."""
+        return self._restarts.finish(group, count)
 
     def takes_steps(self) -> bool:
         """Return True if the present group has taken a step."""
@@ -116,7 +149,10 @@ def open_mailbox(progress: Progress, last_phase: str) -> Iterator[Any]:
         last_phase: name of the last phase.
     """
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = ray.remote(ProgressMailbox).options(num_cpus=0, scheduling_strategy=this_node).remote(last_phase)
+    actor_class = ray.remote(ProgressMailbox).options(
+        num_cpus=0, scheduling_strategy=this_node, max_concurrency=_MOST_CALLS
+    )
+    mailbox = actor_class.remote(last_phase)
     reader = _MailboxReader(mailbox, progress)
     thread = threading.Thread(target=reader.follow, daemon=True)
     thread.start()

@@ -1,6 +1,8 @@
 """Entry point of a Ray Train worker, which relays between the driver and its training process.
 
-It imports neither torch nor DeepSpeed, because every restart of a group waits for it.
+It imports neither torch nor DeepSpeed, because every restart of a group waits for it. If only a
+training process dies, all Ray workers stay: they agree through the mailbox to restart their
+processes, and meet again.
 """
 
 from __future__ import annotations
@@ -19,9 +21,13 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from plad_dist.errors import RunFailed
 from plad_dist.nursery.actor import server_path
-from plad_dist.nursery.client import start_child
+from plad_dist.nursery.child import ChildFailed
+from plad_dist.nursery.client import ChildDied, ChildKilled, start_child
 from plad_dist.training.messages import Message
 from plad_dist.training.worker.seat import NURSERY, Seat
+
+_ANSWER_TIMEOUT_S = 10.0  # of the mailbox
+_LATE_NEWS_S = 2.0  # from a worker whose process died to the others
 
 
 def train_jobs(settings: dict[str, Any]) -> None:
@@ -34,19 +40,38 @@ def train_jobs(settings: dict[str, Any]) -> None:
             seconds that a collective may take (`timeout_s`), and those after which a silent process
             is given up (`silence_s`).
     """
-    began = time.monotonic()
     relay = _Relay(settings["mailbox"])
-    arguments = (settings["jobs"], _seat(settings["timeout_s"], began))
-    with start_child("plad:train", "plad_dist.training.worker.process:train", arguments, _nursery()) as child:
-        child.serve(
-            {
-                "post": relay.post,
-                "wants_yield": relay.wants_yield,
-                "yielded": relay.yielded,
-                "leaving_nodes": relay.leaving_nodes,
-            },
-            settings["silence_s"],
-        )
+    while not _train_in_a_process(settings, relay):
+        pass
+
+
+def _train_in_a_process(settings: dict[str, Any], relay: _Relay) -> bool:
+    """Train in a child. Return False if all workers must restart theirs."""
+    began = time.monotonic()
+    arguments = (settings["jobs"], _seat(settings["timeout_s"], began, relay))
+    try:
+        with start_child("plad:train", "plad_dist.training.worker.process:train", arguments, _nursery()) as child:
+            child.serve(
+                {
+                    "post": relay.post,
+                    "wants_yield": relay.wants_yield,
+                    "yielded": relay.yielded,
+                    "leaving_nodes": relay.leaving_nodes,
+                },
+                settings["silence_s"],
+                relay.processes_restart,
+            )
+    except ChildKilled:
+        return False
+    except ChildDied as death:
+        if not relay.may_restart(f"worker {arguments[1].rank} died: {death}"):
+            raise
+        return False
+    except ChildFailed:  # mostly because of the death of another one
+        if not relay.processes_restart(wait_s=_LATE_NEWS_S):
+            raise
+        return False
+    return relay.may_finish()
 
 
 def _nursery() -> Path | None:
@@ -55,13 +80,12 @@ def _nursery() -> Path | None:
     return None
 
 
-def _seat(timeout_s: float, began: float) -> Seat:
+def _seat(timeout_s: float, began: float, relay: _Relay) -> Seat:
     """Agree with the other workers on an address, and return the place of this one."""
     context = ray.train.get_context()
-    rank = context.get_world_rank()
-    address = broadcast_from_rank_zero(_free_address() if rank == 0 else None)
+    address = relay.meet(context.get_world_rank())
     return Seat(
-        rank,
+        context.get_world_rank(),
         context.get_world_size(),
         context.get_local_rank(),
         context.get_local_world_size(),
@@ -106,6 +130,46 @@ class _Relay:
         self._mailbox = mailbox
         self._pending_reply: Any = None
         self._yield_group = 0
+        self._group = self._answer(mailbox.present_group.remote()) or 0
+        self._restarts = 0  # of the processes of the group, as far as this worker knows
+        self._pending_restart: Any = None
+
+    def meet(self, rank: int) -> str:
+        """Return the first rank's address, once all workers know of as many restarts as it."""
+        while True:
+            news = (_free_address(), self._restarts) if rank == 0 else None
+            address, restarts = broadcast_from_rank_zero(news)
+            if restarts >= self._restarts:
+                self._restarts = restarts
+                self._pending_restart = self._mailbox.processes_restart.remote(self._group, restarts)
+                return str(address)
+            # The first rank has yet to hear of a restart, and will come back.
+
+    def processes_restart(self, wait_s: float = 0.0) -> bool:
+        """Return True if all workers must restart their processes."""
+        with contextlib.suppress(ray.exceptions.RayError):  # without its driver, the group ends soon
+            if ray.wait([self._pending_restart], timeout=wait_s)[0]:
+                self._restarts = int(ray.get(self._pending_restart))
+                return True
+        return False
+
+    def may_restart(self, reason: str) -> bool:
+        """Ask all workers to restart. Return False if the whole group must instead."""
+        may = self._answer(self._mailbox.restart_processes.remote(self._group, self._restarts, reason))
+        return bool(may) and self.processes_restart(wait_s=_ANSWER_TIMEOUT_S)
+
+    def may_finish(self) -> bool:
+        """Return False if another worker has asked to restart before this one finished."""
+        may = self._answer(self._mailbox.finish.remote(self._group, self._restarts))
+        return may is not False or not self.processes_restart(wait_s=_ANSWER_TIMEOUT_S)
+
+    def _answer(self, reference: Any) -> Any:
+        """Return an answer of the mailbox; None if there is none, since training does not depend on
+        it."""
+        try:
+            return ray.get(reference, timeout=_ANSWER_TIMEOUT_S)
+        except ray.exceptions.RayError:
+            return None
 
     def post(self, message: Message) -> None:
         self._mailbox.post.remote(message)

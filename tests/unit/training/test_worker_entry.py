@@ -65,9 +65,12 @@ def test_a_relay_returns_the_latest_reply_without_waiting_for_the_next(monkeypat
         calls.append(f"call {len(calls)}")
         return calls[-1]
 
-    mailbox = SimpleNamespace(wants_yield=SimpleNamespace(remote=ask))
+    mailbox = SimpleNamespace(
+        wants_yield=SimpleNamespace(remote=ask), present_group=SimpleNamespace(remote=lambda: "group")
+    )
+    replies["group"] = 1
     monkeypatch.setattr(ray, "wait", lambda pending, timeout: ([call for call in pending if call in replies], []))
-    monkeypatch.setattr(ray, "get", replies.__getitem__)
+    monkeypatch.setattr(ray, "get", lambda call, timeout=None: replies[call])
     relay = entry._Relay(mailbox)
     assert relay.wants_yield() == 0
     assert relay.wants_yield() == 0, "no reply yet"

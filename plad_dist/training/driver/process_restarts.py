@@ -1,0 +1,70 @@
+"""Restarts of the training processes of a worker group whose Ray workers stay.
+
+When a training process dies, its Ray worker asks all workers of the group to restart theirs. Each
+worker waits for that in a call that is answered only then. Restarts are counted, so that late calls
+and several deaths at once are told apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+_MAX_FAILED_STARTS = 3  # in a row before the first step; the whole group restarts after that
+
+
+class ProcessRestarts:
+    """Restarts of the present group. All calls run in one event loop."""
+
+    def __init__(self) -> None:
+        self._group = self._count = self._failed_starts = 0
+        self._has_finished = False
+        self._changed = asyncio.Event()
+
+    def new_group(self, group: int) -> None:
+        """Begin with another group, and end the waits of the one before."""
+        self._group, self._count, self._failed_starts, self._has_finished = group, 0, 0, False
+        self._announce()
+
+    def request(self, group: int, count: int, *, takes_steps: bool) -> bool:
+        """Restart the processes, unless they have restarted since the caller's `count`.
+
+        Returns:
+            True if they restart. False if the whole group must: the caller belongs to an earlier
+            one, a worker has finished, or processes died too often before their first step.
+        """
+        if group != self._group or self._has_finished:
+            return False
+        if count < self._count:
+            return True
+        self._failed_starts = 0 if takes_steps else self._failed_starts + 1
+        if self._failed_starts > _MAX_FAILED_STARTS:
+            return False
+        self._count += 1
+        self._announce()
+        return True
+
+    @property
+    def count(self) -> int:
+        """Restarts of the present group so far."""
+        return self._count
+
+    async def wait(self, group: int, count: int) -> int:
+        """Wait until the processes of a group have restarted more than `count` times; return how
+        often.
+
+        If the group has ended meanwhile, the reply has no meaning and nobody reads it.
+        """
+        while (group, count) == (self._group, self._count):
+            await self._changed.wait()
+        return self._count
+
+    def finish(self, group: int, count: int) -> bool:
+        """Record that a worker has finished. Return False if it must restart its process."""
+        if (group, count) != (self._group, self._count):
+            return False
+        self._has_finished = True
+        return True
+
+    def _announce(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
