@@ -94,8 +94,10 @@ $(UV):
 $(VENV)/.ready: $(LOCK) $(TORCH_PIN) $(DEV_LOCK) pyproject.toml | $(UV)
 	@echo "setting up $(VENV) from $(LOCK) and $(DEV_LOCK)"
 	@$(UV) venv --quiet --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
-	@$(UV) pip sync --python $(BIN)/python --quiet $(TORCH_SOURCE) $(LOCK) $(TORCH_PIN) $(DEV_LOCK)
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@while sleep 8 >/dev/null 2>&1; do echo "setting up: $$(du -sm $(VENV) | cut -f1) MB installed so far"; done & \
+		trap "kill $$!" EXIT; \
+		$(UV) pip sync --python $(BIN)/python --quiet $(TORCH_SOURCE) $(LOCK) $(TORCH_PIN) $(DEV_LOCK) && \
+		$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
 $(TOOLS)/.ready: $(TOOLS_LOCK) | $(UV)
