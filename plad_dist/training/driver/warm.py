@@ -12,7 +12,12 @@ from plad_dist.nursery.actor import NurseryPlan, nurseries
 from plad_dist.sampling.engine_placement import engines_use_gpus
 from plad_dist.training.worker.seat import NURSERY
 
-_MODULES = ("plad_dist.training.worker.process", "plad_dist.compat.deepspeed")
+_MODULES = (
+    "plad_dist.training.worker.process",
+    "plad_dist.compat.deepspeed",
+    "pandas",  # pyarrow imports it for lists
+    "torch.utils.tensorboard",
+)
 
 
 @contextmanager

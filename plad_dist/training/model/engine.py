@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from plad_dist.compat.muon import import_muon
 from plad_dist.config import Lora, Optimizer
 from plad_dist.data.models import load_model_config
 from plad_dist.errors import UserError
@@ -32,10 +33,7 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     """
     import deepspeed
 
-    if device.type == "cpu":
-        # DeepSpeed compiles Muon. On CPUs, this needs a C++ compiler and half a minute, and saves
-        # nothing.
-        torch.compiler.set_stance("force_eager")
+    import_muon(compiled=job.phase.optimizer.name == "muon" and device.type == "cuda")
     model_config = disable_dropout(load_model_config(job.start, job.settings))
     attention = attention_of(model_config, job.max_group_tokens, job.attention)
     if not attention.takes_mask:
