@@ -27,6 +27,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from plad_dist.compat import ray_scaling
 from plad_dist.compat.ray_scaling import GroupScalingPolicy, NodeResources
 from plad_dist.training.driver import elastic, mailbox, resizing
 from plad_dist.training.driver.elastic import GroupSettings, WorkerGroupCallbacks
@@ -105,6 +106,7 @@ class GrowingCluster:
         clock = SimpleNamespace(monotonic=lambda: self.now)
         for module in (elastic, mailbox, resizing):
             monkeypatch.setattr(module, "time", clock)
+        monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=lambda seconds: None))
         monkeypatch.setattr(elastic_of_ray, "time_monotonic", lambda: self.now)
         monkeypatch.setattr(elastic, "node_resources", self._node_resources)
         monkeypatch.setattr(ray, "get", lambda reply, timeout=None: reply)

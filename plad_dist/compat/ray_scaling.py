@@ -16,6 +16,7 @@ Decisions are made by `_get_resize_decision`, so that fields which a later Ray a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -30,6 +31,8 @@ from plad_dist.compat.assumptions import Assumptions
 
 Resources: TypeAlias = Mapping[str, float]
 
+_PAUSE_S = 0.2
+
 _assumptions = Assumptions("ray", "2.60.0")
 for _owner, _name, _parameters in (
     (ElasticScalingPolicy, "_count_possible_workers", ("self", "reserved_resources")),
@@ -38,6 +41,7 @@ for _owner, _name, _parameters in (
         "make_decision_for_running_worker_group",
         ("self", "worker_group_state", "worker_group_status"),
     ),
+    (ElasticScalingPolicy, "make_decision_for_non_running_worker_group", ("self",)),
     (ElasticScalingPolicy, "_get_reserved_resources", ("self",)),
     (ElasticScalingPolicy, "_maybe_send_resource_request", ("self",)),
     (DataParallelTrainer, "_initialize_and_run_controller", ("self", "controller_init_kwargs")),
@@ -77,6 +81,12 @@ class GroupScalingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         granted = int(super()._count_possible_workers(reserved_resources))
         return min(granted, self._sizes.room(self.scaling_config._resources_per_worker_not_none))
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        decision = super().make_decision_for_non_running_worker_group()
+        if isinstance(decision, NoopDecision):
+            time.sleep(_PAUSE_S)  # Ray's controller asks again at once, and would keep a core busy
+        return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         self._maybe_send_resource_request()

@@ -63,6 +63,6 @@ def test_a_group_of_one_size_replaces_a_dead_node_by_a_warm_spare(tmp_path: Path
     finally:
         cluster.end()
     assert training.sizes() == [2]
-    assert re.search(r"worker \d died: .*node", training.log())
+    assert re.search(r"worker \d died: ", training.log())
     assert "resumes with 2 workers" in training.log()
     assert [row["step"] for row in training.rows()] == list(range(1, 61))

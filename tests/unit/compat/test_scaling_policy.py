@@ -75,13 +75,16 @@ def running(workers: int) -> WorkerGroupState:
 
 
 def test_a_group_starts_at_the_size_that_both_ray_and_the_cluster_allow(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, client = Sizes(), Client(monkeypatch)
+    sizes, client, pauses = Sizes(), Client(monkeypatch), list[float]()
+    monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=pauses.append))
     policy = policy_with(sizes, client)
     assert policy.make_decision_for_non_running_worker_group() == ResizeDecision(6, {"CPU": 2.0})
     sizes.has_room_for = 3
     assert policy.make_decision_for_non_running_worker_group() == ResizeDecision(3, {"CPU": 2.0})
     sizes.has_room_for = 1
+    assert pauses == []
     assert policy.make_decision_for_non_running_worker_group() == NoopDecision()
+    assert len(pauses) == 1, "Ray's controller asks again at once"
     assert sizes.asked == [{"CPU": 2.0}] * 3
     assert client.requested == [6] * 3, "nodes are requested for the largest size"
 
