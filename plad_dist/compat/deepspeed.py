@@ -14,6 +14,8 @@ Written for DeepSpeed 0.19.8. Relies on:
 - `TorchCheckpointEngine.load`, by which `DeepSpeedEngine.load_checkpoint` reads all files;
 - `build_shm_op` of `comm/torch.py`, which compiles collectives for inference on CPUs. It is
   replaced, because training does not use them and a compiler takes a minute for them;
+- `DeepSpeedEngine.checkpoint_engine`, which reads the files of a checkpoint, and
+  `DeepSpeedZeroOptimizer_Stage3.optimizer`, the inner optimizer of PyTorch's interface;
 - `DeepSpeedEngine.param_names` (names by parameter), and `ds_numel` of a partitioned parameter.
 
 Importing this module imports DeepSpeed, which takes seconds: import it where an engine is built.
@@ -23,9 +25,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed.checkpoint import constants
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import parameter_offload
@@ -79,14 +85,47 @@ def release_engine(engine: Any) -> None:
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # the next engine creates its own
 
 
-def load_native(engine: Any, folder: Path, *, strict: bool) -> dict[str, Any]:
+def load_native(engine: Any, folder: Path, *, strict: bool, is_in_memory: bool = False) -> dict[str, Any]:
     """Load a checkpoint of as many ranks into an engine, and return what was saved beside it.
 
     Args:
         strict: every parameter must be in the checkpoint.
+        is_in_memory: the files are in memory, so they are mapped instead of copied once more.
     """
-    _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=strict)
+    engine.checkpoint_engine.load = partial(load_tensors, mmap=is_in_memory)
+    with _own_states_kept(engine.optimizer.optimizer) if is_in_memory else nullcontext():
+        _, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=strict)
     return dict(client_state)
+
+
+@contextmanager
+def _own_states_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Copy the states that an optimizer loads into the tensors that it has.
+
+    On a CPU, PyTorch would keep the loaded tensors, and with them the whole file that they map.
+    """
+    own: dict[Any, dict[str, Any]] = {}
+
+    def remember(optimizer: torch.optim.Optimizer, _: Any) -> None:
+        own.update((parameter, dict(state)) for parameter, state in optimizer.state.items())
+
+    def copy(optimizer: torch.optim.Optimizer) -> None:
+        for parameter, state in optimizer.state.items():
+            for key, loaded in state.items():
+                if not isinstance(loaded, torch.Tensor) or loaded.device.type != "cpu":
+                    continue
+                kept = own.get(parameter, {}).get(key)
+                if isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (loaded.shape, loaded.dtype):
+                    state[key] = kept.copy_(loaded)
+                else:
+                    state[key] = loaded.clone()
+
+    hooks = optimizer.register_load_state_dict_pre_hook(remember), optimizer.register_load_state_dict_post_hook(copy)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def sub_groups_of(engine: Any) -> list[dict[str, int]]:

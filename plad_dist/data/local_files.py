@@ -164,10 +164,16 @@ def read_hashed(file: Any) -> tuple[Any, str]:
 def file_checksum(path: Path) -> str:
     """Return the hexadecimal XXH3 checksum of a file."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+    for piece in file_pieces(path):
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, a piece at a time."""
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK_BYTES):
+            yield piece
 
 
 def fsync(*paths: Path) -> None:

@@ -9,11 +9,12 @@ import random
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlparse
 
 import obstore
@@ -27,7 +28,7 @@ from plad_dist.data.local_files import (
     COMMITTED_IS_KEPT,
     discard,
     failure_explained,
-    file_checksum,
+    file_pieces,
     file_sizes,
     fsync,
     innermost_cause,
@@ -203,16 +204,33 @@ class Storage:
 
         The object can be of any size: its bytes are streamed.
         """
+        return self._hash(key, lambda _: None)
+
+    def copy_hashed(self, key: str, out: BinaryIO) -> str | None:
+        """Write an object to an open file, and return its checksum like :meth:`checksum`.
+
+        Each byte is read once.
+        """
+        digest = self._hash(key, out.write)
+        out.flush()
+        return digest
+
+    def _hash(self, key: str, take: Callable[[Any], object]) -> str | None:
+        """Return the checksum of an object, or None; pass each of its pieces to a function."""
         with self._failure_explained(key, "read"):
             digest = xxhash.xxh3_128()
             try:
-                if self.local_root is not None:
-                    return file_checksum(self.local_root / key)
-                for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES):
-                    digest.update(chunk)
+                for piece in self._pieces(key):
+                    digest.update(piece)
+                    take(piece)
             except _ABSENT:
                 return None
             return digest.hexdigest()
+
+    def _pieces(self, key: str) -> Iterator[Any]:
+        if self.local_root is not None:
+            return file_pieces(self.local_root / key)
+        return iter(obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES))
 
     def delete_folder(self, folder: str) -> None:
         """Delete all objects in a folder and below it."""

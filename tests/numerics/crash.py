@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from plad_dist.data.storage import Storage
 from plad_dist.rundir import RunDir
-from plad_dist.training.checkpoints import saving as module
+from plad_dist.training.checkpoints import resuming as module
 from plad_dist.training.checkpoints.saving import Checkpoints
 from plad_dist.training.checkpoints.store import CheckpointStore, TrainState
 from plad_dist.training.records.metrics_file import read_metrics

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,24 @@ import torch.distributed as dist
 
 from plad_dist.data.local_files import COMMITTED_IS_KEPT, failure_explained, file_checksum
 from plad_dist.data.sealed import sealed_json, unsealed_json
-from plad_dist.errors import RunFailed, UserError, first_line
+from plad_dist.errors import RunFailed, first_line
 from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.checkpoints.attempts import Attempt
-from plad_dist.training.checkpoints.reshard import load_resharded
 from plad_dist.training.checkpoints.scratch_dir import ScratchDir
-from plad_dist.training.checkpoints.store import Checkpoint, CheckpointStore, DamagedCheckpoint, TrainState, step_name
+from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpoint, TrainState, step_name
 from plad_dist.training.records.collapse import CollapseRecord
 
 logger = logging.getLogger("plad")
 
 _LATEST = "latest.json"
-_STAGING_PREFIX = "plad-checkpoint-"
+STAGING_PREFIX = "plad-checkpoint-"
 _TORCH_WRITER_ERRORS = ("inline_container", "iostream error")
 _POLL_S = 0.2
 _COMMIT_TIMEOUT_S = 1800.0
 
 
 class Checkpoints:
-    """Saves and loads the checkpoints of a phase; every rank of an attempt has one.
+    """Saves the checkpoints of a phase; every rank of an attempt has one.
 
     Args:
         keep: number of newest checkpoints to keep.
@@ -75,12 +73,11 @@ class Checkpoints:
         self._store, self._attempt, self._keep, self._only_trained = store, attempt, keep, only_trained
         self._read_collapse_record = read_collapse_record
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._scratch = ScratchDir(staging, _STAGING_PREFIX)
+        self._scratch = ScratchDir(staging, STAGING_PREFIX)
         self._staging = self._scratch.path
         self._uploader = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._saved_step: int | None = None
-        self._damaged: dict[int, str] = {}  # problems by step
         self.superseded: str | None = None
         self.has_collapsed = False
         self.stall_seconds = 0.0
@@ -138,6 +135,10 @@ class Checkpoints:
         """
         self._wait_for_commit()
         self.superseded = from_rank_zero(self._attempt.superseded)
+
+    def committed_step(self) -> int | None:
+        """Return the step of the newest committed checkpoint, or None."""
+        return next(filter(self._store.is_committed, self._store.steps()), None)
 
     def drain(self) -> None:
         """Wait for the latest commit and ignore its failure, because training ends anyway."""
@@ -240,93 +241,6 @@ class Checkpoints:
                 self._store.storage.delete(self._store.key(step))
                 self._store.storage.delete_folder(f"{self._store.folder}/{step_name(step)}")
 
-    # -- reading
-
-    def newest(self, report: Callable[[str], None]) -> Checkpoint | None:
-        """Return the newest sound checkpoint, on all ranks.
-
-        Each rank compares its share of the files with their checksums.
-
-        Args:
-            report: called with a line for each damaged checkpoint that is skipped.
-
-        Raises:
-            UserError: the checkpoint belongs to another config, data or model.
-        """
-        while True:
-            checkpoint, self._damaged = from_rank_zero(partial(self._store.newest, self._damaged))
-            problem = self._checksum_problem(checkpoint) if checkpoint is not None else None
-            if checkpoint is None or problem is None:
-                break
-            self._damaged[checkpoint.state.step] = problem
-        for step, damage in self._damaged.items():
-            report(f"the checkpoint of step {step} is skipped, the one before it is used: {damage}")
-            if self._rank == 0 and self._attempt.superseded() is None:  # so that its step can be committed again
-                self._store.set_aside(step)
-        self._saved_step = checkpoint.state.step if checkpoint is not None else None
-        return checkpoint
-
-    def at(self, step: int) -> Checkpoint:
-        """Return the checkpoint of a step, on all ranks.
-
-        Raises:
-            UserError: the checkpoint belongs to another config, data or model.
-            DamagedCheckpoint: the checkpoint is damaged or no longer exists.
-        """
-        checkpoint = from_rank_zero(lambda: self._store.at(step))
-        problem = self._checksum_problem(checkpoint) if checkpoint is not None else "it no longer exists"
-        if checkpoint is None or problem is not None:
-            raise DamagedCheckpoint(f"{self._store.folder}/{step_name(step)}: {problem}")
-        return checkpoint
-
-    def committed_step(self) -> int | None:
-        """Return the step of the newest committed checkpoint, or None."""
-        return next(filter(self._store.is_committed, self._store.steps()), None)
-
-    def _checksum_problem(self, checkpoint: Checkpoint) -> str | None:
-        """Return the first file that has changed since the commit, on all ranks, or None."""
-        problem = self._store.checksum_problem(checkpoint, sorted(checkpoint.files)[self._rank :: self._world])
-        problems: list[str | None] = [None] * self._world
-        dist.all_gather_object(problems, problem)
-        return next(filter(None, problems), None)
-
-    def load(self, engine: Any, checkpoint: Checkpoint) -> None:
-        """Load a checkpoint into the engine, on all ranks, whatever number of ranks wrote it.
-
-        Raises:
-            UserError: the checkpoint was written with another precision or optimizer, or with
-                another number of workers under a ZeRO stage that cannot change its size.
-        """
-        _check_loadable(engine, checkpoint, self._world)
-        state = checkpoint.state
-        if state.workers != self._world:
-            load_resharded(engine, lambda rank: self._files_of(checkpoint, rank), state.workers)
-            return
-        with self._files_of(checkpoint, self._rank) as folder:
-            # Not at the top: importing DeepSpeed takes seconds.
-            from plad_dist.compat.deepspeed import load_native
-
-            client_state = load_native(engine, folder, strict=not self._only_trained)
-        torch.set_rng_state(client_state["random"]["cpu"])
-        if "cuda" in client_state["random"]:
-            torch.cuda.set_rng_state(client_state["random"]["cuda"])
-
-    @contextmanager
-    def _files_of(self, checkpoint: Checkpoint, rank: int) -> Iterator[Path]:
-        """Yield a local folder with the files of a checkpoint that a rank needs."""
-        storage = self._store.storage
-        if storage.local_root is not None:
-            yield storage.local_root / checkpoint.folder
-            return
-        folder = self._staging / "fetched" / Path(checkpoint.folder).name
-        folder.mkdir(parents=True)
-        try:
-            for name in checkpoint.of_rank(rank):
-                storage.download(f"{checkpoint.folder}/{name}", folder / name)
-            yield folder
-        finally:
-            shutil.rmtree(folder)
-
 
 @contextmanager
 def _staging_failure_explained(folder: Path) -> Iterator[None]:
@@ -341,38 +255,6 @@ def _staging_failure_explained(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written: {shutil.disk_usage(folder.parent).free:,} bytes of the disk are free "
             f"({first_line(error)}){COMMITTED_IS_KEPT}; make room, or set training.staging_dir"
         ) from None
-
-
-def optimizer_of(engine: Any) -> str:
-    """Return the class name of the optimizer, which may be DeepSpeed's own for the CPU."""
-    return type(engine.basic_optimizer).__name__
-
-
-def precision_of(engine: Any) -> str:
-    """Return the data type of the model, such as `bfloat16`."""
-    return str(engine.get_data_types()[0]).removeprefix("torch.")
-
-
-def _check_loadable(engine: Any, checkpoint: Checkpoint, world: int) -> None:
-    """Raise :class:`UserError` if an engine cannot load a checkpoint."""
-    state = checkpoint.state
-    dtype = precision_of(engine)
-    if state.dtype not in ("", dtype):
-        raise UserError(
-            f"{checkpoint.folder}: was trained in {state.dtype}, now it would be {dtype}: set "
-            f"training.dtype={state.dtype} to resume"
-        )
-    saved, present = (state.stage, state.optimizer), (engine.zero_optimization_stage(), optimizer_of(engine))
-    if saved != present and (state.optimizer or saved[0] != present[0]):
-        raise UserError(
-            f"{checkpoint.folder}: was written by ZeRO stage {saved[0]} with {saved[1]}; the present "
-            f"training.deepspeed means stage {present[0]} with {present[1]}: set the former one to resume"
-        )
-    if state.workers != world and state.stage != 3:
-        raise UserError(
-            f"{checkpoint.folder}: was written by {state.workers} workers under ZeRO stage {state.stage}, now "
-            f"there are {world}: set training.num_workers={state.workers} to resume; only stage 3 can change its size"
-        )
 
 
 def _rank_file(rank: int) -> str:

@@ -15,6 +15,7 @@ import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from plad_dist.data.sealed import unsealed_json
 from plad_dist.data.storage import Storage
@@ -190,9 +191,18 @@ class CheckpointStore:
             names: files to read; None for all.
         """
         for name in checkpoint.files if names is None else names:
-            if self.storage.checksum(f"{checkpoint.folder}/{name}") != checkpoint.files[name][1]:
-                return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum has changed"
+            if problem := self._digest_problem(checkpoint, name, self.storage.checksum(f"{checkpoint.folder}/{name}")):
+                return problem
         return None
+
+    def copy_problem(self, checkpoint: Checkpoint, name: str, out: BinaryIO) -> str | None:
+        """Write a file of a checkpoint to an open file; return its problem, or None."""
+        return self._digest_problem(checkpoint, name, self.storage.copy_hashed(f"{checkpoint.folder}/{name}", out))
+
+    def _digest_problem(self, checkpoint: Checkpoint, name: str, digest: str | None) -> str | None:
+        if digest == checkpoint.files[name][1]:
+            return None
+        return f"{self.storage.url}/{checkpoint.folder}/{name}: damaged: its checksum has changed"
 
     def set_aside(self, step: int) -> None:
         """Revoke the commit of a damaged checkpoint; its files stay until the next pruning."""

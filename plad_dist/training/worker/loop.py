@@ -22,7 +22,8 @@ from plad_dist.training.agreement import StoppedError, agreed, check_on_every_ra
 from plad_dist.training.batches.groups import open_groups
 from plad_dist.training.checkpoints.attempts import claim
 from plad_dist.training.checkpoints.export import export_model
-from plad_dist.training.checkpoints.saving import Checkpoints, optimizer_of, precision_of
+from plad_dist.training.checkpoints.resuming import CheckpointReader, optimizer_of, precision_of
+from plad_dist.training.checkpoints.saving import Checkpoints
 from plad_dist.training.checkpoints.store import CheckpointStore, DamagedCheckpoint, TrainState
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.engine import build_engine
@@ -89,10 +90,14 @@ class Worker:
         check_on_every_rank(lambda: load_model_config(job.start, job.settings))
         from plad_dist.compat.deepspeed import release_engine  # not at the top: importing DeepSpeed takes seconds
 
+        store = CheckpointStore(job.checkpoints, job.name, job.fingerprint)
+        self.reader = CheckpointReader(store, self.attempt, job.staging, only_trained=job.lora is not None)
+        self._damage: list[str] = []
+        self._resumed = self.reader.newest(self._damage.append)
         self.engine, self._release_engine = build_engine(job, device), release_engine
         self._clock.end("model")
         self.checkpoints = Checkpoints(
-            CheckpointStore(job.checkpoints, job.name, job.fingerprint),
+            store,
             self.attempt,
             job.phase.keep_checkpoints,
             job.staging,
@@ -197,16 +202,14 @@ class Worker:
         Returns:
             A line for each damaged checkpoint that was skipped.
         """
-        damaged: list[str] = []
-        with agreed():
-            checkpoint = self.checkpoints.newest(damaged.append)
-            if checkpoint is not None:
-                self.checkpoints.load(self.engine, checkpoint)
-                self.state = checkpoint.state
+        if self._resumed is not None:
+            with agreed():
+                self.reader.load(self.engine, self._resumed)
+            self.state = self._resumed.state
         if self.rank == 0:
             self.attempt.began_at(self.state.step)
         stop_if_stalled(self.job, self.attempt, self.state.step)
-        return damaged
+        return self._damage
 
     def open_log(self) -> None:
         """Open the metrics log on the first rank."""
@@ -403,13 +406,13 @@ class Worker:
         exported = self.state
         if choice.step is not None:
             try:
-                checkpoint = self.checkpoints.at(choice.step)
+                checkpoint = self.reader.at(choice.step)
             except DamagedCheckpoint as error:
                 raise StoppedError(
                     f"phase {self.job.name}: is trained, but the checkpoint of step {choice.step} cannot be exported: "
                     f"{error}. Repair the storage and run again, or use another run.dir"
                 ) from None
-            self.checkpoints.load(self.engine, checkpoint)
+            self.reader.load(self.engine, checkpoint)
             exported = self.state = checkpoint.state
             self._say(f"exports the {choice.quality} checkpoint, of step {choice.step}")
             self.evaluate()  # unless this step was evaluated: the report shows the figures of the model

@@ -81,6 +81,30 @@ def test_a_rank_loads_its_own_state_with_the_parameters_of_the_engine(deepspeed:
     assert optimizer.loaded == [None, expected, None]
 
 
+def test_loaded_states_are_copied_into_the_tensors_that_an_optimizer_has(deepspeed: Any) -> None:
+    """Otherwise a state on a CPU would keep the file that it maps."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    saved = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(3)
+    saved.step()
+    loaded = saved.state_dict()
+    for has_states in (True, False):
+        optimizer = torch.optim.AdamW([weight])
+        if has_states:
+            optimizer.step()
+            optimizer.step()
+        own = dict(optimizer.state[weight])
+        with deepspeed._own_states_kept(optimizer):
+            optimizer.load_state_dict(loaded)
+        assert optimizer.state[weight].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in optimizer.state[weight].items():
+            assert torch.equal(value, loaded["state"][0][key])
+            assert value.data_ptr() != loaded["state"][0][key].data_ptr()
+            assert key not in own or value is own[key]
+        optimizer.load_state_dict(loaded)
+        assert optimizer.state[weight]["exp_avg"].data_ptr() == loaded["state"][0]["exp_avg"].data_ptr()
+
+
 def test_the_files_of_a_checkpoint_are_read_by_rank(tmp_path: Path) -> None:
     for rank in (0, 1):
         state = {zero_files.FP32_FLAT_GROUPS: [torch.full((2,), float(rank))]}
