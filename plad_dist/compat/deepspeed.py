@@ -14,6 +14,9 @@ Written for DeepSpeed 0.19.8. Relies on:
 - `TorchCheckpointEngine.load`, by which `DeepSpeedEngine.load_checkpoint` reads all files;
 - `build_shm_op` of `comm/torch.py`, which compiles collectives for inference on CPUs. It is
   replaced, because training does not use them and a compiler takes a minute for them;
+- attributes of a partitioned parameter: `ds_tensor` with this rank's elements and padding, of
+  length `ds_numel`; `ds_shape`, `ds_numel`, `ds_zero_partition_rank`, `ds_status`;
+  `ds_secondary_tensor`, which the optimizer drops too after it has changed `ds_tensor`;
 - `DeepSpeedEngine.checkpoint_engine`, which reads the files of a checkpoint, and
   `DeepSpeedZeroOptimizer_Stage3.optimizer`, the inner optimizer of PyTorch's interface;
 - `DeepSpeedEngine.param_names` (names by parameter), and `ds_numel` of a partitioned parameter.
@@ -29,12 +32,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.checkpoint import constants
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
@@ -126,6 +130,33 @@ def _own_states_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class OwnPartition(NamedTuple):
+    """This rank's part of a parameter that ZeRO-3 has flattened and divided.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        start: first of this rank's elements.
+        elements: the elements, without padding; a view.
+    """
+
+    shape: torch.Size
+    start: int
+    elements: torch.Tensor
+
+
+def own_partition(parameter: torch.nn.Parameter) -> OwnPartition | None:
+    """Return this rank's part of a parameter; None if ZeRO-3 does not divide it plainly.
+
+    A copy of the part for a second partition (hpZ) is dropped, since the caller will write.
+    """
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None or parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE or part.dtype != parameter.dtype:
+        return None
+    start = parameter.ds_zero_partition_rank * part.ds_numel
+    parameter.ds_secondary_tensor = None
+    return OwnPartition(parameter.ds_shape, start, part[: max(0, parameter.ds_numel - start)])
 
 
 def sub_groups_of(engine: Any) -> list[dict[str, int]]:

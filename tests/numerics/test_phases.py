@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ def test_initial_logps_are_the_starting_students_and_are_computed_once(tmp_path:
             assert initial[f"{side}_initial_logp"] == pytest.approx(expected, rel=1e-5)
     checked, _ = verify(run.storage.url)
     assert not [problem for item in checked for problem in item.problems if "initial-logps" in problem]
+
+
+def test_lost_initial_logps_are_computed_from_the_starting_student_at_a_resume(tmp_path: Path) -> None:
+    raw = config_with_pairs(tmp_path, max_steps=4, loss={"name": "dpo"}, optimizer={"lr": 2e-2})
+    run = make_run(raw)
+    train(tmp_path, raw, PHASE, 2, stop=2)
+    (folder,) = (run.root / run.pairs().path).glob("initial-logps-*")
+    path = f"{run.pairs().path}/{folder.name}"
+    before = Dataset(run.storage, path, INITIAL_LOGPS).read()
+    shutil.rmtree(folder)
+    train(tmp_path, raw, PHASE, 2)
+    assert Dataset(run.storage, path, INITIAL_LOGPS).read().equals(before)
+    assert [row["attempt"] for row in read_metrics(run.root / "events" / PHASE)[0]] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(

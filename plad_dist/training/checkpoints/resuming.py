@@ -76,6 +76,10 @@ class CheckpointReader:
             raise DamagedCheckpoint(f"{self._store.folder}/{step_name(step)}: {problem}")
         return checkpoint
 
+    def fills_model(self, checkpoint: Checkpoint | None) -> bool:
+        """Return True if a checkpoint holds all parameters of the model."""
+        return checkpoint is not None and checkpoint.state.stage == 3 and not self._only_trained
+
     def _read(self, checkpoint: Checkpoint) -> str | None:
         """Return the first file that has changed since the commit, on all ranks, or None.
 

@@ -22,11 +22,15 @@ from plad_dist.training.model.probe import check_family
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
 
-def build_engine(job: PhaseJob, device: torch.device) -> Any:
+def build_engine(job: PhaseJob, device: torch.device, *, from_checkpoint: bool = False) -> Any:
     """Return a DeepSpeed engine around a :class:`Policy`.
 
     Under ZeRO-3, the parameters are partitioned while they load, so no rank ever holds the whole
     model.
+
+    Args:
+        from_checkpoint: the parameters will be loaded from a checkpoint of ZeRO-3, so those of the
+            starting model need not be read.
 
     Raises:
         UserError: the model family, the attention implementation or the adapters are not supported.
@@ -42,7 +46,7 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
         raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
     optimizer = job.phase.optimizer
     config = engine_config(job.deepspeed, optimizer, dist.get_world_size(), half=job.dtype == "bfloat16")
-    policy = Policy(_load_model(job, model_config, attention, config), attention)
+    policy = Policy(_load_model(job, model_config, attention, config, from_checkpoint), attention)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     client_optimizer = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
     engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=trained, optimizer=client_optimizer)
@@ -51,20 +55,26 @@ def build_engine(job: PhaseJob, device: torch.device) -> Any:
     return engine
 
 
-def _load_model(job: PhaseJob, model_config: Any, attention: Attention, deepspeed: dict[str, Any]) -> Any:
+def _load_model(
+    job: PhaseJob, model_config: Any, attention: Attention, deepspeed: dict[str, Any], from_checkpoint: bool
+) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from plad_dist.compat.pretrained import weights_loaded_by
+    from plad_dist.training.model.loading import load_weights
+
     partition_at_load = HfDeepSpeedConfig(deepspeed)  # transformers looks for it while it loads a model
-    model = AutoModelForCausalLM.from_pretrained(
-        job.start,
-        config=model_config,
-        revision=job.settings.revision,
-        trust_remote_code=job.settings.trust_remote_code,
-        use_safetensors=True,  # other formats are pickles, which run programs
-        dtype=torch.bfloat16 if job.dtype == "bfloat16" else torch.float32,
-        attn_implementation=attention.implementation,
-    )
+    with weights_loaded_by(partial(load_weights, from_checkpoint=from_checkpoint)):
+        model = AutoModelForCausalLM.from_pretrained(
+            job.start,
+            config=model_config,
+            revision=job.settings.revision,
+            trust_remote_code=job.settings.trust_remote_code,
+            use_safetensors=True,  # other formats are pickles, which run programs
+            dtype=torch.bfloat16 if job.dtype == "bfloat16" else torch.float32,
+            attn_implementation=attention.implementation,
+        )
     del partition_at_load
     model.config.use_cache = False
     if job.lora is not None:

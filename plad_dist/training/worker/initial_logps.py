@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.manifest import Manifest
 from plad_dist.data.models import model_identity
 from plad_dist.data.parts import Part
 from plad_dist.data.schemas import INITIAL_LOGPS
 from plad_dist.fingerprint import fingerprint
+from plad_dist.training.agreement import from_rank_zero
 from plad_dist.training.batches.groups import DataSpec, fit, group_counts, open_groups
 from plad_dist.training.batches.micro_batch import Group
 from plad_dist.training.batches.packing import collate
@@ -44,8 +44,7 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
     pairs = spec.dataset(job.storage)
     manifest = pairs.require("pair")
     parts = manifest.parts
-    input_fingerprint = _input_fingerprint(manifest, spec, job)
-    initial_logps = Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS)
+    initial_logps, input_fingerprint = _dataset(spec, job)
     spec = replace(spec, initial_logps=initial_logps.path)
     is_first = dist.get_rank() == 0
     missing_blocks = _missing_blocks(initial_logps, len(parts))
@@ -71,10 +70,17 @@ def write_initial_logps(spec: DataSpec, job: PhaseJob, engine: Any, device: torc
     return spec
 
 
-def _input_fingerprint(pairs: Manifest, spec: DataSpec, job: PhaseJob) -> str:
-    return fingerprint(
+def needs_starting_weights(job: PhaseJob) -> bool:
+    """Return True if initial log-probabilities of a phase are not stored yet, on all ranks."""
+    specs = [spec for spec in (job.data, job.heldout) if spec is not None and job.phase.loss.needs_initial_logps]
+    return from_rank_zero(lambda: any(_dataset(spec, job)[0].manifest() is None for spec in specs))
+
+
+def _dataset(spec: DataSpec, job: PhaseJob) -> tuple[Dataset, str]:
+    """Return the dataset of the initial log-probabilities of pairs, and its fingerprint."""
+    input_fingerprint = fingerprint(
         "initial logps",
-        pairs=pairs.contents,
+        pairs=spec.dataset(job.storage).require("pair").contents,
         start=model_identity(job.start, job.settings),
         dtype=job.dtype,
         context=spec.context,
@@ -82,6 +88,7 @@ def _input_fingerprint(pairs: Manifest, spec: DataSpec, job: PhaseJob) -> str:
         shares=spec.shares_prompts,
         over_long=spec.over_long,
     )
+    return Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS), input_fingerprint
 
 
 def _missing_blocks(initial_logps: Dataset, blocks: int) -> list[int] | None:

@@ -34,7 +34,7 @@ from plad_dist.training.worker.divergence import Divergence, find_gradient_diver
 from plad_dist.training.worker.export_choice import choose_export
 from plad_dist.training.worker.gradient import GroupLosses, update_weights
 from plad_dist.training.worker.heldout import HeldoutEvaluation, is_out_of_patience, with_evaluation
-from plad_dist.training.worker.initial_logps import write_initial_logps
+from plad_dist.training.worker.initial_logps import needs_starting_weights, write_initial_logps
 from plad_dist.training.worker.metrics_log import MetricsLog
 from plad_dist.training.worker.partition_report import partition_report
 from plad_dist.training.worker.preemption import PreemptionNotices
@@ -94,7 +94,9 @@ class Worker:
         self.reader = CheckpointReader(store, self.attempt, job.staging, only_trained=job.lora is not None)
         self._damage: list[str] = []
         self._resumed = self.reader.newest(self._damage.append)
-        self.engine, self._release_engine = build_engine(job, device), release_engine
+        self._clock.end("checkpoint")
+        from_checkpoint = self.reader.fills_model(self._resumed) and not needs_starting_weights(job)
+        self.engine, self._release_engine = build_engine(job, device, from_checkpoint=from_checkpoint), release_engine
         self._clock.end("model")
         self.checkpoints = Checkpoints(
             store,
