@@ -55,7 +55,7 @@ class Coordinator:
     def __init__(self, cluster: GrowingCluster) -> None:
         self._cluster = cluster
         self._autoscaling_coordinator = SimpleNamespace(
-            get_reserved_resources=SimpleNamespace(remote=lambda requester: self._reserved())
+            get_reserved_resources=SimpleNamespace(remote=lambda requester, recompute=False: self._reserved())
         )
 
     def _reserved(self) -> dict[str, dict[str, float]]:
@@ -106,7 +106,7 @@ class GrowingCluster:
         clock = SimpleNamespace(monotonic=lambda: self.now)
         for module in (elastic, mailbox, resizing):
             monkeypatch.setattr(module, "time", clock)
-        monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=clock.monotonic))
         monkeypatch.setattr(elastic_of_ray, "time_monotonic", lambda: self.now)
         monkeypatch.setattr(elastic, "node_resources", self._node_resources)
         monkeypatch.setattr(ray, "get", lambda reply, timeout=None: reply)

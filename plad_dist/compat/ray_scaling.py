@@ -6,6 +6,10 @@ Written for Ray 2.60.0. Relies on:
 - `ScalingConfig._resources_per_worker_not_none` and `elasticity_enabled`;
 - `DataParallelTrainer`, which has no public name, and its `_initialize_and_run_controller`, which
   takes the arguments of `TrainController` and is the only place to pass another policy;
+- its `_register_sigint_handler`, which waits for `TrainController.abort` without limit, although a
+  controller that waits for resources never gets to it;
+- the actor behind `_autoscaling_coordinator`, whose `get_reserved_resources` looks at the cluster
+  again with `recompute=True`, and otherwise every 20 s;
 - `ray._private.state`: `state.get_draining_nodes()` and `available_resources_per_node()`.
 
 Ray's policy counts all that the nodes have, including the resources of other jobs and of leaving
@@ -16,12 +20,16 @@ Decisions are made by `_get_resize_decision`, so that fields which a later Ray a
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import ray
 from ray._private import state as ray_state
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import _AutoscalingCoordinatorActor
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy, NoopDecision
 from ray.train.v2.api.config import ScalingConfig
@@ -32,6 +40,8 @@ from plad_dist.compat.assumptions import Assumptions
 Resources: TypeAlias = Mapping[str, float]
 
 _PAUSE_S = 0.2
+_RECOMPUTE_EVERY_S = 1.0  # as often as Ray's policy asks for the resources
+_ABORT_TIMEOUT_S = 10.0
 
 _assumptions = Assumptions("ray", "2.60.0")
 for _owner, _name, _parameters in (
@@ -45,6 +55,8 @@ for _owner, _name, _parameters in (
     (ElasticScalingPolicy, "_get_reserved_resources", ("self",)),
     (ElasticScalingPolicy, "_maybe_send_resource_request", ("self",)),
     (DataParallelTrainer, "_initialize_and_run_controller", ("self", "controller_init_kwargs")),
+    (DataParallelTrainer, "_register_sigint_handler", ("self", "controller")),
+    (_AutoscalingCoordinatorActor, "get_reserved_resources", ("self", "requester_id", "recompute")),
     (type(ray_state.state), "get_draining_nodes", ("self",)),
     (ray_state, "available_resources_per_node", ()),
 ):
@@ -77,10 +89,18 @@ class GroupScalingPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     def __init__(self, scaling_config: ScalingConfig, sizes: GroupSizes) -> None:
         super().__init__(scaling_config)
         self._sizes = sizes
+        self._recomputed_at = -_RECOMPUTE_EVERY_S
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         granted = int(super()._count_possible_workers(reserved_resources))
         return min(granted, self._sizes.room(self.scaling_config._resources_per_worker_not_none))
+
+    def _get_reserved_resources(self) -> Any:
+        now = time.monotonic()
+        if now - self._recomputed_at >= _RECOMPUTE_EVERY_S:
+            self._recomputed_at = now
+            self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+        return super()._get_reserved_resources()
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         decision = super().make_decision_for_non_running_worker_group()
@@ -117,6 +137,17 @@ class Trainer(DataParallelTrainer):  # type: ignore[misc]
             GroupScalingPolicy(self.scaling_config, self._sizes) if elastic else FixedScalingPolicy(self.scaling_config)
         )
         return super()._initialize_and_run_controller(**controller_init_kwargs | {"scaling_policy": policy})
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Let SIGINT end the group and this process, also while the controller waits for nodes."""
+
+        def abort(*_: Any) -> None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(controller.abort.remote(), timeout=_ABORT_TIMEOUT_S)
+            ray.kill(controller)
+            sys.exit(0)
+
+        signal.signal(signal.SIGINT, abort)
 
 
 class NodeResources(NamedTuple):

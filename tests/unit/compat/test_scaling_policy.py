@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,7 +56,13 @@ class Client:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requested: list[int] = []
         granted = {"a": {"CPU": 8.0}, "b": {"CPU": 5.0}}
-        call = SimpleNamespace(remote=lambda requester: granted)
+        self.recomputed = 0  # times that the coordinator was asked to look at the cluster again
+
+        def get_reserved_resources(requester: str, recompute: bool = False) -> Any:
+            self.recomputed += recompute
+            return granted
+
+        call = SimpleNamespace(remote=get_reserved_resources)
         self._autoscaling_coordinator = SimpleNamespace(get_reserved_resources=call)
         monkeypatch.setattr(ray, "get", lambda reply, timeout: reply)
 
@@ -76,7 +83,7 @@ def running(workers: int) -> WorkerGroupState:
 
 def test_a_group_starts_at_the_size_that_both_ray_and_the_cluster_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, client, pauses = Sizes(), Client(monkeypatch), list[float]()
-    monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=pauses.append, monotonic=lambda: 0.0))
     policy = policy_with(sizes, client)
     assert policy.make_decision_for_non_running_worker_group() == ResizeDecision(6, {"CPU": 2.0})
     sizes.has_room_for = 3
@@ -87,6 +94,7 @@ def test_a_group_starts_at_the_size_that_both_ray_and_the_cluster_allow(monkeypa
     assert len(pauses) == 1, "Ray's controller asks again at once"
     assert sizes.asked == [{"CPU": 2.0}] * 3
     assert client.requested == [6] * 3, "nodes are requested for the largest size"
+    assert client.recomputed == 1, "once a second"
 
 
 def test_a_running_group_is_restarted_only_at_the_size_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,3 +224,26 @@ def test_resources_of_nodes_that_leave_or_are_dead_are_not_counted(monkeypatch: 
         for name, node in ray_scaling.node_resources().items()
     }
     assert workers == {"stays": (8, 3), "full": (8, 0), "new": (8, 0)}
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_ctrl_c_ends_a_controller_that_does_not_abort(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    """While it waits for resources, its loop gets to nothing else."""
+    killed: list[Any] = []
+    timeouts: list[float] = []
+
+    def get(reply: Any, timeout: float) -> None:
+        timeouts.append(timeout)
+        raise ray.exceptions.RayActorError if answers else ray.exceptions.GetTimeoutError
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    controller = SimpleNamespace(abort=SimpleNamespace(remote=lambda: None))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        Trainer._register_sigint_handler(None, controller)  # type: ignore[arg-type]
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (killed, timeouts) == ([controller], [10.0])
