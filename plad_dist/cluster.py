@@ -38,7 +38,7 @@ def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collecti
         import ray
 
         from plad_dist.prometheus import run_metrics
-        from plad_dist.sampling.warm import warm_engines
+        from plad_dist.sampling.warm import warm_local_engines
         from plad_dist.training.driver.warm import warm_workers
 
         resources.callback(ray.shutdown)
@@ -48,7 +48,7 @@ def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collecti
             if "train" in kinds:
                 resources.enter_context(warm_workers(config))
             if kinds - {"train"}:
-                resources.enter_context(warm_engines(config))
+                resources.enter_context(warm_local_engines(config))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         refuse_unfit(config, hardware_of_nodes(nodes), remaining)
         resources.enter_context(run_metrics(RunDir.of(config).storage.local_root, progress))

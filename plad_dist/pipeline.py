@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from plad_dist.cluster import connected
 from plad_dist.config import Config
 from plad_dist.data.claims import check_owned
 from plad_dist.data.prompts import is_prepared, prepare, train_prompts
-from plad_dist.errors import UserError
+from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.document import Metrics, load_metrics
 from plad_dist.evaluation.report.stage import write_report
 from plad_dist.evaluation.rounds import continues_after
@@ -227,13 +228,15 @@ def _work(step: Step, run: RunDir, progress: Progress, connect: Callable[[], obj
     progress.say(f"{step.name}: begins")
     step.require_inputs()
     with progress.timed(step.name, Activity.STARTING if step.needs_ray else Activity.COMPUTING) as clock:
-        if step.needs_ray:
-            connect()
-        result = step.work()
+        try:
+            if step.needs_ray:
+                connect()
+            result = step.work()
+        finally:
+            with contextlib.suppress(RunFailed):  # nothing depends on it
+                add_timing(run, step.name, clock.read())
     check_owned(run.storage)
-    spent = clock.read()
-    add_timing(run, step.name, spent)
-    progress.say(f"{step.name}: done in {spent.total:.1f} s{f'; {result}' if result else ''}")
+    progress.say(f"{step.name}: done in {clock.read().total:.1f} s{f'; {result}' if result else ''}")
 
 
 def _prepare(config: Config, run: RunDir) -> str:

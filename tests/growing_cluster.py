@@ -111,7 +111,7 @@ class GrowingCluster:
         monkeypatch.setattr(elastic, "node_resources", self._node_resources)
         monkeypatch.setattr(ray, "get", lambda reply, timeout=None: reply)
         monkeypatch.setattr(ray, "cluster_resources", dict)
-        self._mailbox = ProgressMailbox(PHASE)
+        self._mailbox = ProgressMailbox(PHASE, 100)
         handle = Handle(self._mailbox)
         self.observer = WorkerGroupCallbacks(handle, GroupSettings(PHASE, *sizes, patience=60.0, check_every=5.0))
         scaling = ScalingConfig(num_workers=sizes, resources_per_worker={"CPU": 1.0})

@@ -9,8 +9,8 @@ Written for vLLM 0.29.0 and Python's `multiprocessing`. Relies on:
 - `vllm.v1.engine.core`, which can be imported before a fork, because it neither starts threads nor
   initialises CUDA.
 
-vLLM itself starts a new interpreter for each engine of a Ray actor, which takes as long to import
-vLLM as the actor.
+vLLM itself starts a new interpreter for each engine that shares a process with threads, which takes
+as long to import vLLM as that process.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def start_fork_server() -> None:
     is a new interpreter, which imports vLLM at the same time as this process.
     """
     server: Any = forkserver._forkserver
-    if _PRELOADED[0] in sys.modules and server._forkserver_pid is None:
+    has_one_thread = len(list(Path("/proc/self/task").iterdir())) == 1
+    if _PRELOADED[0] in sys.modules and has_one_thread and server._forkserver_pid is None:
         _fork(server)
         return
     forkserver.set_forkserver_preload(_PRELOADED)

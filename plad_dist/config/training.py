@@ -300,8 +300,9 @@ class Training(Section):
     max_failures: int = Field(
         100,
         ge=-1,
-        description="Maximum number of restarts after the death of a worker or its node. -1: no limit. In any case, "
-        "the run fails after five failures in a row without a new checkpoint.",
+        description="Maximum number of restarts after the death of a worker or its node, and of those after the death "
+        "of a training process alone. -1: no limit. In any case, the run fails after five failures in a row without a "
+        "new checkpoint.",
         json_schema_extra=OPERATIONAL,
     )
     max_preemptions: int = Field(

@@ -100,12 +100,15 @@ class Parent:
                 self.send("beat")
 
 
-def run_child(connection: int, lifeline: int, preloaded: Mapping[str, str] | None = None) -> None:
+def run_child(
+    connection: int, lifeline: int, preloaded: Mapping[str, str] | None = None, added: Mapping[str, str] | None = None
+) -> None:
     """Run what the other end of a connection asks for.
 
     Args:
         lifeline: read end of a pipe. The process is killed when its last write end is closed.
         preloaded: environment in which this process has imported modules; None if it has not.
+        added: environment variables that these imports have set, and would have set here.
     """
     die_with(lifeline)
     link = Connection(connection)
@@ -120,7 +123,7 @@ def run_child(connection: int, lifeline: int, preloaded: Mapping[str, str] | Non
         return
     try:
         set_title(call.title)
-        set_environment(call.environment)
+        set_environment({**(added or {}), **call.environment})
         os.chdir(call.directory)
         sys.path[:] = call.path
         if call.first and preloaded is not None:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from plad_dist.compat.linux import peer_of, processor_time
-from plad_dist.errors import RunFailed
+from plad_dist.errors import RunFailed, first_line
 from plad_dist.nursery.child import Call
 
 logger = logging.getLogger("plad")
@@ -33,7 +33,15 @@ _LONGEST_PATH = 107  # bytes of the path of a socket
 
 
 class ChildDied(RuntimeError):
-    """The process of a child ended before its function did."""
+    """The process of a child ended before its function did.
+
+    Attributes:
+        is_aborted: True if the process ended itself by SIGABRT, as a library does that gives up.
+    """
+
+    def __init__(self, message: str, *, is_aborted: bool = False) -> None:
+        super().__init__(message)
+        self.is_aborted = is_aborted
 
 
 class ChildKilled(Exception):
@@ -95,7 +103,7 @@ class Child:
             try:
                 kind, *rest = self._connection.recv()
             except (EOFError, ConnectionError):
-                raise ChildDied(_described(self._wait(_STATUS_TIMEOUT_S))) from None
+                raise _death(self._wait(_STATUS_TIMEOUT_S)) from None
             match kind:
                 case "tell":
                     handlers[rest[0]](*rest[1:])
@@ -205,8 +213,13 @@ def _from_server(server: Path, call: Call) -> Child | None:
             ends.connection.recv()
             ends.connection.send(call)
             if _responds(ends.connection, request):
-                kind, *rest = ends.connection.recv()
-                problem = None if kind == "ready" else f"it has another environment: {', '.join(rest[0])}"
+                match ends.connection.recv():
+                    case ("ready",):
+                        problem = None
+                    case ("refused", names):
+                        problem = f"it has another environment: {', '.join(names)}"
+                    case (_, error):
+                        problem = f"its child failed: {first_line(error)}"
     if problem is None:
         return child
     logger.warning("nursery: not used: %s", problem)
@@ -277,19 +290,17 @@ def _new_interpreter(call: Call) -> Child:
     except (EOFError, ConnectionError):
         status = wait(_STATUS_TIMEOUT_S)
         child.kill()
-        raise ChildDied(_described(status)) from None
+        raise _death(status) from None
     except BaseException:
         child.kill()
         raise
     return child
 
 
-def _described(status: int | None) -> str:
+def _death(status: int | None) -> ChildDied:
     if status is None:
-        return "its process died"
+        return ChildDied("its process died")
     code = os.waitstatus_to_exitcode(status)
-    return (
-        f"its process was killed by {signal.Signals(-code).name}"
-        if code < 0
-        else f"its process ended with exit code {code}"
-    )
+    if code >= 0:
+        return ChildDied(f"its process ended with exit code {code}")
+    return ChildDied(f"its process was killed by {signal.Signals(-code).name}", is_aborted=-code == signal.SIGABRT)

@@ -24,6 +24,7 @@ from plad_dist.compat.linux import die_with, peer_of
 from plad_dist.nursery.child import run_child, set_title
 
 _REQUEST_TIMEOUT_S = 5.0
+_REPEATED_BY_IMPORTS = {"PYTORCH_NVML_BASED_CUDA_CHECK"}  # set for the server, and by vLLM
 _CUDA_DEVICE = "/dev/nvidia-uvm"  # that counting devices does not open
 
 
@@ -38,6 +39,7 @@ def main(lifeline: str, path: str, *modules: str) -> None:
     die_with(int(lifeline))
     set_title("plad:nursery")
     environment = dict(os.environ)
+    environment_before = {name: value for name, value in environment.items() if name not in _REPEATED_BY_IMPORTS}
     with contextlib.suppress(FileNotFoundError):
         Path(path).unlink()
     listener = socket.socket(socket.AF_UNIX)
@@ -49,9 +51,10 @@ def main(lifeline: str, path: str, *modules: str) -> None:
     if (obstacle := _obstacle()) is not None:
         print(f"nursery: {obstacle}", file=sys.stderr, flush=True)
         os._exit(1)  # a thread could hold up the end of the interpreter
+    added = {name: value for name, value in os.environ.items() if environment_before.get(name) != value}
     gc.collect()
     gc.freeze()  # the collector would copy the pages that children share
-    _serve(listener, environment)
+    _serve(listener, environment, added)
 
 
 class _Waiting(NamedTuple):
@@ -61,7 +64,13 @@ class _Waiting(NamedTuple):
     client: socket.socket
 
 
-def _serve(listener: socket.socket, environment: dict[str, str]) -> None:
+def _serve(listener: socket.socket, environment: dict[str, str], added: dict[str, str]) -> None:
+    """Fork a child for each request.
+
+    Args:
+        environment: environment variables before the imports.
+        added: those that the imports have set.
+    """
     waiting: dict[int, _Waiting] = {}  # by descriptor of the child's process
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
@@ -71,7 +80,7 @@ def _serve(listener: socket.socket, environment: dict[str, str]) -> None:
                     selector.unregister(key.fd)
                     os.close(key.fd)
                     _report(waiting.pop(key.fd))
-                elif (child := _accepted(listener, waiting, environment)) is not None:
+                elif (child := _accepted(listener, waiting, environment, added)) is not None:
                     handle = os.pidfd_open(child.pid)
                     waiting[handle] = child
                     selector.register(handle, selectors.EVENT_READ)
@@ -83,7 +92,9 @@ def _report(child: _Waiting) -> None:
         child.client.sendall(str(status).encode())
 
 
-def _accepted(listener: socket.socket, waiting: Mapping[int, _Waiting], environment: dict[str, str]) -> _Waiting | None:
+def _accepted(
+    listener: socket.socket, waiting: Mapping[int, _Waiting], environment: dict[str, str], added: dict[str, str]
+) -> _Waiting | None:
     """Fork a child for the next client.
 
     None if the client has gone, its request is bad, or the fork fails.
@@ -117,7 +128,7 @@ def _accepted(listener: socket.socket, waiting: Mapping[int, _Waiting], environm
             other.close()
         for handle in waiting:
             os.close(handle)
-        _be_a_child(handles, environment)
+        _be_a_child(handles, environment, added)
     except BaseException:  # noqa: BLE001 - the frames above belong to the server
         traceback.print_exc()
         sys.stderr.flush()
@@ -126,7 +137,7 @@ def _accepted(listener: socket.socket, waiting: Mapping[int, _Waiting], environm
     os._exit(0)
 
 
-def _be_a_child(handles: list[int], environment: dict[str, str]) -> None:
+def _be_a_child(handles: list[int], environment: dict[str, str], added: dict[str, str]) -> None:
     connection, lifeline, stdout, stderr = handles
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
@@ -136,7 +147,7 @@ def _be_a_child(handles: list[int], environment: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # or all children would draw the same numbers
-    run_child(connection, lifeline, environment)
+    run_child(connection, lifeline, environment, added)
 
 
 def _obstacle() -> str | None:

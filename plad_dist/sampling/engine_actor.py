@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 
 from plad_dist.compat.linux import process_began
 from plad_dist.data.storage import Storage
-from plad_dist.errors import RunFailed
+from plad_dist.errors import RunFailed, first_line
 from plad_dist.fleet.protocol import BlockJob, BlockResult, EngineDiedError, EngineStartError, Heartbeat, Hints
 from plad_dist.nursery.actor import server_path
-from plad_dist.nursery.client import Child, start_child
+from plad_dist.nursery.client import Child, ChildDied, start_child
 from plad_dist.sampling.backend import Backend
+from plad_dist.timeline import StartClock
 
 _SILENCE_S = 120.0  # of a child whose thread for signs of life gets no processor
 _EXIT_DELAY_S = 5.0  # after the death of the child, for the replies of all calls
@@ -48,19 +48,25 @@ class EngineActor:
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._child: Child | None = None
         self._death: str | None = None
-        self._seconds = 0.0  # from the start of this process to that of the child
+        self._start: dict[str, float] = {}  # parts of the start before those of the child
 
     async def start(self) -> str | None:
         """Start the child and its engine. Return what the user must change, or None.
 
         Raises:
-            EngineStartError: the child died without a message.
+            EngineStartError: the child died without a message, or did not start.
         """
-        self._seconds = time.monotonic() - process_began()
+        clock = StartClock(process_began())
+        clock.end("actor")
         function, first = "plad_dist.sampling.engine_process:serve", "plad_dist.compat.vllm_processes:start_fork_server"
-        self._child = await asyncio.to_thread(
-            start_child, "plad:engine", function, self._arguments, self._server(), first=first
-        )
+        try:
+            self._child = await asyncio.to_thread(
+                start_child, "plad:engine", function, self._arguments, self._server(), first=first
+            )
+        except (ChildDied, OSError) as error:
+            raise EngineStartError(first_line(error)) from None
+        clock.end("nursery")
+        self._start = clock.parts
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._listen, args=(self._child, loop), daemon=True).start()
         try:
@@ -78,7 +84,7 @@ class EngineActor:
         """Return the progress of the child."""
         heartbeat: Heartbeat = await self._call("heartbeat")
         if "imports" in heartbeat.start:  # that of the first engine, not of a later one with other weights
-            heartbeat = replace(heartbeat, start={"actor": self._seconds, **heartbeat.start})
+            heartbeat = replace(heartbeat, start={**self._start, **heartbeat.start})
         return heartbeat
 
     async def stop(self) -> None:

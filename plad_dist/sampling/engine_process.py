@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from plad_dist.sampling.backend import Backend
 
 def serve(parent: Parent, storage: Storage, make_backend: Callable[[], Backend], row_tries: int) -> None:
     """Answer calls until the sampler has stopped."""
+    # As inside a Ray actor: this process has threads, and may have initialised CUDA.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     asyncio.run(_Calls(parent, Sampler(storage, make_backend, row_tries)).answer())
 
 

@@ -13,7 +13,7 @@ from plad_dist.config import Config, Decoding, LlmJudge
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.fleet.driver import run_fleets
-from plad_dist.fleet.fleet import Assignment
+from plad_dist.fleet.fleet import Assignment, Fleet
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir
 from plad_dist.sampling.requests import DatasetRequest, assign_blocks
@@ -44,8 +44,13 @@ def sample(config: Config, run: RunDir, progress: Progress, roles: Sequence[str]
         fleet_of(config, run, responder, assignments)
         for responder, assignments in assignments_of_roles(config, run, roles)
     ]
-    with warm_engines(config):
-        run_fleets(config, run.storage, fleets, progress)
+    _run(config, run, fleets, progress)
+
+
+def _run(config: Config, run: RunDir, fleets: Sequence[Fleet], progress: Progress, **options: Any) -> None:
+    """Run fleets whose engines are warm. Options: those of :func:`run_fleets`."""
+    with warm_engines(config, fleets):
+        run_fleets(config, run.storage, fleets, progress, **options)
 
 
 def is_sampled(config: Config, run: RunDir, roles: Sequence[str] = ROLES) -> bool:
@@ -125,8 +130,7 @@ def sample_systems(config: Config, run: RunDir, systems: dict[System, str], prog
         student = student_responder(config, path)
         assignments.append(assign_blocks(config, run, [student], request)[student.name])
     first_student = student_responder(config, next(iter(systems.values())))
-    with warm_engines(config):
-        run_fleets(config, run.storage, [fleet_of(config, run, first_student, assignments)], progress)
+    _run(config, run, [fleet_of(config, run, first_student, assignments)], progress)
 
 
 def are_systems_sampled(config: Config, run: RunDir, systems: dict[System, str]) -> bool:
@@ -175,8 +179,7 @@ def score_by_teacher(
         for system, dataset in responses.items()
     ]
     assignments = [assign_blocks(config, run, [teacher], request)[teacher.name] for request in requests]
-    with warm_engines(config):
-        run_fleets(config, run.storage, [fleet_of(config, run, teacher, assignments)], progress, stage="evaluate")
+    _run(config, run, [fleet_of(config, run, teacher, assignments)], progress, stage="evaluate")
 
 
 def judge_identity(config: Config, name: str, judge: LlmJudge) -> dict[str, Any]:
@@ -208,5 +211,4 @@ def ask(
     requests = [DatasetRequest(prompts, output, None, 1, _SYSTEM_SEED) for prompts, output in questions]
     assignments = [assign_blocks(config, run, [responder], request)[name] for request in requests]
     fleet = fleet_of(config, run, responder, assignments, other_outputs=earlier)
-    with warm_engines(config):
-        run_fleets(config, run.storage, [fleet], progress, stage="evaluate", unit="answers")
+    _run(config, run, [fleet], progress, stage="evaluate", unit="answers")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from plad_dist.config import Config, RoleSampling
+from plad_dist.fleet.fleet import Fleet
 from plad_dist.fleet.placement import Placement
 from plad_dist.nursery.actor import NurseryPlan, nurseries
-from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
+from plad_dist.sampling.engine_actor import EngineActor
+from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus
 
 MODULES = (
     "plad_dist.sampling.engine_process",
@@ -16,16 +18,6 @@ MODULES = (
     "vllm.v1.engine.core",
     "vllm.v1.engine.async_llm",
 )
-_ALL_NODES = 10**6
-
-
-@contextmanager
-def warm_engines(config: Config) -> Iterator[None]:
-    """Keep nurseries on the nodes that engines can use while the block runs."""
-    with ExitStack() as kept:
-        for plan in _plans(config) if config.cluster.warm_starts else ():
-            kept.enter_context(nurseries(plan))
-        yield
 
 
 def nursery_of(sampling: RoleSampling) -> str:
@@ -33,25 +25,50 @@ def nursery_of(sampling: RoleSampling) -> str:
     return f"engine-{max(1, int(sampling.cpus))}"
 
 
-def _plans(config: Config) -> list[NurseryPlan]:
-    """Return the nurseries of all engines, one of each kind."""
-    has_gpus = engines_use_gpus()
+@contextmanager
+def warm_engines(config: Config, fleets: Sequence[Fleet]) -> Iterator[None]:
+    """Keep nurseries for fleets while the block runs, on nodes that have room for their engines."""
+    plans: dict[str, NurseryPlan] = {}
+    placements: dict[str, list[Placement]] = {}
+    for fleet in fleets:
+        if fleet.worker is EngineActor and config.cluster.warm_starts:
+            kind, blocks = str(fleet.arguments[0]), sum(len(assignment.blocks) for assignment in fleet.assignments)
+            most = blocks if fleet.replicas == "auto" else min(blocks, 2 * fleet.replicas + 2)
+            placements.setdefault(kind, []).append(fleet.placement)
+            most += plans[kind].most_nodes if kind in plans else 0
+            plans[kind] = NurseryPlan(kind, MODULES, fleet.environment, _HasRoom(placements[kind]), most)
+    with _kept(plans):
+        yield
+
+
+@contextmanager
+def warm_local_engines(config: Config) -> Iterator[None]:
+    """Keep nurseries for all engines of a config on the only node of a local Ray."""
     plans: dict[str, NurseryPlan] = {}
     for _, model, _, sampling in config.responders():
-        if model.endpoint is None:
-            placement = place(sampling.engine, sampling.cpus, has_gpus=has_gpus)
-            environment = engine_environment(sampling.cpus, has_gpus=has_gpus)
-            most_nodes = _ALL_NODES if sampling.replicas == "auto" else 2 * sampling.replicas + 2
-            kind = nursery_of(sampling)
-            plans[kind] = NurseryPlan(kind, MODULES, environment, _HasRoom(placement), most_nodes)
-    return list(plans.values())
+        if model.endpoint is None and config.cluster.warm_starts:
+            kind, environment = nursery_of(sampling), engine_environment(sampling.cpus, has_gpus=engines_use_gpus())
+            plans[kind] = NurseryPlan(kind, MODULES, environment, lambda resources: True, most_nodes=1)
+    with _kept(plans):
+        yield
+
+
+@contextmanager
+def _kept(plans: Mapping[str, NurseryPlan]) -> Iterator[None]:
+    with ExitStack() as kept:
+        for plan in plans.values():
+            kept.enter_context(nurseries(plan))
+        yield
 
 
 class _HasRoom:
-    """Test if a node could hold an engine."""
+    """Test if a node could hold an engine with one of some placements."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
+    def __init__(self, placements: Sequence[Placement]) -> None:
+        self._placements = placements
 
     def __call__(self, resources: Mapping[str, float]) -> bool:
-        return resources.get("CPU", 0) >= self._placement.cpus and resources.get("GPU", 0) >= self._placement.gpus
+        return any(
+            resources.get("CPU", 0) >= placement.cpus and resources.get("GPU", 0) >= placement.gpus
+            for placement in self._placements
+        )

@@ -58,9 +58,14 @@ class RunHistory:
         return replace(ended, groups=(*ended.groups, GroupRun(workers, now))[-_MOST_GROUPS:])
 
     def ends(self, now: float, *, is_disrupted: bool) -> RunHistory:
-        """Return the history after the present group ended, if it had not ended before."""
+        """Return the history after the present group ended, if it had not ended before.
+
+        A group that failed before its first step, after a disruption, met the same one.
+        """
         if not self.groups or self.groups[-1].ended is not None:
             return self
+        if not self.takes_steps() and any(group.is_disrupted for group in self.groups[-2:-1]):
+            is_disrupted = False
         return self._with_present(replace(self.groups[-1], ended=now, is_disrupted=is_disrupted))
 
     def steps(self, now: float, step_s: float, steps_left: int | None) -> RunHistory:

@@ -53,7 +53,7 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
     with (
         stopped_if_superseded(run.storage),
         ray_train_timeouts(config),
-        open_mailbox(progress, jobs[-1].name) as mailbox,
+        open_mailbox(progress, jobs[-1].name, config.training.max_failures) as mailbox,
         watching(jobs, config, run, mailbox, progress),
         warm_workers(config),
     ):

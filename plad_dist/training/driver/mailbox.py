@@ -38,21 +38,30 @@ class ProgressMailbox:
 
     Args:
         last_phase: name of the last phase; the time left is known only in it.
+        max_restarts: the most restarts of training processes; -1 for no limit.
     """
 
-    def __init__(self, last_phase: str) -> None:
+    def __init__(self, last_phase: str, max_restarts: int) -> None:
         self._messages: list[Message] = []
         self._group = self._asked_group = self._yielded_group = self._workers = 0
-        self._last_phase = last_phase
+        self._last_phase = self._phase = last_phase
         self._phase_steps: dict[str, int] = {}
         self._history = RunHistory()
-        self._restarts = ProcessRestarts()
+        self._restarts = ProcessRestarts(max_restarts)
 
-    def post(self, message: Message) -> None:
-        """Add a message for the driver."""
+    def post(self, message: Message, restarts: int | None = None) -> None:
+        """Add a message for the driver.
+
+        Args:
+            restarts: restarts that its training process knows of. A step from before the latest one
+                is repeated and does not count. None if the message is not from such a process.
+        """
+        if isinstance(message, StepDone) and restarts not in (None, self._restarts.count):
+            return
         self._messages.append(message)
         match message:
             case Began():
+                self._phase = message.phase
                 self._phase_steps[message.phase] = message.steps
             case StepDone():
                 steps = self._phase_steps.get(message.phase) if message.phase == self._last_phase else None
@@ -91,10 +100,10 @@ class ProgressMailbox:
             self.disrupted()
             self._history = self._history.starts(time.monotonic(), self._workers)
             self._messages.append(Enters(Activity.STARTING))
-            self._messages.append(Said(self._last_phase, f"{reason}; the training processes are restarted"))
+            self._messages.append(Said(self._phase, f"{reason}; the training processes are restarted"))
         return may_restart
 
-    async def processes_restart(self, group: int, count: int) -> int:
+    async def processes_restart(self, group: int, count: int) -> int | None:
         """Wait for a restart: see :meth:`ProcessRestarts.wait`."""
         return await self._restarts.wait(group, count)
 
@@ -142,17 +151,17 @@ def reply_to(call: Any) -> Any:
 
 
 @contextmanager
-def open_mailbox(progress: Progress, last_phase: str) -> Iterator[Any]:
+def open_mailbox(progress: Progress, last_phase: str, max_restarts: int) -> Iterator[Any]:
     """Yield a mailbox actor. Show its messages and export them as metrics while the block runs.
 
     Args:
-        last_phase: name of the last phase.
+        last_phase, max_restarts: see :class:`ProgressMailbox`.
     """
     this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor_class = ray.remote(ProgressMailbox).options(
         num_cpus=0, scheduling_strategy=this_node, max_concurrency=_MOST_CALLS
     )
-    mailbox = actor_class.remote(last_phase)
+    mailbox = actor_class.remote(last_phase, max_restarts)
     reader = _MailboxReader(mailbox, progress)
     thread = threading.Thread(target=reader.follow, daemon=True)
     thread.start()

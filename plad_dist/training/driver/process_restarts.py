@@ -13,9 +13,14 @@ _MAX_FAILED_STARTS = 3  # in a row before the first step; the whole group restar
 
 
 class ProcessRestarts:
-    """Restarts of the present group. All calls run in one event loop."""
+    """Restarts of the present group. All calls run in one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        most: the most restarts of all groups together; -1 for no limit.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._total = most, 0
         self._group = self._count = self._failed_starts = 0
         self._has_finished = False
         self._changed = asyncio.Event()
@@ -30,15 +35,19 @@ class ProcessRestarts:
 
         Returns:
             True if they restart. False if the whole group must: the caller belongs to an earlier
-            one, a worker has finished, or processes died too often before their first step.
+            one, a worker has finished, or processes died too often, at all or before their first
+            step.
         """
         if group != self._group or self._has_finished:
             return False
         if count < self._count:
             return True
+        if self._total == self._most:
+            return False
         self._failed_starts = 0 if takes_steps else self._failed_starts + 1
         if self._failed_starts > _MAX_FAILED_STARTS:
             return False
+        self._total += 1
         self._count += 1
         self._announce()
         return True
@@ -48,19 +57,21 @@ class ProcessRestarts:
         """Restarts of the present group so far."""
         return self._count
 
-    async def wait(self, group: int, count: int) -> int:
-        """Wait until the processes of a group have restarted more than `count` times; return how
-        often.
+    async def wait(self, group: int, count: int) -> int | None:
+        """Wait until the processes of a group have restarted more than `count` times.
 
-        If the group has ended meanwhile, the reply has no meaning and nobody reads it.
+        Returns:
+            How often they have restarted; None if the group has ended.
         """
         while (group, count) == (self._group, self._count):
             await self._changed.wait()
-        return self._count
+        return self._count if group == self._group else None
 
     def finish(self, group: int, count: int) -> bool:
         """Record that a worker has finished. Return False if it must restart its process."""
-        if (group, count) != (self._group, self._count):
+        if group != self._group:
+            return True
+        if count != self._count:
             return False
         self._has_finished = True
         return True

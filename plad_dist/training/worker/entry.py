@@ -26,7 +26,7 @@ from plad_dist.nursery.client import ChildDied, ChildKilled, start_child
 from plad_dist.training.messages import Message
 from plad_dist.training.worker.seat import NURSERY, Seat
 
-_ANSWER_TIMEOUT_S = 10.0  # of the mailbox
+_ANSWER_TIMEOUT_S = 60.0  # for what the mailbox has announced
 _LATE_NEWS_S = 2.0  # from a worker whose process died to the others
 
 
@@ -63,12 +63,13 @@ def _train_in_a_process(settings: dict[str, Any], relay: _Relay) -> bool:
             )
     except ChildKilled:
         return False
-    except ChildDied as death:
-        if not relay.may_restart(f"worker {arguments[1].rank} died: {death}"):
-            raise
-        return False
-    except ChildFailed:  # mostly because of the death of another one
-        if not relay.processes_restart(wait_s=_LATE_NEWS_S):
+    except (ChildDied, ChildFailed) as death:
+        # A process raises or aborts mostly because another one has died, which is told soon.
+        if isinstance(death, ChildFailed) or death.is_aborted:
+            may_restart = relay.processes_restart(wait_s=_LATE_NEWS_S)
+        else:
+            may_restart = relay.may_restart(f"worker {arguments[1].rank} died: {death}")
+        if not may_restart:
             raise
         return False
     return relay.may_finish()
@@ -130,7 +131,7 @@ class _Relay:
         self._mailbox = mailbox
         self._pending_reply: Any = None
         self._yield_group = 0
-        self._group = self._answer(mailbox.present_group.remote()) or 0
+        self._group: int | None = self._answer(mailbox.present_group.remote())
         self._restarts = 0  # of the processes of the group, as far as this worker knows
         self._pending_restart: Any = None
 
@@ -141,38 +142,45 @@ class _Relay:
             address, restarts = broadcast_from_rank_zero(news)
             if restarts >= self._restarts:
                 self._restarts = restarts
-                self._pending_restart = self._mailbox.processes_restart.remote(self._group, restarts)
+                if self._group is not None:
+                    self._pending_restart = self._mailbox.processes_restart.remote(self._group, restarts)
                 return str(address)
             # The first rank has yet to hear of a restart, and will come back.
 
     def processes_restart(self, wait_s: float = 0.0) -> bool:
         """Return True if all workers must restart their processes."""
-        with contextlib.suppress(ray.exceptions.RayError):  # without its driver, the group ends soon
-            if ray.wait([self._pending_restart], timeout=wait_s)[0]:
-                self._restarts = int(ray.get(self._pending_restart))
-                return True
-        return False
+        if self._pending_restart is None or not ray.wait([self._pending_restart], timeout=wait_s)[0]:
+            return False
+        restarts = self._answer(self._pending_restart)
+        if restarts is None:  # the group has ended, or the driver has
+            self._pending_restart = None
+            return False
+        self._restarts = restarts
+        return True
 
     def may_restart(self, reason: str) -> bool:
         """Ask all workers to restart. Return False if the whole group must instead."""
+        if self._group is None:
+            return False
         may = self._answer(self._mailbox.restart_processes.remote(self._group, self._restarts, reason))
         return bool(may) and self.processes_restart(wait_s=_ANSWER_TIMEOUT_S)
 
     def may_finish(self) -> bool:
         """Return False if another worker has asked to restart before this one finished."""
-        may = self._answer(self._mailbox.finish.remote(self._group, self._restarts))
-        return may is not False or not self.processes_restart(wait_s=_ANSWER_TIMEOUT_S)
+        if self._group is None or self._answer(self._mailbox.finish.remote(self._group, self._restarts)) is not False:
+            return True
+        return not self.processes_restart(wait_s=_ANSWER_TIMEOUT_S)
 
-    def _answer(self, reference: Any) -> Any:
-        """Return an answer of the mailbox; None if there is none, since training does not depend on
-        it."""
+    @staticmethod
+    def _answer(reference: Any) -> Any:
+        """Return an answer of the mailbox, or None if it is dead."""
         try:
-            return ray.get(reference, timeout=_ANSWER_TIMEOUT_S)
+            return ray.get(reference)
         except ray.exceptions.RayError:
             return None
 
     def post(self, message: Message) -> None:
-        self._mailbox.post.remote(message)
+        self._mailbox.post.remote(message, self._restarts)
 
     def yielded(self, group: int) -> None:
         self._mailbox.yielded.remote(group)

@@ -22,6 +22,10 @@ def describe(parent: Parent, name: str, *_: str) -> dict[str, Any]:
     }
 
 
+def fill_the_disk() -> None:
+    raise OSError(28, "No space left on device")
+
+
 def refuse(parent: Parent) -> None:
     raise UserError("prompts.jsonl: row 3: no text")
 

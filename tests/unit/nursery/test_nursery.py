@@ -181,6 +181,27 @@ def test_a_child_starts_without_a_server_that_works(
         assert child.serve({"say": lambda text: None, "add": max}, 30)["reply"] == 2
 
 
+def test_a_child_that_cannot_prepare_itself_is_replaced_by_a_new_interpreter(server: Server) -> None:
+    first = f"{FUNCTIONS}:fill_the_disk"
+    with start_child("plad:test", f"{FUNCTIONS}:describe", ("X",), server.path, first=first) as child:
+        assert not child.is_warm
+        assert child.serve({"say": lambda text: None, "add": max}, 30)["reply"] == 2
+
+
+def test_a_child_has_the_environment_variables_that_the_imports_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "setting.py").write_text("import os\nos.environ['SET_BY_IMPORT'] = 'yes'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    server = Server(tmp_path / "s", "setting", FUNCTIONS)
+    try:
+        with start_child("plad:test", f"{FUNCTIONS}:describe", ("SET_BY_IMPORT",), server.path) as child:
+            assert child.is_warm
+            assert child.serve({"say": lambda text: None, "add": max}, 30)["variable"] == "yes"
+    finally:
+        server.end()
+
+
 def test_a_new_interpreter_serves_if_the_server_has_no_memory_for_another_process(tmp_path: Path) -> None:
     source = "import errno, os\ndef fork(): raise OSError(errno.ENOMEM, 'Cannot allocate memory')\nos.fork = fork\n"
     (tmp_path / "crowded.py").write_text(source)

@@ -17,8 +17,10 @@ import pytest
 from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
 from plad_dist.fleet.protocol import EngineDiedError, EngineStartError, Hints, StopStageError
+from plad_dist.nursery.client import ChildDied
 from plad_dist.sampling import engine_actor
 from plad_dist.sampling.engine_actor import EngineActor
+from plad_dist.sampling.engine_process import _portable
 from tests.fakes import FakeBackend
 from tests.unit.sampling.test_attempt import prepare
 
@@ -139,6 +141,33 @@ def test_a_death_during_the_start_allows_another_try(tmp_path: Path, exits: list
             await until(lambda: exits == [1])
 
     run(check())
+
+
+@pytest.mark.parametrize("error", [ChildDied("its interpreter did not start"), OSError(11, "try again")])
+def test_a_process_that_does_not_start_allows_another_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(engine_actor, "start_child", fail)
+    storage, _ = prepare(tmp_path, ["a"])
+
+    async def check() -> None:
+        async with actor_of(storage, tmp_path) as actor:
+            with pytest.raises(EngineStartError):
+                await actor.start()
+
+    run(check())
+
+
+def test_an_error_of_a_library_arrives_in_words(tmp_path: Path) -> None:
+    class ErrorOfALibrary(Exception):
+        pass
+
+    ErrorOfALibrary.__module__ = "vllm.exceptions"
+    error = _portable(ErrorOfALibrary("no blocks are left\nand more"))
+    assert (type(error), str(error)) == (RuntimeError, "ErrorOfALibrary: no blocks are left")
 
 
 def test_a_cancelled_call_is_cancelled_in_the_engine_too(tmp_path: Path) -> None:

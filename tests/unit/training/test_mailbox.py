@@ -9,7 +9,7 @@ from plad_dist.training.messages import Began, Said, StepDone
 
 
 def test_a_late_reply_of_an_earlier_group_is_ignored() -> None:
-    mailbox = ProgressMailbox("round-0")
+    mailbox = ProgressMailbox("round-0", 100)
     mailbox.new_group(2)
     mailbox.ask_to_yield()
     earlier_group = mailbox.wants_yield()
@@ -23,7 +23,7 @@ def test_a_late_reply_of_an_earlier_group_is_ignored() -> None:
 
 
 def test_a_group_takes_steps_from_its_first_step_until_the_next_group_starts() -> None:
-    mailbox = ProgressMailbox("round-0")
+    mailbox = ProgressMailbox("round-0", 100)
     mailbox.new_group(2)
     mailbox.post(Began("round-0", 10, "starts"))
     mailbox.post(Said("round-0", "a line"))
@@ -35,7 +35,7 @@ def test_a_group_takes_steps_from_its_first_step_until_the_next_group_starts() -
 
 
 def test_messages_are_drained_once_and_in_order() -> None:
-    mailbox = ProgressMailbox("round-0")
+    mailbox = ProgressMailbox("round-0", 100)
     messages = [Said("round-0", "first"), Said("round-0", "second")]
     for message in messages:
         mailbox.post(message)
@@ -44,7 +44,7 @@ def test_messages_are_drained_once_and_in_order() -> None:
 
 
 def test_the_time_left_is_known_only_in_the_last_phase() -> None:
-    mailbox = ProgressMailbox("seqkd")
+    mailbox = ProgressMailbox("seqkd", 100)
     mailbox.new_group(2)
     for phase in ("round-0", "seqkd"):
         mailbox.post(Began(phase, 10, "starts"))

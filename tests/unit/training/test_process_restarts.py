@@ -22,7 +22,7 @@ from plad_dist.training.worker import entry
 
 
 def group_of(number: int = 1) -> ProcessRestarts:
-    restarts = ProcessRestarts()
+    restarts = ProcessRestarts(most=100)
     restarts.new_group(number)
     return restarts
 
@@ -62,7 +62,7 @@ def test_a_worker_does_not_finish_while_others_restart() -> None:
 
 
 def test_a_wait_ends_with_a_restart_and_with_its_group() -> None:
-    async def check(end: Callable[[ProcessRestarts], Any]) -> int:
+    async def check(end: Callable[[ProcessRestarts], Any]) -> int | None:
         restarts = group_of()
         waiting = asyncio.create_task(restarts.wait(1, 0))
         await asyncio.sleep(0)
@@ -71,11 +71,42 @@ def test_a_wait_ends_with_a_restart_and_with_its_group() -> None:
         return await asyncio.wait_for(waiting, 10)
 
     assert asyncio.run(check(lambda restarts: restarts.request(1, 0, takes_steps=True))) == 1
-    assert asyncio.run(check(lambda restarts: restarts.new_group(2))) == 0
+    assert asyncio.run(check(lambda restarts: restarts.new_group(2))) is None, "not a restart"
+
+
+def test_a_worker_of_an_ended_group_restarts_nothing_and_may_finish() -> None:
+    restarts = group_of(2)
+    assert asyncio.run(asyncio.wait_for(restarts.wait(1, 0), 10)) is None
+    assert restarts.finish(1, 0)
+    assert restarts.request(2, 0, takes_steps=True), "the present group has not finished"
+
+
+def test_restarts_of_processes_are_limited_over_all_groups() -> None:
+    restarts = ProcessRestarts(most=2)
+    restarts.new_group(1)
+    assert restarts.request(1, 0, takes_steps=True)
+    restarts.new_group(2)
+    assert restarts.request(2, 0, takes_steps=True)
+    assert not restarts.request(2, 1, takes_steps=True)
+    unlimited = ProcessRestarts(most=-1)
+    unlimited.new_group(1)
+    assert all(unlimited.request(1, count, takes_steps=True) for count in range(200))
+
+
+def test_a_step_that_is_repeated_does_not_count() -> None:
+    mailbox = ProgressMailbox("round-0", 100)
+    mailbox.new_group(2)
+    step = StepDone("round-0", 1, 8, 100, 2, {"loss": 1.0, "seconds": 1.0})
+    assert mailbox.restart_processes(1, 0, "worker 1 died")
+    mailbox.drain()
+    mailbox.post(step, 0)
+    assert (mailbox.takes_steps(), mailbox.drain()) == (False, [])
+    mailbox.post(step, 1)
+    assert (mailbox.takes_steps(), mailbox.drain()) == (True, [step])
 
 
 def test_a_restart_is_reported_once_and_begins_a_start() -> None:
-    mailbox = ProgressMailbox("round-0")
+    mailbox = ProgressMailbox("round-0", 100)
     mailbox.new_group(2)
     mailbox.post(StepDone("round-0", 1, 8, 100, 2, {"loss": 1.0, "seconds": 1.0}))
     mailbox.drain()
@@ -105,7 +136,7 @@ class World:
         self.lock, self.loop = threading.RLock(), asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self._barrier, self._news = threading.Barrier(size), [None]
-        self.mailbox = ProgressMailbox("round-0")
+        self.mailbox = ProgressMailbox("round-0", 100)
         self.mailbox.new_group(size)
         self.mailbox.post(StepDone("round-0", 1, 8, 100, size, {"loss": 1.0, "seconds": 1.0}))
         addresses = iter(range(1000))
@@ -194,6 +225,8 @@ class Process:
     def serve(self, handlers: Any, silence_s: float, must_end: Callable[[], bool]) -> None:
         if self._action == "die":
             raise ChildDied("its process was killed by SIGKILL")
+        if self._action == "abort":
+            raise ChildDied("its process was killed by SIGABRT", is_aborted=True)
         if self._action == "fail":
             raise ChildFailed("RuntimeError: Connection closed by peer")
         while self._action == "hang" or self._world.started[self._seat.address] < self._world.size:
@@ -208,6 +241,7 @@ class Process:
         {},
         {(0, 0): "die"},
         {(1, 0): "die", (2, 0): "fail"},
+        {(0, 0): "abort", (1, 0): "die", (2, 0): "abort"},
         {(0, 0): "die", (1, 0): "die", (2, 0): "die"},
         {(0, 0): "die", (0, 1): "die", (1, 1): "hang", (2, 2): "die"},
         {(rank, round): "die" if (rank + round) % 3 else "hang" for rank in range(3) for round in range(3)},
@@ -222,6 +256,33 @@ def test_all_workers_finish_together_whatever_dies(
         assert 3 in world.started.values(), "the last processes met at one address"
 
 
-def test_an_error_without_a_death_fails_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(monkeypatch, 1, {(0, 0): "fail"})
-    assert isinstance(world.run()[0], ChildFailed)
+@pytest.mark.parametrize(("action", "error"), [("fail", ChildFailed), ("abort", ChildDied)])
+def test_an_error_without_a_death_fails_the_worker(
+    monkeypatch: pytest.MonkeyPatch, action: str, error: type[Exception]
+) -> None:
+    world = World(monkeypatch, 1, {(0, 0): action})
+    assert isinstance(world.run()[0], error)
+
+
+@pytest.mark.timeout(180)
+def test_a_worker_without_a_mailbox_trains_and_leaves_deaths_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dead(*_: Any) -> None:
+        raise ray.exceptions.RayActorError
+
+    world = World(monkeypatch, 2, {})
+    monkeypatch.setattr(world.mailbox, "present_group", dead)
+    assert world.run() == [None, None]
+    assert world.rounds == {0: 1, 1: 1}
+    world = World(monkeypatch, 1, {(0, 0): "die"})
+    monkeypatch.setattr(world.mailbox, "present_group", dead)
+    assert isinstance(world.run()[0], ChildDied)
+
+
+@pytest.mark.timeout(180)
+def test_workers_of_a_group_that_has_ended_do_not_restart_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train ends them after the next group is announced."""
+    world = World(monkeypatch, 2, {})
+    present_group = world.mailbox.present_group
+    monkeypatch.setattr(world.mailbox, "present_group", lambda: present_group() - 1)
+    assert world.run() == [None, None]
+    assert world.rounds == {0: 1, 1: 1}

@@ -35,7 +35,7 @@ def test_ctrl_c_still_works_after_training(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(trainer, "Trainer", Trainer)
     monkeypatch.setattr(launch, "warm_workers", lambda config: nullcontext())
-    monkeypatch.setattr(launch, "open_mailbox", lambda progress, last_phase: nullcontext())
+    monkeypatch.setattr(launch, "open_mailbox", lambda progress, last_phase, max_restarts: nullcontext())
     before = signal.getsignal(signal.SIGINT)
     launch.fit([plan_phase("round-0", config, run)], config, run, Progress())
     assert signal.getsignal(signal.SIGINT) is before
