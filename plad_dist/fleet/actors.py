@@ -133,7 +133,7 @@ class ActorManager:
             actor.start = heartbeat.start
             self._progress.say(f"{actor.name}: responded first after {parts_text(heartbeat.start)}")
         if heartbeat.is_reloading and not previous.is_reloading:
-            self._progress.say(f"{actor.name}: restarts its engine with the weights of the next model")
+            self._progress.say(f"{actor.name}: changes to the weights of the next model")
         if not heartbeat.is_reloading:
             actor.reloading_since = None
         elif actor.reloading_since is None:

@@ -133,7 +133,7 @@ class Heartbeat:
         tokens: tokens generated so far for the units in progress. An actor hangs if neither this
             number nor `finished` grows.
         retries: requests repeated since the actor started.
-        is_reloading: True while the engine restarts with other weights.
+        is_reloading: True while the engine changes its weights.
         stuck_rows: rows in flight, if nothing has changed since the previous heartbeat.
         start: seconds of each part of the latest start of the engine, up to its first response;
             empty before that.

@@ -28,7 +28,7 @@ class FleetActor:
         placed_at: time at which Ray gave it its resources; None while it waits in Ray's queue.
         last_heartbeat: latest heartbeat; None until the actor is ready.
         awaits_heartbeat: True while a heartbeat call has no reply.
-        reloading_since: time since which its engine restarts with other weights, otherwise None.
+        reloading_since: time since which its engine changes its weights, otherwise None.
         start: parts of the latest start of its engine that was reported.
     """
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +18,28 @@ from plad_dist.compat.vllm import (
     tokens_in_flight,
 )
 from plad_dist.compat.vllm_processes import start_fork_server, use_fork_server
+from plad_dist.compat.vllm_weights import WORKER_EXTENSION, computes_in_float32, exchange_weights
 from plad_dist.config import Decoding, Model
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import load_model_config
 from plad_dist.data.reasoning import Separated
 from plad_dist.data.templates import Renderer
-from plad_dist.errors import UserError
+from plad_dist.errors import UserError, first_line
 from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
 from plad_dist.sampling.engine_arguments import CPU_DEFAULTS, check_cpu_heads, with_executor
+from plad_dist.sampling.exchange import (
+    CHECK_TEXTS,
+    CHECK_TOKENS,
+    CHECK_TOLERANCE,
+    can_be_exchanged,
+    largest_difference,
+    logprobs_by_transformers,
+)
 from plad_dist.sampling.thoughts import Separate, tags_of_prompt, with_thought
 from plad_dist.timeline import StartClock
+
+logger = logging.getLogger("plad")
 
 # vLLM's finish reasons of usable responses, by the name that samples have for them. With
 # "repetition", vLLM cut a loop short, as the token limit would have.
@@ -72,6 +85,7 @@ class Engine:
             "max_model_len": settings.max_length,
             "seed": seed,
             "disable_log_stats": True,
+            "worker_extension_cls": WORKER_EXTENSION,
             **(CPU_DEFAULTS if is_cpu else {}),
             **with_executor(engine),
         }
@@ -80,7 +94,8 @@ class Engine:
         assert_engine_internals(self._llm)
         self.max_model_len = int(self._llm.model_config.max_model_len)
         self._was_aborted = False
-        self._restart: asyncio.Task[None] | None = None
+        self._change: asyncio.Task[None] | None = None
+        self._check_texts: deque[list[int]] = deque(maxlen=CHECK_TEXTS)
 
     def _start(self, path: str) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -99,9 +114,12 @@ class Engine:
     def render(self, prompts: Sequence[Conversation]) -> Sequence[list[int] | UserError]:
         """Return the token ids of each prompt, or the error why the template cannot render it."""
         try:
-            return self._renderer.prompt_ids(prompts)
+            rendered = self._renderer.prompt_ids(prompts)
         except UserError:
             return [self._render_one(prompt) for prompt in prompts]
+        length = min(CHECK_TOKENS, self.max_model_len - 1)  # vLLM generates one more
+        self._check_texts.extend(ids[-length:] for ids in rendered if len(ids) > 1)
+        return rendered
 
     def _render_one(self, prompt: Conversation) -> list[int] | UserError:
         try:
@@ -164,9 +182,6 @@ class Engine:
         prompt and response do not fit into the context, the response is an error row, or its text
         has control tokens.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         ids = list(response.token_ids)
         has_foreign_tokens = False
         if not ids:
@@ -179,13 +194,19 @@ class Engine:
         if ids and len(prompt_ids) + len(ids) >= self.max_model_len:
             logprob = None
         elif ids and logprob is not None:
-            params = SamplingParams(
-                output_kind=RequestOutputKind.FINAL_ONLY, temperature=0.0, max_tokens=1, prompt_logprobs=0
-            )
-            output = await self._generate([*prompt_ids, *ids], params, request_id)
-            positions = output.prompt_logprobs[len(prompt_ids) :]
-            logprob = sum(position[token].logprob for position, token in zip(positions, ids, strict=True))
+            logprob = await self._logprob(prompt_ids, ids, request_id)
         return Completion(response.text, ids, len(ids), logprob, response.finish_reason, prompt_tokens=len(prompt_ids))
+
+    async def _logprob(self, prompt_ids: list[int], ids: list[int], request_id: str) -> float:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY, temperature=0.0, max_tokens=1, prompt_logprobs=0
+        )
+        output = await self._generate([*prompt_ids, *ids], params, request_id)
+        positions = output.prompt_logprobs[len(prompt_ids) :]
+        return float(sum(position[token].logprob for position, token in zip(positions, ids, strict=True)))
 
     async def _generate(self, ids: list[int], params: Any, request_id: str) -> Any:
         """Return vLLM's final output for a prompt."""
@@ -204,27 +225,51 @@ class Engine:
         return outputs[-1]
 
     async def load_weights(self, path: str) -> None:
-        """Restart the engine with the weights in another folder, of the same architecture.
+        """Respond with the weights in another folder, of the same architecture, from now on.
 
-        vLLM can exchange the weights of a running engine in a fraction of the time. On CPUs such an
-        engine then responds like neither of the two models, without an error, because it keeps
-        copies of some matrices in another layout. So that way is not used.
+        They are exchanged in the running engine where that can be checked. Otherwise, and if the
+        check fails, a new engine starts.
         """
-        if self._restart is not None and not self._restart.done():
-            # The caller that requested this restart was cancelled. A starting engine cannot be.
-            await asyncio.shield(self._restart)
+        if self._change is not None and not self._change.done():
+            # The caller that requested this change was cancelled. A starting engine cannot be.
+            await asyncio.shield(self._change)
         if path == self.path:
             return
-        self._restart = asyncio.create_task(self._restart_with(path))
-        await asyncio.shield(self._restart)
+        self._change = asyncio.create_task(self._change_to(path))
+        await asyncio.shield(self._change)
 
-    async def _restart_with(self, path: str) -> None:
-        self.path = None  # neither the old nor the new weights until the engine is up
+    async def _change_to(self, path: str) -> None:
+        present, self.path = self.path, None  # neither the old nor the new weights until the engine is ready
         self.start = StartClock()
-        self._llm.shutdown()
-        self._llm = await asyncio.to_thread(self._start, path)  # heartbeats continue meanwhile
-        self.start.end("engine")
+        is_exchanged = present is not None and await self._exchange(present, path)
+        self.start.end("exchange")
+        if not is_exchanged:
+            self._llm.shutdown()
+            self._llm = await asyncio.to_thread(self._start, path)  # heartbeats continue meanwhile
+            self.start.end("engine")
         self.path = path
+
+    async def _exchange(self, present: str, path: str) -> bool:
+        """Return True if the running engine took other weights and passed the check."""
+        try:
+            if not (self._check_texts and computes_in_float32(self._llm) and can_be_exchanged(present, path)):
+                return False
+            await exchange_weights(self._llm, path)
+            difference = await self._difference_to_transformers(path)
+        except Exception as error:  # noqa: BLE001 - whatever it is, a new engine starts
+            problem = first_line(error)
+        else:
+            if difference <= CHECK_TOLERANCE:
+                return True
+            problem = f"its log-likelihoods were off by up to {difference:.1e} of their values"
+        logger.warning("%s: a new engine starts, since the running one did not take the weights: %s", path, problem)
+        return False
+
+    async def _difference_to_transformers(self, path: str) -> float:
+        texts = list(self._check_texts)
+        expected = await asyncio.to_thread(logprobs_by_transformers, path, self._settings, texts)
+        requests = (self._logprob(ids[:1], ids[1:], f"check-{path}-{row}") for row, ids in enumerate(texts))
+        return largest_difference(await asyncio.gather(*requests), expected)
 
     @property
     def dead(self) -> bool:

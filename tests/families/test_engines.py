@@ -27,6 +27,15 @@ NEO = {
     "window_size": 6,
     "attention_types": [[["global", "local"], 1]],
 }
+OPT = {
+    "model_type": "opt",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "ffn_dim": 96,
+}
+UNTIED = {"tie_word_embeddings": False}
 PROMPT, RESPONSE = "larger of 3 and 12", "it is 12, the larger one of the two numbers"
 
 
@@ -62,20 +71,24 @@ def test_an_engine_reports_its_tokens_while_it_generates_a_response(tmp_path: Pa
     assert len(set(reports)) > 3
 
 
-def test_gpt_neo_samples_scores_and_swaps_weights_like_transformers(tmp_path: Path) -> None:
-    """Compare the project's own GPT-Neo, with a window shorter than the row, with transformers."""
-    folders = [make_random_model(tmp_path / str(seed), seed, **NEO) for seed in (1, 2)]
+@pytest.mark.parametrize("shape", [NEO, OPT, UNTIED], ids=["gpt_neo", "opt", "untied_llama"])
+def test_an_engine_samples_scores_and_exchanges_weights_like_transformers(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    """GPT-Neo is the project's own, with a window shorter than the row."""
+    folders = [make_random_model(tmp_path / str(seed), seed, **shape) for seed in (1, 2)]
 
     async def sample_and_score() -> list[tuple[Any, Any, Any]]:
         settings = Model(path=str(folders[0]), template=TEMPLATE)
         engine = Engine(str(folders[0]), settings, {"kv_cache_memory_bytes": 1 << 27, "max_num_seqs": 8}, 0)
         [prompt] = engine.render([Conversation([{"role": "user", "content": PROMPT}])])
-        results = []
+        results, running = [], engine._llm
         for folder in folders:
             await engine.load_weights(str(folder))
             drawn = await engine.complete(prompt, Decoding(temperature=0.0, max_tokens=12), 0, f"draw-{folder.name}")
             scored = await engine.score(prompt, Response(RESPONSE, [], "stop"), f"score-{folder.name}")
             results.append((prompt, drawn, scored))
+        assert engine._llm is running, "a new engine started"
         await engine.close()
         return results
 

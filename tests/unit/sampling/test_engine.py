@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_cancelled_change_of_weights_ends_before_the_next_one_starts() -> None
 
     async def change_weights() -> None:
         engine = object.__new__(Engine)
-        engine.path, engine._llm, engine._restart = "a", FakeLlm(), None
+        engine.path, engine._llm, engine._change, engine._check_texts = "a", FakeLlm(), None, deque()
         engine._start = start  # type: ignore[method-assign]
         first = asyncio.create_task(engine.load_weights("b"))
         await asyncio.sleep(0.05)
