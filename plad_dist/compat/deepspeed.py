@@ -14,6 +14,7 @@ Written for DeepSpeed 0.19.8. Relies on:
 - `TorchCheckpointEngine.load`, by which `DeepSpeedEngine.load_checkpoint` reads all files;
 - `build_shm_op` of `comm/torch.py`, which compiles collectives for inference on CPUs. It is
   replaced, because training does not use them and a compiler takes a minute for them;
+- `zero.Init._zero_init_param`, which converts, broadcasts and partitions a new parameter;
 - attributes of a partitioned parameter: `ds_tensor` with this rank's elements and padding, of
   length `ds_numel`; `ds_shape`, `ds_numel`, `ds_zero_partition_rank`, `ds_status`;
   `ds_secondary_tensor`, which the optimizer drops too after it has changed `ds_tensor`;
@@ -38,7 +39,7 @@ import torch
 from deepspeed.checkpoint import constants
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.zero import parameter_offload
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
@@ -67,6 +68,9 @@ for _name, _expected in (
     _assumptions.value(_assumptions.attribute(constants, _name), _expected, _name)
 _assumptions.parameters(_assumptions.attribute(TorchCheckpointEngine, "load"), "self", "path", "map_location")
 _assumptions.parameters(_assumptions.attribute(_comm, "build_shm_op"))
+_zero_init_param = _assumptions.attribute(Init, "_zero_init_param")
+for _name in ("_zero_init_param", "_convert_to_deepspeed_param"):
+    _assumptions.parameters(_assumptions.attribute(Init, _name), "self", "param")
 
 
 def _load(engine: TorchCheckpointEngine, path: str, map_location: Any = None) -> Any:
@@ -130,6 +134,25 @@ def _own_states_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def parameters_not_broadcast() -> Iterator[None]:
+    """Let `zero.Init` partition new parameters without a broadcast of their values from rank 0.
+
+    Weights that are loaded afterwards replace the values. Any others are the same on all ranks,
+    which construct the same model from the same seed.
+    """
+
+    def partition(init: Init, parameter: torch.nn.Parameter) -> None:
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    Init._zero_init_param = partition
+    try:
+        yield
+    finally:
+        Init._zero_init_param = _zero_init_param
 
 
 class OwnPartition(NamedTuple):

@@ -74,6 +74,7 @@ def compare(raw: dict[str, Any], _: str, __: int) -> None:
     """Load every model by transformers alone, by slices and for a checkpoint; compare them."""
     from transformers.integrations import HfDeepSpeedConfig
 
+    from plad_dist.compat.deepspeed import parameters_not_broadcast
     from plad_dist.compat.pretrained import BuiltModel, weights_loaded_by
     from plad_dist.training.model.loading import load_weights
 
@@ -92,7 +93,7 @@ def compare(raw: dict[str, Any], _: str, __: int) -> None:
             expected = load()
             for from_checkpoint in (False, True):
                 torch.manual_seed(4)
-                with weights_loaded_by(partial(own_load, from_checkpoint=from_checkpoint)):
+                with parameters_not_broadcast(), weights_loaded_by(partial(own_load, from_checkpoint=from_checkpoint)):
                     actual = load()
                 assert_same(name, expected, actual, weights=not from_checkpoint)
             assert is_loaded == [name not in LEFT_TO_TRANSFORMERS, name != "copies that differ"], name

@@ -61,11 +61,12 @@ def _load_model(
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
+    from plad_dist.compat.deepspeed import parameters_not_broadcast
     from plad_dist.compat.pretrained import weights_loaded_by
     from plad_dist.training.model.loading import load_weights
 
     partition_at_load = HfDeepSpeedConfig(deepspeed)  # transformers looks for it while it loads a model
-    with weights_loaded_by(partial(load_weights, from_checkpoint=from_checkpoint)):
+    with parameters_not_broadcast(), weights_loaded_by(partial(load_weights, from_checkpoint=from_checkpoint)):
         model = AutoModelForCausalLM.from_pretrained(
             job.start,
             config=model_config,
