@@ -25,7 +25,9 @@ from plad_dist.cli_arguments import (
 from plad_dist.config import Config
 from plad_dist.config_file import load_config
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.progress import Progress
 from plad_dist.terminal import exit_with, log_to_terminal, print_comparison, print_metrics, print_table, print_times
+from plad_dist.timeline import Activity
 
 if TYPE_CHECKING:
     from plad_dist.jobs import JobServer
@@ -134,7 +136,9 @@ def _run_stage(command: str, config: str, overrides: list[str] | None, phase: st
 
 
 def _run_pipeline(config: Config, command: str | None = None, phase: str | None = None) -> RunDir:
-    from plad_dist.pipeline import run_pipeline
+    # A new environment has no compiled modules yet, and takes long to import them.
+    with Progress(every_s=6.0).timed("imports", Activity.STARTING):
+        from plad_dist.pipeline import run_pipeline
 
     try:
         return run_pipeline(config, command, phase)

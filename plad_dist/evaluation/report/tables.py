@@ -53,7 +53,7 @@ def metrics_table(metrics: Metrics) -> Table:
 
 def times_table(times: Mapping[str, StageTime]) -> Table:
     """Return the wall time of a run in minutes and seconds by stage and activity."""
-    table = _new_table("Where the time went: starting processes, computing, or waiting for resources")
+    table = _new_table("Where the time went")
     table.add_column("stage", no_wrap=True)
     for header in (*StageTime._fields, "total"):
         table.add_column(header, justify="right")
