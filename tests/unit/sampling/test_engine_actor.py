@@ -21,6 +21,7 @@ from plad_dist.nursery.client import ChildDied
 from plad_dist.sampling import engine_actor
 from plad_dist.sampling.engine_actor import EngineActor
 from plad_dist.sampling.engine_process import _portable
+from plad_dist.sampling.job import SamplingJob
 from tests.fakes import FakeBackend
 from tests.unit.sampling.test_attempt import prepare
 
@@ -77,6 +78,14 @@ def engine_pid(folder: Path) -> int:
 async def until(condition: Callable[[], bool]) -> None:
     while not condition():
         await asyncio.sleep(0.05)
+
+
+async def hanging_attempt(actor: Any, job: SamplingJob, folder: Path) -> asyncio.Task[Any]:
+    """Start an actor, and an attempt at a prompt that hangs its engine."""
+    await actor.start()
+    attempt = asyncio.create_task(actor.work(job, 0, "first", Hints()))
+    await until(lambda: "ask stall" in (folder / "log").read_text())
+    return attempt
 
 
 def test_calls_are_answered_by_a_process_that_ends_with_the_actor(tmp_path: Path) -> None:
@@ -175,9 +184,7 @@ def test_a_cancelled_call_is_cancelled_in_the_engine_too(tmp_path: Path) -> None
 
     async def check() -> None:
         async with actor_of(storage, tmp_path) as actor:
-            await actor.start()
-            attempt = asyncio.create_task(actor.work(job, 0, "first", Hints()))
-            await until(lambda: "ask stall" in (tmp_path / "log").read_text())
+            attempt = await hanging_attempt(actor, job, tmp_path)
             assert (await actor.heartbeat()).in_flight == 1
             attempt.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -193,9 +200,7 @@ def test_a_killed_engine_fails_every_call_and_ends_its_actor(tmp_path: Path, exi
 
     async def check() -> None:
         async with actor_of(storage, tmp_path) as actor:
-            await actor.start()
-            attempt = asyncio.create_task(actor.work(job, 0, "first", Hints()))
-            await until(lambda: "ask stall" in (tmp_path / "log").read_text())
+            attempt = await hanging_attempt(actor, job, tmp_path)
             os.kill(engine_pid(tmp_path), signal.SIGKILL)
             with pytest.raises(EngineDiedError, match="killed by SIGKILL") as death:
                 await attempt

@@ -62,9 +62,12 @@ def test_a_group_of_one_size_waits_for_resources_only_as_long_as_its_patience(cl
 
 
 def test_an_elastic_group_waits_without_limit(clock: Clock) -> None:
-    callbacks = observer(Mailbox(), 2, 8)
+    mailbox = Mailbox()
+    callbacks = observer(mailbox, 2, 8)
     clock.now += 10_000
     callbacks.on_waiting()
+    (text,) = mailbox.texts
+    assert text.startswith("has waited 10000 s for room for 2 to 8 workers")
 
 
 def test_nodes_of_silent_workers_are_not_counted_on_for_a_while(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
