@@ -14,6 +14,7 @@ import itertools
 import os
 import pickle
 import random
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ import yaml
 from plad_dist import pipeline, rundir
 from plad_dist.config import Config, secrets
 from plad_dist.config_file import parse_config
-from plad_dist.data import dataset, journal, prompts, selection, storage
+from plad_dist.data import dataset, prompts, selection, storage
 from plad_dist.data.claims import check_owned
 from plad_dist.data.schemas import PAIRS
 from plad_dist.fleet.fleet import Assignment, Fleet
@@ -45,7 +46,6 @@ from plad_dist.sampling.attempt import BlockAttempt
 from plad_dist.sampling.backend import Completion
 from plad_dist.sampling.job import SamplingJob
 from plad_dist.timeline import StartClock
-from plad_dist.verify import parts as verified_parts
 from plad_dist.verify.verification import Verification
 from tests.caching import cached
 from tests.simulation.world import World
@@ -278,8 +278,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("put", "get", "head", "delete", "list", "list_with_delimiter"):
         monkeypatch.setattr(obstore, name, lambda *a, _name=name, **k: getattr(world(), _name)(*a, **k))
     monkeypatch.setattr(storage, "from_url", lambda url, **options: url)
-    for module in (dataset, journal, verified_parts):
-        monkeypatch.setattr(module, "ThreadPoolExecutor", _SerialExecutor, raising=False)
+    for module in [module for name, module in sys.modules.items() if name.startswith("plad_dist.")]:
+        if hasattr(module, "ThreadPoolExecutor"):
+            monkeypatch.setattr(module, "ThreadPoolExecutor", _SerialExecutor)
     monkeypatch.setattr(asyncio, "to_thread", _to_this_thread)
     monkeypatch.setattr(dataset, "_parts", _of_each_command(dataset._parts.__wrapped__))
     monkeypatch.setattr(time, "time", lambda: world().time())

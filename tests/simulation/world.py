@@ -52,6 +52,7 @@ class Command:
     Attributes:
         calls: calls to the store so far.
         outcome: exception that ended it; None if it succeeded or has not ended.
+        thread: thread that runs it, the only one that may call the store in its turn.
         probe: number of the call that last looked for a later claim and saw none.
     """
 
@@ -63,6 +64,7 @@ class Command:
     has_ended: bool = False
     was_hit: bool = False
     outcome: BaseException | None = None
+    thread: threading.Thread | None = None
     probe: int = -1_000_000
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     caches: dict[Any, Any] = field(default_factory=dict)
@@ -112,13 +114,13 @@ class World:
     def run(self, *commands: Command) -> None:
         """Run commands to their ends, whatever these are."""
         self.commands = list(commands)
-        threads = [threading.Thread(target=self._run, args=[command], daemon=True) for command in commands]
-        for thread in threads:
-            thread.start()
+        for command in commands:
+            command.thread = threading.Thread(target=self._run, args=[command], daemon=True)
+            command.thread.start()
         self._pass_turn()
         self._main.acquire()
-        for thread in threads:
-            thread.join()
+        for command in commands:
+            command.thread.join()
         self.current = None
 
     def _run(self, command: Command) -> None:
@@ -141,6 +143,8 @@ class World:
     def _call(self, effect: Callable[[], Any], *, writes: bool = False) -> Any:
         """Carry out a call to the store, with everything that can happen to it."""
         command = self.current
+        if command is not None and command.thread is not threading.current_thread():
+            raise AssertionError("A thread of its own calls the store. Its turns could not be replayed.")
         self.monotonic += self.random.choice((0.001, 0.01, 0.1, 1.0))
         if self.has_jumping_clock and self.random.random() < 0.02:
             self.offset -= self.random.uniform(0, 3600)
