@@ -21,6 +21,7 @@ from tests.numerics.workers import config_with_pairs, make_run, train
 
 PHASE = "round-0"
 WORKER, TRAINING, NURSERY = "ray::RayTrainWorker", "plad:train", "plad:nursery"  # names of processes
+STEPS, EVERY = 160, 10  # of the phase, and between its checkpoints
 _WHY = available()
 MARKS = [
     pytest.mark.engine,
@@ -59,8 +60,8 @@ class Training:
         self,
         cluster: Cluster,
         folder: Path,
-        steps: int,
-        every: int,
+        steps: int = STEPS,
+        every: int = EVERY,
         phase: dict[str, Any] | None = None,
         *,
         warm_starts: bool = True,
@@ -183,9 +184,9 @@ def _signal_worker(node: Node, number: int) -> None:
     os.kill(node.processes(WORKER)[0], number)
 
 
-def undisturbed_student(folder: Path, steps: int, every: int) -> dict[str, torch.Tensor]:
+def undisturbed_student(folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of the same phase trained without faults."""
-    raw = config_with_pairs(folder, max_steps=steps, checkpoint_every=every, **ROUND)
+    raw = config_with_pairs(folder, max_steps=STEPS, checkpoint_every=EVERY, **ROUND)
     run = make_run(raw)
     train(folder, raw, PHASE, 2)
     return load_file(run.model(PHASE) / "model.safetensors")

@@ -5,29 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.elastic import MARKS, NURSERY, TRAINING, Training, expect_same_student, kill_training, undisturbed_student
+from tests.elastic import EVERY, MARKS, NURSERY, TRAINING, Training, expect_same_student, kill_training
 from tests.nodes import Cluster, Node, wait
 
 pytestmark = MARKS
-STEPS, EVERY = 120, 10
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return undisturbed_student(tmp_path_factory.mktemp("undisturbed"), STEPS, EVERY)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.end()
 
 
 def parent_of(pid: int) -> int:
@@ -44,7 +30,7 @@ def test_training_recovers_from_a_death_whatever_happens_to_the_nursery(
     tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor], name: str, number: str
 ) -> None:
     nodes = [cluster.add(), cluster.add()]
-    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+    training = Training(cluster, tmp_path / "run")
     training.wait_for_steps(EVERY + 5)
     assert all(is_warm(node) for node in nodes)
     before = [node.processes(NURSERY)[0] for node in nodes]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.elastic import (
+    EVERY,
     MARKS,
     WORKER,
     Training,
@@ -25,25 +26,11 @@ from tests.elastic import (
     kill_training,
     kill_worker,
     resumed_steps,
-    undisturbed_student,
 )
 from tests.nodes import Cluster, Node
 
 pytestmark = MARKS
-STEPS, EVERY, NOTICE_S = 160, 10, 20
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return undisturbed_student(tmp_path_factory.mktemp("undisturbed"), STEPS, EVERY)
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path)
-    yield cluster
-    cluster.end()
-
+NOTICE_S = 20
 
 FAULTS: dict[str, Callable[[Node], None]] = {
     "a worker is killed": kill_worker,
@@ -66,7 +53,7 @@ def test_the_student_is_the_same_after_any_fault_of_a_node(
     A frozen or isolated node returns after training has resumed.
     """
     nodes = [cluster.add(), cluster.add()]
-    training = Training(cluster, tmp_path / "run", STEPS, EVERY, worker_timeout_s=10)
+    training = Training(cluster, tmp_path / "run", worker_timeout_s=10)
     training.wait_for_steps(EVERY + 5)
     fault_at = time.time()
     workers = [each.processes(WORKER) for each in nodes]
@@ -89,7 +76,7 @@ def test_the_same_command_resumes_after_the_driver_is_killed(
 ) -> None:
     cluster.add()
     cluster.add()
-    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+    training = Training(cluster, tmp_path / "run")
     training.wait_for_steps(EVERY + 5)
     os.killpg(training.command.pid, signal.SIGKILL)
     training.command.wait()
@@ -104,7 +91,7 @@ def test_a_node_that_leaves_as_announced_and_a_new_node_cost_no_step(
     tmp_path: Path, cluster: Cluster, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     nodes = [cluster.add(), cluster.add()]
-    training = Training(cluster, tmp_path / "run", STEPS, EVERY)
+    training = Training(cluster, tmp_path / "run")
     training.wait_for_steps(EVERY + 5)
     cluster.drain(nodes[0], NOTICE_S)
     announced_at = time.time()
@@ -126,7 +113,7 @@ def test_the_same_command_resumes_on_another_cluster_after_the_head_is_lost(
     try:
         first.add()
         first.add()
-        training = Training(first, tmp_path / "run", STEPS, EVERY)
+        training = Training(first, tmp_path / "run")
         training.wait_for_steps(EVERY + 5)
         first.head.kill()
         training.command.kill()

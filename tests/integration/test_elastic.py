@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from tests.elastic import (
+    EVERY,
     MARKS,
     NURSERY,
     PHASE,
@@ -19,16 +20,15 @@ from tests.elastic import (
 from tests.nodes import Cluster
 
 pytestmark = MARKS
-STEPS, EVERY = 160, 10
 
 
 def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Path) -> None:
     (tmp_path / "undisturbed").mkdir()
-    undisturbed = undisturbed_student(tmp_path / "undisturbed", STEPS, EVERY)
+    undisturbed = undisturbed_student(tmp_path / "undisturbed")
     cluster = Cluster(tmp_path)
     try:
         nodes = [cluster.add(), cluster.add()]
-        training = Training(cluster, tmp_path / "run", STEPS, EVERY, worker_timeout_s=600)
+        training = Training(cluster, tmp_path / "run", worker_timeout_s=600)
         training.wait((training.run.root / "checkpoints" / PHASE / "latest.json").exists, "a checkpoint")
         nodes[1].kill()
         training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
@@ -54,7 +54,7 @@ def test_a_group_of_one_size_replaces_a_dead_node_by_a_warm_spare(tmp_path: Path
     cluster = Cluster(tmp_path)
     try:
         nodes = [cluster.add(), cluster.add(), cluster.add()]
-        training = Training(cluster, tmp_path / "run", 60, EVERY, num_workers=2)
+        training = Training(cluster, tmp_path / "run", 60, num_workers=2)
         training.wait_for_steps(EVERY + 5)
         spare = next(node for node in nodes if not node.processes(WORKER))
         assert spare.processes(NURSERY), "it has imported what a worker needs"
