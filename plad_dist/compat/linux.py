@@ -10,7 +10,8 @@ distributions, Docker and Kubernetes). Relies on:
   fcntl);
 - `SO_PEERCRED`: process, user and group of a peer (man 7 unix), and the state, the times and the
   start in `/proc/PID/stat` (man 5 proc);
-- `/proc/PID/fd/N`: a link to the file that a process has opened as number N (man 5 proc).
+- `/proc/PID/fd/N`: a link to the file that a process has opened as number N (man 5 proc);
+- `oom_kill N` in `/proc/vmstat` (kernel 4.13 and later), counted before the process is killed.
 
 Nothing is asserted at import, since a missing file has a meaning: the kernel sets no limit, or the
 output is not redirected to a file.
@@ -33,6 +34,7 @@ from typing import NamedTuple
 _SET_SIGNAL = 10  # F_SETSIG, which Python's module fcntl does not name
 _CREDENTIALS = struct.Struct("3i")  # process, user and group
 _CGROUP_ROOT, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_VMSTAT = Path("/proc/vmstat")
 
 
 def cgroup_limits(root: Path = _CGROUP_ROOT, own: Path = _OWN_CGROUP) -> tuple[float, float]:
@@ -108,6 +110,15 @@ def processor_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "TtZX" else int(fields[11]) + int(fields[12])
+
+
+def oom_kills(file: Path = _VMSTAT) -> int:
+    """Return how many processes of this machine the kernel has killed for lack of memory so far.
+
+    0 where the kernel does not count them.
+    """
+    count = re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE) if file.exists() else None
+    return int(count[1]) if count else 0
 
 
 def process_began() -> float:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -85,9 +86,10 @@ class Nursery:
             os.close(its_end)
             _wait_while_it_runs(process)
             os.close(lifeline)
-            process.wait()
+            code = process.wait()
             path.unlink(missing_ok=True)
             was_short = time.monotonic() - started < _LONGEST_PAUSE_S
+            print(f"nursery: ended with code {code}; another starts in {pause:g} s", file=sys.stderr, flush=True)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S) if was_short else _FIRST_PAUSE_S
 

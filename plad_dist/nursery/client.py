@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from plad_dist.compat.linux import peer_of, processor_time
+from plad_dist.compat.linux import oom_kills, peer_of, processor_time
 from plad_dist.errors import RunFailed, first_line
 from plad_dist.nursery.child import Call
 
@@ -37,11 +37,13 @@ class ChildDied(RuntimeError):
 
     Attributes:
         is_aborted: True if the process ended itself by SIGABRT, as a library does that gives up.
+        lacked_memory: True if the kernel has killed processes of this machine for lack of memory
+            since the process was started, and nothing else explains its end.
     """
 
-    def __init__(self, message: str, *, is_aborted: bool = False) -> None:
+    def __init__(self, message: str, *, is_aborted: bool = False, lacked_memory: bool = False) -> None:
         super().__init__(message)
-        self.is_aborted = is_aborted
+        self.is_aborted, self.lacked_memory = is_aborted, lacked_memory
 
 
 class ChildKilled(Exception):
@@ -63,6 +65,7 @@ class Child:
         self, connection: Connection, lifeline: int, wait: Callable[[float], int | None], *, is_warm: bool
     ) -> None:
         self._connection, self._lifeline, self._wait = connection, lifeline, wait
+        self._oom_kills = oom_kills()
         self.is_warm = is_warm
 
     def __enter__(self) -> Child:
@@ -103,7 +106,7 @@ class Child:
             try:
                 kind, *rest = self._connection.recv()
             except (EOFError, ConnectionError):
-                raise _death(self._wait(_STATUS_TIMEOUT_S)) from None
+                raise self.death() from None
             match kind:
                 case "tell":
                     handlers[rest[0]](*rest[1:])
@@ -121,6 +124,20 @@ class Child:
         """
         with contextlib.suppress(OSError):
             self._connection.send(message)
+
+    def death(self) -> ChildDied:
+        """Return how the child died, once its end of the connection is closed."""
+        status = self._wait(_STATUS_TIMEOUT_S)
+        code = None if status is None else os.waitstatus_to_exitcode(status)
+        if code is not None and code >= 0:
+            return ChildDied(f"its process ended with exit code {code}")
+        end = "died" if code is None else f"was killed by {signal.Signals(-code).name}"
+        lacked_memory = code in (None, -signal.SIGKILL) and oom_kills() > self._oom_kills
+        cause = ": out of memory" if lacked_memory else ""
+        return ChildDied(
+            f"its process {end} on node {socket.gethostname()}{cause}",
+            is_aborted=code == -signal.SIGABRT, lacked_memory=lacked_memory,
+        )  # fmt: skip
 
     def kill(self) -> None:
         """Kill the child if it lives, and wait until its memory is free."""
@@ -203,28 +220,41 @@ def _from_server(server: Path, call: Call) -> Child | None:
         return None
     ends = _Ends()
     child = Child(ends.connection, ends.lifeline, lambda seconds: _status_of(request, seconds), is_warm=True)
-    problem: str | None = "its server does not respond"
-    with contextlib.suppress(OSError, EOFError):
+    try:
         try:
             socket.send_fds(request, [b"1"], [ends.its_connection, ends.its_lifeline, 1, 2])
         finally:
             ends.close_its()
-        if _responds(ends.connection, request):
-            ends.connection.recv()
-            ends.connection.send(call)
-            if _responds(ends.connection, request):
-                match ends.connection.recv():
-                    case ("ready",):
-                        problem = None
-                    case ("refused", names):
-                        problem = f"it has another environment: {', '.join(names)}"
-                    case (_, error):
-                        problem = f"its child failed: {first_line(error)}"
+        problem = _problem_of_start(ends.connection, call, lambda: _responds(ends.connection, request))
+    except (OSError, EOFError):
+        problem = str(child.death())
     if problem is None:
         return child
     logger.warning("nursery: not used: %s", problem)
     child.kill()
     return None
+
+
+def _problem_of_start(connection: Connection, call: Call, responds: Callable[[], bool]) -> str | None:
+    """Send a call to a child. Return None when it is ready, or why it is not.
+
+    Args:
+        responds: waits for a message of the child, and returns False if it is not worth waiting.
+
+    Raises:
+        EOFError, OSError: the child has died.
+    """
+    while responds():
+        match connection.recv():
+            case ("hello",):
+                connection.send(call)
+            case ("ready",):
+                return None
+            case ("refused", names):
+                return f"it has another environment: {', '.join(names)}"
+            case (_, error):
+                return f"its child failed: {first_line(error)}"
+    return "it does not respond"
 
 
 def _responds(connection: Connection, request: socket.socket) -> bool:
@@ -281,26 +311,14 @@ def _new_interpreter(call: Call) -> Child:
 
     child = Child(ends.connection, ends.lifeline, wait, is_warm=False)
     try:
-        for answer in (call, None):  # to its hello, and to its being ready
-            if not ends.connection.poll(_START_TIMEOUT_S):
-                raise ChildDied(f"its interpreter did not start within {_START_TIMEOUT_S:g} s")
-            ends.connection.recv()
-            if answer is not None:
-                ends.connection.send(answer)
+        problem = _problem_of_start(ends.connection, call, lambda: ends.connection.poll(_START_TIMEOUT_S))
+        if problem is not None:
+            raise ChildDied(f"its interpreter did not start: {problem}")
     except (EOFError, ConnectionError):
-        status = wait(_STATUS_TIMEOUT_S)
+        death = child.death()
         child.kill()
-        raise _death(status) from None
+        raise death from None
     except BaseException:
         child.kill()
         raise
     return child
-
-
-def _death(status: int | None) -> ChildDied:
-    if status is None:
-        return ChildDied("its process died")
-    code = os.waitstatus_to_exitcode(status)
-    if code >= 0:
-        return ChildDied(f"its process ended with exit code {code}")
-    return ChildDied(f"its process was killed by {signal.Signals(-code).name}", is_aborted=-code == signal.SIGABRT)

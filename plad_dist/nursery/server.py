@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,7 +98,7 @@ def _accepted(
 ) -> _Waiting | None:
     """Fork a child for the next client.
 
-    None if the client has gone, its request is bad, or the fork fails.
+    None if the client has gone, its request is bad, or there is no memory for a child.
     """
     handles: list[int] = []
     client: socket.socket | None = None
@@ -111,12 +112,15 @@ def _accepted(
             raise ConnectionError("a request without its four descriptors")
         client.settimeout(None)
         pid = os.fork()
-    except OSError as error:  # also of a client that has gone
-        print(f"nursery: no child: {error}", file=sys.stderr, flush=True)
+    except (OSError, MemoryError) as error:  # also of a client that has gone
+        print(f"nursery: no child: {error!r}", file=sys.stderr, flush=True)
         if client is not None:
             client.close()
-        for handle in handles:
+        for handle in handles[1:]:
             os.close(handle)
+        if handles:
+            with contextlib.suppress(OSError), Connection(handles[0]) as connection:
+                connection.send(("failed", error))
         return None
     if pid:
         for handle in handles:

@@ -13,6 +13,7 @@ from plad_dist.nursery.client import ChildDied
 
 _MAX_LENGTH = 400
 _MAX_DETAILS = 4
+_FOR_MEMORY = "lower training.micro_batch_tokens, or add workers"
 
 
 def describe_failure(error: Any) -> str:
@@ -27,7 +28,8 @@ def describe_failure(error: Any) -> str:
     if isinstance(cause, RayActorError):
         return f"worker {rank} died: {_death(cause)}"
     if isinstance(cause, ChildDied):
-        return f"worker {rank} died: {cause}"
+        advice = f" ({_FOR_MEMORY})" if cause.lacked_memory else ""
+        return f"worker {rank} died: {cause}{advice}"
     if ray_train.is_health_check_timeout(cause):
         return f"worker {rank} does not respond (training.worker_timeout_s)"
     return f"worker {rank} failed: {_last_line(cause)}"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from plad_dist.compat.linux import cgroup_limits
+from plad_dist.compat.linux import cgroup_limits, oom_kills
 
 GIB = 1 << 30
 ROOT = Path(__file__).parents[3]
@@ -30,6 +30,13 @@ def test_the_kernel_of_this_machine_reports_limits_that_leave_something() -> Non
     memory, cpus = cgroup_limits()
     assert memory > 1 << 20
     assert cpus > 0
+
+
+def test_the_kills_of_the_kernel_for_lack_of_memory_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "vmstat").write_text("pgfault 7\noom_kill 3\nnr_oom_kill 9\n")
+    assert oom_kills(tmp_path / "vmstat") == 3
+    assert oom_kills(tmp_path / "none") == 0
+    assert oom_kills() >= 0
 
 
 def test_the_output_of_a_process_is_read_back_from_the_file_that_it_goes_to(tmp_path: Path) -> None:

@@ -52,6 +52,11 @@ def wait(parent: Parent) -> None:
     time.sleep(600)
 
 
+def allocate(parent: Parent, size: int) -> int:
+    parent.ask("pid", os.getpid())
+    return len(bytearray(b"1") * size)
+
+
 def be_deaf(parent: Parent) -> None:
     """Ignore every signal that can be ignored, and run no Python code any more."""
     parent.tell("pid", os.getpid())

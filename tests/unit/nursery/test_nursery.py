@@ -18,6 +18,7 @@ from plad_dist.errors import RunFailed, UserError
 from plad_dist.nursery import client
 from plad_dist.nursery.child import ChildFailed
 from plad_dist.nursery.client import Child, ChildDied, interpreter, start_child
+from tests.memory_faults import small_group
 
 FUNCTIONS = "tests.unit.nursery.functions"
 
@@ -115,6 +116,16 @@ def test_the_death_of_a_child_is_told_with_its_cause(path: Path | None) -> None:
             child.serve({"say": lambda text: None}, 30)
 
 
+def test_a_child_that_the_kernel_kills_for_lack_of_memory_is_reported_so(path: Path | None) -> None:
+    with (
+        small_group(60 << 20) as add,
+        start("allocate", 200 << 20, server=path) as child,
+        pytest.raises(ChildDied, match=r"killed by SIGKILL on node .*: out of memory") as death,
+    ):
+        child.serve({"pid": add}, 30)
+    assert death.value.lacked_memory
+
+
 def test_a_silent_child_is_killed(path: Path | None) -> None:
     with start("be_deaf", server=path) as child:
         pids: list[int] = []
@@ -188,6 +199,12 @@ def test_a_child_that_cannot_prepare_itself_is_replaced_by_a_new_interpreter(ser
         assert child.serve({"say": lambda text: None, "add": max}, 30)["reply"] == 2
 
 
+def test_a_new_interpreter_that_cannot_prepare_itself_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.Path, "cwd", lambda: "/no/such/folder")
+    with pytest.raises(ChildDied, match="did not start: its child failed: FileNotFoundError"):
+        start("describe", "X", server=None)
+
+
 def test_a_child_has_the_environment_variables_that_the_imports_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,8 +219,11 @@ def test_a_child_has_the_environment_variables_that_the_imports_set(
         server.end()
 
 
-def test_a_new_interpreter_serves_if_the_server_has_no_memory_for_another_process(tmp_path: Path) -> None:
-    source = "import errno, os\ndef fork(): raise OSError(errno.ENOMEM, 'Cannot allocate memory')\nos.fork = fork\n"
+@pytest.mark.parametrize("error", ["OSError(12, 'Cannot allocate memory')", "MemoryError()"])
+def test_a_new_interpreter_serves_if_the_server_has_no_memory_for_another_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: str
+) -> None:
+    source = f"import os\ndef fork(): raise {error}\nos.fork = fork\n"
     (tmp_path / "crowded.py").write_text(source)
     sys.path.append(str(tmp_path))
     try:
@@ -212,6 +232,7 @@ def test_a_new_interpreter_serves_if_the_server_has_no_memory_for_another_proces
             assert not child.is_warm
             assert child.serve({"say": lambda text: None, "add": max}, 30)["reply"] == 2
         assert server.process.poll() is None, "it goes on"
+        assert "emory" in caplog.text, "the reason is logged"
     finally:
         sys.path.remove(str(tmp_path))
         server.end()

@@ -8,6 +8,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.nursery.client import ChildDied
 from plad_dist.training.driver.failures import describe_failure, root_cause, unreachable_ranks
 
 
@@ -20,6 +21,15 @@ def test_a_death_is_named_and_not_the_connections_that_broke_with_it() -> None:
     error = WorkerGroupError("failed", {0: broken_connection(), 1: death})
     assert describe_failure(error).startswith("worker 1 died: ")
     assert "Connection closed" not in describe_failure(error)
+
+
+def test_a_death_for_lack_of_memory_says_what_to_do() -> None:
+    death = ChildDied("its process was killed by SIGKILL on node a: out of memory", lacked_memory=True)
+    error = WorkerGroupError("failed", {0: broken_connection(), 1: death})
+    assert describe_failure(error) == (
+        "worker 1 died: its process was killed by SIGKILL on node a: out of memory "
+        "(lower training.micro_batch_tokens, or add workers)"
+    )
 
 
 def test_a_worker_that_does_not_respond_is_named_with_the_key_of_the_timeout() -> None:
