@@ -5,6 +5,7 @@ All times are seconds by one clock, which the caller reads. docs/runbook.md deri
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -81,6 +82,11 @@ class RunHistory:
     def takes_steps(self) -> bool:
         """Return True if the present group has taken a step."""
         return bool(self.groups) and self.groups[-1].stepped is not None
+
+    def failed_starts(self) -> int:
+        """Return how many groups in a row before the present one have ended without a step."""
+        before = reversed(self.groups[:-1])
+        return sum(1 for _ in itertools.takewhile(lambda group: group.stepped is None, before))
 
     def restart_s(self) -> float:
         """Return the average seconds of a restart, in which later ones count more.

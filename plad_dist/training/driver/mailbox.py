@@ -28,6 +28,7 @@ from plad_dist.training.messages import Began, Enters, HeldoutRanked, Message, S
 
 logger = logging.getLogger("plad")
 
+_MOST_WARM_STARTS = 2  # in a row that fail before the first step
 _MOST_CALLS = 100_000  # at a time; one for each worker waits
 
 
@@ -77,7 +78,7 @@ class ProgressMailbox:
         """Record that another worker group is about to start."""
         self._group += 1
         self._asked_group, self._workers = 0, workers
-        self._history = self._history.starts(time.monotonic(), workers)
+        self._start()
         self._restarts.new_group(self._group)
 
     def disrupted(self) -> None:
@@ -98,10 +99,20 @@ class ProgressMailbox:
         may_restart = self._restarts.request(group, count, takes_steps=self.takes_steps())
         if self._restarts.count > before:
             self.disrupted()
-            self._history = self._history.starts(time.monotonic(), self._workers)
             self._messages.append(Enters(Activity.STARTING))
             self._messages.append(Said(self._phase, f"{reason}; the training processes are restarted"))
+            self._start()
         return may_restart
+
+    def _start(self) -> None:
+        self._history = self._history.starts(time.monotonic(), self._workers)
+        if self._history.failed_starts() == _MOST_WARM_STARTS:
+            text = f"starts without nurseries, since {_MOST_WARM_STARTS} starts have failed"
+            self._messages.append(Said(self._phase, text))
+
+    def may_start_warm(self) -> bool:
+        """Return False after several failed starts, because the nurseries may be their cause."""
+        return self._history.failed_starts() < _MOST_WARM_STARTS
 
     async def processes_restart(self, group: int, count: int) -> int | None:
         """Wait for a restart: see :meth:`ProcessRestarts.wait`."""

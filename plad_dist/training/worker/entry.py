@@ -49,8 +49,9 @@ def _train_in_a_process(settings: dict[str, Any], relay: _Relay) -> bool:
     """Train in a child. Return False if all workers must restart theirs."""
     began = time.monotonic()
     arguments = (settings["jobs"], _seat(settings["timeout_s"], began, relay))
+    nursery = _nursery() if relay.may_start_warm() else None
     try:
-        with start_child("plad:train", "plad_dist.training.worker.process:train", arguments, _nursery()) as child:
+        with start_child("plad:train", "plad_dist.training.worker.process:train", arguments, nursery) as child:
             child.serve(
                 {
                     "post": relay.post,
@@ -146,6 +147,10 @@ class _Relay:
                     self._pending_restart = self._mailbox.processes_restart.remote(self._group, restarts)
                 return str(address)
             # The first rank has yet to hear of a restart, and will come back.
+
+    def may_start_warm(self) -> bool:
+        """Return False if the processes must start without a nursery."""
+        return self._answer(self._mailbox.may_start_warm.remote()) is not False
 
     def processes_restart(self, wait_s: float = 0.0) -> bool:
         """Return True if all workers must restart their processes."""

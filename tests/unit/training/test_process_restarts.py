@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
 
@@ -19,6 +20,8 @@ from plad_dist.training.driver.mailbox import ProgressMailbox
 from plad_dist.training.driver.process_restarts import ProcessRestarts
 from plad_dist.training.messages import Said, StepDone
 from plad_dist.training.worker import entry
+
+NURSERY = Path("nursery.sock")
 
 
 def group_of(number: int = 1) -> ProcessRestarts:
@@ -117,6 +120,22 @@ def test_a_restart_is_reported_once_and_begins_a_start() -> None:
     assert texts == ["worker 1 died; the training processes are restarted"]
 
 
+def test_a_step_ends_a_row_of_failed_starts_after_which_nurseries_are_not_used() -> None:
+    mailbox = ProgressMailbox("round-0", 100)
+    assert mailbox.may_start_warm()
+    warm = []
+    for _ in range(4):
+        mailbox.new_group(2)
+        warm.append(mailbox.may_start_warm())
+        mailbox.disrupted()
+    assert warm == [True, True, False, False]
+    texts = [message.text for message in mailbox.drain() if isinstance(message, Said)]
+    assert texts == ["starts without nurseries, since 2 starts have failed"]
+    mailbox.post(StepDone("round-0", 1, 8, 100, 2, {"loss": 1.0, "seconds": 1.0}))
+    mailbox.new_group(2)
+    assert mailbox.may_start_warm()
+
+
 # -- the protocol of the workers, in threads
 
 
@@ -131,6 +150,7 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int, script: dict[tuple[int, int], str]) -> None:
         self.size, self.script = size, script
         self.rank = threading.local()
+        self.servers: list[Path | None] = []  # of all processes
         self.rounds: Counter[int] = Counter()  # processes started so far by rank
         self.started: Counter[str] = Counter()  # processes by address
         self.lock, self.loop = threading.RLock(), asyncio.new_event_loop()
@@ -143,10 +163,10 @@ class World:
         monkeypatch.setattr(entry, "broadcast_from_rank_zero", self._broadcast)
         monkeypatch.setattr(entry, "_free_address", lambda: f"address {next(addresses)}")
         monkeypatch.setattr(entry, "_device", lambda: None)
-        monkeypatch.setattr(entry, "_nursery", lambda: None)
+        monkeypatch.setattr(entry, "_nursery", lambda: NURSERY)
         monkeypatch.setattr(entry, "_LATE_NEWS_S", 0.5)
         monkeypatch.setattr(
-            entry, "start_child", lambda title, function, arguments, server: Process(self, arguments[1])
+            entry, "start_child", lambda title, function, arguments, server: Process(self, arguments[1], server)
         )
         monkeypatch.setattr(ray.train, "get_context", self._context)
         monkeypatch.setattr(ray, "get", lambda future, timeout=None: future.result(60))
@@ -209,9 +229,10 @@ class Remote:
 class Process:
     """Training process that follows the script of its world."""
 
-    def __init__(self, world: World, seat: Any) -> None:
+    def __init__(self, world: World, seat: Any, server: Path | None) -> None:
         self._world, self._seat = world, seat
         with world.lock:
+            world.servers.append(server)
             self._action = world.script.get((seat.rank, world.rounds[seat.rank]), "finish")
             world.rounds[seat.rank] += 1
             world.started[seat.address] += 1
@@ -254,6 +275,12 @@ def test_all_workers_finish_together_whatever_dies(
         world = World(monkeypatch, 3, script)
         assert world.run() == [None] * 3
         assert 3 in world.started.values(), "the last processes met at one address"
+
+
+def test_a_process_that_dies_again_and_again_is_started_without_a_nursery(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, 1, {(0, round): "die" for round in range(3)})
+    assert world.run() == [None]
+    assert world.servers == [NURSERY, NURSERY, NURSERY, None], "the first one had taken a step"
 
 
 @pytest.mark.parametrize(("action", "error"), [("fail", ChildFailed), ("abort", ChildDied)])
