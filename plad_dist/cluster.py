@@ -40,15 +40,17 @@ def connected(config: Config, progress: Progress) -> Iterator[Callable[[Collecti
         from plad_dist.prometheus import run_metrics
         from plad_dist.sampling.warm import warm_local_engines
         from plad_dist.training.driver.warm import warm_workers
+        from plad_dist.training.worker.seat import NURSERY
 
         resources.callback(ray.shutdown)
         _connect(config)
         if not _joins(config):  # no autoscaler waits for the only node to be idle
             kinds = {holder.kind for holder in remaining}
-            if "train" in kinds:
+            if trains := "train" in kinds:
                 resources.enter_context(warm_workers(config))
             if kinds - {"train"}:
-                resources.enter_context(warm_local_engines(config))
+                begins_with_training = trains and (config.training.teacher or config.training.warmup)
+                resources.enter_context(warm_local_engines(config, NURSERY if begins_with_training else None))
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         refuse_unfit(config, hardware_of_nodes(nodes), remaining)
         resources.enter_context(run_metrics(RunDir.of(config).storage.local_root, progress))

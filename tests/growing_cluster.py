@@ -8,6 +8,7 @@ proportionally more with several.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from plad_dist.compat import ray_scaling
+from plad_dist.compat import ray_scaling, ray_train
 from plad_dist.compat.ray_scaling import GroupScalingPolicy, NodeResources
 from plad_dist.training.driver import elastic, mailbox, resizing
 from plad_dist.training.driver.elastic import GroupSettings, WorkerGroupCallbacks
@@ -89,6 +90,10 @@ class GrowingCluster:
         sizes: smallest and largest size of the group.
         restart_s: seconds from the start of a group to its first step.
         steps: steps of the phase.
+
+    Attributes:
+        recruits: node of each worker that was started beside the group.
+        broken: nodes on which no worker can start.
     """
 
     def __init__(
@@ -98,6 +103,8 @@ class GrowingCluster:
         self.nodes: dict[str, int] = {}  # workers that fit
         self.in_use: Counter[str] = Counter()  # by other jobs, in workers
         self.group: list[str] = []  # nodes of the workers
+        self.recruits: list[str] = []
+        self.broken: set[str] = set()
         self.log: list[str] = []
         self.growths: list[Growth] = []
         self.runs: list[tuple[int, float, float | None, bool]] = []
@@ -109,10 +116,17 @@ class GrowingCluster:
         monkeypatch.setattr(ray_scaling, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=clock.monotonic))
         monkeypatch.setattr(elastic_of_ray, "time_monotonic", lambda: self.now)
         monkeypatch.setattr(elastic, "node_resources", self._node_resources)
+        monkeypatch.setattr(elastic, "keep_workers", lambda name, ask_to_end: None)
+        for module in (elastic, ray_train):
+            monkeypatch.setattr(module, "benched_nodes", lambda: list(self.recruits))
+        monkeypatch.setattr(elastic, "recruits_have_started", lambda: True)
+        monkeypatch.setattr(ray_train, "recruit_workers", lambda group, nodes: self._recruit(nodes))
+        monkeypatch.setattr(ray_train, "dismiss_recruits", self.recruits.clear)
         monkeypatch.setattr(ray, "get", lambda reply, timeout=None: reply)
         monkeypatch.setattr(ray, "cluster_resources", dict)
         self._mailbox = ProgressMailbox(PHASE, 100)
         handle = Handle(self._mailbox)
+        handle._actor_id = b"mailbox"
         self.observer = WorkerGroupCallbacks(handle, GroupSettings(PHASE, *sizes, patience=60.0, check_every=5.0))
         scaling = ScalingConfig(num_workers=sizes, resources_per_worker={"CPU": 1.0})
         self.policy = GroupScalingPolicy(scaling, self.observer)
@@ -127,6 +141,7 @@ class GrowingCluster:
     def remove(self, name: str) -> None:
         """Let a node die, and with it the group if it has a worker there."""
         del self.nodes[name]
+        self.recruits[:] = [node for node in self.recruits if node != name]
         if name in self.group:
             self._end_run(is_disrupted=True)
             self._enter(RestartingState(WorkerGroupError("a worker died", {})))
@@ -162,13 +177,19 @@ class GrowingCluster:
             self._start(decision)
 
     def _start(self, decision: ResizeDecision) -> None:
-        """Start a group, packed on the nodes with the most room, or fail to."""
+        """Start a group of what is there of its workers and the recruits, or fail to.
+
+        Others are packed on the nodes with the most room.
+        """
         self._end_run(is_disrupted=False)
         self._enter(SchedulingState(decision))
         self.observer.after_worker_group_shutdown(None)
+        seats = [name for name in self.group + self.recruits if name in self.nodes]
         self.group = []
-        free = {name: slots - self.in_use[name] for name, slots in self.nodes.items()}
-        seats = [name for name in sorted(free, key=lambda name: (-free[name], name)) for _ in range(free[name])]
+        self.recruits.clear()
+        kept = Counter(seats)
+        free = {name: slots - self.in_use[name] - kept[name] for name, slots in self.nodes.items()}
+        seats += [name for name in sorted(free, key=lambda name: (-free[name], name)) for _ in range(free[name])]
         if len(seats) < decision.num_workers:
             self._enter(ReschedulingState(WorkerGroupError("no room", {})))
             return
@@ -179,6 +200,10 @@ class GrowingCluster:
         self.runs.append((len(self.group), self.now, None, False))
         self._mailbox.post(Began(PHASE, self.steps, "starts"))
         self._enter(RunningState())
+
+    def _recruit(self, nodes: Sequence[str]) -> dict[str, str]:
+        self.recruits += [node for node in nodes if node not in self.broken]
+        return {node: "no disk" for node in nodes if node in self.broken}
 
     def _train(self) -> None:
         """Take the steps of a second, or yield."""
@@ -209,7 +234,7 @@ class GrowingCluster:
         self.observer.after_controller_state_update(previous, state)
 
     def _node_resources(self) -> dict[str, NodeResources]:
-        own = Counter(self.group)
+        own = Counter(self.group + self.recruits)
         return {
             name: NodeResources({"CPU": float(slots)}, {"CPU": max(float(slots - own[name] - self.in_use[name]), 0.0)})
             for name, slots in self.nodes.items()

@@ -13,6 +13,7 @@ Written for Ray 2.60.0. Relies on:
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -30,12 +31,20 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from plad_dist.compat.assumptions import Assumptions
+from plad_dist.compat.ray_worker_group import (
+    benched_nodes,
+    dismiss_recruits,
+    end_benched_workers,
+    recruit_workers,
+)
 
 _assumptions = Assumptions("ray", "2.60.0")
 for _owner, _name, _parameters in (
     (ControllerCallback, "after_controller_start", ("self", "train_run_context")),
     (ControllerCallback, "after_controller_state_update", ("self", "previous_state", "current_state")),
     (WorkerGroupCallback, "after_worker_group_start", ("self", "worker_group")),
+    (ControllerCallback, "before_controller_shutdown", ("self",)),
+    (ControllerCallback, "before_controller_abort", ("self",)),
     (WorkerGroupCallback, "after_worker_group_shutdown", ("self", "worker_group_context")),
     (WorkerGroupCallback, "after_worker_group_abort", ("self", "worker_group_context")),
     (WorkerGroup, "get_workers", ("self",)),
@@ -83,6 +92,19 @@ class WorkerGroupEvents(ControllerCallback, WorkerGroupCallback):  # type: ignor
         workers = self._worker_group.get_workers() if self._worker_group is not None else []
         return [worker.metadata.node_id for worker in workers]
 
+    @property
+    def own_nodes(self) -> list[str]:
+        """Ids of the nodes of all workers, including those for the next group."""
+        return self.node_by_rank + benched_nodes()
+
+    def recruit(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Start a worker for a next group on each node: see :func:`recruit_workers`."""
+        return recruit_workers(self._worker_group, nodes)
+
+    def dismiss_recruits(self) -> None:
+        """End the workers that were started for a next group."""
+        dismiss_recruits()
+
     def on_controller_start(self) -> None:
         """Handle the start of the controller, before its first decision."""
 
@@ -116,6 +138,12 @@ class WorkerGroupEvents(ControllerCallback, WorkerGroupCallback):  # type: ignor
 
     def after_worker_group_abort(self, worker_group_context: Any) -> None:
         self._worker_group = None
+
+    async def before_controller_shutdown(self) -> None:
+        end_benched_workers()
+
+    def before_controller_abort(self) -> None:
+        end_benched_workers()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         """Translate the state after a turn of the controller, even if it has not changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from plad_dist.compat.linux import processor_time
 from plad_dist.errors import first_line
 from plad_dist.nursery.client import interpreter, socket_path
+from plad_dist.nursery.warmth import WarmNodes, actor_name
 
 logger = logging.getLogger("plad")
 
 _CHECK_EVERY_S = 2.0
+_LOOK_FOR_NODES_EVERY_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 120.0
 # A server must have one thread. OpenBLAS and jemalloc start others while they are imported.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -41,6 +44,7 @@ class NurseryPlan(NamedTuple):
         environment: environment variables of the processes that will ask for children.
         is_wanted: decides by the total resources of a node.
         most_nodes: the most nodes that have one.
+        after: kind of another nursery that finishes its imports first on each node; None for none.
     """
 
     kind: str
@@ -48,6 +52,7 @@ class NurseryPlan(NamedTuple):
     environment: Mapping[str, str]
     is_wanted: Callable[[Mapping[str, float]], bool]
     most_nodes: int
+    after: str | None = None
 
 
 def server_path(kind: str) -> Path:
@@ -61,10 +66,15 @@ def server_path(kind: str) -> Path:
 
 
 class Nursery:
-    """State of an actor that keeps a server running on its node."""
+    """State of an actor that keeps a server running on its node; two calls may run at a time."""
 
     def __init__(self, kind: str, modules: tuple[str, ...]) -> None:
         self._kind, self._modules = kind, modules
+        self._is_warm = False
+
+    def is_warm(self) -> bool:
+        """Return True if the server has finished its imports."""
+        return self._is_warm
 
     def keep(self) -> None:
         """Start the server, and again whenever it has ended or is stopped. Never return.
@@ -77,14 +87,18 @@ class Nursery:
         while True:
             started = time.monotonic()
             its_end, lifeline = os.pipe()  # ours is closed when this process ends
+            news, its_news = os.pipe()
             process = subprocess.Popen(
-                interpreter("plad_dist.nursery.server", its_end, path, *self._modules),
+                interpreter("plad_dist.nursery.server", its_end, its_news, path, *self._modules),
                 env=os.environ | _ONE_THREAD | _WITHOUT_CUDA,
-                pass_fds=(its_end,),
+                pass_fds=(its_end, its_news),
                 start_new_session=True,
             )
             os.close(its_end)
-            _wait_while_it_runs(process)
+            os.close(its_news)
+            self._follow(process, news)
+            self._is_warm = False
+            os.close(news)
             os.close(lifeline)
             code = process.wait()
             path.unlink(missing_ok=True)
@@ -93,13 +107,17 @@ class Nursery:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S) if was_short else _FIRST_PAUSE_S
 
-
-def _wait_while_it_runs(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a process has ended, or was stopped for more than one check."""
-    stopped = 0
-    while process.poll() is None and stopped < 2:
-        time.sleep(_CHECK_EVERY_S)
-        stopped = stopped + 1 if processor_time(process.pid) is None else 0
+    def _follow(self, process: subprocess.Popen[bytes], news: int) -> None:
+        """Wait until the server has ended, or was stopped for more than one check."""
+        stopped = 0
+        while process.poll() is None and stopped < 2:
+            if self._is_warm:
+                time.sleep(_CHECK_EVERY_S)
+            elif select.select([news], [], [], _CHECK_EVERY_S)[0]:
+                self._is_warm = os.read(news, 1) != b""
+                if not self._is_warm:
+                    return  # it has closed its end, and is about to end
+            stopped = stopped + 1 if processor_time(process.pid) is None else 0
 
 
 def _remove_dead_sockets(folder: Path) -> None:
@@ -153,6 +171,7 @@ class _Keeper:
         self._actors: dict[str, tuple[Any, Any]] = {}  # actor and the reference of its endless call, by node
         self._retries: dict[str, _Retry] = {}
         self._has_warned = False
+        self._may_begin = WarmNodes(plan.after)
         self.finished = threading.Event()
 
     def run(self) -> None:
@@ -163,7 +182,7 @@ class _Keeper:
                 self.follow_nodes(time.monotonic())
             except Exception as error:  # noqa: BLE001 - Ray raises whatever its layers raise
                 self._warn(error)
-            self.finished.wait(_CHECK_EVERY_S)
+            self.finished.wait(_LOOK_FOR_NODES_EVERY_S)
 
     def follow_nodes(self, now: float) -> None:
         """Make the actors that are missing, and forget those that have failed."""
@@ -178,9 +197,11 @@ class _Keeper:
                 self._retries[node] = _Retry(now + pause, pause)
                 try:
                     ray.get(call)
+                except ray.exceptions.RayActorError:
+                    logger.debug("the nursery of node %s has died, perhaps with its node", node)
                 except Exception as error:  # noqa: BLE001 - its own, or one of Ray
                     self._warn(error)
-        for node in sorted(alive):
+        for node in sorted(self._may_begin.among(alive)):
             if self.finished.is_set() or len(self._actors) >= self._plan.most_nodes:
                 return
             may_start = node not in self._retries or now >= self._retries[node].at
@@ -189,7 +210,10 @@ class _Keeper:
 
     def _made_on(self, node: str) -> tuple[Any, Any]:
         actor = self._actor_class.options(
+            name=actor_name(self._plan.kind, node),
+            get_if_exists=True,  # the one before may still be about to end, as a failure of this one shows
             num_cpus=0,
+            max_concurrency=2,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             runtime_env={"env_vars": dict(self._plan.environment)},
         ).remote(self._plan.kind, self._plan.modules)

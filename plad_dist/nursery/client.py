@@ -25,6 +25,7 @@ from plad_dist.nursery.child import Call
 
 logger = logging.getLogger("plad")
 
+_POLL_S = 0.2
 _IDLE_S = 10.0  # a server that uses no time of a processor for so long does not import any more
 _STATUS_TIMEOUT_S = 1.0
 _END_TIMEOUT_S = 30.0  # for a killed process to give back its memory
@@ -84,7 +85,7 @@ class Child:
 
         Args:
             silence_s: seconds without a sign of life after which the child is killed.
-            must_end: asked with every sign of life; True kills the child.
+            must_end: asked several times a second; True kills the child.
 
         Raises:
             ChildKilled: `must_end` returned True.
@@ -97,7 +98,7 @@ class Child:
             if must_end():
                 self.kill()
                 raise ChildKilled
-            if not self._connection.poll(1.0):
+            if not self._connection.poll(_POLL_S):
                 if time.monotonic() - heard > silence_s:
                     self.kill()
                     raise ChildDied(f"its process gave no sign of life for {silence_s:g} s")

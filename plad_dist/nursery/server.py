@@ -29,14 +29,16 @@ _REPEATED_BY_IMPORTS = {"PYTORCH_NVML_BASED_CUDA_CHECK"}  # set for the server, 
 _CUDA_DEVICE = "/dev/nvidia-uvm"  # that counting devices does not open
 
 
-def main(lifeline: str, path: str, *modules: str) -> None:
+def main(lifeline: str, news: str, path: str, *modules: str) -> None:
     """Serve requests on a socket until the write end of the lifeline is closed.
 
     Requests that arrive before the modules are imported wait.
 
     Args:
+        news: write end of a pipe, which gets one byte after the imports.
         modules: modules to import; those that do not exist are left out.
     """
+    gc.disable()  # imports leave hardly any garbage, and the collector would take a tenth of their time
     die_with(int(lifeline))
     set_title("plad:nursery")
     environment = dict(os.environ)
@@ -55,6 +57,9 @@ def main(lifeline: str, path: str, *modules: str) -> None:
     added = {name: value for name, value in os.environ.items() if environment_before.get(name) != value}
     gc.collect()
     gc.freeze()  # the collector would copy the pages that children share
+    gc.enable()
+    os.write(int(news), b"1")
+    os.close(int(news))
     _serve(listener, environment, added)
 
 

@@ -42,13 +42,17 @@ def warm_engines(config: Config, fleets: Sequence[Fleet]) -> Iterator[None]:
 
 
 @contextmanager
-def warm_local_engines(config: Config) -> Iterator[None]:
-    """Keep nurseries for all engines of a config on the only node of a local Ray."""
+def warm_local_engines(config: Config, after: str | None) -> Iterator[None]:
+    """Keep nurseries for all engines of a config on the only node of a local Ray.
+
+    Args:
+        after: kind of a nursery that is needed earlier, so its imports come first; None for none.
+    """
     plans: dict[str, NurseryPlan] = {}
     for _, model, _, sampling in config.responders():
         if model.endpoint is None and config.cluster.warm_starts:
             kind, environment = nursery_of(sampling), engine_environment(sampling.cpus, has_gpus=engines_use_gpus())
-            plans[kind] = NurseryPlan(kind, MODULES, environment, lambda resources: True, most_nodes=1)
+            plans[kind] = NurseryPlan(kind, MODULES, environment, lambda resources: True, most_nodes=1, after=after)
     with _kept(plans):
         yield
 

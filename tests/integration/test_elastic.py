@@ -30,12 +30,15 @@ def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Pat
         nodes = [cluster.add(), cluster.add()]
         training = Training(cluster, tmp_path / "run", worker_timeout_s=600)
         training.wait((training.run.root / "checkpoints" / PHASE / "latest.json").exists, "a checkpoint")
+        worker = nodes[0].processes(WORKER)
         nodes[1].kill()
         training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
         freeze_worker(nodes[0])  # so that steps remain, however long the new node takes
         cluster.add()
-        training.wait(lambda: "has room for 2 workers now" in training.log(), "the new node to be noticed")
+        training.wait(lambda: "has room for 2 workers" in training.log(), "the new node to be noticed")
         thaw_worker(nodes[0])
+        training.wait(lambda: training.sizes()[-1:] == [2], "two workers")
+        assert nodes[0].processes(WORKER) == worker, "a worker of Ray outlives its groups"
         training.finish()
     finally:
         cluster.end()
@@ -43,7 +46,7 @@ def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Pat
     for line in (
         r"worker \d died: .*node",
         "resumes with 1 workers",
-        "has room for 2 workers now",
+        "has room for 2 workers; the new ones start beside the present ones",
         "resumes with 2 workers",
     ):
         assert re.search(line, training.log()), training.log()
@@ -58,7 +61,11 @@ def test_a_group_of_one_size_replaces_a_dead_node_by_a_warm_spare(tmp_path: Path
         training.wait_for_steps(EVERY + 5)
         spare = next(node for node in nodes if not node.processes(WORKER))
         assert spare.processes(NURSERY), "it has imported what a worker needs"
-        next(node for node in nodes if node is not spare).kill(quietly=False)
+        killed, survivor = (node for node in nodes if node is not spare)
+        worker = survivor.processes(WORKER)
+        killed.kill(quietly=False)
+        training.wait_for_steps(EVERY)
+        assert survivor.processes(WORKER) == worker
         training.finish()
     finally:
         cluster.end()

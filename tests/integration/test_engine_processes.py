@@ -54,9 +54,10 @@ from plad_dist.sampling.warm import MODULES
 from tests.unit.sampling.test_attempt import prepare
 
 async def main(path, template, folder):
-    server, (end, _) = Path(folder, "s"), os.pipe()
+    server, (end, _), (_, news) = Path(folder, "s"), os.pipe(), os.pipe()
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-    subprocess.Popen(interpreter("plad_dist.nursery.server", end, server, *MODULES), pass_fds=(end,), env=environment)
+    command = interpreter("plad_dist.nursery.server", end, news, server, *MODULES)
+    subprocess.Popen(command, pass_fds=(end, news), env=environment)
     while not server.exists():
         time.sleep(0.1)
     storage, job = prepare(Path(folder), ["a", "b"], weights=path)

@@ -15,13 +15,16 @@ import ray
 
 from plad_dist.compat.ray_scaling import Resources, node_resources, workers_that_fit
 from plad_dist.compat.ray_train import WorkerGroupEvents, is_preemption
+from plad_dist.compat.ray_worker_group import benched_nodes, keep_workers, recruits_have_started
 from plad_dist.errors import RunFailed
+from plad_dist.nursery.warmth import WarmNodes
 from plad_dist.timeline import Activity
 from plad_dist.training.driver.failures import describe_failure, unreachable_ranks
 from plad_dist.training.driver.growth import NodeRoom, room_in_parts, room_on_whole_nodes
 from plad_dist.training.driver.mailbox import reply_to
 from plad_dist.training.driver.resizing import Resizing
 from plad_dist.training.messages import Enters, Said
+from plad_dist.training.worker.entry import end_training
 
 _REPORT_EVERY_S = 30.0
 _SUSPECT_S = 30.0
@@ -37,6 +40,7 @@ class GroupSettings(NamedTuple):
         patience: seconds that a group of one size waits for resources; an elastic group waits
             without limit.
         check_every: seconds between checks of a running group for more room.
+        nursery: kind of the nurseries that its processes come from; None if there are none.
     """
 
     phases: str
@@ -44,6 +48,7 @@ class GroupSettings(NamedTuple):
     most: int
     patience: float
     check_every: float
+    nursery: str | None = None
 
 
 class WorkerGroupCallbacks(WorkerGroupEvents):
@@ -57,6 +62,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         super().__init__(mailbox, group)
         self._mailbox, self._group = mailbox, group
         self._resizing = Resizing(mailbox, self._report, group.fewest, group.most, group.check_every)
+        self._warm_nodes = WarmNodes(group.nursery)
         self._suspected_at: dict[str, float] = {}  # by node that does not respond but that Ray has not found dead
         self._waits_since = self._reported_at = time.monotonic()
         self._is_restarting = False
@@ -64,7 +70,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
 
     def room(self, per_worker: Resources) -> int:
         """Return how many workers could start now if the group's own ended."""
-        return room_in_parts(self._rooms(per_worker))
+        return room_in_parts(self._rooms(per_worker).values())
 
     def next_size(self, size: int, per_worker: Resources, granted: Callable[[], int]) -> int | None:
         """Return the size to restart the running group at now, or None to let it run.
@@ -72,9 +78,27 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         Args:
             granted: returns how many workers Ray would start, by what the nodes have in total.
         """
-        return self._resizing.next_size(size, lambda: min(granted(), room_on_whole_nodes(self._rooms(per_worker))))
+
+        return self._resizing.next_size(
+            size,
+            count_room=lambda: min(granted(), room_on_whole_nodes(self._rooms(per_worker).values())),
+            prepare=lambda workers: self._prepare(workers - size, per_worker),
+            give_up=self.dismiss_recruits,
+        )
+
+    def _prepare(self, more: int, per_worker: Resources) -> bool:
+        """Start more workers beside the group. Return True once they run on warm nodes."""
+        missing = more - len(benched_nodes())
+        rooms = self._rooms(per_worker).items()
+        places = [name for name, room in rooms if room.is_whole for _ in range(room.usable - room.own)]
+        for node, problem in self.recruit(places[: max(missing, 0)]).items():
+            self._suspected_at[node] = time.monotonic()
+            self._report(f"a worker cannot start on node {node}: {problem}")
+        nodes = set(benched_nodes())
+        return missing <= 0 and recruits_have_started() and self._warm_nodes.among(nodes) == nodes
 
     def on_controller_start(self) -> None:
+        keep_workers(f"plad-train-{self._mailbox._actor_id.hex()}", end_training)
         self._waits_since = self._reported_at = time.monotonic()
 
     def on_group_start(self) -> None:
@@ -119,7 +143,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         now = time.monotonic()
         waited = now - self._waits_since
         self._mailbox.post.remote(Enters(Activity.WAITING))
-        _, fewest, most, patience, _ = self._group
+        fewest, most, patience = self._group.fewest, self._group.most, self._group.patience
         size = f"{fewest} workers" if fewest == most else f"{fewest} to {most} workers"
         cluster = ray.cluster_resources()
         need = (
@@ -148,19 +172,19 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
             if rank < len(nodes):
                 self._suspected_at[nodes[rank]] = time.monotonic()
 
-    def _rooms(self, per_worker: Resources) -> list[NodeRoom]:
-        """Return the room of each node that responds and stays."""
+    def _rooms(self, per_worker: Resources) -> dict[str, NodeRoom]:
+        """Return the room of each node that responds and stays, by its id."""
         suspects = {node for node, since in self._suspected_at.items() if time.monotonic() - since < _SUSPECT_S}
-        own = Counter(self.node_by_rank)
+        own = Counter(self.own_nodes)
 
         def fitting(resources: Mapping[str, float]) -> int:
             return workers_that_fit(resources, per_worker)
 
-        return [
-            NodeRoom(fitting(node.total), fitting(node.free), own[name])
+        return {
+            name: NodeRoom(fitting(node.total), fitting(node.free), own[name])
             for name, node in node_resources().items()
             if name not in suspects
-        ]
+        }
 
     def _report(self, text: str) -> None:
         self._mailbox.post.remote(Said(self._group.phases, text))

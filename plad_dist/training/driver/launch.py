@@ -23,6 +23,7 @@ from plad_dist.training.driver.owner_watch import stopped_if_superseded
 from plad_dist.training.driver.trainer import build_trainer, preserved_sigint_handler, ray_train_timeouts
 from plad_dist.training.driver.warm import warm_workers
 from plad_dist.training.job import PhaseJob
+from plad_dist.training.worker.seat import NURSERY
 
 _MAX_STARTS = 10  # of a controller in a row without a new checkpoint
 
@@ -57,7 +58,14 @@ def fit(jobs: list[PhaseJob], config: Config, run: RunDir, progress: Progress) -
         watching(jobs, config, run, mailbox, progress),
         warm_workers(config),
     ):
-        group = GroupSettings(names, fewest, most, config.cluster.start_timeout_s, config.training.resize_check_s)
+        group = GroupSettings(
+            names,
+            fewest,
+            most,
+            config.cluster.start_timeout_s,
+            config.training.resize_check_s,
+            NURSERY if config.cluster.warm_starts else None,
+        )
         callbacks = WorkerGroupCallbacks(mailbox, group)
         starts = _StartLimit(saved_progress(jobs, run))
         while True:

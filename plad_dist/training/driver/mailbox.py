@@ -114,6 +114,10 @@ class ProgressMailbox:
         """Return False after several failed starts, because the nurseries may be their cause."""
         return self._history.failed_starts() < _MOST_WARM_STARTS
 
+    async def meet(self, group: int, group_id: str, address: str | None) -> tuple[str, int] | None:
+        """Exchange the address of the first worker: see :meth:`ProcessRestarts.meet`."""
+        return await self._restarts.meet(group, group_id, address)
+
     async def processes_restart(self, group: int, count: int) -> int | None:
         """Wait for a restart: see :meth:`ProcessRestarts.wait`."""
         return await self._restarts.wait(group, count)

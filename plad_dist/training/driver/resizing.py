@@ -35,23 +35,40 @@ class Resizing:
     def reset(self) -> None:
         """Forget a request to yield: another group has started."""
         self._is_asked_to_yield = False
+        self._choice, self._reported = Choice.STAY, None
 
-    def next_size(self, size: int, count_room: Callable[[], int]) -> int | None:
+    def next_size(
+        self,
+        size: int,
+        count_room: Callable[[], int],
+        prepare: Callable[[int], bool],
+        give_up: Callable[[], None],
+    ) -> int | None:
         """Return the size to restart the running group at now, or None to let it run.
 
         Args:
             size: its present size.
             count_room: returns how many workers the cluster has room for on whole nodes.
+            prepare: prepares a group of a size beside the present one; returns True once it could
+                start without delay.
+            give_up: ends what was prepared.
         """
         if self._is_asked_to_yield:
             return self._size_after_yield(size, count_room)
         now = time.monotonic()
-        if now < self._room.seen_at + self._check_every and self._choice is not Choice.WAIT:
+        if now < self._room.seen_at + self._check_every and self._choice is Choice.STAY:
             return None
         workers = count_room()
         outlook: Outlook | None = reply_to(self._mailbox.outlook.remote()) if workers > size else None
+        if workers > size and outlook is None:  # the mailbox is slow
+            return None
         self._room = self._room.seen(now, size, workers, takes_steps=outlook is not None and outlook.takes_steps)
         self._follow(Verdict(Choice.STAY) if outlook is None else judge(self._room, self._most, outlook))
+        if self._choice is Choice.STAY:
+            give_up()
+        elif self._choice is Choice.GROW and prepare(min(workers, self._most)):
+            self._is_asked_to_yield = True
+            reply_to(self._mailbox.ask_to_yield.remote())
         return None
 
     def _size_after_yield(self, size: int, count_room: Callable[[], int]) -> int | None:
@@ -62,14 +79,11 @@ class Resizing:
         return room if room >= self._fewest else size
 
     def _follow(self, verdict: Verdict) -> None:
-        """Ask the group to yield if it is to grow, and report a verdict once for each room."""
+        """Report a verdict once for each room."""
         has_room = f"the cluster has room for {self._room.workers} workers"
         subject = (verdict.choice, self._room.size, self._room.workers)
         self._choice = verdict.choice
-        if verdict.choice is Choice.GROW:
-            self._is_asked_to_yield = True
-            self._report(f"{has_room} now; a checkpoint is written first")
-            reply_to(self._mailbox.ask_to_yield.remote())
-        elif verdict.reason and subject != self._reported:
-            self._report(f"{has_room}; {verdict.reason}")
+        reason = "the new ones start beside the present ones" if verdict.choice is Choice.GROW else verdict.reason
+        if reason and subject != self._reported:
+            self._report(f"{has_room}; {reason}")
             self._reported = subject

@@ -1,8 +1,9 @@
 """Entry point of a Ray Train worker, which relays between the driver and its training process.
 
 It imports neither torch nor DeepSpeed, because every restart of a group waits for it. If only a
-training process dies, all Ray workers stay: they agree through the mailbox to restart their
-processes, and meet again.
+training process dies, the group stays: its Ray workers agree through the mailbox to restart their
+processes, and meet again. If the group ends, its Ray workers end their processes and wait for the
+next one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import ray.train
 import ray.util
 from ray.train.collective import broadcast_from_rank_zero
 
+from plad_dist.compat.ray_worker_group import group_id
 from plad_dist.errors import RunFailed
 from plad_dist.nursery.actor import server_path
 from plad_dist.nursery.child import ChildFailed
@@ -28,6 +31,12 @@ from plad_dist.training.worker.seat import NURSERY, Seat
 
 _ANSWER_TIMEOUT_S = 60.0  # for what the mailbox has announced
 _LATE_NEWS_S = 2.0  # from a worker whose process died to the others
+
+_relay: _Relay | None = None  # of the training function that runs
+
+
+class GroupEnded(Exception):
+    """The group of this worker has ended, and another one begins."""
 
 
 def train_jobs(settings: dict[str, Any]) -> None:
@@ -40,9 +49,17 @@ def train_jobs(settings: dict[str, Any]) -> None:
             seconds that a collective may take (`timeout_s`), and those after which a silent process
             is given up (`silence_s`).
     """
-    relay = _Relay(settings["mailbox"])
+    global _relay
+    relay = _relay = _Relay(settings["mailbox"])
     while not _train_in_a_process(settings, relay):
-        pass
+        if relay.must_end.is_set():
+            raise GroupEnded
+
+
+def end_training() -> None:
+    """Ask the training function that runs in this worker to end, with its process."""
+    if _relay is not None:
+        _relay.must_end.set()
 
 
 def _train_in_a_process(settings: dict[str, Any], relay: _Relay) -> bool:
@@ -126,9 +143,14 @@ def _free_address() -> str:
 
 
 class _Relay:
-    """Handlers of what a training process tells the driver, and asks of it and of Ray Train."""
+    """Handlers of what a training process tells the driver, and asks of it and of Ray Train.
+
+    Attributes:
+        must_end: set when the group ends.
+    """
 
     def __init__(self, mailbox: Any) -> None:
+        self.must_end = threading.Event()
         self._mailbox = mailbox
         self._pending_reply: Any = None
         self._yield_group = 0
@@ -137,23 +159,26 @@ class _Relay:
         self._pending_restart: Any = None
 
     def meet(self, rank: int) -> str:
-        """Return the first rank's address, once all workers know of as many restarts as it."""
-        while True:
-            news = (_free_address(), self._restarts) if rank == 0 else None
-            address, restarts = broadcast_from_rank_zero(news)
-            if restarts >= self._restarts:
-                self._restarts = restarts
-                if self._group is not None:
-                    self._pending_restart = self._mailbox.processes_restart.remote(self._group, restarts)
-                return str(address)
-            # The first rank has yet to hear of a restart, and will come back.
+        """Return the address at which the first rank waits, and note the restarts before it.
+
+        The mailbox tells it. Ray's own exchange needs an actor that starts with each group.
+        """
+        address = _free_address() if rank == 0 else None
+        met = None if self._group is None else self._answer(self._mailbox.meet.remote(self._group, group_id(), address))
+        if met is None:  # the driver or the group has ended
+            return str(broadcast_from_rank_zero(address))
+        address, self._restarts = met
+        self._pending_restart = self._mailbox.processes_restart.remote(self._group, self._restarts)
+        return str(address)
 
     def may_start_warm(self) -> bool:
         """Return False if the processes must start without a nursery."""
         return self._answer(self._mailbox.may_start_warm.remote()) is not False
 
     def processes_restart(self, wait_s: float = 0.0) -> bool:
-        """Return True if all workers must restart their processes."""
+        """Return True if all workers must restart their processes, or the group has ended."""
+        if self.must_end.is_set():
+            return True
         if self._pending_restart is None or not ray.wait([self._pending_restart], timeout=wait_s)[0]:
             return False
         restarts = self._answer(self._pending_restart)

@@ -29,11 +29,15 @@ class Server:
     def __init__(self, path: Path, *modules: str) -> None:
         self.path = path
         end, self.lifeline = os.pipe()
-        command = interpreter("plad_dist.nursery.server", end, path, *modules)
+        self.news, its_news = os.pipe()
+        command = interpreter("plad_dist.nursery.server", end, its_news, path, *modules)
         os.environ.pop("PYTEST_CURRENT_TEST", None)  # it changes
         environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, pass_fds=(end,), env=environment, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, pass_fds=(end, its_news), env=environment, stderr=subprocess.PIPE, text=True
+        )  # fmt: skip
         os.close(end)
+        os.close(its_news)
         deadline = time.monotonic() + 60
         while not path.exists() and self.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 
+from plad_dist.training.driver import resizing as resizing_module
 from plad_dist.training.driver.growth import Outlook
 from plad_dist.training.driver.resizing import Resizing
 from tests.growing_cluster import GrowingCluster, Growth, Handle
@@ -49,7 +51,7 @@ def test_the_first_node_that_joins_a_group_of_one_is_used_within_seconds(monkeyp
     assert len(cluster.growths) == 1
     cluster.run(2)
     assert cluster.group == ["a", "b"]
-    assert "the cluster has room for 2 workers now; a checkpoint is written first" in cluster.log
+    assert "the cluster has room for 2 workers; the new ones start beside the present ones" in cluster.log
     assert "resumes with 2 workers" in cluster.log
     expect_growths_that_pay(cluster)
 
@@ -213,9 +215,71 @@ def test_a_group_that_has_yielded_keeps_its_size_if_there_is_room_for_fewer_than
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "get", lambda reply, timeout: reply)
         resizing = Resizing(Handle(mailbox), lambda line: None, fewest=3, most=5, check_every=5.0)
-        assert resizing.next_size(4, lambda: 5) is None
-        assert resizing.next_size(4, lambda: 2) == 4
-        assert resizing.next_size(4, lambda: 3) == 3, "it waits, and a smaller group can start now"
+        assert resizing.next_size(4, lambda: 5, lambda size: True, lambda: None) is None
+        assert resizing.next_size(4, lambda: 2, lambda size: True, lambda: None) == 4
+        assert resizing.next_size(4, lambda: 3, lambda size: True, lambda: None) == 3, (
+            "it waits, and a smaller group can start now"
+        )
+
+
+def test_a_group_yields_once_the_larger_one_could_start_without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    outlooks: list[Outlook | None] = [Outlook(True, 10.0, float(HOUR), math.inf)]
+    mailbox = SimpleNamespace(
+        outlook=lambda: outlooks[0], ask_to_yield=lambda: events.append("asked"), has_yielded=lambda: False
+    )
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(ray, "get", lambda reply, timeout: reply)
+    monkeypatch.setattr(resizing_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    resizing = Resizing(Handle(mailbox), lambda line: None, fewest=1, most=5, check_every=5.0)
+
+    def turn(room: int, *, is_ready: bool = False) -> list[Any]:
+        def prepare(size: int) -> bool:
+            events.append(size)
+            return is_ready
+
+        clock.now += 1.0
+        events.clear()
+        resizing.next_size(4, lambda: room, prepare, lambda: events.append("given up"))
+        return events
+
+    assert turn(5) == [5]
+    assert turn(5) == [5], "it looks at every turn"
+    outlooks[0] = None
+    assert turn(5) == [], "nothing changes because a reply is late"
+    outlooks[0] = Outlook(True, 10.0, float(HOUR), math.inf)
+    assert turn(4, is_ready=True) == ["given up"], "the room is gone"
+    clock.now += 5.0
+    assert turn(9, is_ready=True) == [5, "asked"]
+
+
+def test_new_workers_start_only_on_nodes_without_other_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = GrowingCluster(monkeypatch, (2, 8), restart_s=60)
+    cluster.add("a", 2)
+    cluster.run(200)
+    cluster.in_use["shared"] = 5
+    cluster.add("shared", 8)
+    cluster.add("free", 2)
+    cluster.run(300)
+    assert [(growth.size, growth.room) for growth in cluster.growths] == [(2, 4)]
+    assert sorted(cluster.group) == ["a", "a", "free", "free"]
+
+
+def test_a_node_on_which_no_worker_starts_does_not_keep_a_group_from_other_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = GrowingCluster(monkeypatch, (1, 3), restart_s=15)
+    cluster.add("a")
+    cluster.run(60)
+    cluster.broken = {"b"}
+    cluster.add("b")
+    cluster.run(20)
+    assert (cluster.growths, cluster.recruits) == ([], [])
+    assert "a worker cannot start on node b: no disk" in cluster.log
+    cluster.add("c")
+    cluster.run(60)
+    assert [(growth.size, growth.room) for growth in cluster.growths] == [(1, 2)]
+    assert len([line for line in cluster.log if "cannot start" in line]) < 5, "not tried again at once"
 
 
 def test_a_group_that_waits_for_further_nodes_looks_every_second(monkeypatch: pytest.MonkeyPatch) -> None:

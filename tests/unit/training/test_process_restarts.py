@@ -77,6 +77,29 @@ def test_a_wait_ends_with_a_restart_and_with_its_group() -> None:
     assert asyncio.run(check(lambda restarts: restarts.new_group(2))) is None, "not a restart"
 
 
+def test_workers_meet_at_the_address_that_belongs_to_the_latest_restart() -> None:
+    async def check() -> None:
+        restarts = group_of()
+        assert await restarts.meet(1, "id", "a") == ("a", 0)
+        assert await restarts.meet(1, "id", None) == ("a", 0)
+        restarts.request(1, 0, takes_steps=True)
+        late = asyncio.create_task(restarts.meet(1, "id", None))
+        await asyncio.sleep(0)
+        assert not late.done(), "the first worker has not come back"
+        assert await restarts.meet(1, "id", "b") == ("b", 1)
+        assert await late == ("b", 1)
+        restarts.new_group(2)
+        assert await restarts.meet(1, "id", "c") is None
+        late = asyncio.create_task(restarts.meet(2, "id", None))
+        assert await restarts.meet(2, "id of the group before", "c") == ("c", 0), "it has read the new number"
+        await asyncio.sleep(0)
+        assert not late.done(), "the address is that of an earlier group"
+        restarts.new_group(3)
+        assert await late is None
+
+    asyncio.run(asyncio.wait_for(check(), 10))
+
+
 def test_a_worker_of_an_ended_group_restarts_nothing_and_may_finish() -> None:
     restarts = group_of(2)
     assert asyncio.run(asyncio.wait_for(restarts.wait(1, 0), 10)) is None
@@ -143,8 +166,8 @@ class World:
     """Workers of a group in threads, whose processes do what a script says.
 
     Args:
-        script: action of the process of each rank in each of its rounds; processes without one
-            finish as soon as those of all ranks of the round have started.
+        script: action of the process of each rank after so many restarts; processes without one
+            finish as soon as those of all ranks have started at their address.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, size: int, script: dict[tuple[int, int], str]) -> None:
@@ -153,6 +176,7 @@ class World:
         self.servers: list[Path | None] = []  # of all processes
         self.rounds: Counter[int] = Counter()  # processes started so far by rank
         self.started: Counter[str] = Counter()  # processes by address
+        self.restarts: Counter[str] = Counter()  # before the processes of an address
         self.lock, self.loop = threading.RLock(), asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self._barrier, self._news = threading.Barrier(size), [None]
@@ -161,6 +185,7 @@ class World:
         self.mailbox.post(StepDone("round-0", 1, 8, 100, size, {"loss": 1.0, "seconds": 1.0}))
         addresses = iter(range(1000))
         monkeypatch.setattr(entry, "broadcast_from_rank_zero", self._broadcast)
+        monkeypatch.setattr(entry, "group_id", lambda: "id")
         monkeypatch.setattr(entry, "_free_address", lambda: f"address {next(addresses)}")
         monkeypatch.setattr(entry, "_device", lambda: None)
         monkeypatch.setattr(entry, "_nursery", lambda: NURSERY)
@@ -219,7 +244,10 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         async def call(*arguments: Any) -> Any:
             result = getattr(self._world.mailbox, name)(*arguments)
-            return await result if asyncio.iscoroutine(result) else result
+            result = await result if asyncio.iscoroutine(result) else result
+            if name == "meet" and result is not None:
+                self._world.restarts[result[0]] = result[1]
+            return result
 
         return SimpleNamespace(
             remote=lambda *arguments: asyncio.run_coroutine_threadsafe(call(*arguments), self._world.loop)
@@ -233,7 +261,7 @@ class Process:
         self._world, self._seat = world, seat
         with world.lock:
             world.servers.append(server)
-            self._action = world.script.get((seat.rank, world.rounds[seat.rank]), "finish")
+            self._action = world.script.get((seat.rank, world.restarts[seat.address]), "finish")
             world.rounds[seat.rank] += 1
             world.started[seat.address] += 1
 

@@ -1,0 +1,450 @@
+"""Worker groups of Ray Train whose Ray workers outlive them.
+
+Ray Train restarts a group by killing all of its workers and starting new ones. Each is a new Python
+process, whose imports alone take seconds. Here, workers that still respond wait on a bench for the
+next group, and only those that it lacks are started. Recruits for a larger group start while the
+present one runs.
+
+Written for Ray 2.60.0. Relies on:
+
+- `TrainController.worker_group_cls`, the class whose `create` makes a group, after the controller
+  has called `shutdown` of the group before;
+- `WorkerGroup.shutdown`, which calls `shutdown` of its `_worker_group_state` and then clears it;
+- `WorkerGroup._start_impl`, which calls `_create_placement_group`, waits for the handle that this
+  returns, calls `_create_workers`, and calls the handle's `shutdown` if any of it fails;
+- `RayTrainWorker.init_train_context`, which may be called again once the training function has
+  ended. It replaces the context, with its `training_thread_runner` and `synchronization_actor`, but
+  not the process's pool for uploads, which only `ray.train.report` uses;
+- the label `ray.io/node-id` of each node;
+- `WorkerGroup.get_latest_poll_status`, whose statuses hold the error of each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
+from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
+from ray.train.v2._internal.execution.worker_group.worker import Worker
+from ray.train.v2._internal.util import bundle_to_remote_args
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from plad_dist.compat.assumptions import Assumptions
+from plad_dist.compat.ray_scaling import node_resources
+
+_PATIENCE_S = 5.0  # for a worker to end its training function
+_RECRUIT_TIMEOUT_S = 120.0
+_NODE_LABEL = "ray.io/node-id"
+
+_assumptions = Assumptions("ray", "2.60.0")
+for _owner, _name, _parameters in (
+    (WorkerGroup, "shutdown", ("self",)),
+    (WorkerGroup, "_create_placement_group", ("self", "scaling_config", "worker_group_context")),
+    (WorkerGroup, "_get_worker_runtime_env", ("custom_runtime_env",)),
+    (WorkerGroup, "get_latest_poll_status", ("self",)),
+    (WorkerGroupState, "shutdown", ("self",)),
+    (PlacementGroupHandle, "wait", ("self", "timeout_seconds")),
+):
+    _assumptions.parameters(_assumptions.attribute(_owner, _name), *_parameters)
+_assumptions.parameters(bundle_to_remote_args, "bundle")
+_assumptions.starts_with_parameters(
+    WorkerGroup._create_workers, "self", "num_workers", "placement_group", "resources_per_worker"
+)
+_assumptions.starts_with_parameters(WorkerGroup._assign_worker_ranks, "workers")
+_assumptions.attribute(TrainController, "worker_group_cls")
+
+
+class _Member(NamedTuple):
+    """Worker of a group, and the placement group that holds its resources."""
+
+    worker: Worker
+    resources: PlacementGroup
+
+    @property
+    def node(self) -> str:
+        return str(self.worker.metadata.node_id)
+
+
+class _Recruit(NamedTuple):
+    """Worker that starts.
+
+    Attributes:
+        facts: reference of its metadata, which arrive when it has started.
+        resources, bundle: placement group, and the part of it that is the worker's.
+        node: id of the node that it starts on; empty if Ray chooses one.
+        began: `time.monotonic()` of its start.
+    """
+
+    actor: Any
+    facts: Any
+    resources: PlacementGroup
+    bundle: int
+    node: str
+    began: float
+
+
+class _Bench:
+    """Workers that belong to no running group, in the process of Ray Train's controller.
+
+    Attributes:
+        name: beginning of the names of all placement groups.
+        ask_to_end: see :func:`keep_workers`.
+        members: workers that have started.
+        recruits: workers that start.
+        reservation: resources of the group that runs or starts.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.ask_to_end: Callable[[], None] = lambda: None
+        self.members: list[_Member] = []
+        self.recruits: list[_Recruit] = []
+        self.reservation: _Reservation | None = None
+
+    def take(self, most: int) -> list[_Member]:
+        """Remove and return members that respond, on nodes that stay. The others end."""
+        replies = {member.worker.actor.get_metadata.remote(): member for member in _on_staying_nodes(self.members)}
+        taken = [replies[reply] for reply in _true_in_time(replies)][:most]
+        _end_others(self.members, taken)
+        self.members = []
+        return taken
+
+    def dismiss(self, recruits: list[_Recruit]) -> None:
+        """End recruits."""
+        for recruit in recruits:
+            ray.kill(recruit.actor)
+            remove_placement_group(recruit.resources)
+        self.recruits = [recruit for recruit in self.recruits if recruit not in recruits]
+
+
+_bench = _Bench()
+
+
+def keep_workers(name: str, ask_to_end: Callable[[], None]) -> None:
+    """Let the controller of this process make groups whose workers outlive them.
+
+    What a dead controller has left of groups with this name is removed.
+
+    Args:
+        name: differs between trainers, but not between controllers of one.
+        ask_to_end: asks the training function of the worker that calls it to end soon, if it has
+            begun.
+    """
+    _bench.name, _bench.ask_to_end = f"{name}-", ask_to_end
+    for entry in placement_group_table().values():
+        if entry["name"].startswith(_bench.name) and entry["state"] != "REMOVED":
+            with contextlib.suppress(ValueError):  # it has just been removed
+                remove_placement_group(get_placement_group(entry["name"]))
+    TrainController.worker_group_cls = LastingWorkerGroup
+
+
+def group_id() -> str:
+    """Return an id of the group of this worker, which no other group has."""
+    return str(get_train_context().execution_context.synchronization_actor._actor_id.hex())
+
+
+def benched_nodes() -> list[str]:
+    """Return the node of each worker on the bench, and of each recruit."""
+    return [member.node for member in _bench.members] + [recruit.node for recruit in _bench.recruits]
+
+
+def end_benched_workers() -> None:
+    """End the workers on the bench, the recruits, and what a failed start of a group has left."""
+    dismiss_recruits()
+    if _bench.reservation is not None:
+        _bench.reservation.end()
+
+
+def dismiss_recruits() -> None:
+    """End the workers on the bench, and the recruits."""
+    _end_others(_bench.members, [])
+    _bench.members = []
+    _bench.dismiss(_bench.recruits)
+
+
+def recruit_workers(group: LastingWorkerGroup, nodes: Sequence[str]) -> dict[str, str]:
+    """Start workers for a larger group beside the present one.
+
+    Args:
+        nodes: node of each worker, besides those that start or have started already.
+
+    Returns:
+        Why a worker did not start, by node. Nothing has to be ended there.
+    """
+    staying = _on_staying_nodes(_bench.members)
+    _end_others(_bench.members, staying)
+    _bench.members = staying
+    _bench.recruits += group._recruits([(group._reserve(1, node), 0, node) for node in nodes])
+    references = [recruit.facts for recruit in _bench.recruits]
+    done = set(ray.wait(references, num_returns=len(references), timeout=0)[0]) if references else set()
+    problems: dict[_Recruit, str] = {}
+    for recruit in _bench.recruits:
+        if recruit.facts in done:
+            try:
+                _bench.members.append(group._member(recruit, ray.get(recruit.facts)))
+            except ray.exceptions.RayError as error:
+                problems[recruit] = str(error)
+        elif time.monotonic() - recruit.began > _RECRUIT_TIMEOUT_S:
+            problems[recruit] = f"it has not started for {_RECRUIT_TIMEOUT_S:.0f} s"
+    _bench.dismiss(list(problems))
+    _bench.recruits = [recruit for recruit in _bench.recruits if recruit.facts not in done]
+    return {recruit.node: problem for recruit, problem in problems.items()}
+
+
+def recruits_have_started() -> bool:
+    """Return True if no recruit is still on its way."""
+    return not _bench.recruits
+
+
+def _end_others(members: Iterable[_Member], kept: Iterable[_Member]) -> None:
+    """Kill the workers that are not kept, and free the placement groups without kept ones."""
+    members, kept = list(members), list(kept)
+    kept_actors = {member.worker.actor for member in kept}
+    for member in members:
+        if member.worker.actor not in kept_actors:
+            ray.kill(member.worker.actor)
+    for resources in {member.resources for member in members} - {member.resources for member in kept}:
+        remove_placement_group(resources)
+
+
+def _on_staying_nodes(members: Iterable[_Member]) -> list[_Member]:
+    staying = node_resources().keys()
+    return [member for member in members if member.node in staying]
+
+
+def _true_in_time(replies: Iterable[Any]) -> list[Any]:
+    """Return the references to replies that are true and arrive in time."""
+    references = list(replies)
+    done = ray.wait(references, num_returns=len(references), timeout=_PATIENCE_S)[0] if references else []
+    true = []
+    for reference in done:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if ray.get(reference):
+                true.append(reference)
+    return true
+
+
+def _end_training(ask_to_end: Callable[[], None]) -> bool:
+    """Run in a worker: end its training function. Return False if that does not end in time."""
+    runner = get_train_context().execution_context.training_thread_runner
+    until = time.monotonic() + _PATIENCE_S
+    while runner.is_running() and time.monotonic() < until:
+        ask_to_end()
+        time.sleep(0.02)
+    return not runner.is_running()
+
+
+class _Reservation(PlacementGroupHandle):  # type: ignore[misc]
+    """Resources of a group: those of workers from the bench, and those for new workers.
+
+    Attributes:
+        kept: workers from the bench.
+        free: placement group and bundle for each new worker.
+        members: all workers, once they have started.
+    """
+
+    def __init__(self, kept: list[_Member], new: list[PlacementGroup], workers: int, *, is_elastic: bool) -> None:
+        self.kept, self._is_elastic = kept, is_elastic
+        self.members: list[_Member] = []
+        self._groups = list(dict.fromkeys([*(member.resources for member in kept), *new]))
+        taken = {(member.resources, member.worker.placement_group_bundle_index) for member in kept}
+        # Ray moves the bundle of a lost node to another one.
+        bundles = [(group, bundle) for group in self._groups for bundle in range(group.bundle_count)]
+        self.free = [place for place in bundles if place not in taken][: workers - len(kept)]
+
+    @property
+    def placement_group(self) -> PlacementGroup:
+        return self._groups[0]
+
+    def ready(self) -> Any:
+        raise NotImplementedError("groups call wait")
+
+    def wait(self, timeout_seconds: float = 30) -> bool:
+        until = time.monotonic() + timeout_seconds
+        try:
+            return all(group.wait(max(0.0, until - time.monotonic())) for group in self._groups)
+        except Exception:  # noqa: BLE001 - Ray's own handle does the same; a group may have been removed
+            return False
+
+    def shutdown(self) -> None:
+        """Give up the start of the group, or the group.
+
+        Workers from the bench return to it if the start failed before they joined, unless others
+        may wait for the resources of a group of one size.
+        """
+        if self.members or not self._is_elastic:
+            self.end()
+        else:
+            _bench.members += self.kept
+            self._free_groups_without(self.kept)
+
+    def end(self) -> None:
+        """End all workers, and free all resources."""
+        for member in self.members or self.kept:
+            ray.kill(member.worker.actor)
+        self._free_groups_without([])
+
+    def pass_on(self, kept: list[_Member]) -> None:
+        """Move workers to the bench. The others end."""
+        kept_actors = {member.worker.actor for member in kept}
+        for member in self.members:
+            if member.worker.actor not in kept_actors:
+                ray.kill(member.worker.actor)
+        _bench.members += kept
+        self._free_groups_without(kept)
+
+    def _free_groups_without(self, kept: list[_Member]) -> None:
+        for group in set(self._groups) - {member.resources for member in kept}:
+            remove_placement_group(group)
+        if _bench.reservation is self:
+            _bench.reservation = None
+
+
+@dataclass(frozen=True)
+class _LastingState(WorkerGroupState):  # type: ignore[misc]
+    """State of a group whose workers go to the bench when it ends.
+
+    Attributes:
+        unreachable: ranks of workers that did not respond.
+    """
+
+    unreachable: frozenset[int] = frozenset()
+
+    def shutdown(self) -> None:
+        ray.kill(self.sync_actor)  # frees workers that wait for others there
+        for worker in self.workers:
+            worker.actor.shutdown.remote()  # tells Ray's callbacks
+        reservation: _Reservation = self.placement_group_handle
+        staying = _on_staying_nodes(reservation.members)
+        leaving = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - node_resources().keys()
+        if any(member.resources.bundle_count > 1 and member.node in leaving for member in reservation.members):
+            staying = []  # Ray would leave the bundle on the node
+        replies = {
+            member.worker.execute_async(_end_training, _bench.ask_to_end): member
+            for member in staying
+            if member.worker.distributed_context.world_rank not in self.unreachable
+        }
+        reservation.pass_on([replies[reply] for reply in _true_in_time(replies)])
+
+
+class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
+    """Worker group that takes its workers from the bench, and leaves them there.
+
+    A group of one size has one placement group: it gets all of its resources or none, and Ray
+    places the part of a lost node again. An elastic group has one for each worker, so that it gives
+    up what a lost worker had.
+    """
+
+    _reservation: _Reservation
+    _worker_group_state: Any
+
+    def shutdown(self) -> None:
+        self._assert_active()
+        state, status = self._worker_group_state, self._latest_poll_status
+        unreachable = frozenset(rank for rank, error in (status.errors if status else {}).items() if _is_silence(error))
+        self._worker_group_state = _LastingState(
+            state.start_time, state.placement_group_handle, state.workers, state.sync_actor, unreachable
+        )
+        super().shutdown()
+
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> _Reservation:
+        _bench.dismiss(_bench.recruits)
+        if _bench.reservation is not None:  # of a group that failed while it started
+            _bench.reservation.end()
+        workers, is_elastic = worker_group_context.num_workers, scaling_config.elasticity_enabled
+        kept = _bench.take(workers)
+        missing = workers - sum(group.bundle_count for group in {member.resources for member in kept})
+        sizes = [1] * missing if is_elastic else [missing] * (missing > 0)
+        new: list[PlacementGroup] = []
+        try:
+            new += [self._reserve(size) for size in sizes]
+        finally:
+            self._reservation = _bench.reservation = _Reservation(kept, new, workers, is_elastic=is_elastic)
+        return self._reservation
+
+    def _reserve(self, workers: int, node: str = "") -> PlacementGroup:
+        """Return a placement group for some workers.
+
+        Args:
+            node: the only node that may hold it; empty for any.
+        """
+        context = self._worker_group_context
+        labels = [dict(label) for label in context.label_selector[:workers]] if context.label_selector else None
+        if node:
+            labels = [label | {_NODE_LABEL: node} for label in labels or [{}] * workers]
+        return placement_group(
+            [context.resources_per_worker] * workers,
+            strategy=context.placement_strategy,
+            name=f"{_bench.name}{uuid.uuid4().hex}",
+            bundle_label_selector=labels,
+        )
+
+    def _create_workers(
+        self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **_: Any
+    ) -> list[Worker]:
+        reservation, started = self._reservation, list[_Member]()
+        until = time.monotonic() + _RECRUIT_TIMEOUT_S
+        places = reservation.free
+        for is_last in (False, True):
+            recruits = self._recruits((group, bundle, "") for group, bundle in places)
+            places = []
+            try:
+                for recruit in recruits:
+                    try:
+                        facts = ray.get(recruit.facts, timeout=max(0.0, until - time.monotonic()))
+                        started.append(self._member(recruit, facts))
+                    except ray.exceptions.RayActorError:
+                        if is_last:
+                            raise
+                        places.append((recruit.resources, recruit.bundle))
+            except ray.exceptions.RayError as error:
+                for actor in (*(recruit.actor for recruit in recruits), *(member.worker.actor for member in started)):
+                    ray.kill(actor)
+                raise WorkerGroupStartupFailedError(f"a worker did not start: {error}") from error
+            if places:  # its node has just died, so Ray now looks for another place
+                reservation.wait(max(0.0, until - time.monotonic()))
+        reservation.members = [*reservation.kept, *started]
+        return list(self._assign_worker_ranks([member.worker for member in reservation.members]))
+
+    def _recruits(self, places: Iterable[tuple[PlacementGroup, int, str]]) -> list[_Recruit]:
+        """Start a worker in each bundle of a placement group, on a node."""
+        runtime_env = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
+        resources = bundle_to_remote_args(self._worker_group_context.resources_per_worker)
+        actor_class = ray.remote(runtime_env=runtime_env, **resources)(self._worker_cls)
+        recruits = []
+        for group, bundle, node in places:
+            actor = actor_class.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle)).remote()
+            facts = actor.get_metadata.remote()
+            recruits.append(_Recruit(actor, facts, group, bundle, node, time.monotonic()))
+        return recruits
+
+    def _member(self, recruit: _Recruit, facts: Any) -> _Member:
+        """Return a recruit that has started as a member."""
+        resources = self._worker_group_context.resources_per_worker
+        worker = Worker(recruit.actor, facts, resources, placement_group_bundle_index=recruit.bundle)
+        return _Member(worker, recruit.resources)
+
+
+def _is_silence(error: Any) -> bool:
+    return isinstance(error, WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
