@@ -13,7 +13,8 @@ per node in an elastic group of one to two workers. One command trains a phase. 
 Another command meets the first of these faults without warm starts, for comparison. An undisturbed
 run of the same phase gives the expected losses. Times run from the event to the end
 of the first optimizer step of the next attempt at the expected size, according to the metrics that
-the run writes.
+the run writes. A group trains on while a node joins: `stopped_seconds_resize_up` counts only the
+time between its last step at the old size and its first one at the new size.
 
 There is no peer to compare with: no other system changes the number of ZeRO-3 workers without
 manual work. Needs root and iproute2.
@@ -60,7 +61,7 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
         disturbed = Training(cluster, folder / "disturbed", steps, EVERY, phase=RATE)
         recovery = disturb(cluster, nodes, disturbed)
         disturbed.finish()
-        cold = kill_without_nursery(cluster, folder / "cold", steps)
+        cold = kill_without_nursery(cluster, folder / "cold")
         undisturbed = Training(cluster, folder / "undisturbed", steps, EVERY, phase=RATE)
         undisturbed.finish()
     finally:
@@ -108,6 +109,7 @@ def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str
     return {
         "recover_seconds_kill": round(kill.seconds, 1),
         "recover_seconds_resize_up": round(grow.seconds, 1),
+        "stopped_seconds_resize_up": round(grow.stopped_s, 1),
         "recover_seconds_lost_machine": round(lost_node.seconds, 1),
         "recover_seconds_preemption": round(preempt.seconds - NOTICE_S, 1),
         "steps_lost_kill": kill.lost_steps,
@@ -124,10 +126,10 @@ def disturb(cluster: Cluster, nodes: list[Node], training: Training) -> dict[str
     }
 
 
-def kill_without_nursery(cluster: Cluster, folder: Path, steps: int) -> Recovery:
+def kill_without_nursery(cluster: Cluster, folder: Path) -> Recovery:
     """Return the recovery from a kill whose processes are new interpreters."""
     node = cluster.add()
-    training = Training(cluster, folder, steps, EVERY, phase=RATE, warm_starts=False)
+    training = Training(cluster, folder, 2 * STEPS["kill"], EVERY, phase=RATE, warm_starts=False)
     training.wait_for_steps(STEPS["kill"])
     fault_at = time.time()
     node.kill(quietly=False)

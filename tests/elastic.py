@@ -38,11 +38,13 @@ class Recovery(NamedTuple):
 
     Attributes:
         seconds: from the fault to the first step of a later attempt.
+        stopped_s: seconds between that step and the last one before it.
         lost_steps: number of repeated steps.
         parts: seconds by part.
     """
 
     seconds: float
+    stopped_s: float
     lost_steps: int
     parts: dict[str, float]
 
@@ -127,8 +129,13 @@ class Training:
 
         self.wait(rows_after, f"a step with {workers} workers")
         first = rows_after()[0]
-        last = max(row["step"] for row in self.all_rows() if row["attempt"] <= attempt)
-        return Recovery(first["time"] - fault_at, last - (first["step"] - 1), self._parts(first, fault_at))
+        last = max((row for row in self.all_rows() if row["attempt"] <= attempt), key=lambda row: int(row["step"]))
+        return Recovery(
+            first["time"] - fault_at,
+            first["time"] - last["time"],
+            last["step"] - (first["step"] - 1),
+            self._parts(first, fault_at),
+        )
 
     def _parts(self, first: dict[str, Any], fault_at: float) -> dict[str, float]:
         """Return the parts of a recovery that led to a step."""
