@@ -65,6 +65,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         self._warm_nodes = WarmNodes(group.nursery)
         self._suspected_at: dict[str, float] = {}  # by node that does not respond but that Ray has not found dead
         self._waits_since = self._reported_at = time.monotonic()
+        self._activity: Activity | None = None  # of those that it has announced, the latest
         self._is_restarting = False
         self._failed_starts = 0  # groups in a row that failed before their first step
 
@@ -131,7 +132,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         self._is_restarting = True
 
     def on_scheduling(self, workers: int) -> None:
-        self._mailbox.post.remote(Enters(Activity.STARTING))
+        self._enter(Activity.STARTING)
         reply_to(self._mailbox.new_group.remote(workers))
 
     def on_waiting(self) -> None:
@@ -142,7 +143,7 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         """
         now = time.monotonic()
         waited = now - self._waits_since
-        self._mailbox.post.remote(Enters(Activity.WAITING))
+        self._enter(Activity.WAITING)
         fewest, most, patience = self._group.fewest, self._group.most, self._group.patience
         size = f"{fewest} workers" if fewest == most else f"{fewest} to {most} workers"
         cluster = ray.cluster_resources()
@@ -185,6 +186,12 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
             for name, node in node_resources().items()
             if name not in suspects
         }
+
+    def _enter(self, activity: Activity) -> None:
+        """Announce an activity, once until another one follows."""
+        if activity is not self._activity:
+            self._activity = activity
+            self._mailbox.post.remote(Enters(activity))
 
     def _report(self, text: str) -> None:
         self._mailbox.post.remote(Said(self._group.phases, text))

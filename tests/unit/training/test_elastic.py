@@ -52,7 +52,8 @@ def test_a_group_of_one_size_waits_for_resources_only_as_long_as_its_patience(cl
     mailbox = Mailbox()
     callbacks = observer(mailbox, 8, 8)
     callbacks.on_waiting()
-    assert mailbox.messages == [Enters(Activity.WAITING)]
+    callbacks.on_waiting()
+    assert mailbox.messages == [Enters(Activity.WAITING)], "not at every turn of the controller"
     clock.now += 31
     callbacks.on_waiting()
     assert mailbox.texts == ["has waited 31 s for room for 8 workers; the cluster has 4 CPUs and 0 GPUs in total"]
