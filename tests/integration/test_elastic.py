@@ -33,6 +33,7 @@ def test_a_group_shrinks_when_a_node_dies_and_grows_when_one_joins(tmp_path: Pat
         worker = nodes[0].processes(WORKER)
         nodes[1].kill()
         training.wait(lambda: training.sizes()[-1:] == [1], "one worker")
+        training.wait_for_steps(3)  # the worker has passed on the first one
         freeze_worker(nodes[0])  # so that steps remain, however long the new node takes
         cluster.add()
         training.wait(lambda: "has room for 2 workers" in training.log(), "the new node to be noticed")
