@@ -297,26 +297,26 @@ class _Reservation(PlacementGroupHandle):  # type: ignore[misc]
             self.end()
         else:
             _bench.members += self.kept
-            self._free_groups_without(self.kept)
+            self._free(set(self._groups) - {member.resources for member in self.kept})
 
     def end(self) -> None:
         """End all workers, and free all resources."""
         for member in self.members or self.kept:
             ray.kill(member.worker.actor)
-        self._free_groups_without([])
+        self._free(self._groups)
 
     def pass_on(self, kept: list[_Member]) -> None:
         """Move workers to the bench. The others end."""
-        kept_actors = {member.worker.actor for member in kept}
-        for member in self.members:
-            if member.worker.actor not in kept_actors:
-                ray.kill(member.worker.actor)
+        _end_others(self.members, kept)
         _bench.members += kept
-        self._free_groups_without(kept)
+        self._is_over()
 
-    def _free_groups_without(self, kept: list[_Member]) -> None:
-        for group in set(self._groups) - {member.resources for member in kept}:
+    def _free(self, groups: Iterable[PlacementGroup]) -> None:
+        for group in groups:
             remove_placement_group(group)
+        self._is_over()
+
+    def _is_over(self) -> None:
         if _bench.reservation is self:
             _bench.reservation = None
 
