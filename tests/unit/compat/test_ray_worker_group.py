@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
-from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckTimeoutError
 
 from plad_dist.compat import ray_worker_group
-from plad_dist.compat.ray_worker_group import LastingWorkerGroup, _Bench, _Member, _Reservation
+from plad_dist.compat.ray_worker_group import LastingWorkerGroup, _Bench, _Member, _Recruit, _Reservation
 
 
 class Reserved:
@@ -32,6 +34,8 @@ class Cluster:
         self.nodes = {"a", "b", "c"}
         self.leaving: set[str] = set()
         self.silent: set[str] = set()  # actors
+        self.broken: dict[str, RayError] = {}  # actors
+        self.starts: list[tuple[Any, int]] = []  # placement group and bundle of each recruit
         self.killed: list[str] = []
         self.reserved: list[Reserved] = []
         self.has_room = True
@@ -42,7 +46,7 @@ class Cluster:
         monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": True} for node in self.nodes])
         monkeypatch.setattr(ray, "kill", self.killed.append)
         monkeypatch.setattr(ray, "wait", lambda calls, **_: ([call for call in calls if call not in self.silent], []))
-        monkeypatch.setattr(ray, "get", lambda call, timeout=None: True)
+        monkeypatch.setattr(ray, "get", self._get)
 
     def reserve(self, bundles: int) -> Any:
         self.reserved.append(Reserved(self, bundles))
@@ -65,6 +69,27 @@ class Cluster:
             start_time=0.0, placement_group_handle=reservation, workers=workers, sync_actor="sync"
         )
         return group
+
+    def starting_group(self, workers: int) -> LastingWorkerGroup:
+        """Return an elastic group whose workers are recruits, and are about to start."""
+        group = object.__new__(LastingWorkerGroup)
+        group._worker_group_context = SimpleNamespace(resources_per_worker={})
+        group._reservation = _Reservation([], [self.reserve(1) for _ in range(workers)], workers, is_elastic=True)
+        group._recruits, group._assign_worker_ranks = self._recruits, list  # type: ignore[method-assign]
+        return group
+
+    def _recruits(self, places: Iterable[tuple[Any, int, str]]) -> list[_Recruit]:
+        recruits = []
+        for resources, bundle, node in places:
+            name = f"recruit {len(self.starts)}"
+            self.starts.append((resources, bundle))
+            recruits.append(_Recruit(name, name, resources, bundle, node, 0.0))
+        return recruits
+
+    def _get(self, call: str, timeout: float | None = None) -> bool:
+        if call in self.broken:
+            raise self.broken[call]
+        return True
 
     def _worker(self, node: str, rank: int, bundle: int) -> Any:
         actor = SimpleNamespace(
@@ -164,3 +189,30 @@ def test_nothing_is_left_at_the_end(cluster: Cluster) -> None:
     ray_worker_group.end_benched_workers()
     assert (benched(cluster), cluster.reserved, cluster.bench.reservation) == ([], [], None)
     assert cluster.killed == ["sync", "worker a", "worker b"]
+
+
+def test_a_worker_that_dies_while_it_starts_is_replaced_once_in_its_bundle(cluster: Cluster) -> None:
+    """Its node has probably died, and Ray moves the bundle to another one."""
+    group = cluster.starting_group(3)
+    cluster.broken["recruit 1"] = RayActorError()
+    workers = group._create_workers(3, None, {})
+    assert [worker.actor for worker in workers] == ["recruit 0", "recruit 2", "recruit 3"]
+    assert [member.resources for member in group._reservation.members] == [
+        cluster.reserved[number] for number in (0, 2, 1)
+    ]
+    assert cluster.starts[3:] == [(cluster.reserved[1], 0)]
+    assert cluster.killed == []
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"recruit 1": GetTimeoutError("late")}, {"recruit 1": RayActorError(), "recruit 3": RayActorError()}],
+    ids=["it is late", "it dies twice"],
+)
+def test_a_group_whose_worker_cannot_start_ends_the_others(cluster: Cluster, broken: dict[str, RayError]) -> None:
+    group = cluster.starting_group(3)
+    cluster.broken = broken
+    with pytest.raises(WorkerGroupStartupFailedError, match="a worker did not start: "):
+        group._create_workers(3, None, {})
+    assert {"recruit 0", "recruit 2"} <= set(cluster.killed)
+    assert group._reservation.members == []
