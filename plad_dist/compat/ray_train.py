@@ -31,12 +31,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from plad_dist.compat.assumptions import Assumptions
-from plad_dist.compat.ray_worker_group import (
-    benched_nodes,
-    dismiss_recruits,
-    end_benched_workers,
-    recruit_workers,
-)
+from plad_dist.compat.ray_worker_bench import benched_nodes, dismiss_recruits, end_benched_workers
+from plad_dist.compat.ray_worker_group import recruit_workers
 
 _assumptions = Assumptions("ray", "2.60.0")
 for _owner, _name, _parameters in (

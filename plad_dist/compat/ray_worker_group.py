@@ -1,9 +1,12 @@
 """Worker groups of Ray Train whose Ray workers outlive them.
 
 Ray Train restarts a group by killing all of its workers and starting new ones. Each is a new Python
-process, whose imports alone take seconds. Here, workers that still respond wait on a bench for the
-next group, and only those that it lacks are started. Recruits for a larger group start while the
-present one runs.
+process, whose imports alone take seconds. Here, workers that still respond wait on the bench of
+`ray_worker_bench` for the next group, and only those that it lacks are started. Recruits for a
+larger group start while the present one runs.
+
+:func:`keep_workers` makes Ray Train's controller use such groups. All of this runs in the
+controller's process, except :func:`group_id` and `_end_training`, which run in a worker.
 
 Written for Ray 2.60.0. Relies on:
 
@@ -21,12 +24,11 @@ Written for Ray 2.60.0. Relies on:
 
 from __future__ import annotations
 
-import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from ray.train.v2._internal.exceptions import (
@@ -37,23 +39,24 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-from ray.train.v2._internal.execution.worker_group.placement_group_handle import PlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.util import bundle_to_remote_args
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from plad_dist.compat.assumptions import Assumptions
 from plad_dist.compat.ray_scaling import node_resources
+from plad_dist.compat.ray_worker_bench import (
+    PATIENCE_S,
+    Member,
+    Recruit,
+    Reservation,
+    bench,
+    on_staying_nodes,
+    true_in_time,
+)
 
-_PATIENCE_S = 5.0  # for a worker to end its training function
 _RECRUIT_TIMEOUT_S = 120.0
 _NODE_LABEL = "ray.io/node-id"
 
@@ -64,7 +67,6 @@ for _owner, _name, _parameters in (
     (WorkerGroup, "_get_worker_runtime_env", ("custom_runtime_env",)),
     (WorkerGroup, "get_latest_poll_status", ("self",)),
     (WorkerGroupState, "shutdown", ("self",)),
-    (PlacementGroupHandle, "wait", ("self", "timeout_seconds")),
 ):
     _assumptions.parameters(_assumptions.attribute(_owner, _name), *_parameters)
 _assumptions.parameters(bundle_to_remote_args, "bundle")
@@ -75,72 +77,6 @@ _assumptions.starts_with_parameters(WorkerGroup._assign_worker_ranks, "workers")
 _assumptions.attribute(TrainController, "worker_group_cls")
 
 
-class _Member(NamedTuple):
-    """Worker of a group, and the placement group that holds its resources."""
-
-    worker: Worker
-    resources: PlacementGroup
-
-    @property
-    def node(self) -> str:
-        return str(self.worker.metadata.node_id)
-
-
-class _Recruit(NamedTuple):
-    """Worker that starts.
-
-    Attributes:
-        facts: reference of its metadata, which arrive when it has started.
-        resources, bundle: placement group, and the part of it that is the worker's.
-        node: id of the node that it starts on; empty if Ray chooses one.
-        began: `time.monotonic()` of its start.
-    """
-
-    actor: Any
-    facts: Any
-    resources: PlacementGroup
-    bundle: int
-    node: str
-    began: float
-
-
-class _Bench:
-    """Workers that belong to no running group, in the process of Ray Train's controller.
-
-    Attributes:
-        name: beginning of the names of all placement groups.
-        ask_to_end: see :func:`keep_workers`.
-        members: workers that have started.
-        recruits: workers that start.
-        reservation: resources of the group that runs or starts.
-    """
-
-    def __init__(self) -> None:
-        self.name = ""
-        self.ask_to_end: Callable[[], None] = lambda: None
-        self.members: list[_Member] = []
-        self.recruits: list[_Recruit] = []
-        self.reservation: _Reservation | None = None
-
-    def take(self, most: int) -> list[_Member]:
-        """Remove and return members that respond, on nodes that stay. The others end."""
-        replies = {member.worker.actor.get_metadata.remote(): member for member in _on_staying_nodes(self.members)}
-        taken = [replies[reply] for reply in _true_in_time(replies)][:most]
-        _end_others(self.members, taken)
-        self.members = []
-        return taken
-
-    def dismiss(self, recruits: list[_Recruit]) -> None:
-        """End recruits."""
-        for recruit in recruits:
-            ray.kill(recruit.actor)
-            remove_placement_group(recruit.resources)
-        self.recruits = [recruit for recruit in self.recruits if recruit not in recruits]
-
-
-_bench = _Bench()
-
-
 def keep_workers(name: str, ask_to_end: Callable[[], None]) -> None:
     """Let the controller of this process make groups whose workers outlive them.
 
@@ -148,39 +84,16 @@ def keep_workers(name: str, ask_to_end: Callable[[], None]) -> None:
 
     Args:
         name: differs between trainers, but not between controllers of one.
-        ask_to_end: asks the training function of the worker that calls it to end soon, if it has
-            begun.
+        ask_to_end: see :class:`Bench`.
     """
-    _bench.name, _bench.ask_to_end = f"{name}-", ask_to_end
-    for entry in placement_group_table().values():
-        if entry["name"].startswith(_bench.name) and entry["state"] != "REMOVED":
-            with contextlib.suppress(ValueError):  # it has just been removed
-                remove_placement_group(get_placement_group(entry["name"]))
+    bench.ask_to_end = ask_to_end
+    bench.take_over(f"{name}-")
     TrainController.worker_group_cls = LastingWorkerGroup
 
 
 def group_id() -> str:
     """Return an id of the group of this worker, which no other group has."""
     return str(get_train_context().execution_context.synchronization_actor._actor_id.hex())
-
-
-def benched_nodes() -> list[str]:
-    """Return the node of each worker on the bench, and of each recruit."""
-    return [member.node for member in _bench.members] + [recruit.node for recruit in _bench.recruits]
-
-
-def end_benched_workers() -> None:
-    """End the workers on the bench, the recruits, and what a failed start of a group has left."""
-    dismiss_recruits()
-    if _bench.reservation is not None:
-        _bench.reservation.end()
-
-
-def dismiss_recruits() -> None:
-    """End the workers on the bench, and the recruits."""
-    _end_others(_bench.members, [])
-    _bench.members = []
-    _bench.dismiss(_bench.recruits)
 
 
 def recruit_workers(group: LastingWorkerGroup, nodes: Sequence[str]) -> dict[str, str]:
@@ -192,133 +105,32 @@ def recruit_workers(group: LastingWorkerGroup, nodes: Sequence[str]) -> dict[str
     Returns:
         Why a worker did not start, by node. Nothing has to be ended there.
     """
-    staying = _on_staying_nodes(_bench.members)
-    _end_others(_bench.members, staying)
-    _bench.members = staying
-    _bench.recruits += group._recruits([(group._reserve(1, node), 0, node) for node in nodes])
-    references = [recruit.facts for recruit in _bench.recruits]
+    bench.end_leaving()
+    bench.recruits += group._recruits([(group._reserve(1, node), 0, node) for node in nodes])
+    references = [recruit.facts for recruit in bench.recruits]
     done = set(ray.wait(references, num_returns=len(references), timeout=0)[0]) if references else set()
-    problems: dict[_Recruit, str] = {}
-    for recruit in _bench.recruits:
+    problems: dict[Recruit, str] = {}
+    for recruit in bench.recruits:
         if recruit.facts in done:
             try:
-                _bench.members.append(group._member(recruit, ray.get(recruit.facts)))
+                bench.members.append(group._member(recruit, ray.get(recruit.facts)))
             except ray.exceptions.RayError as error:
                 problems[recruit] = str(error)
         elif time.monotonic() - recruit.began > _RECRUIT_TIMEOUT_S:
             problems[recruit] = f"it has not started for {_RECRUIT_TIMEOUT_S:.0f} s"
-    _bench.dismiss(list(problems))
-    _bench.recruits = [recruit for recruit in _bench.recruits if recruit.facts not in done]
+    bench.dismiss(list(problems))
+    bench.recruits = [recruit for recruit in bench.recruits if recruit.facts not in done]
     return {recruit.node: problem for recruit, problem in problems.items()}
-
-
-def recruits_have_started() -> bool:
-    """Return True if no recruit is still on its way."""
-    return not _bench.recruits
-
-
-def _end_others(members: Iterable[_Member], kept: Iterable[_Member]) -> None:
-    """Kill the workers that are not kept, and free the placement groups without kept ones."""
-    members, kept = list(members), list(kept)
-    kept_actors = {member.worker.actor for member in kept}
-    for member in members:
-        if member.worker.actor not in kept_actors:
-            ray.kill(member.worker.actor)
-    for resources in {member.resources for member in members} - {member.resources for member in kept}:
-        remove_placement_group(resources)
-
-
-def _on_staying_nodes(members: Iterable[_Member]) -> list[_Member]:
-    staying = node_resources().keys()
-    return [member for member in members if member.node in staying]
-
-
-def _true_in_time(replies: Iterable[Any]) -> list[Any]:
-    """Return the references to replies that are true and arrive in time."""
-    references = list(replies)
-    done = ray.wait(references, num_returns=len(references), timeout=_PATIENCE_S)[0] if references else []
-    true = []
-    for reference in done:
-        with contextlib.suppress(ray.exceptions.RayError):
-            if ray.get(reference):
-                true.append(reference)
-    return true
 
 
 def _end_training(ask_to_end: Callable[[], None]) -> bool:
     """Run in a worker: end its training function. Return False if that does not end in time."""
     runner = get_train_context().execution_context.training_thread_runner
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + PATIENCE_S
     while runner.is_running() and time.monotonic() < until:
         ask_to_end()
         time.sleep(0.02)
     return not runner.is_running()
-
-
-class _Reservation(PlacementGroupHandle):  # type: ignore[misc]
-    """Resources of a group: those of workers from the bench, and those for new workers.
-
-    Attributes:
-        kept: workers from the bench.
-        free: placement group and bundle for each new worker.
-        members: all workers, once they have started.
-    """
-
-    def __init__(self, kept: list[_Member], new: list[PlacementGroup], workers: int, *, is_elastic: bool) -> None:
-        self.kept, self._is_elastic = kept, is_elastic
-        self.members: list[_Member] = []
-        self._groups = list(dict.fromkeys([*(member.resources for member in kept), *new]))
-        taken = {(member.resources, member.worker.placement_group_bundle_index) for member in kept}
-        # Ray moves the bundle of a lost node to another one.
-        bundles = [(group, bundle) for group in self._groups for bundle in range(group.bundle_count)]
-        self.free = [place for place in bundles if place not in taken][: workers - len(kept)]
-
-    @property
-    def placement_group(self) -> PlacementGroup:
-        return self._groups[0]
-
-    def ready(self) -> Any:
-        raise NotImplementedError("groups call wait")
-
-    def wait(self, timeout_seconds: float = 30) -> bool:
-        until = time.monotonic() + timeout_seconds
-        try:
-            return all(group.wait(max(0.0, until - time.monotonic())) for group in self._groups)
-        except Exception:  # noqa: BLE001 - Ray's own handle does the same; a group may have been removed
-            return False
-
-    def shutdown(self) -> None:
-        """Give up the start of the group, or the group.
-
-        Workers from the bench return to it if the start failed before they joined, unless others
-        may wait for the resources of a group of one size.
-        """
-        if self.members or not self._is_elastic:
-            self.end()
-        else:
-            _bench.members += self.kept
-            self._free(set(self._groups) - {member.resources for member in self.kept})
-
-    def end(self) -> None:
-        """End all workers, and free all resources."""
-        for member in self.members or self.kept:
-            ray.kill(member.worker.actor)
-        self._free(self._groups)
-
-    def pass_on(self, kept: list[_Member]) -> None:
-        """Move workers to the bench. The others end."""
-        _end_others(self.members, kept)
-        _bench.members += kept
-        self._is_over()
-
-    def _free(self, groups: Iterable[PlacementGroup]) -> None:
-        for group in groups:
-            remove_placement_group(group)
-        self._is_over()
-
-    def _is_over(self) -> None:
-        if _bench.reservation is self:
-            _bench.reservation = None
 
 
 @dataclass(frozen=True)
@@ -335,17 +147,17 @@ class _LastingState(WorkerGroupState):  # type: ignore[misc]
         ray.kill(self.sync_actor)  # frees workers that wait for others there
         for worker in self.workers:
             worker.actor.shutdown.remote()  # tells Ray's callbacks
-        reservation: _Reservation = self.placement_group_handle
-        staying = _on_staying_nodes(reservation.members)
+        reservation: Reservation = self.placement_group_handle
+        staying = on_staying_nodes(reservation.members)
         leaving = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - node_resources().keys()
         if any(member.resources.bundle_count > 1 and member.node in leaving for member in reservation.members):
             staying = []  # Ray would leave the bundle on the node
         replies = {
-            member.worker.execute_async(_end_training, _bench.ask_to_end): member
+            member.worker.execute_async(_end_training, bench.ask_to_end): member
             for member in staying
             if member.worker.distributed_context.world_rank not in self.unreachable
         }
-        reservation.pass_on([replies[reply] for reply in _true_in_time(replies)])
+        reservation.pass_on([replies[reply] for reply in true_in_time(replies)])
 
 
 class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
@@ -356,7 +168,7 @@ class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
     up what a lost worker had.
     """
 
-    _reservation: _Reservation
+    _reservation: Reservation
     _worker_group_state: Any
 
     def shutdown(self) -> None:
@@ -368,19 +180,19 @@ class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
         )
         super().shutdown()
 
-    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> _Reservation:
-        _bench.dismiss(_bench.recruits)
-        if _bench.reservation is not None:  # of a group that failed while it started
-            _bench.reservation.end()
+    def _create_placement_group(self, scaling_config: Any, worker_group_context: Any) -> Reservation:
+        bench.dismiss(bench.recruits)
+        if bench.reservation is not None:  # of a group that failed while it started
+            bench.reservation.end()
         workers, is_elastic = worker_group_context.num_workers, scaling_config.elasticity_enabled
-        kept = _bench.take(workers)
+        kept = bench.take(workers)
         missing = workers - sum(group.bundle_count for group in {member.resources for member in kept})
         sizes = [1] * missing if is_elastic else [missing] * (missing > 0)
         new: list[PlacementGroup] = []
         try:
             new += [self._reserve(size) for size in sizes]
         finally:
-            self._reservation = _bench.reservation = _Reservation(kept, new, workers, is_elastic=is_elastic)
+            self._reservation = bench.reservation = Reservation(kept, new, workers, is_elastic=is_elastic)
         return self._reservation
 
     def _reserve(self, workers: int, node: str = "") -> PlacementGroup:
@@ -396,14 +208,14 @@ class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
         return placement_group(
             [context.resources_per_worker] * workers,
             strategy=context.placement_strategy,
-            name=f"{_bench.name}{uuid.uuid4().hex}",
+            name=f"{bench.name}{uuid.uuid4().hex}",
             bundle_label_selector=labels,
         )
 
     def _create_workers(
         self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **_: Any
     ) -> list[Worker]:
-        reservation, started = self._reservation, list[_Member]()
+        reservation, started = self._reservation, list[Member]()
         until = time.monotonic() + _RECRUIT_TIMEOUT_S
         places = reservation.free
         for is_last in (False, True):
@@ -427,7 +239,7 @@ class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
         reservation.members = [*reservation.kept, *started]
         return list(self._assign_worker_ranks([member.worker for member in reservation.members]))
 
-    def _recruits(self, places: Iterable[tuple[PlacementGroup, int, str]]) -> list[_Recruit]:
+    def _recruits(self, places: Iterable[tuple[PlacementGroup, int, str]]) -> list[Recruit]:
         """Start a worker in each bundle of a placement group, on a node."""
         runtime_env = self._get_worker_runtime_env(self._train_run_context.run_config.worker_runtime_env)
         resources = bundle_to_remote_args(self._worker_group_context.resources_per_worker)
@@ -436,14 +248,14 @@ class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
         for group, bundle, node in places:
             actor = actor_class.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle)).remote()
             facts = actor.get_metadata.remote()
-            recruits.append(_Recruit(actor, facts, group, bundle, node, time.monotonic()))
+            recruits.append(Recruit(actor, facts, group, bundle, node, time.monotonic()))
         return recruits
 
-    def _member(self, recruit: _Recruit, facts: Any) -> _Member:
+    def _member(self, recruit: Recruit, facts: Any) -> Member:
         """Return a recruit that has started as a member."""
         resources = self._worker_group_context.resources_per_worker
         worker = Worker(recruit.actor, facts, resources, placement_group_bundle_index=recruit.bundle)
-        return _Member(worker, recruit.resources)
+        return Member(worker, recruit.resources)
 
 
 def _is_silence(error: Any) -> bool:

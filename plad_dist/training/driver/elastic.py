@@ -15,7 +15,8 @@ import ray
 
 from plad_dist.compat.ray_scaling import Resources, node_resources, workers_that_fit
 from plad_dist.compat.ray_train import WorkerGroupEvents, is_preemption
-from plad_dist.compat.ray_worker_group import benched_nodes, keep_workers, recruits_have_started
+from plad_dist.compat.ray_worker_bench import benched_nodes, recruits_have_started
+from plad_dist.compat.ray_worker_group import keep_workers
 from plad_dist.errors import RunFailed
 from plad_dist.nursery.warmth import WarmNodes
 from plad_dist.timeline import Activity

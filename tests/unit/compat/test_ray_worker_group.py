@@ -11,8 +11,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckTimeoutError
 
-from plad_dist.compat import ray_worker_group
-from plad_dist.compat.ray_worker_group import LastingWorkerGroup, _Bench, _Member, _Recruit, _Reservation
+from plad_dist.compat import ray_worker_bench, ray_worker_group
+from plad_dist.compat.ray_worker_bench import Bench, Member, Recruit, Reservation
+from plad_dist.compat.ray_worker_group import LastingWorkerGroup
 
 
 class Reserved:
@@ -39,10 +40,11 @@ class Cluster:
         self.killed: list[str] = []
         self.reserved: list[Reserved] = []
         self.has_room = True
-        self.bench = _Bench()
-        monkeypatch.setattr(ray_worker_group, "_bench", self.bench)
-        monkeypatch.setattr(ray_worker_group, "node_resources", lambda: dict.fromkeys(self.nodes - self.leaving))
-        monkeypatch.setattr(ray_worker_group, "remove_placement_group", self.reserved.remove)
+        self.bench = Bench()
+        for module in (ray_worker_bench, ray_worker_group):
+            monkeypatch.setattr(module, "bench", self.bench)
+            monkeypatch.setattr(module, "node_resources", lambda: dict.fromkeys(self.nodes - self.leaving))
+        monkeypatch.setattr(ray_worker_bench, "remove_placement_group", self.reserved.remove)
         monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": node, "Alive": True} for node in self.nodes])
         monkeypatch.setattr(ray, "kill", self.killed.append)
         monkeypatch.setattr(ray, "wait", lambda calls, **_: ([call for call in calls if call not in self.silent], []))
@@ -54,11 +56,11 @@ class Cluster:
 
     def group(self, *groups: tuple[Any, list[str]], is_elastic: bool) -> LastingWorkerGroup:
         """Return a running group with a worker on each node, by placement group."""
-        members: list[_Member] = []
+        members: list[Member] = []
         for resources, nodes in groups:
             for bundle, node in enumerate(nodes):
-                members.append(_Member(self._worker(node, len(members), bundle), resources))
-        reservation = _Reservation([], [group for group, _ in groups], len(members), is_elastic=is_elastic)
+                members.append(Member(self._worker(node, len(members), bundle), resources))
+        reservation = Reservation([], [group for group, _ in groups], len(members), is_elastic=is_elastic)
         reservation.members = members
         self.bench.reservation = reservation
         group = object.__new__(LastingWorkerGroup)
@@ -74,16 +76,16 @@ class Cluster:
         """Return an elastic group whose workers are recruits, and are about to start."""
         group = object.__new__(LastingWorkerGroup)
         group._worker_group_context = SimpleNamespace(resources_per_worker={})
-        group._reservation = _Reservation([], [self.reserve(1) for _ in range(workers)], workers, is_elastic=True)
+        group._reservation = Reservation([], [self.reserve(1) for _ in range(workers)], workers, is_elastic=True)
         group._recruits, group._assign_worker_ranks = self._recruits, list  # type: ignore[method-assign]
         return group
 
-    def _recruits(self, places: Iterable[tuple[Any, int, str]]) -> list[_Recruit]:
+    def _recruits(self, places: Iterable[tuple[Any, int, str]]) -> list[Recruit]:
         recruits = []
         for resources, bundle, node in places:
             name = f"recruit {len(self.starts)}"
             self.starts.append((resources, bundle))
-            recruits.append(_Recruit(name, name, resources, bundle, node, 0.0))
+            recruits.append(Recruit(name, name, resources, bundle, node, 0.0))
         return recruits
 
     def _get(self, call: str, timeout: float | None = None) -> bool:
@@ -144,7 +146,7 @@ def test_a_group_of_one_size_starts_the_lost_worker_in_the_bundle_that_ray_moves
     cluster.group((resources, ["a", "b", "c"]), is_elastic=False).shutdown()
     cluster.nodes.remove("b")
     kept = cluster.bench.take(3)
-    reservation = _Reservation(kept, [], 3, is_elastic=False)
+    reservation = Reservation(kept, [], 3, is_elastic=False)
     assert ([member.node for member in kept], reservation.free) == (["a", "c"], [(resources, 1)])
     assert cluster.reserved == [resources]
 
@@ -169,7 +171,7 @@ def test_a_start_without_room_keeps_only_an_elastic_group_s_workers(
 ) -> None:
     """Another job may wait for what a group of one size would hold."""
     cluster.group((cluster.reserve(1), ["a"]), is_elastic=is_elastic).shutdown()
-    reservation = _Reservation(cluster.bench.take(2), [cluster.reserve(1)], 2, is_elastic=is_elastic)
+    reservation = Reservation(cluster.bench.take(2), [cluster.reserve(1)], 2, is_elastic=is_elastic)
     cluster.bench.reservation, cluster.has_room = reservation, False
     assert not reservation.wait(0)
     reservation.shutdown()
@@ -178,15 +180,15 @@ def test_a_start_without_room_keeps_only_an_elastic_group_s_workers(
 
 
 def test_a_removed_placement_group_is_not_an_error_of_the_controller(cluster: Cluster) -> None:
-    reservation = _Reservation([], [cluster.reserve(1)], 1, is_elastic=True)
+    reservation = Reservation([], [cluster.reserve(1)], 1, is_elastic=True)
     cluster.reserved.clear()
     assert not reservation.wait(0)
 
 
 def test_nothing_is_left_at_the_end(cluster: Cluster) -> None:
     cluster.group(*((cluster.reserve(1), [node]) for node in "ab"), is_elastic=True).shutdown()
-    cluster.bench.reservation = _Reservation([], [cluster.reserve(2)], 2, is_elastic=False)  # its start failed
-    ray_worker_group.end_benched_workers()
+    cluster.bench.reservation = Reservation([], [cluster.reserve(2)], 2, is_elastic=False)  # its start failed
+    ray_worker_bench.end_benched_workers()
     assert (benched(cluster), cluster.reserved, cluster.bench.reservation) == ([], [], None)
     assert cluster.killed == ["sync", "worker a", "worker b"]
 
