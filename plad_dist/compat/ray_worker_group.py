@@ -28,7 +28,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.train.v2._internal.exceptions import (
@@ -160,6 +160,18 @@ class _LastingState(WorkerGroupState):  # type: ignore[misc]
         reservation.pass_on([replies[reply] for reply in true_in_time(replies)])
 
 
+class _Starts(NamedTuple):
+    """Result of the start of recruits.
+
+    Attributes:
+        started: those that have started.
+        lost: those that have died, mostly with their nodes.
+    """
+
+    started: list[Member]
+    lost: list[Recruit]
+
+
 class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
     """Worker group that takes its workers from the bench, and leaves them there.
 
@@ -215,29 +227,36 @@ class LastingWorkerGroup(WorkerGroup):  # type: ignore[misc]
     def _create_workers(
         self, num_workers: int, placement_group: Any, resources_per_worker: dict[str, float], **_: Any
     ) -> list[Worker]:
-        reservation, started = self._reservation, list[Member]()
+        reservation = self._reservation
         until = time.monotonic() + _RECRUIT_TIMEOUT_S
-        places = reservation.free
-        for is_last in (False, True):
-            recruits = self._recruits((group, bundle, "") for group, bundle in places)
-            places = []
-            try:
-                for recruit in recruits:
-                    try:
-                        facts = ray.get(recruit.facts, timeout=max(0.0, until - time.monotonic()))
-                        started.append(self._member(recruit, facts))
-                    except ray.exceptions.RayActorError:
-                        if is_last:
-                            raise
-                        places.append((recruit.resources, recruit.bundle))
-            except ray.exceptions.RayError as error:
-                for actor in (*(recruit.actor for recruit in recruits), *(member.worker.actor for member in started)):
-                    ray.kill(actor)
-                raise WorkerGroupStartupFailedError(f"a worker did not start: {error}") from error
-            if places:  # its node has just died, so Ray now looks for another place
+        recruits = self._recruits((group, bundle, "") for group, bundle in reservation.free)
+        try:
+            started, lost = self._first_starts(recruits, until)
+            if lost:  # their nodes have just died, so Ray now looks for other places
                 reservation.wait(max(0.0, until - time.monotonic()))
+                others = self._recruits((recruit.resources, recruit.bundle, "") for recruit in lost)
+                recruits += others
+                started += [self._started(recruit, until) for recruit in others]
+        except ray.exceptions.RayError as error:
+            for recruit in recruits:
+                ray.kill(recruit.actor)
+            raise WorkerGroupStartupFailedError(f"a worker did not start: {error}") from error
         reservation.members = [*reservation.kept, *started]
         return list(self._assign_worker_ranks([member.worker for member in reservation.members]))
+
+    def _first_starts(self, recruits: Iterable[Recruit], until: float) -> _Starts:
+        """Wait for recruits. Raise RayError if one is late or cannot start, but not if one dies."""
+        started, lost = list[Member](), list[Recruit]()
+        for recruit in recruits:
+            try:
+                started.append(self._started(recruit, until))
+            except ray.exceptions.RayActorError:
+                lost.append(recruit)
+        return _Starts(started, lost)
+
+    def _started(self, recruit: Recruit, until: float) -> Member:
+        """Wait for a recruit. Raise RayError if it is late, cannot start or dies."""
+        return self._member(recruit, ray.get(recruit.facts, timeout=max(0.0, until - time.monotonic())))
 
     def _recruits(self, places: Iterable[tuple[PlacementGroup, int, str]]) -> list[Recruit]:
         """Start a worker in each bundle of a placement group, on a node."""
