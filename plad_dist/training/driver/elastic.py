@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import ray
@@ -80,19 +81,18 @@ class WorkerGroupCallbacks(WorkerGroupEvents):
         Args:
             granted: returns how many workers Ray would start, by what the nodes have in total.
         """
-
+        rooms = cache(partial(self._rooms, per_worker))  # asks the cluster at most once
         return self._resizing.next_size(
             size,
-            count_room=lambda: min(granted(), room_on_whole_nodes(self._rooms(per_worker).values())),
-            prepare=lambda workers: self._prepare(workers - size, per_worker),
+            count_room=lambda: min(granted(), room_on_whole_nodes(rooms().values())),
+            prepare=lambda workers: self._prepare(workers - size, rooms()),
             give_up=self.dismiss_recruits,
         )
 
-    def _prepare(self, more: int, per_worker: Resources) -> bool:
+    def _prepare(self, more: int, rooms: Mapping[str, NodeRoom]) -> bool:
         """Start more workers beside the group. Return True once they run on warm nodes."""
         missing = more - len(benched_nodes())
-        rooms = self._rooms(per_worker).items()
-        places = [name for name, room in rooms if room.is_whole for _ in range(room.usable - room.own)]
+        places = [name for name, room in rooms.items() if room.is_whole for _ in range(room.usable - room.own)]
         for node, problem in self.recruit(places[: max(missing, 0)]).items():
             self._suspected_at[node] = time.monotonic()
             self._report(f"a worker cannot start on node {node}: {problem}")

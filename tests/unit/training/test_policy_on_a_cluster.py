@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import ray
 
+from plad_dist.compat.ray_scaling import NodeResources
+from plad_dist.training.driver import elastic
 from plad_dist.training.driver import resizing as resizing_module
 from plad_dist.training.driver.growth import Outlook
 from plad_dist.training.driver.resizing import Resizing
@@ -251,6 +253,25 @@ def test_a_group_yields_once_the_larger_one_could_start_without_delay(monkeypatc
     assert turn(4, is_ready=True) == ["given up"], "the room is gone"
     clock.now += 5.0
     assert turn(9, is_ready=True) == [5, "asked"]
+
+
+def test_a_group_that_grows_asks_for_the_nodes_of_the_cluster_once_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = GrowingCluster(monkeypatch, (1, 2), restart_s=15)
+    cluster.add("a")
+    cluster.run(60)
+    cluster.add("b")
+    asked_at: list[float] = []
+    node_resources = elastic.node_resources
+
+    def count() -> dict[str, NodeResources]:
+        asked_at.append(cluster.now)
+        return node_resources()
+
+    monkeypatch.setattr(elastic, "node_resources", count)
+    while not cluster.growths:
+        cluster.run(1)
+    assert asked_at[-1] == cluster.now
+    assert len(set(asked_at)) == len(asked_at)
 
 
 def test_new_workers_start_only_on_nodes_without_other_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
