@@ -73,6 +73,8 @@ def test_training_recovers_from_a_death_whatever_happens_to_the_nursery(
     if "memory" not in fault:
         wait(lambda: set(nodes[1].processes(NURSERY)) - set(before) != set(), 120, "another nursery")
     training.finish()
+    if "children" in fault:
+        assert "starts without nurseries" in training.log()
     expect_same_student(training, undisturbed)
 
 
