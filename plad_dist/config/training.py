@@ -255,13 +255,14 @@ class Training(Section):
     micro_batch_tokens: int = Field(
         8192,
         ge=16,
-        description="Maximum number of tokens in a forward pass of one worker.",
+        description="Maximum number of tokens in a forward pass of one worker, padding included.",
         json_schema_extra=OPERATIONAL,
     )
     max_group_tokens: OptionalCount = Field(
         None,
         ge=16,
-        description="Maximum number of tokens in a group (a prompt and all its responses). If unset or `.inf`, no "
+        description="Maximum number of tokens in a group (a prompt and all its responses). Where the responses do "
+        "not share the prompt, each counts as much as the longest, with a copy of the prompt. If unset or `.inf`, no "
         "limit. A group over micro_batch_tokens is an error. Before the first step, all pairs are checked, and the "
         "longest references and teacher responses.",
     )

@@ -26,7 +26,7 @@ def check_fits(config: Config, hardware: Hardware, remaining: Collection[Holder]
         UserError: a model cannot be sized.
     """
     sizes = sizes_of(config, hardware.device)
-    longest = longest_group(config, sizes["student"].context)
+    longest = longest_group(config, sizes["student"])
     problems: list[Problem | None] = []
     for name, phase in phases_of(config).items():
         if remaining is None or Holder("train", name) in remaining:

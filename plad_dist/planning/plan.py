@@ -167,7 +167,7 @@ def _assumptions(
         lines.append("the cost of judges behind endpoints is not included")
     if time is not None:
         lines += _time_assumptions(config, time)
-    longest, capacity = longest_group(config, student.context), config.training.micro_batch_tokens
+    longest, capacity = longest_group(config, student), config.training.micro_batch_tokens
     if longest > capacity:
         lines.append(
             f"a prompt with the responses of its pairs has up to {longest:,} tokens, but training.micro_batch_tokens "

@@ -42,6 +42,7 @@ class ModelSize:
         windowed_layers: layers with a sliding window.
         key_width: elements of the keys of a token, as the trainer computes them.
         mlp_width: elements of the hidden layer of the MLP, of all experts of a token.
+        shares_prompts: the trainer computes the prompt of a group once for all its responses.
         scores_width: elements of a token's attention scores in one layer if the trainer's attention
             stores them, otherwise 0.
         stored_width: bytes per weight if the model is published quantized, otherwise None.
@@ -65,6 +66,7 @@ class ModelSize:
     windowed_layers: int
     key_width: int
     mlp_width: int
+    shares_prompts: bool
     scores_width: int
     stored_width: float | None
     vocabulary: int
@@ -130,6 +132,8 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
+    from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
+
     stored_width = _stored_width(config)
     model = build_without_weights(config, remote=remote)
     text = config.get_text_config()
@@ -148,6 +152,8 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     mlp_width = _first_int(text, "intermediate_size", "ffn_dim") or 4 * hidden
     if experts > 1:
         mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token
+    attention = attention_of(config, None, "flex" if device == "gpu" else "sdpa")
+    stores_scores = attention.implementation == "eager"
     context = min(length for length in (max_length, _first_int(text, "max_position_embeddings"), 1 << 20) if length)
     return ModelSize(
         name=name,
@@ -165,7 +171,8 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
         windowed_layers=sum("sliding" in str(kind) for kind in getattr(text, "layer_types", None) or ()),
         key_width=key_width,
         mlp_width=mlp_width,
-        scores_width=_scores_width(text, heads, context, device),
+        shares_prompts=attention.layout.shares_prompts,
+        scores_width=heads * min(attention.layout.max_row_tokens or context, context) if stores_scores else 0,
         stored_width=stored_width,
         vocabulary=vocabulary_size(config),
         context=context,
@@ -197,17 +204,6 @@ def _linear_shapes(layers: list[Any]) -> tuple[tuple[int, int], ...]:
         for module in layer.modules()
         if isinstance(module, nn.Linear)
     )
-
-
-def _scores_width(text: Any, heads: int, context: int, device: Device) -> int:
-    """Return the elements of a token's attention scores in a layer, 0 if the attention does not
-    store them."""
-    from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
-
-    attention = attention_of(text, None, "flex" if device == "gpu" else "sdpa")
-    if attention.implementation != "eager":
-        return 0
-    return heads * min(attention.layout.max_row_tokens or context, context)
 
 
 def _positions(text: Any) -> int | None:

@@ -60,15 +60,18 @@ def smallest_group(fits: Callable[[int], bool], least: int = 1) -> int | None:
     return least + bisect.bisect_left(range(least, upper), True, key=fits)
 
 
-def longest_group(config: Config, context: int) -> int:
+def longest_group(config: Config, size: ModelSize) -> int:
     """Return the tokens that a micro-batch must hold: the longest prompt with the longest responses
     of its pairs."""
     if config.training.max_group_tokens is not None:
         return config.training.max_group_tokens
     teacher, student = config.sampling.teacher, config.sampling.student
     pairs = config.pairing.kept_pairs
-    responses = min(teacher.n, pairs) * teacher.max_tokens + min(student.n, pairs) * student.max_tokens
-    return (config.prompts.max_tokens or context) + responses
+    of_teacher, of_student = min(teacher.n, pairs), min(student.n, pairs)
+    prompt = config.prompts.max_tokens or size.context
+    if size.shares_prompts:
+        return prompt + of_teacher * teacher.max_tokens + of_student * student.max_tokens
+    return (of_teacher + of_student) * (prompt + max(teacher.max_tokens, student.max_tokens))
 
 
 def training_problem(

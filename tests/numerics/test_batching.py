@@ -40,14 +40,47 @@ def test_epochs_and_seeds_have_different_orders() -> None:
 def test_every_group_is_assigned_once_and_all_workers_stay_in_step(
     groups: list[Group], budget: int, workers: int
 ) -> None:
-    sizes = [group.tokens for group in groups]
-    shares = assign_groups(sizes, budget, workers)
+    shares = assign_groups(groups, Layout(), budget, workers)
     assert len(shares) == workers
     assert len({len(share) for share in shares}) == 1, "every rank runs the same number of micro-batches"
     assert sorted(index for share in shares for batch in share for index in batch) == list(range(len(groups)))
-    for share in shares:
-        for batch in share:
-            assert len(batch) <= 1 or sum(sizes[index] for index in batch) <= budget
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(min_piece_tokens=96),
+    Layout(row_tokens=2048, row_multiple=128),
+    Layout(max_row_tokens=256),
+    Layout(shares_prompts=False, max_row_tokens=256),
+    Layout(shares_prompts=False, packs_rows=False),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@given(
+    st.lists(
+        st.builds(
+            lambda prompt, responses: Group([5] * prompt, [[6] * length for length in responses]),
+            st.integers(1, 300),
+            st.lists(st.one_of(st.integers(1, 40), st.integers(1, 1500)), min_size=1, max_size=8),
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(16, 20_000),
+    st.integers(1, 4),
+)
+def test_the_budget_bounds_the_tokens_that_are_computed_with_their_padding(
+    layout: Layout, groups: list[Group], budget: int, workers: int
+) -> None:
+    """No micro-batch of any layout computes more places than the budget of tokens."""
+    held = [group for group in groups if layout.places(group) <= budget]
+    for share in assign_groups(held, layout, budget, workers):
+        for indices in share:
+            batch = collate([held[index] for index in indices], filler=0, layout=layout, budget=budget)
+            places = batch.input_ids_RT.numel()
+            assert places <= budget, f"{tuple(batch.input_ids_RT.shape)} for {batch.tokens} tokens"
+            assert places >= batch.tokens
 
 
 @given(groups_strategy)
@@ -87,13 +120,14 @@ def test_a_micro_batch_without_groups_counts_no_groups_and_no_tokens() -> None:
 
 def test_a_group_over_the_budget_gets_a_micro_batch_of_its_own() -> None:
     groups = [Group([1] * 50, [[2] * 50, [3] * 50]), Group([1], [[2], [3]])]
-    assert assign_groups([group.tokens for group in groups], 16, 1) == [[[0], [1]]]
+    assert assign_groups(groups, Layout(), 16, 1) == [[[0], [1]]]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_get_even_shares(workers: int) -> None:
-    sizes = [Group([1] * (n % 7 + 1), [[2] * (n % 11 + 1)]).tokens for n in range(120)]
-    loads = [sum(sizes[index] for batch in share for index in batch) for share in assign_groups(sizes, 10_000, workers)]
+    groups = [Group([1] * (n % 7 + 1), [[2] * (n % 11 + 1)]) for n in range(120)]
+    shares = assign_groups(groups, Layout(), 10_000, workers)
+    loads = [sum(groups[index].tokens for batch in share for index in batch) for share in shares]
     assert max(loads) - min(loads) <= 18
 
 
@@ -101,7 +135,7 @@ def test_workers_get_even_shares(workers: int) -> None:
 def test_groups_of_similar_length_share_a_micro_batch(groups: list[Group], workers: int) -> None:
     """The micro-batches are runs of the groups sorted by length, so little is padded."""
     sizes = [group.tokens for group in groups]
-    shares = assign_groups(sizes, 300, workers)
+    shares = assign_groups(groups, Layout(), 300, workers)
     runs = [shares[worker][number] for number in range(len(shares[0])) for worker in range(workers)]
     in_order = [sizes[index] for run in runs for index in run]
     assert in_order == sorted(sizes, reverse=True)

@@ -36,11 +36,11 @@ _passed: set[tuple[object, ...]] = set()  # checks that this process need not re
 
 @dataclass
 class _BlockCheck:
-    """Result for one block: the first problem, or the longest of the exactly counted groups."""
+    """Result for one block: the first problem, or the largest of the exactly counted groups."""
 
     problem: str = ""
-    longest_tokens: int = 0
-    longest_row: str = ""
+    largest_places: int = 0
+    largest: str = ""
 
 
 def check_pairs(
@@ -67,11 +67,10 @@ def check_pairs(
         for check in threads.map(checker.check, range(len(manifest.parts))):
             if check.problem:
                 raise UserError(check.problem)
-            if check.longest_tokens > micro_batch_tokens:
+            if check.largest_places > micro_batch_tokens:
                 raise UserError(
-                    f"{check.longest_row}: its group has {check.longest_tokens:,} tokens, more than "
-                    f"training.micro_batch_tokens={micro_batch_tokens:,} holds; raise it, or set "
-                    "training.max_group_tokens and training.over_long"
+                    f"{check.largest}, more than training.micro_batch_tokens={micro_batch_tokens:,} holds; raise "
+                    "it, or set training.max_group_tokens and training.over_long"
                 )
     finally:
         threads.shutdown(cancel_futures=True)
@@ -146,10 +145,10 @@ class _PairChecker:
                 fitted = fit(group, self.spec)
             except UserError as error:
                 return _BlockCheck(str(error))
-            tokens = 0 if fitted is None else self.spec.tokens(fitted)
-            if tokens > result.longest_tokens:
+            places = 0 if fitted is None else self.spec.layout.places(fitted)
+            if fitted is not None and places > result.largest_places:
                 row = f"{part}: row {int(rows.starts[number])} (counted from 0)"
-                result = _BlockCheck(longest_tokens=tokens, longest_row=row)
+                result = _BlockCheck("", places, f"{row}: {self.spec.layout.size_text(fitted)}")
         return result
 
     def _bad_rows(self, table: pa.Table) -> Iterator[tuple[int, str]]:
@@ -183,7 +182,7 @@ class _PairChecker:
 
 
 def _group_lengths(table: pa.Table, *, shares_prompts: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return, for every group, an upper bound of its tokens and the tokens of its longest sequence.
+    """Return, for every group, an upper bound of its places and the tokens of its longest sequence.
 
     The bound counts a response once for each pair that it is in.
     """
@@ -192,7 +191,8 @@ def _group_lengths(table: pa.Table, *, shares_prompts: bool) -> tuple[NDArray[np
     sequences = np.maximum.reduceat(prompt + np.maximum(chosen, rejected), starts)
     if shares_prompts:
         return prompt[starts] + np.add.reduceat(chosen + rejected - 2, starts), sequences
-    return np.add.reduceat(2 * prompt + chosen + rejected - 2, starts), sequences
+    pairs = np.diff(np.append(starts, table.num_rows))
+    return 2 * pairs * (sequences - 1), sequences
 
 
 def _lengths(table: pa.Table, column: str) -> NDArray[np.int32]:

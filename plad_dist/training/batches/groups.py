@@ -27,7 +27,7 @@ from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import GroupRows, PairRows, ReferenceRows, ResponseRows, Row
 from plad_dist.training.batches.building import TextGroupBuilder, chosen_groups, list_groups, pair_groups
-from plad_dist.training.batches.micro_batch import Group
+from plad_dist.training.batches.micro_batch import Group, Layout
 
 GroupKind = Literal["references", "teacher", "pairs", "lists", "chosen"]
 _OPEN_BLOCKS = 256  # the most blocks that stay open
@@ -45,7 +45,8 @@ class DataSpec:
             pairs.
         path: dataset of the pairs or samples; empty for references.
         context: most tokens of a sequence, which is a prompt with one response.
-        max_group_tokens: most tokens that the model may compute for a group, None for no limit.
+        max_group_tokens: most tokens that the model may compute for a group, padding included.
+            None for no limit.
         shares_prompts: the responses of a group share one pass over the prompt.
         over_long: treatment of a group beyond `context` or `max_group_tokens`.
         end_ids: tokens that end a response; only `lists` use them.
@@ -79,9 +80,10 @@ class DataSpec:
             case _:
                 return Dataset(storage, self.path, PAIRS)
 
-    def tokens(self, group: Group) -> int:
-        """Return the number of tokens that the model computes for a group."""
-        return group.tokens if self.shares_prompts else group.tokens_unshared
+    @property
+    def layout(self) -> Layout:
+        """Layout that counts the size of a group; it says nothing of the rows of a micro-batch."""
+        return Layout(shares_prompts=self.shares_prompts)
 
 
 def group_counts(spec: DataSpec, parts: Sequence[Part]) -> list[int]:
@@ -215,14 +217,14 @@ def fit(group: Group, spec: DataSpec) -> Group | None:
         UserError: the group is too long, and the spec demands failure.
     """
     sequence = len(group.prompt) + max(map(len, group.responses))
-    tokens = spec.tokens(group)
+    tokens = spec.layout.places(group)
     limit = spec.max_group_tokens if spec.max_group_tokens is not None else tokens
     if (sequence <= spec.context and tokens <= limit) or spec.over_long == "keep":
         return group
     if spec.over_long == "drop":
         return None
     if spec.over_long == "fail":
-        raise UserError(_over_long_message(group, sequence, tokens, spec))
+        raise UserError(_over_long_message(group, sequence, spec))
     copies = 1 if spec.shares_prompts else len(group.responses)  # of the prompt
     surplus = max(sequence - spec.context, -(-(tokens - limit) // copies))
     if surplus < len(group.prompt):
@@ -233,14 +235,11 @@ def fit(group: Group, spec: DataSpec) -> Group | None:
     )
 
 
-def _over_long_message(group: Group, sequence: int, tokens: int, spec: DataSpec) -> str:
+def _over_long_message(group: Group, sequence: int, spec: DataSpec) -> str:
     if sequence > spec.context:
         problem = (
             f"the prompt with a response has {sequence:,} tokens, but the student's context holds {spec.context:,}"
         )
     else:
-        problem = (
-            f"the prompt and its responses have {tokens:,} tokens, but training.max_group_tokens is "
-            f"{spec.max_group_tokens:,}"
-        )
+        problem = f"{spec.layout.size_text(group)}, but training.max_group_tokens is {spec.max_group_tokens:,}"
     return f"{group.name}: {problem}; set training.over_long to drop or truncate"

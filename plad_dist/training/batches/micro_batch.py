@@ -58,6 +58,11 @@ class Group:
         """Tokens that the model computes if every response has its own copy of the prompt."""
         return sum(len(self.prompt) + len(response) - 1 for response in self.responses)
 
+    @property
+    def places_unshared(self) -> int:
+        """Tokens of a row for each response with a copy of the prompt, padded to the longest."""
+        return len(self.responses) * (len(self.prompt) + max(map(len, self.responses)) - 1)
+
 
 def single_pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Group:
     """Return a group of one pair."""
@@ -91,8 +96,21 @@ class Layout:
     max_row_tokens: int | None = None
 
     def tokens(self, group: Group) -> int:
-        """Return the number of tokens that the model computes for a group."""
+        """Return the number of tokens that the model computes for a group, without padding."""
         return group.tokens if self.shares_prompts else group.tokens_unshared
+
+    def places(self, group: Group) -> int:
+        """Return the most places that a group takes in a micro-batch of its own."""
+        return group.tokens if self.shares_prompts else group.places_unshared
+
+    def size_text(self, group: Group) -> str:
+        """Return the size of a group for messages."""
+        if self.shares_prompts:
+            return f"the prompt and its responses have {group.tokens:,} tokens"
+        return (
+            f"the {len(group.responses)} responses, each with a copy of the prompt and padded to the longest, have "
+            f"{group.places_unshared:,} tokens"
+        )
 
 
 @dataclass(frozen=True, slots=True)

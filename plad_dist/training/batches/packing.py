@@ -3,7 +3,7 @@
 1. A group becomes a *piece*: its prompt, then each response without its last token, which predicts
    nothing. If the layout does not share prompts, every response becomes a piece with its own copy
    of the prompt.
-2. The pieces are placed in rows, first fit, and all rows are padded to one width.
+2. The pieces are placed in rows (:mod:`~plad_dist.training.batches.placement`).
 3. Every token gets its position id and the bounds of what it sees (the tree mask). A token of a
    response sees the prompt and its own response, no other response and no other group. The
    positions of a response continue from the end of the prompt. The log-likelihood of a response is
@@ -26,6 +26,7 @@ Shape suffixes: R rows, T tokens of a row, P pairs, A anchored responses.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,29 +36,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from plad_dist.training.batches.micro_batch import Group, Layout, MicroBatch
+from plad_dist.training.batches.placement import piece_sizes, place
 from plad_dist.training.losses import Pairs
 
 _DEFAULT_LAYOUT = Layout()
-_WIDTHS = 4  # steps between the smallest and the largest row width that are tried
 
 
-def collate(groups: Sequence[Group], filler: int, layout: Layout = _DEFAULT_LAYOUT) -> MicroBatch:
+def collate(
+    groups: Sequence[Group], filler: int, layout: Layout = _DEFAULT_LAYOUT, budget: int = sys.maxsize
+) -> MicroBatch:
     """Pack groups into the rows of a micro-batch.
 
     Without groups, the micro-batch is a row of one `filler` token, which keeps the ranks in step.
 
     Args:
         filler: token id of the padding; it does not influence any log-likelihood.
+        budget: most places of a micro-batch, which must be able to hold the groups.
     """
     is_empty = not groups
     groups = groups or [Group([filler], [[filler]])]
     pieces = _pieces(groups, layout)
-    in_one_row = _is_piecewise(pieces, layout)
-    rows = [pieces] if in_one_row else _place(pieces, layout)
+    placement = place(piece_sizes(groups, layout), layout, budget)
     responses = [response for group in groups for response in group.responses]
-    arrays = _RowArrays.of(len(rows), _width(rows, layout.row_multiple), filler, len(responses))
-    for row, row_pieces in enumerate(rows):
-        arrays.write_row(row, row_pieces)
+    arrays = _RowArrays.of(len(placement.rows), placement.width, filler, len(responses))
+    for row, indices in enumerate(placement.rows):
+        arrays.write_row(row, [pieces[index] for index in indices])
     lengths = [len(response) for response in responses]
     return MicroBatch(
         input_ids_RT=torch.from_numpy(arrays.input_ids),
@@ -73,7 +76,7 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = _DEFAULT_LAYO
         initial_logps_S=_per_response(groups, [group.initial_logps for group in groups]),
         sampled_logps_S=_per_response(groups, [group.sampled_logps for group in groups]),
         pairs=_compared_pairs(groups),
-        pieces=tuple((len(piece.prompt), piece.computed) for piece in pieces) if in_one_row else (),
+        pieces=tuple((len(piece.prompt), piece.computed) for piece in pieces) if placement.is_piecewise else (),
         longest_response=max(lengths),
         groups=0 if is_empty else len(groups),
         tokens=0 if is_empty else sum(layout.tokens(group) for group in groups),
@@ -81,7 +84,7 @@ def collate(groups: Sequence[Group], filler: int, layout: Layout = _DEFAULT_LAYO
     )
 
 
-# -- pieces and rows
+# -- pieces
 
 
 @dataclass(slots=True)
@@ -112,42 +115,6 @@ def _pieces(groups: Sequence[Group], layout: Layout) -> list[_Piece]:
         else:
             pieces += [_Piece(group.prompt, [response]) for response in responses]
     return pieces
-
-
-def _is_piecewise(pieces: Sequence[_Piece], layout: Layout) -> bool:
-    """Return True if the pieces are long enough for attention to be computed piece by piece."""
-    minimum = layout.min_piece_tokens
-    return minimum is not None and sum(piece.tokens for piece in pieces) >= minimum * len(pieces)
-
-
-def _place(pieces: list[_Piece], layout: Layout) -> list[list[_Piece]]:
-    """Place pieces in rows of the width, out of a few, at which the fewest tokens are computed."""
-    if not layout.packs_rows:
-        return [[piece] for piece in pieces]
-    longest = max(piece.tokens for piece in pieces)
-    widest = max(longest, min(layout.row_tokens, layout.max_row_tokens or layout.row_tokens))
-    capacities = sorted({longest + (widest - longest) * step // _WIDTHS for step in range(_WIDTHS + 1)})
-    placements = [_first_fit(pieces, capacity) for capacity in capacities]
-    return min(placements, key=lambda rows: len(rows) * _width(rows, layout.row_multiple))
-
-
-def _width(rows: Sequence[Sequence[_Piece]], multiple: int) -> int:
-    longest = max(sum(piece.tokens for piece in row) for row in rows)
-    return -(-longest // multiple) * multiple
-
-
-def _first_fit(pieces: Sequence[_Piece], capacity: int) -> list[list[_Piece]]:
-    rows: list[list[_Piece]] = []
-    free: list[int] = []
-    for piece in pieces:
-        row = next((row for row, tokens in enumerate(free) if tokens >= piece.tokens), None)
-        if row is None:
-            rows.append([])
-            free.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(piece)
-        free[row] -= piece.tokens
-    return rows
 
 
 # -- token arrays

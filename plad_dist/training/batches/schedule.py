@@ -12,6 +12,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from plad_dist.training.batches.micro_batch import Group, Layout
+from plad_dist.training.batches.placement import piece_sizes, place
+
 
 def step_groups(count: int, batch: int, seed: int, step: int) -> NDArray[np.uint32]:
     """Return the indices of the groups of one global step.
@@ -39,40 +42,44 @@ def steps_per_epoch(count: int, batch: int) -> int:
     return -(-count // batch)
 
 
-def assign_groups(tokens: Sequence[int], budget: int, workers: int) -> list[list[list[int]]]:
+def assign_groups(groups: Sequence[Group], layout: Layout, budget: int, workers: int) -> list[list[list[int]]]:
     """Assign the groups of a global step to workers and micro-batches.
 
     All workers have the same number of micro-batches, because the collectives of ZeRO-3 must match.
-    Some micro-batches may be empty. None exceeds `budget` tokens unless it holds a single group.
-    Groups of similar length share a micro-batch, so that little is padded. Micro-batches that the
-    workers compute at the same time have a similar number of tokens.
+    Some micro-batches may be empty. None exceeds the budget unless it holds a single group. Groups
+    of similar length share a micro-batch, so that little is padded. Micro-batches that the workers
+    compute at the same time have a similar size.
 
     Args:
-        tokens: computed tokens of each group.
-        budget: most tokens of a micro-batch.
+        budget: most places of a micro-batch, padding included.
 
     Returns:
         Indices of groups as ``[worker][micro-batch]``.
     """
-    longest_first = sorted(range(len(tokens)), key=lambda index: (-tokens[index], index))
-    rounds = max(1, -(-sum(min(size, budget) for size in tokens) // (budget * workers)))
-    while (micro_batches := _cut(longest_first, tokens, budget, rounds * workers)) is None:
+    sizes = [layout.places(group) for group in groups]
+    longest_first = sorted(range(len(groups)), key=lambda index: (-sizes[index], index))
+    rounds = max(1, -(-sum(min(size, budget) for size in sizes) // (budget * workers)))
+
+    def fits(indices: Sequence[int]) -> bool:
+        if len(indices) < 2:
+            return True
+        return place(piece_sizes((groups[index] for index in indices), layout), layout, budget).places <= budget
+
+    # If padding exceeds the budget, more rounds are needed. In the end a micro-batch has one group.
+    while not all(map(fits, micro_batches := _cut(longest_first, sizes, rounds * workers))):
         rounds += 1
     return [micro_batches[worker::workers] for worker in range(workers)]
 
 
-def _cut(order: Sequence[int], tokens: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """Cut `order` into `count` runs of similar size, or return None if one exceeds the budget."""
+def _cut(order: Sequence[int], sizes: Sequence[int], count: int) -> list[list[int]]:
+    """Cut `order` into `count` runs of similar size."""
     runs: list[list[int]] = [[] for _ in range(count)]
-    current, load, unassigned = 0, 0, sum(tokens)
+    current, load, unassigned = 0, 0, sum(sizes)
     for index in order:
         even_share = (load + unassigned) / (count - current)  # of this run and those after it
-        passes_share = load + tokens[index] / 2 > even_share
-        if load and current < count - 1 and (passes_share or load + tokens[index] > budget):
+        if load and current < count - 1 and load + sizes[index] / 2 > even_share:
             current, load = current + 1, 0
         runs[current].append(index)
-        load += tokens[index]
-        unassigned -= tokens[index]
-        if load > budget and len(runs[current]) > 1:
-            return None
+        load += sizes[index]
+        unassigned -= sizes[index]
     return runs

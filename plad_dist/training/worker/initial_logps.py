@@ -110,11 +110,11 @@ def _logps(groups: Sequence[Group], job: PhaseJob, engine: Any, device: torch.de
 
     Each rank computes its share.
     """
-    layout = engine.module.attention.layout
-    shares = assign_groups([layout.tokens(group) for group in groups], job.micro_batch_tokens, dist.get_world_size())
+    layout, budget = engine.module.attention.layout, job.micro_batch_tokens
+    shares = assign_groups(groups, layout, budget, dist.get_world_size())
     own: dict[int, list[float]] = {}
     for indices in shares[dist.get_rank()]:
-        batch = collate([groups[index] for index in indices], filler=0, layout=layout).to(device)
+        batch = collate([groups[index] for index in indices], filler=0, layout=layout, budget=budget).to(device)
         logps = engine(batch).tolist()
         for index in indices:
             count = len(groups[index].responses)

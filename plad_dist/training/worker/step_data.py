@@ -37,7 +37,7 @@ class RankShare:
     """Divides groups among the ranks by the token budget, and packs the share of this rank.
 
     Args:
-        budget: maximum number of tokens of a micro-batch (`training.micro_batch_tokens`).
+        budget: most places of a micro-batch, padding included (`training.micro_batch_tokens`).
     """
 
     def __init__(self, layout: Layout, budget: int, rank: int, world: int) -> None:
@@ -51,20 +51,20 @@ class RankShare:
         Raises:
             UserError: a group exceeds the token budget.
         """
-        sizes = [self._layout.tokens(group) for group in groups]
+        sizes = [self._layout.places(group) for group in groups]
         if sizes and max(sizes) > self._budget:
-            name = groups[int(np.argmax(sizes))].name
+            group = groups[int(np.argmax(sizes))]
             raise UserError(
-                f"{name}: its group has {max(sizes):,} tokens, more than training.micro_batch_tokens={self._budget:,}. "
-                "Raise the key and run again: the phase resumes from its last checkpoint. In a new run, "
-                "training.max_group_tokens can limit the groups"
+                f"{group.name}: {self._layout.size_text(group)}, more than "
+                f"training.micro_batch_tokens={self._budget:,}. Raise the key and run again: the phase resumes from "
+                "its last checkpoint. In a new run, training.max_group_tokens can limit the groups"
             )
-        shares = assign_groups(sizes, self._budget, self._world)
+        shares = assign_groups(groups, self._layout, self._budget, self._world)
         return [[groups[index] for index in indices] for indices in shares[self._rank]]
 
     def pack(self, groups: Sequence[Group]) -> MicroBatch:
         """Pack the groups of a micro-batch."""
-        return collate(groups, filler=0, layout=self._layout)
+        return collate(groups, filler=0, layout=self._layout, budget=self._budget)
 
 
 class StepLoader:
