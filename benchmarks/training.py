@@ -224,7 +224,8 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
         phase=Phase(batch_groups=len(rows), optimizer=optimizer, loss=loss),
         data=DataSpec("pairs", "pairs", context=1024), heldout=None, heldout_limit=0,
         seed=1, steps=steps, deepspeed=load_deepspeed("zero3"), dtype="float32",
-        micro_batch_tokens=tokens, max_group_tokens=None, attention="auto", lora=None, gradient_checkpointing=False,
+        micro_batch_tokens=tokens, max_group_tokens=None, row_support="tree",
+        attention="auto", lora=None, gradient_checkpointing=False,
         divergence_factor=1e9, trackers=(), storage=storage, checkpoints=storage, staging=None, watch=None,
         fingerprint="b",
     )  # fmt: skip
@@ -340,7 +341,7 @@ def logprob_error(model: Path, rows: list[Row]) -> float:
     from plad_dist.training.model.policy import Policy
 
     groups = [single_pair(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
-    attention = attention_of(AutoConfig.from_pretrained(model), None)
+    attention = attention_of(AutoConfig.from_pretrained(model), "tree", None)
     plain = AutoModelForCausalLM.from_pretrained(
         model, dtype=torch.float32, attn_implementation=attention.implementation
     )

@@ -133,6 +133,7 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
     from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
+    from plad_dist.training.model.families import row_support
 
     stored_width = _stored_width(config)
     model = build_without_weights(config, remote=remote)
@@ -152,7 +153,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     mlp_width = _first_int(text, "intermediate_size", "ffn_dim") or 4 * hidden
     if experts > 1:
         mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token
-    attention = attention_of(config, None, "flex" if device == "gpu" else "sdpa")
+    attention = attention_of(config, row_support(config), None, "flex" if device == "gpu" else "sdpa")
     stores_scores = attention.implementation == "eager"
     context = min(length for length in (max_length, _first_int(text, "max_position_embeddings"), 1 << 20) if length)
     return ModelSize(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from plad_dist.config import CollapseBounds, Lora, Model, Phase
 from plad_dist.data.storage import Storage
 from plad_dist.training.batches.groups import DataSpec
+from plad_dist.training.batches.micro_batch import RowSupport
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PhaseJob:
         deepspeed: DeepSpeed config, without batch sizes, precision and optimizer.
         micro_batch_tokens: most tokens of a micro-batch.
         max_group_tokens: most tokens that the model may compute for a group, None for no limit.
+        row_support: rows in which the model's log-likelihoods are exact.
         attention: attention implementation from the config.
         divergence_factor: training stops if the loss exceeds the first step's loss times this
             factor.
@@ -54,6 +56,7 @@ class PhaseJob:
     dtype: str
     micro_batch_tokens: int
     max_group_tokens: int | None
+    row_support: RowSupport
     attention: Literal["auto", "sdpa", "flex"]
     lora: Lora | None
     gradient_checkpointing: bool

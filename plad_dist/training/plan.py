@@ -25,11 +25,13 @@ from plad_dist.phases import SEQKD, TEACHER, WARMUP, phases_of
 from plad_dist.rundir import RunDir, require_model, round_of
 from plad_dist.training.batches.check import check_pairs, check_texts
 from plad_dist.training.batches.groups import DataSpec, GroupKind, group_counts
+from plad_dist.training.batches.micro_batch import RowSupport
 from plad_dist.training.batches.schedule import steps_per_epoch
 from plad_dist.training.checkpoints.store import OWNER, CheckpointStore
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import attention_of, check_rope
 from plad_dist.training.model.deepspeed_config import check_workers, load_deepspeed
+from plad_dist.training.model.families import row_support
 from plad_dist.training.model.scratch import make_model
 
 # Keys of a phase that do not influence the trained model.
@@ -68,6 +70,7 @@ class _PhaseInputs:
     Attributes:
         start: folder or hub name of the starting model.
         tokenizer: identity of the tokenizer with its template.
+        row_support: rows in which the model's log-likelihoods are exact.
         manifest: manifest of the dataset whose parts count the groups.
     """
 
@@ -76,6 +79,7 @@ class _PhaseInputs:
     start: str
     settings: Model
     tokenizer: str
+    row_support: RowSupport
     data: DataSpec
     heldout: DataSpec | None
     manifest: Manifest
@@ -94,13 +98,14 @@ def _checked_inputs(name: str, config: Config, run: RunDir) -> _PhaseInputs:
     check_rope(model, context, role)
     check_vocabulary(start, renderer, vocabulary_size(model))
     check_workers(config.training)
+    support = row_support(model)
     kind, path = _data(name, config, run)
     data = DataSpec(
         kind=kind,
         path=path,
         context=context,
         max_group_tokens=config.training.max_group_tokens,
-        shares_prompts=attention_of(model, config.training.max_group_tokens).layout.shares_prompts,
+        shares_prompts=attention_of(model, support, config.training.max_group_tokens).layout.shares_prompts,
         over_long=config.training.over_long or ("fail" if is_calibration else "truncate"),
         end_ids=tuple(sorted(renderer.end_ids)) if kind == "lists" else (),
         forms=teacher_forms(config, run, start) if kind == "teacher" else TeacherForms(),
@@ -112,7 +117,7 @@ def _checked_inputs(name: str, config: Config, run: RunDir) -> _PhaseInputs:
             f"{path}: the pairs hold the tokens of another student than {start}; delete {path} and {heldout.path} to "
             "rebuild them, or restore the student"
         )
-    return _PhaseInputs(name, phase, start, settings, renderer.identity, data, heldout, manifest)
+    return _PhaseInputs(name, phase, start, settings, renderer.identity, support, data, heldout, manifest)
 
 
 def _phase(name: str, config: Config) -> Phase:
@@ -251,6 +256,7 @@ def _job(inputs: _PhaseInputs, config: Config, run: RunDir, steps: int, identity
         dtype=training.dtype,
         micro_batch_tokens=training.micro_batch_tokens,
         max_group_tokens=training.max_group_tokens,
+        row_support=inputs.row_support,
         attention=training.attention,
         lora=training.lora,
         gradient_checkpointing=training.gradient_checkpointing,

@@ -2,127 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from plad_dist.config import Loss
 from plad_dist.errors import UserError
-from plad_dist.training.batches.micro_batch import Group, Layout, single_pair
+from plad_dist.training.batches.micro_batch import Layout
 from plad_dist.training.batches.packing import collate
-from plad_dist.training.losses import group_losses
 from plad_dist.training.model import logprobs
 from plad_dist.training.model.attention import Attention, attention_of, check_rope
 from plad_dist.training.model.policy import Policy, logit_scaling
-from plad_dist.training.model.probe import check_family
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
-
-GROUPS = [
-    single_pair([5, 6, 7, 8, 9], [10, 11, 12, 2], [20, 21, 2]),
-    single_pair([4], [30, 2], [31, 32, 33, 34, 2]),
-    Group([9, 8, 7], [[40], [41, 42], [43, 44, 45], [46, 2]], pairs=[(0, 2, 1), (1, 3, 1)], anchored=(0, 1)),
-    single_pair(list(range(3, 40)), list(range(40, 60)), list(range(50, 62))),
-]
-SHAPE = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97, "intermediate_size": 48,
-    "num_key_value_heads": 1, "max_position_embeddings": 128, "head_dim": 16,
-}  # fmt: skip
-OPT = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 97, "ffn_dim": 48,
-    "max_position_embeddings": 128, "word_embed_proj_dim": 16,
-}  # fmt: skip
-NEO = {
-    "hidden_size": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 97, "intermediate_size": 48,
-    "max_position_embeddings": 128,
-}  # fmt: skip
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", SHAPE),
-    "llama, untied, biased": ("llama", SHAPE | {"tie_word_embeddings": False, "attention_bias": True}),
-    "mistral": ("mistral", SHAPE | {"sliding_window": None}),
-    "mistral with a sliding window": ("mistral", SHAPE | {"sliding_window": 6}),
-    "qwen2": ("qwen2", SHAPE),
-    "qwen2 with a sliding window": ("qwen2", SHAPE | SLIDING | {"use_sliding_window": True}),
-    "qwen3": ("qwen3", SHAPE),
-    "gemma": ("gemma", SHAPE),
-    "gemma2": ("gemma2", SHAPE | SLIDING | {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
-    "gemma3": ("gemma3_text", SHAPE | SLIDING),
-    "granite": ("granite", SHAPE | {"logits_scaling": 4.0}),
-    "cohere": ("cohere", SHAPE | {"logit_scale": 0.25}),
-    "gpt_neox": ("gpt_neox", SHAPE),
-    "gpt_neo": ("gpt_neo", NEO | {"attention_types": [[["global"], 2]]}),
-    "gpt_neo, local": ("gpt_neo", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 100}),
-    "gpt_neo, windows shorter than rows": (
-        "gpt_neo", NEO | {"attention_types": [[["global", "local"], 1]], "window_size": 8},
-    ),
-    "opt": ("opt", OPT),
-    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97}),
-}  # fmt: skip
-GROUP_LIMIT = 100  # tokens; the longest group has fewer
-SHARING_FAMILIES = set(FAMILIES) - {"gpt_neo, windows shorter than rows", "bloom"}
-
-
-def config_of(name: str) -> Any:
-    model_type, shape = FAMILIES[name]
-    return AutoConfig.for_model(model_type, **shape)
-
-
-def make(name: str, implementation: str | None = "sdpa") -> Any:
-    """Return a tiny random model whose logits are large enough for soft caps to matter."""
-    torch.manual_seed(0)
-    config = config_of(name)
-    config.initializer_range = 0.3
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
-    return model.eval()
-
-
-def separate_logps(model: Any, groups: list[Group]) -> Tensor:
-    """Return the log-likelihood of every response, from forward passes of separate sequences."""
-    sums = []
-    for group in groups:
-        for response in group.responses:
-            ids = torch.tensor([[*group.prompt, *response]])
-            logps = model(input_ids=ids).logits[0].log_softmax(-1)
-            start = len(group.prompt)
-            targets = torch.tensor(response)
-            sums.append(logps[start - 1 : start - 1 + len(response)].gather(1, targets[:, None]).sum())
-    return torch.stack(sums)
-
-
-@pytest.mark.parametrize("piecewise", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: str, piecewise: bool) -> None:
-    attention = attention_of(config_of(family), GROUP_LIMIT)
-    if piecewise and attention.layout.min_piece_tokens is None:
-        pytest.skip("its attention is never computed piece by piece")
-    if piecewise:
-        attention = replace(attention, layout=replace(attention.layout, min_piece_tokens=1))
-    assert attention.layout.shares_prompts == (family in SHARING_FAMILIES)
-    assert (attention.no_sharing_reason is None) == attention.layout.shares_prompts
-    model, exact_model = make(family, attention.implementation), make(family, "eager").double()
-    loss = Loss(name="rank", margin=1.0, mle_weight=0.5)
-
-    expected_S = separate_logps(exact_model, GROUPS)
-    batch = collate(GROUPS, filler=0, layout=attention.layout)
-    assert bool(batch.pieces) == piecewise
-    group_losses(loss, batch.pairs, expected_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
-
-    policy = Policy(model, attention)
-    logps_S = policy(batch)
-    group_losses(loss, batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
-
-    torch.testing.assert_close(logps_S.double(), expected_S, rtol=1e-5, atol=0)
-    trained = dict(policy.model.named_parameters())
-    grads = {name: parameter.grad for name, parameter in exact_model.named_parameters() if parameter.grad is not None}
-    largest = max(grad.abs().max().item() for grad in grads.values())
-    for name, grad in grads.items():  # some are zero up to rounding, such as those of the biases of keys
-        scale = max(grad.abs().max().item(), 1e-3 * largest)
-        torch.testing.assert_close(trained[name].grad.double(), grad, rtol=0, atol=1e-3 * scale)
+from tests.small_families import GROUPS, config_of, make, separate_logps
 
 
 @pytest.mark.parametrize(
@@ -234,23 +129,6 @@ def test_the_backward_of_the_output_layer_skips_satisfied_pairs(monkeypatch: pyt
     assert chunk_tokens == [6, 2]
 
 
-@pytest.mark.parametrize("family", ["bloom", "mamba"])
-def test_an_unknown_family_is_probed_before_it_is_trained(family: str) -> None:
-    config = AutoConfig.for_model(
-        family, **({"hidden_size": 32, "n_head": 2} if family == "bloom" else {"hidden_size": 32})
-    )
-    attention = attention_of(config, None)
-    assert not attention.takes_mask
-    check_family(config, attention)
-
-
-def test_a_family_whose_output_layer_is_not_plain_is_refused() -> None:
-    """The logits of this family have a factor that the trainer does not know."""
-    config = AutoConfig.for_model("hyperclovax", **SHAPE, logits_scaling=2.0)
-    with pytest.raises(UserError, match="hyperclovax models cannot be trained: their output layer is not a plain one"):
-        check_family(config, attention_of(config, None))
-
-
 def test_positions_that_depend_on_the_batch_are_refused() -> None:
     config = AutoConfig.for_model("llama", max_position_embeddings=4096)
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
@@ -267,7 +145,7 @@ def test_a_padded_vocabulary_is_normalised_over_as_in_the_model() -> None:
     model.resize_token_embeddings(128)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
     expected_S = separate_logps(model, GROUPS)
-    policy = Policy(model, attention_of(model.config, None))
+    policy = Policy(model, attention_of(model.config, "tree", None))
     torch.testing.assert_close(policy(collate(GROUPS, filler=0)), expected_S, rtol=1e-5, atol=0)
 
 

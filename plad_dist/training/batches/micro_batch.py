@@ -10,12 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from plad_dist.training.losses import Pairs
+
+# Rows in which the log-likelihoods of a model are exact.
+#
+# tree: the model takes a ready mask and places tokens by their position ids, with any attention
+#     function, so responses share their prompt.
+# scores: also, but its attention changes the scores (soft caps, sinks), which only FlexAttention
+#     and the implementation that adds the mask to the scores do.
+# sequences: exact only with one sequence in each row.
+RowSupport = Literal["tree", "scores", "sequences"]
 
 
 @dataclass(frozen=True, slots=True)

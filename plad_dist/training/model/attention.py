@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 
 from plad_dist.errors import UserError
-from plad_dist.training.batches.micro_batch import Layout, MicroBatch
+from plad_dist.training.batches.micro_batch import Layout, MicroBatch, RowSupport
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
-# Model types whose layers accept a complete mask and place tokens by their position ids alone. A
-# tree mask is exact for them.
-_TREE_FAMILIES = (
-    "cohere", "gemma", "gemma2", "gemma3_text", "gpt_neox", "granite", "llama", "mistral", "opt", "qwen2", "qwen3",
-)  # fmt: skip
 _FLEX_ROW_TOKENS = 2048  # long rows cost no attention, because a block mask skips masked blocks
 _FLEX_MASK_BLOCK = 128  # side of the blocks of a block mask; rows of whole blocks need fewer compiled kernels
 _MIN_PIECE_TOKENS = 96  # average length from which attention calls for single pieces are faster than a dense mask
@@ -49,40 +44,39 @@ class Attention:
 
 
 def attention_of(
-    config: Any, max_group_tokens: int | None, implementation: Literal["auto", "sdpa", "flex"] = "auto"
+    config: Any,
+    support: RowSupport,
+    max_group_tokens: int | None,
+    implementation: Literal["auto", "sdpa", "flex"] = "auto",
 ) -> Attention:
     """Return the attention requirements of a model with a transformers config.
 
     Args:
+        support: rows in which the model is exact, from
+            :func:`~plad_dist.training.model.families.row_support`.
         max_group_tokens: most tokens that the model may compute for a group, None for no limit.
         implementation: `auto` is FlexAttention on a CUDA device, otherwise SDPA piece by piece.
     """
-    family = config.model_type
-    if family == "gpt_neo":
+    if support == "sequences":
+        layout = Layout(shares_prompts=False, packs_rows=False)
+        reason = f"{config.model_type} models are exact only with one sequence in each row"
+        return Attention(layout, None, takes_mask=False, no_sharing_reason=reason)
+    if config.model_type == "gpt_neo":
         return _gpt_neo_attention(config, max_group_tokens)
-    if family not in _TREE_FAMILIES:
-        return _separate_sequences(f"{family} models build their own masks")
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if not layer_types <= {"full_attention", "sliding_attention"}:
-        return _separate_sequences(f"unknown types of layers: {', '.join(sorted(layer_types))}")
-    window = getattr(config, "sliding_window", None)
+    text = config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None)
     if layer_types and "sliding_attention" not in layer_types:
         window = None
-    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     if implementation == "flex" or (implementation == "auto" and torch.cuda.is_available()):
         name, layout = FLEX_ATTENTION, Layout(row_tokens=_FLEX_ROW_TOKENS, row_multiple=_FLEX_MASK_BLOCK)
-    elif has_softcap:
+    elif support == "scores":
         name, layout = "eager", Layout()
     elif implementation == "auto":
         name, layout = TREE_ATTENTION, Layout(min_piece_tokens=_MIN_PIECE_TOKENS)
     else:
         name, layout = "sdpa", Layout()
     return Attention(layout, name, window=window, has_mask_per_layer_type=bool(layer_types))
-
-
-def _separate_sequences(reason: str) -> Attention:
-    layout = Layout(shares_prompts=False, packs_rows=False)
-    return Attention(layout, None, takes_mask=False, no_sharing_reason=reason)
 
 
 def _gpt_neo_attention(config: Any, max_group_tokens: int | None) -> Attention:

@@ -18,7 +18,6 @@ from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import Attention, attention_of
 from plad_dist.training.model.deepspeed_config import is_offloaded
 from plad_dist.training.model.policy import Policy, disable_dropout
-from plad_dist.training.model.probe import check_family
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
 
@@ -39,9 +38,7 @@ def build_engine(job: PhaseJob, device: torch.device, *, from_checkpoint: bool =
 
     import_muon(compiled=job.phase.optimizer.name == "muon" and device.type == "cuda")
     model_config = disable_dropout(load_model_config(job.start, job.settings))
-    attention = attention_of(model_config, job.max_group_tokens, job.attention)
-    if not attention.takes_mask:
-        check_family(model_config, attention)
+    attention = attention_of(model_config, job.row_support, job.max_group_tokens, job.attention)
     if attention.implementation == FLEX_ATTENTION and device.type != "cuda":
         raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
     optimizer = job.phase.optimizer

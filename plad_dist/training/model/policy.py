@@ -37,7 +37,10 @@ class Policy(nn.Module):
                 "position_ids": batch.position_ids_RT,
                 "attention_mask": attention_masks(batch, self.attention, head.dtype),
             }
-        hidden_RTH = self.model.base_model(**inputs).last_hidden_state
+        base = self.model.base_model
+        if base is self.model:  # its class does not name the attribute that holds the base (Llama 4)
+            base = self.model.model
+        hidden_RTH = base(**inputs).last_hidden_state
         hidden_NH = hidden_RTH.flatten(0, 1)[batch.predictors_N]
         logps_N = head(hidden_NH, batch.targets_N)
         # Padded and then summed, because a scattered sum on a GPU adds in a different order every

@@ -1,73 +1,230 @@
-"""Probe of an untested model family: its logits must be those that the trainer computes.
+"""Probe of a model family: in which rows a small random model of its kind is exact.
 
-Shape suffixes: T tokens of a response, V vocabulary.
+The small model has the config of the real one with few layers, narrow ones where the family allows
+it, few experts and a vocabulary of 64. Windows and chunks are shorter than the sequences of the
+probe. It computes packed rows under each attention, and separate sequences, in float64. The first
+attention with equal log-likelihoods and gradients is taken.
+
+Shape suffixes: S responses, T tokens of a response, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from plad_dist.errors import UserError, first_line
-from plad_dist.training.batches.micro_batch import Group, single_pair
+from plad_dist.training.batches.micro_batch import Group, RowSupport, single_pair
 from plad_dist.training.batches.packing import collate
-from plad_dist.training.model.attention import Attention
-from plad_dist.training.model.policy import Policy
+from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.policy import Policy, disable_dropout
 
+logger = logging.getLogger("plad")
+
+_VOCABULARY = 64
+# Of the longest row, so that padding, windows and chunks are all within it.
+_GROUPS = (
+    single_pair([5, 6, 7, 8], [9, 10, 2], [11, 2]),
+    Group(list(range(3, 24)), [list(range(24, 38)), [40, 41, 2], [42]], pairs=[(0, 1, 1)]),
+)
+# Relative. The trainer's log-softmax is in float32, everything else in float64.
+_LOGPS_TOLERANCE, _GRADIENTS_TOLERANCE = 5e-6, 2e-5
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-_TOLERANCE = 1e-3  # relative
+_MOST_LAYERS = 8
+_MOST_PARAMETERS = 1 << 28  # of a small model; two copies with gradients take 8 GiB
+_SAME_IN_EVERY_SIZE: dict[str, int] = {
+    "sliding_window": 7, "attention_chunk_size": 7, "floor_scale": 4, "vocab_size": _VOCABULARY,
+    "vocab_size_per_layer_input": _VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1,
+}  # fmt: skip
+_NARROW_MLP = {
+    "intermediate_size": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 16, "ffn_dim": 48, "n_inner": 48,
+    "shared_expert_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
+}  # fmt: skip
+_NARROW_MIXERS = {
+    "word_embed_proj_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "mamba_d_ssm": 64,
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_num_heads": 8,
+    "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "mamba_chunk_size": 16, "chunk_size": 16,
+}  # fmt: skip
+_HEADS = 4
+_results: dict[str, RowSupport] = {}
 
 
-def check_family(config: Any, attention: Attention) -> None:
-    """Compare the log-likelihoods of a :class:`Policy` with the plain model's.
+def probe(config: Any) -> RowSupport:
+    """Return in which rows a model of this config is exact.
 
-    Both run a random model of the family with one layer.
+    Args:
+        config: transformers config of the model, which may be of any size.
 
     Raises:
-        UserError: the log-likelihoods differ, so training would optimise another objective than the
-            configured one; or no small model of the family can be run.
+        UserError: no small model of the family can be run, or its log-likelihoods differ from the
+            plain model's even for single sequences, so training would optimise another objective
+            than the configured one.
     """
-    from transformers import AutoModelForCausalLM
+    smaller = list(_smaller_configs(config))
+    key = json.dumps([type(config).__qualname__, smaller[0].to_dict()], sort_keys=True, default=str)
+    if key not in _results:
+        _results[key] = _probe(config.model_type, smaller)
+        logger.info("%s models are not among the tested ones: probed, %s", config.model_type, _results[key])
+    return _results[key]
 
-    small_config = _small_config(config)
-    group = single_pair([5, 6, 7], [8, 9, 2], [10, 2])
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(small_config, dtype=torch.float32).eval()
-            expected = _plain_logps(model, group)
-            actual = Policy(model, attention)(collate([group], filler=0, layout=attention.layout)).tolist()
-    except Exception as error:
-        raise UserError(
-            f"{config.model_type} models cannot be trained: a small model of the family cannot be run: "
-            f"{first_line(error)}"
-        ) from error
-    if any(abs(a - b) > _TOLERANCE * abs(b) for a, b in zip(actual, expected, strict=True)):
-        raise UserError(
-            f"{config.model_type} models cannot be trained: their output layer is not a plain one, so the trainer's "
-            "log-likelihoods would differ from the model's"
+
+def _probe(family: str, smaller: Sequence[Any]) -> RowSupport:
+    exact = _first_that_runs(family, smaller)
+    supports: tuple[RowSupport, ...] = ("tree", "scores", "sequences")
+    for support in supports:
+        if exact.agrees(support):
+            return support
+    raise UserError(
+        f"{family} models cannot be trained: their output layer is not a plain one, so the trainer's log-likelihoods "
+        "would differ from the model's"
+    )
+
+
+def _first_that_runs(family: str, configs: Sequence[Any]) -> _Exact:
+    for number, config in enumerate(configs, start=1):
+        try:
+            return _Exact(config)
+        except Exception as error:  # a width that the family does not allow raises any type
+            if number == len(configs):
+                raise UserError(
+                    f"{family} models cannot be trained: a small model of the family cannot be run: {first_line(error)}"
+                ) from error
+    raise AssertionError("no config")
+
+
+class _Exact:
+    """A small model, with the log-likelihoods and gradients of separate sequences."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = _build(config, None)
+            with torch.no_grad():
+                for parameter in model.parameters():  # none is zero, so that every part counts
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        self._state = model.state_dict()
+        logps_S = _plain_logps(model, _GROUPS)
+        self._logps_S, self._grads = logps_S.detach(), _gradients(model, logps_S)
+
+    def agrees(self, support: RowSupport) -> bool:
+        """Return True if rows of this kind have the same log-likelihoods and gradients."""
+        attention = attention_of(self._config, support, None, "auto")
+        if attention.layout.min_piece_tokens is not None:
+            attention = replace(attention, layout=replace(attention.layout, min_piece_tokens=1))
+        try:
+            model = _build(self._config, attention.implementation)
+            model.load_state_dict(self._state)
+            logps_S = Policy(model, attention)(collate(_GROUPS, filler=0, layout=attention.layout))
+            grads = _gradients(model, logps_S)
+        except Exception as error:  # noqa: BLE001 - a mask that the family does not take raises anything
+            logger.debug("%s: %s", attention, first_line(error))
+            return False
+        largest = max(float(grad.abs().max()) for grad in self._grads.values())
+        return bool(((logps_S - self._logps_S).abs() <= _LOGPS_TOLERANCE * self._logps_S.abs()).all()) and all(
+            name in grads
+            and (grads[name] - grad).abs().max() <= _GRADIENTS_TOLERANCE * max(grad.abs().max(), 1e-3 * largest)
+            for name, grad in self._grads.items()
         )
 
 
-def _small_config(config: Any) -> Any:
-    """Return a copy of a transformers config with one layer and 64 tokens."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 64, 0, 1, 2
-    for name in _LAYER_COUNTS:
-        if hasattr(text, name):
-            setattr(text, name, 1)
-    if vars(text).get("layer_types"):
-        text.layer_types = text.layer_types[:1]
-    return small
+def _build(config: Any, implementation: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"it cannot be made small: it has {parameters:,} parameters with {_VOCABULARY} tokens")
+    return AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), dtype=torch.float64, attn_implementation=implementation
+    )
 
 
-def _plain_logps(model: Any, group: Group) -> list[float]:
+def _gradients(model: Any, logps_S: Tensor) -> dict[str, Tensor]:
+    weights_S = torch.linspace(-1, 1, len(logps_S), dtype=logps_S.dtype)
+    (logps_S * weights_S).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def _plain_logps(model: Any, groups: Sequence[Group]) -> Tensor:
     """Return the log-likelihood of each response, from a forward pass of its separate sequence."""
     logps = []
-    for response in group.responses:
-        ids = torch.tensor([[*group.prompt, *response]])
-        logps_TV = model(input_ids=ids).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
-        logps.append(float(logps_TV.gather(1, torch.tensor(response)[:, None]).sum()))
-    return logps
+    for group in groups:
+        for response in group.responses:
+            ids = torch.tensor([[*group.prompt, *response]])
+            logits_TV = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            logps.append(logits_TV.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
+    return torch.stack(logps)
+
+
+# -- small configs
+
+
+def _smaller_configs(config: Any) -> Iterator[Any]:
+    """Yield small configs, each wider than the one before, for families that forbid its widths."""
+    wide = copy.deepcopy(disable_dropout(copy.deepcopy(config)))
+    if hasattr(wide, "quantization_config"):
+        del wide.quantization_config
+    text = wide.get_text_config()
+    text._experts_implementation = "eager"  # the others have no float64
+    _set_existing(text, _SAME_IN_EVERY_SIZE)
+    if hasattr(text, "initializer_range"):
+        text.initializer_range = 0.2  # so that soft caps matter
+    _keep_layers(text)
+    narrow_mlp = copy.deepcopy(wide)
+    _set_existing(narrow_mlp.get_text_config(), _NARROW_MLP)
+    narrow = copy.deepcopy(narrow_mlp)
+    _narrow(narrow.get_text_config())
+    yield from (narrow, narrow_mlp, wide)
+
+
+def _set_existing(text: Any, values: dict[str, int]) -> None:
+    for name, value in values.items():
+        if vars(text).get(name) is not None:
+            setattr(text, name, value)
+
+
+def _narrow(text: Any) -> None:
+    """Narrow the layers. Heads keep their dimension, which rotary embeddings depend on."""
+    _set_existing(text, _NARROW_MIXERS)
+    heads_name = _first_name(text, "num_attention_heads", "n_head", "num_heads")
+    hidden_name = _first_name(text, "hidden_size", "n_embd", "d_model")
+    if heads_name is None or hidden_name is None:
+        return
+    heads, hidden = getattr(text, heads_name), getattr(text, hidden_name)
+    setattr(text, heads_name, _HEADS)
+    if kv_heads := vars(text).get("num_key_value_heads"):
+        text.num_key_value_heads = max(1, _HEADS * kv_heads // heads)
+    setattr(text, hidden_name, 32 if vars(text).get("head_dim") else _HEADS * hidden // heads)
+
+
+def _first_name(text: Any, *names: str) -> str | None:
+    """Return the first name of an attribute that a config has with a value."""
+    return next((name for name in names if vars(text).get(name)), None)
+
+
+def _keep_layers(text: Any) -> None:
+    """Keep a layer of every kind, by the lists of the config that have an entry for each layer."""
+    name = _first_name(text, *_LAYER_COUNTS)
+    if name is None:
+        return
+    count = getattr(text, name)
+    lists = {
+        key: value for key, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == count > 1
+    }
+    kinds = [tuple(str(values[layer]) for values in lists.values()) for layer in range(count)]
+    kept = sorted({kinds.index(kind) for kind in kinds})[:_MOST_LAYERS] if lists else [0, min(1, count - 1)]
+    kept = sorted({*kept, *range(min(2, count))})
+    setattr(text, name, len(kept))
+    for key, values in lists.items():
+        setattr(text, key, [values[layer] for layer in kept])

@@ -1,0 +1,125 @@
+"""Families: packed rows of every tested one equal separate sequences in float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from plad_dist.config import Loss
+from plad_dist.errors import UserError
+from plad_dist.training.batches.packing import collate
+from plad_dist.training.losses import group_losses
+from plad_dist.training.model import probe as probe_module
+from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.families import TESTED, row_support
+from plad_dist.training.model.policy import Policy
+from plad_dist.training.model.probe import probe
+from tests.small_families import FAMILIES, GROUPS, SHAPE, config_of, make, separate_logps
+
+GROUP_LIMIT = 100  # tokens; the longest group has fewer
+ONE_SEQUENCE_A_ROW = {"qwen3_5", "qwen3_next", "falcon_h1", "nemotron_h", "llama4", "bloom"}
+SHARING_FAMILIES = set(FAMILIES) - ONE_SEQUENCE_A_ROW - {"gpt_neo, windows shorter than rows"}
+
+
+def test_every_family_that_counts_as_tested_is_tested_here() -> None:
+    assert {model_type for model_type, _ in FAMILIES.values()} - {"bloom"} == set(TESTED)
+
+
+@pytest.mark.parametrize("piecewise", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: str, piecewise: bool) -> None:
+    config = config_of(family)
+    attention = attention_of(config, row_support(config), GROUP_LIMIT)
+    if piecewise and attention.layout.min_piece_tokens is None:
+        pytest.skip("its attention is never computed piece by piece")
+    if piecewise:
+        attention = replace(attention, layout=replace(attention.layout, min_piece_tokens=1))
+    assert attention.layout.shares_prompts == (family in SHARING_FAMILIES)
+    assert attention.layout.packs_rows == (family not in ONE_SEQUENCE_A_ROW)
+    assert (attention.no_sharing_reason is None) == attention.layout.shares_prompts
+    model = make(family, attention.implementation)
+    exact_model = make(family, None if family in ONE_SEQUENCE_A_ROW else "eager", torch.float64)
+    loss = Loss(name="rank", margin=1.0, mle_weight=0.5)
+
+    expected_S = separate_logps(exact_model, GROUPS).double()  # some models return their logits in float32
+    batch = collate(GROUPS, filler=0, layout=attention.layout)
+    assert bool(batch.pieces) == piecewise
+    group_losses(loss, batch.pairs, expected_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
+
+    policy = Policy(model, attention)
+    logps_S = policy(batch)
+    group_losses(loss, batch.pairs, logps_S, batch.lengths_S, batch.initial_logps_S).sum().backward()
+
+    torch.testing.assert_close(logps_S.double(), expected_S, rtol=1e-5, atol=0)
+    trained = dict(policy.model.named_parameters())
+    grads = {name: parameter.grad for name, parameter in exact_model.named_parameters() if parameter.grad is not None}
+    largest = max(grad.abs().max().item() for grad in grads.values())
+    for name, grad in grads.items():  # some are zero up to rounding, such as those of the biases of keys
+        scale = max(grad.abs().max().item(), 1e-3 * largest)
+        torch.testing.assert_close(trained[name].grad.double(), grad, rtol=0, atol=1e-3 * scale)
+
+
+# -- the probe of other families
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "gemma2", "gemma3, multimodal", "gpt_oss", "qwen3_moe", "deepseek_v3", "phi3", "nemotron_h", "llama4"],
+)
+def test_a_probe_finds_what_the_tests_of_families_promise(family: str) -> None:
+    config = config_of(family)
+    assert probe(config) == TESTED[config.model_type]
+
+
+@pytest.mark.parametrize(
+    ("family", "support"),
+    [
+        ("olmo", "tree"),
+        ("starcoder2", "tree"),
+        ("seed_oss", "tree"),
+        ("gpt2", "scores"),
+        ("bloom", "sequences"),
+    ],
+)
+def test_families_that_are_not_tested_are_probed_at_their_default_size(family: str, support: str) -> None:
+    config = AutoConfig.for_model(family)
+    assert family not in TESTED
+    assert row_support(config) == support
+
+
+def test_a_probe_of_a_giant_runs_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture with 128 wide experts is probed with four narrow ones."""
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=4096, num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4,
+        head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=1536, intermediate_size=12288,
+        vocab_size=151936,
+    )  # fmt: skip
+    sizes: list[int] = []
+    build = probe_module._build
+
+    def counting(*arguments: object) -> object:
+        model = build(*arguments)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+        return model
+
+    monkeypatch.setattr(probe_module, "_build", counting)
+    assert probe(config) == "tree"
+    assert sizes
+    assert max(sizes) < 1_000_000
+
+
+def test_a_family_whose_output_layer_is_not_plain_is_refused() -> None:
+    """The logits of this family have a factor that the trainer does not know."""
+    config = AutoConfig.for_model("hyperclovax", **SHAPE, logits_scaling=2.0)
+    with pytest.raises(UserError, match="hyperclovax models cannot be trained: their output layer is not a plain one"):
+        row_support(config)
+
+
+def test_a_tested_family_with_layers_of_another_type_is_probed() -> None:
+    config = AutoConfig.for_model("qwen3", **SHAPE)
+    config.layer_types = ["chunked_attention", "full_attention"]
+    with pytest.raises(UserError, match="qwen3 models cannot be trained"):
+        row_support(config)
