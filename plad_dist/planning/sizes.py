@@ -133,6 +133,7 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
     from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
+    from plad_dist.training.model.experts import is_routed, routed_share
     from plad_dist.training.model.families import row_support
 
     stored_width = _stored_width(config)
@@ -141,8 +142,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     layers = _decoder_layers(model)
     embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     parameters = _parameters(model)
-    routed = sum(p.numel() for layer in layers for key, p in layer.named_parameters() if ".experts." in key)
-    experts = _first_int(text, "num_experts", "num_local_experts", "n_routed_experts") or 1
+    routed = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if is_routed(name))
     experts_per_token = _first_int(text, "num_experts_per_tok") or 1
     lookup = 0 if output is embeddings else embeddings.numel()
     hidden = int(text.hidden_size)
@@ -151,7 +151,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     key_width = kv_heads * (_first_int(text, "head_dim") or hidden // heads)
     compressed = _first_int(text, "kv_lora_rank")
     mlp_width = _first_int(text, "intermediate_size", "ffn_dim") or 4 * hidden
-    if experts > 1:
+    if routed:
         mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token
     attention = attention_of(config, row_support(config), None, "flex" if device == "gpu" else "sdpa")
     stores_scores = attention.implementation == "eager"
@@ -163,7 +163,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
         layer_parameters=max(map(_parameters, layers)),
         output_parameters=output.numel(),
         linear_shapes=_linear_shapes(layers),
-        active_parameters=parameters - lookup - routed + routed * experts_per_token // experts,
+        active_parameters=parameters - lookup - routed + round(routed * routed_share(text)),
         hidden=hidden,
         heads=heads,
         kv_heads=1 if compressed else kv_heads,

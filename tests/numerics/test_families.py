@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from plad_dist.config import Loss
 from plad_dist.errors import UserError
@@ -14,10 +17,14 @@ from plad_dist.training.batches.packing import collate
 from plad_dist.training.losses import group_losses
 from plad_dist.training.model import probe as probe_module
 from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.experts import route_in_float32
 from plad_dist.training.model.families import TESTED, row_support
 from plad_dist.training.model.policy import Policy
 from plad_dist.training.model.probe import probe
+from plad_dist.training.worker.speed import Speed
+from tests.numerics.workers import config_with_pairs, losses, make_run, train
 from tests.small_families import FAMILIES, GROUPS, SHAPE, config_of, make, separate_logps
+from tests.tiny import make_random_model
 
 GROUP_LIMIT = 100  # tokens; the longest group has fewer
 ONE_SEQUENCE_A_ROW = {"qwen3_5", "qwen3_next", "falcon_h1", "nemotron_h", "llama4", "bloom"}
@@ -123,3 +130,65 @@ def test_a_tested_family_with_layers_of_another_type_is_probed() -> None:
     config.layer_types = ["chunked_attention", "full_attention"]
     with pytest.raises(UserError, match="qwen3 models cannot be trained"):
         row_support(config)
+
+
+# -- mixtures of experts on several ranks
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 32},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 1},
+    "gpt_oss": {
+        "num_local_experts": 8, "num_experts_per_tok": 1, "layer_types": ["sliding_attention"], "sliding_window": 8,
+        "head_dim": 32,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", MIXTURES)
+def test_ranks_that_route_differently_train_like_one_and_do_not_hang(tmp_path: Path, family: str) -> None:
+    """With one group in a step, one of two ranks has an empty micro-batch of few experts."""
+    all_losses = {}
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        raw = config_with_pairs(folder, max_steps=4, batch_groups=1)
+        make_random_model(folder / "student", 2, model_type=family, num_key_value_heads=1, **MIXTURES[family])
+        run = make_run(raw)
+        train(folder, raw, "round-0", workers)
+        all_losses[workers] = losses(run, "round-0")
+        AutoModelForCausalLM.from_pretrained(run.model("round-0"))
+    assert len(all_losses[2]) == 4
+    assert all_losses[2] == pytest.approx(all_losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "llama4"])
+def test_routers_compute_in_float32_in_a_model_of_half_precision(family: str) -> None:
+    model = make(family, None, torch.bfloat16)
+    names = list(model.state_dict())
+    block = next(module for module in model.modules() if hasattr(module, "experts"))
+    router = getattr(block, "gate", None) or block.router
+    hidden = torch.randn(64, SHAPE["hidden_size"]).to(torch.bfloat16)
+    rounded = router(hidden)
+    exact = copy.deepcopy(router).float()(hidden.float())
+    route_in_float32(model)
+    outputs = router(hidden)
+    for output, expected, before in zip(outputs, exact, rounded, strict=True):
+        assert torch.equal(output, expected.to(before.dtype)), "only the result is rounded"
+    assert not all(map(torch.equal, outputs, rounded))
+    outputs[0].float().sum().backward()
+    assert router.weight.grad.dtype == torch.bfloat16
+    assert list(model.state_dict()) == names
+
+
+def test_a_token_of_a_mixture_counts_the_arithmetic_of_its_experts_alone() -> None:
+    config = AutoConfig.for_model(
+        "qwen3_moe", **(SHAPE | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 24})
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    speed = Speed(Policy(model, attention_of(config, "tree", None)), torch.device("cpu"))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    routed = sum(size for name, size in sizes.items() if ".experts." in name)
+    others = sum(size for name, size in sizes.items() if ".experts." not in name and "embed" not in name)
+    assert routed > 10 * others
+    assert speed._body == 6 * (others - sizes.get("lm_head.weight", 0) + routed * 8 / 128)

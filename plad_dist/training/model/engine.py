@@ -17,6 +17,7 @@ from plad_dist.errors import UserError
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import Attention, attention_of
 from plad_dist.training.model.deepspeed_config import is_offloaded
+from plad_dist.training.model.experts import route_in_float32
 from plad_dist.training.model.policy import Policy, disable_dropout
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
@@ -83,6 +84,7 @@ def _load_model(
         # Reentrant checkpointing is right whether or not a layer's hooks run again when the layer
         # is recomputed, which differs between versions of transformers.
         model.gradient_checkpointing_enable({"use_reentrant": True})
+    route_in_float32(model)
     gather_whole_layers(model)
     return model
 

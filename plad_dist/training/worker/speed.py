@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from plad_dist.devices import gpu_of
+from plad_dist.training.model.experts import is_routed, routed_share
 
 
 class Speed:
@@ -24,8 +25,12 @@ class Speed:
         sizes = {id(parameter): getattr(parameter, "ds_numel", parameter.numel()) for parameter in policy.parameters()}
         embeddings = policy.model.get_input_embeddings().weight
         # FLOPs per parameter and token: 2 forward, 2 for the gradient of the input, and 2 for that
-        # of a trained weight.
-        flops = {id(parameter): 6 if parameter.requires_grad else 4 for parameter in policy.parameters()}
+        # of a trained weight. A token uses only some of the routed experts.
+        share = routed_share(policy.model.config.get_text_config())
+        flops = {
+            id(parameter): (6 if parameter.requires_grad else 4) * (share if is_routed(name) else 1)
+            for name, parameter in policy.named_parameters()
+        }
         self._head = flops[id(head)] * sizes[id(head)]
         # The lookup in the embeddings takes no arithmetic.
         body = sizes.keys() - {id(head), id(embeddings)}
@@ -35,9 +40,9 @@ class Speed:
     def figures(self, sums: Mapping[str, float], seconds: float, workers: int) -> dict[str, float]:
         """Return the rates and the memory of a step.
 
-        Model FLOPs are 6 for each parameter and computed token (PaLM, Chowdhery et al. 2022, arXiv
-        2204.02311, appendix B), and for each predicted token in the output layer. Attention and
-        recomputed activations do not count.
+        Model FLOPs are 6 for each active parameter and computed token (PaLM, Chowdhery et al. 2022,
+        arXiv 2204.02311, appendix B), and for each predicted token in the output layer. Attention
+        and recomputed activations do not count.
 
         Args:
             sums: sums of the step over all ranks (:class:`StepTotals`).
