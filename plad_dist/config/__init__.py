@@ -9,10 +9,7 @@ from plad_dist.config.models import Endpoint, Model, ScratchModel
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, DatasetSource, FilesSource, Prompts, PythonFunctionsSource
 from plad_dist.config.root import (
-    Cluster,
     Config,
-    Rounds,
-    Run,
     flatten,
     is_operational,
     operational_keys,
@@ -20,6 +17,7 @@ from plad_dist.config.root import (
     path_keys,
     schema_fields,
 )
+from plad_dist.config.run import Cluster, Rounds, Run
 from plad_dist.config.sampling import Decoding, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import CollapseBounds, Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup
