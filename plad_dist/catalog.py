@@ -102,7 +102,7 @@ class ModelEntry:
     """A model that a run trains, or creates as the start of training.
 
     Attributes:
-        phase: phase that trains the model; None for an untrained model from scratch.
+        phase: phase that trains the model; None for one that the run creates before any training.
         inputs: paths of the datasets and models from which it is made.
     """
 
@@ -185,7 +185,7 @@ def _models(config: Config, run: RunDir) -> Iterator[ModelEntry]:
         ("teacher", config.teacher, recipes.TEACHER),
         ("student", config.student, recipes.WARMUP),
     ):
-        if model is not None and model.scratch:
+        if model is not None and model.is_created:
             yield (entry := ModelEntry(f"{name}-init", None, recipe, (prompts,)))
             untrained[name] = (entry.path,)
     for phase in phases_of(config):

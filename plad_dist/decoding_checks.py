@@ -37,12 +37,12 @@ class SampledModel:
 
 
 def sampled_models(config: Config) -> list[SampledModel]:
-    """Return the teachers, the student and the judges that are sampled by an engine and not created
-    by the run."""
+    """Return the teachers, the student and the judges that an engine samples and that have a
+    pretrained tokenizer."""
     return [
-        SampledModel(key, resolve_model(model), model, section, sampling)
+        SampledModel(key, resolve_model(source.settings), source.settings, section, sampling)
         for key, model, section, sampling in config.responders()
-        if model.path is not None
+        if (source := model.pretrained()) is not None
     ]
 
 
@@ -72,9 +72,15 @@ def check_decoding(model: SampledModel) -> None:
 
 
 def check_pair_length(config: Config) -> None:
-    """Raise :class:`UserError` if `pairing.max_tokens` exceeds the context of the student."""
+    """Raise :class:`UserError` if `pairing.max_tokens` exceeds the context of the student.
+
+    A student from scratch is not checked.
+    """
+    source = config.student.pretrained()
+    if source is None:
+        return
     try:
-        limit = context_length(str(config.student.path), config.student)
+        limit = context_length(source.path, source.settings)
     except UserError:  # another check reports it
         return
     if config.pairing.max_tokens is not None and config.pairing.max_tokens > limit:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from plad_dist.compat.vllm import reasoning_parser_names
-from plad_dist.config import Config, LlmJudge, Lora, Model, RewardJudge, ScratchModel, TeacherJudge
+from plad_dist.config import Config, LlmJudge, Lora, Model, Pretrained, RewardJudge, ScratchModel, TeacherJudge
 from plad_dist.data.chat_templates import check_template
 from plad_dist.data.model_checks import check_vocabulary, template_warnings
 from plad_dist.data.models import (
@@ -23,11 +23,12 @@ from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer
 from plad_dist.decoding_checks import check_decoding, check_pair_length, decoding_notes, sampled_models
 from plad_dist.errors import UserError
-from plad_dist.planning.sizes import build_without_weights
 from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
 from plad_dist.sampling.engine_arguments import check_cpu_heads, check_engine_args
 from plad_dist.sampling.engine_placement import engines_use_gpus
+from plad_dist.training.cut.config import check_cut, config_of
+from plad_dist.training.model.meta import build_without_weights
 
 logger = logging.getLogger("plad")
 
@@ -106,9 +107,9 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     models = config.named_models()
     if train_prompts(run.storage).manifest() is not None:  # the run has started, and checked the rest then
         for key, model in models.items():
-            if model.path is not None:
-                yield f"{key}.path: ", partial(check_local_model, model.path)
-                yield f"{key}.path: ", partial(check_weights, model.path)
+            if (source := model.pretrained()) is not None:
+                yield f"{key}.{source.key}: ", partial(check_local_model, source.path)
+                yield f"{key}.{source.key}: ", partial(check_weights, source.path)
         return
     yield "", partial(check_deepspeed, config.training.deepspeed)
     yield "", partial(check_prompts, config, all_rows=False)
@@ -116,11 +117,11 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
         yield from _model_checks(key, model)
     for sampled in sampled_models(config):
         yield "", partial(check_decoding, sampled)
-    if config.student.path is not None:
-        yield "", partial(_check_student_rope, config.student)
-        yield "", partial(check_pair_length, config)
+    yield "", partial(check_pair_length, config)
+    if (source := config.student.pretrained()) is not None:
+        yield "", partial(_check_student_rope, source)
         if config.training.lora is not None:
-            yield "", partial(check_adapters, config.student, config.training.lora)
+            yield "", partial(check_adapters, source, config.training.lora)
 
 
 def _check_scratch(scratch: ScratchModel) -> None:
@@ -134,19 +135,18 @@ def _check_scratch(scratch: ScratchModel) -> None:
             raise UserError(f"scratch.architecture: {error}") from None
 
 
-def _check_student_rope(student: Model) -> None:
+def _check_student_rope(student: Pretrained) -> None:
     """Check the student's rotary embeddings, which training would refuse only after sampling."""
     from plad_dist.training.model.attention import check_rope
 
-    path = str(student.path)
     try:
-        settings = load_model_config(path, student)
+        settings = load_model_config(student.path, student.settings)
     except UserError:  # the checks of the model report it
         return
-    check_rope(settings, context_length(path, student), "student")
+    check_rope(settings, context_length(student.path, student.settings), "student")
 
 
-def check_adapters(student: Model, lora: Lora) -> None:
+def check_adapters(student: Pretrained, lora: Lora) -> None:
     """Raise :class:`UserError` if the layers that `target_modules` names are not the student's.
 
     Models that cannot be built without their weights are not checked here.
@@ -156,8 +156,7 @@ def check_adapters(student: Model, lora: Lora) -> None:
     if lora.target_modules == "all-linear":
         return
     try:
-        config = load_model_config(str(student.path), student)
-        model = build_without_weights(config, remote=student.trust_remote_code)
+        model = build_without_weights(config_of(student), remote=student.settings.trust_remote_code)
     except Exception:  # noqa: BLE001 - model families raise all kinds of errors, which other checks report
         return
     adapter_targets(model, lora)
@@ -194,10 +193,13 @@ def _model_checks(key: str, model: Model) -> Iterator[Check]:
         yield f"{key}.reasoning_parser: ", partial(_check_reasoning_parser, model.reasoning_parser)
     if model.scratch is not None:
         yield f"{key}.", partial(_check_scratch, model.scratch)
-    elif model.path is not None:
-        yield f"{key}.path: ", partial(load_model_config, model.path, model)
-        yield f"{key}.path: ", partial(_check_tokens, key, model.path, model)
-        yield f"{key}.path: ", partial(check_weights, model.path)
+    if (source := model.pretrained()) is not None:
+        prefix = f"{key}.{source.key}: "
+        yield prefix, partial(load_model_config, source.path, source.settings)
+        yield prefix, partial(_check_tokens, key, source.path, source.settings)
+        yield prefix, partial(check_weights, source.path)
+        if source.layers is not None:
+            yield "", partial(_check_layers, source)
 
 
 def _check_tokens(key: str, path: str, model: Model) -> None:
@@ -210,6 +212,15 @@ def _check_tokens(key: str, path: str, model: Model) -> None:
     except UserError:  # another check reports it
         return
     check_vocabulary(path, renderer, rows)
+
+
+def _check_layers(source: Pretrained) -> None:
+    """Check that the layers of a student can be cut out of its model."""
+    try:
+        load_model_config(source.path, source.settings)
+    except UserError:  # another check reports it
+        return
+    check_cut(source)
 
 
 def _check_reasoning_parser(name: str) -> None:

@@ -55,7 +55,7 @@ _ALL_PHASES = (
 _ALL_ROLES = ("sampling", "evaluation.decodings", "evaluation.limit")
 
 # The tokenizers of the models measure the prompts, so the sections of the models decide the prompts
-# and, through them, everything.
+# and, through them, everything. The layers of a cut student do not change its tokenizer.
 PROMPTS = Recipe(
     "prompts",
     "prepare",
@@ -76,7 +76,7 @@ WARMUP = Recipe(
     "warmup",
     "train",
     order=1,
-    sections=("training.warmup", *_ALL_PHASES),
+    sections=("student.from.layers", "training.warmup", *_ALL_PHASES),
     traces=("models", *_phase_traces("warmup")),
 )
 TEACHER_SAMPLES = Recipe(

@@ -184,7 +184,7 @@ class RunDir:
 
     def start_of(self, name: str, settings: Model) -> str:
         """Return the folder or hub name of the `teacher` or `student` before any training."""
-        return str(self.model(f"{name}-init")) if settings.scratch else resolve_model(settings)
+        return str(self.model(f"{name}-init")) if settings.is_created else resolve_model(settings)
 
 
 def round_of(name: str) -> int | None:

@@ -8,6 +8,7 @@ Written for transformers 5.23. Relies on `modeling_utils`:
 - `LoadStateDictInfo` and `LoadStateDictConfig` describe the outcome and the request;
 - `core_model_loading.rename_source_key` gives the name in the model of a name in a file, and
   `WeightConverter` is a conversion that changes tensors, not only names;
+- `conversion_mapping.get_model_conversion_mapping` returns the conversions of a model;
 - under ZeRO-3, `integrations.deepspeed` keeps the conversions as `_weight_conversions`, for the
   names under which the model is saved.
 
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import core_model_loading, modeling_utils
+from transformers import conversion_mapping, core_model_loading, modeling_utils
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
@@ -37,6 +38,8 @@ _assumptions.starts_with_parameters(
 )
 _Renaming = _assumptions.attribute(core_model_loading, "WeightRenaming")
 _Converter = _assumptions.attribute(core_model_loading, "WeightConverter")
+_conversions_of = _assumptions.attribute(conversion_mapping, "get_model_conversion_mapping")
+_assumptions.starts_with_parameters(_conversions_of, "model")
 _Outcome = _assumptions.attribute(modeling_utils, "LoadStateDictInfo")
 _assumptions.parameters(
     _Outcome,
@@ -51,7 +54,7 @@ _assumptions.parameters(
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Model without its weights, partitioned by ZeRO-3.
+    """Model without its weights, partitioned by ZeRO-3 or on the meta device.
 
     Attributes:
         files: safetensors files of its weights.
@@ -61,6 +64,11 @@ class BuiltModel:
     model: Any
     files: list[str]
     conversions: list[Any]
+
+    @classmethod
+    def of(cls, model: Any) -> BuiltModel:
+        """Return a model on the meta device, without the places of its weights."""
+        return cls(model, [], _conversions_of(model))
 
     def targets(self) -> dict[str, Any]:
         """Return the parameters and persistent buffers by name; tied ones are not tied yet."""

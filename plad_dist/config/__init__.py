@@ -5,7 +5,7 @@ A run is a YAML file with these sections. ``key.sub=value`` arguments override i
 """
 
 from plad_dist.config.evaluation import Evaluation, LlmJudge, RewardJudge, TeacherJudge
-from plad_dist.config.models import Endpoint, Model, ScratchModel
+from plad_dist.config.models import CutModel, Endpoint, Model, Pretrained, ScratchModel, Student
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, DatasetSource, FilesSource, Prompts, PythonFunctionsSource
 from plad_dist.config.root import (
@@ -28,6 +28,7 @@ __all__ = [
     "CollapseBounds",
     "Columns",
     "Config",
+    "CutModel",
     "DatasetSource",
     "Decoding",
     "Endpoint",
@@ -41,6 +42,7 @@ __all__ = [
     "Optimizer",
     "Pairing",
     "Phase",
+    "Pretrained",
     "Prompts",
     "PythonFunctionsSource",
     "RewardJudge",
@@ -51,6 +53,7 @@ __all__ = [
     "Sampling",
     "ScratchModel",
     "Section",
+    "Student",
     "Teacher",
     "TeacherJudge",
     "Training",

@@ -1,9 +1,10 @@
-"""Models of a run: local weights, weights created from scratch, or a remote server."""
+"""Models of a run: local weights, weights that the run creates, or a remote server."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from dataclasses import dataclass
 from datetime import date
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -43,6 +44,50 @@ class ScratchModel(Section):
         if not isinstance(value.get("model_type"), str):
             raise ValueError("needs `model_type`, the name of a transformers architecture, such as llama")
         return value
+
+
+class CutModel(Section):
+    """Some layers of a pretrained model, with its embeddings, head and tokenizer."""
+
+    path: PathText = Field(
+        min_length=1, description="Folder or hub name of the model to cut, usually that of the teacher."
+    )
+    revision: str | None = Field(
+        None, description="Revision of the hub repository. If unset, the repository's default branch."
+    )
+    layers: int | list[int] = Field(
+        description="Layers to keep: how many, of which the first two and the last are kept and the others are spaced "
+        "evenly; or a list of their numbers, from 0."
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, value: int | list[int]) -> int | list[int]:
+        if isinstance(value, int):
+            if value < 3:
+                raise ValueError(
+                    f"expected at least 3, the first two layers and the last, or a list of layer numbers; got {value}"
+                )
+        elif not value or min(value) < 0 or value != sorted(set(value)):
+            raise ValueError(f"expected increasing layer numbers from 0, such as [0, 1, 5, 11]; got {value!s:.60}")
+        return value
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model that a section names, whose tokenizer and context the section's model has.
+
+    Attributes:
+        key: key of its path in the section.
+        path: its folder or hub name, as the config gives it.
+        settings: section that loads it.
+        layers: layers of it that the section's model has, as in the config; None for all.
+    """
+
+    key: str
+    path: str
+    settings: Model
+    layers: int | tuple[int, ...] | None = None
 
 
 def _is_private(host: str) -> bool:
@@ -336,12 +381,24 @@ class Model(Section):
             raise ValueError("template_kwargs: endpoint.extra_body has chat_template_kwargs too; keep one of them")
         return self
 
-    @model_validator(mode="after")
-    def _check_origin(self) -> Model:
+    def pretrained(self) -> Pretrained | None:
+        """Return the pretrained model that gives this one its tokenizer, or None without one."""
+        return None if self.path is None else Pretrained("path", self.path, self)
+
+    @property
+    def is_created(self) -> bool:
+        """True if the run creates the model, before any training."""
+        return self.scratch is not None
+
+    def _check_one_origin(self) -> None:
         if sum(origin is not None for origin in (self.path, self.scratch, self.endpoint)) != 1:
             raise ValueError(
                 "needs exactly one of `path` (a pretrained model), `scratch` (a new model) and `endpoint` (a server)"
             )
+
+    @model_validator(mode="after")
+    def _check_origin(self) -> Model:
+        self._check_one_origin()
         for name in ("revision", "trust_remote_code"):
             if self.endpoint and getattr(self, name):
                 raise ValueError(f"{name}: has no effect with `endpoint`, whose server loads the model; remove it")
@@ -350,3 +407,35 @@ class Model(Section):
                 "`template` and an endpoint with `api: completions` need each other; set both, or use `api: chat` alone"
             )
         return self
+
+
+class Student(Model):
+    """The student: a model as any other, or one cut from a pretrained model."""
+
+    cut: CutModel | None = Field(
+        None,
+        alias="from",
+        description="Create the model from some layers of a pretrained one, which the warm-up heals.",
+    )
+
+    def pretrained(self) -> Pretrained | None:
+        """Return the pretrained model that gives this one its tokenizer, or None without one."""
+        if self.cut is None:
+            return super().pretrained()
+        settings = self.model_copy(update={"path": self.cut.path, "revision": self.cut.revision, "cut": None})
+        layers = self.cut.layers if isinstance(self.cut.layers, int) else tuple(self.cut.layers)
+        return Pretrained("from.path", self.cut.path, settings, layers)
+
+    @property
+    def is_created(self) -> bool:
+        """True if the run creates the model, before any training."""
+        return self.scratch is not None or self.cut is not None
+
+    def _check_one_origin(self) -> None:
+        if sum(origin is not None for origin in (self.path, self.scratch, self.cut, self.endpoint)) != 1:
+            raise ValueError(
+                "needs exactly one of `path` (a pretrained model), `scratch` (a new model) and `from` (some layers of "
+                "a pretrained model)"
+            )
+        if self.cut is not None and self.revision is not None:
+            raise ValueError("revision: is that of `path`; set from.revision")

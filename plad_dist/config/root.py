@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from plad_dist.config.evaluation import REFERENCE_JUDGES, Evaluation, LlmJudge, TeacherJudge
-from plad_dist.config.models import Model
+from plad_dist.config.models import Model, Student
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.run import Cluster, Rounds, Run
@@ -33,7 +33,7 @@ class Config(Section):
     prompts: Prompts
     teacher: Model | None = Field(None, description="The teacher. If unset, `teachers` defines several.")
     teachers: dict[str, Teacher] = Field(default={}, description="Several teachers by name, which share the prompts.")
-    student: Model
+    student: Student
     sampling: Sampling = Sampling()
     pairing: Pairing = Pairing()
     training: Training = Training()
@@ -76,7 +76,7 @@ class Config(Section):
     def _check_across_sections(self) -> Config:
         """Raise one error for all conflicts between keys, with a line for each."""
         problems = [
-            *_scratch_model_problems(self), *_teacher_problems(self), *_student_problems(self),
+            *_created_model_problems(self), *_teacher_problems(self), *_student_problems(self),
             *_score_and_reference_problems(self), *_judge_problems(self), *_decoding_problems(self),
             *_endpoint_problems(self),
         ]  # fmt: skip
@@ -170,12 +170,17 @@ class Config(Section):
         return dict(flatten(self.model_dump(mode="json")))
 
 
-def _scratch_model_problems(config: Config) -> Iterator[str]:
+def _created_model_problems(config: Config) -> Iterator[str]:
     teacher, student, training = config.teacher, config.student, config.training
     if teacher and teacher.scratch and not training.teacher:
         yield "training.teacher: missing; teacher.scratch creates an untrained teacher, which this section trains"
     if student.scratch and not training.warmup:
         yield "training.warmup: missing; student.scratch creates an untrained student, which this section trains"
+    if student.cut and not training.warmup:
+        yield (
+            "training.warmup: missing; student.from takes layers out of a model, which then writes no sensible text "
+            "until this section has trained it"
+        )
     if training.lora and (student.scratch or (teacher and teacher.scratch)):
         yield "training.lora: the other weights of a model from scratch would stay random; remove it, or set `path`"
     for name, model in (("teacher", teacher), ("student", student)):
@@ -218,7 +223,7 @@ def _offers_tools(config: Config) -> bool:
 
 def _student_problems(config: Config) -> Iterator[str]:
     if config.student.endpoint:
-        yield "student.endpoint: the student is trained, which needs its weights; set `path` or `scratch`"
+        yield "student.endpoint: the student is trained, which needs its weights; set `path`, `scratch` or `from`"
     if config.student.reasoning != "strip":
         yield (
             "student.reasoning: is for teachers; a student that thinks is trained on whole responses. Remove it, or "
@@ -309,7 +314,7 @@ def schema_fields(model: type[Section] = Config, prefix: str = "") -> Iterator[t
     The alternatives of a union follow one another. `*` stands for any name.
     """
     for name, field in model.model_fields.items():
-        path = f"{prefix}{name}"
+        path = f"{prefix}{field.alias or name}"
         yield path, field
         for section in _sections_in(field.annotation):
             yield from schema_fields(section, f"{path}.")
@@ -356,7 +361,8 @@ def optional_sections() -> dict[str, bool]:
         return type(None) in get_args(annotation) and bool(_sections_in(annotation))
 
     def has_defaults(section: type[Section]) -> bool:
-        return not any(field.is_required() for field in section.model_fields.values()) and section is not Model
+        is_model = issubclass(section, Model)  # which needs an origin
+        return not is_model and not any(field.is_required() for field in section.model_fields.values())
 
     return {
         path: all(map(has_defaults, _sections_in(field.annotation)))

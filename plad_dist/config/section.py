@@ -27,6 +27,7 @@ class Section(BaseModel):
         strict=True,
         allow_inf_nan=False,
         hide_input_in_errors=True,
+        serialize_by_alias=True,  # a key that is a word of Python has another name in the code
     )
 
     @model_validator(mode="before")

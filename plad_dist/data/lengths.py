@@ -76,8 +76,9 @@ _KINDS = {"tools": _without_tools, "tool_calls": _without_calls}
 class Lengths:
     """Measures prompts with every pretrained model that responds to them.
 
-    Scratch models have no tokenizer yet, so prompts are only rendered for them. Nothing is checked
-    for endpoints, whose tokenizer is not available here.
+    A student that is cut from a model has its tokenizer. Scratch models have none yet, so prompts
+    are only rendered for them. Nothing is checked for endpoints, whose tokenizer is not available
+    here.
     """
 
     def __init__(self, config: Config) -> None:
@@ -85,9 +86,9 @@ class Lengths:
         for name, teacher in config.all_teachers().items():
             models.append((f"teachers.{name}" if config.teachers else name, name, teacher))
         self._limits = [
-            _limit(name, teacher, model, config.prompts.max_tokens)
+            _limit(name, teacher, source.settings, config.prompts.max_tokens)
             for name, teacher, model in models
-            if model.path is not None
+            if (source := model.pretrained()) is not None
         ]
         self._examined: set[tuple[str, _Limit]] = set()
         # A teacher with the student's template needs no check: the student gets its prompts too.

@@ -42,7 +42,7 @@ logger = logging.getLogger("plad")
 
 MARKER = "plad.json"
 REPLACED = "replaced"  # folder beside the models, for those of another fingerprint
-_CARD = "README.md"  # written when the figures are known
+CARD = "README.md"  # that of a trained model is written when the figures are known
 _ABANDONED = re.compile(r"[0-9a-f]{32}")
 _ABANDONED_S = 3600.0
 _COMMIT_TRIES = 5
@@ -131,7 +131,7 @@ def commit_model(temporary: Path, final: Path, input_fingerprint: str, facts: di
 
 def _listed_files(folder: Path) -> dict[str, tuple[int, str]]:
     """Return sizes and checksums of the files of a model, by their path in the folder."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (MARKER, _CARD))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (MARKER, CARD))
     with ThreadPoolExecutor(_THREADS) as threads:
         checksums = threads.map(file_checksum, files)
         return {
@@ -237,6 +237,11 @@ def resolve_model(settings: Model) -> str:
     """Return the absolute path of a pretrained model, or its hub name if it is not local."""
     path = Path(str(settings.path))
     return str(path.absolute()) if is_folder(path) or is_file(path) else str(settings.path)
+
+
+def hub_name(path: str) -> str | None:
+    """Return the path if it is the name of a hub repository, which a card can link to."""
+    return path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists() else None
 
 
 def check_local_model(model: str) -> None:

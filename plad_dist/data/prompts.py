@@ -173,7 +173,8 @@ def _input_fingerprint(config: Config) -> str:
     }
     teachers = {name: {"share": teacher.share, "filter": teacher.filter} for name, teacher in config.teachers.items()}
     # The tokenizers of these models decide which prompts are too long.
-    models = [model for model in (*config.all_teachers().values(), config.student) if model.path is not None]
+    sources = filter(None, (model.pretrained() for model in (*config.all_teachers().values(), config.student)))
+    models = [source.settings for source in sources]
     lengths = [
         {"path": model.path, "revision": model.revision, "max_length": model.max_length} | model.rendering()
         for model in models

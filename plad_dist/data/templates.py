@@ -218,6 +218,8 @@ def any_reads_clock(config: Config) -> bool:
 
 
 def _reads_clock(model: Model | RewardModel) -> bool:
+    if isinstance(model, Model) and (source := model.pretrained()) is not None:
+        model = source.settings
     if model.template is not None or model.path is None:
         return reads_clock(model.template or "")
     folder = Path(model.path).expanduser()

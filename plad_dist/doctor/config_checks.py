@@ -14,6 +14,7 @@ from plad_dist.doctor.findings import Finding, fail, format_size, ok, run_check,
 from plad_dist.doctor.machine_checks import existing_ancestor
 from plad_dist.doctor.node import HERE, models_of
 from plad_dist.errors import RunFailed, UserError
+from plad_dist.evaluation.formatting import layers_phrase
 from plad_dist.planning.disk import disk_bytes
 from plad_dist.planning.fit import check_fits, shortest_context, sizes_of
 from plad_dist.planning.hardware import Hardware, local_hardware
@@ -82,7 +83,9 @@ def check_config(config: Config) -> list[Finding]:
     models agree."""
     inputs = list(run_check("inputs", HERE, partial(_check_inputs, config)))
     unreadable = [
-        key for key, _ in models_of(config) if any(finding.text.startswith(f"{key}.path: ") for finding in inputs)
+        key
+        for key, _ in models_of(config)
+        if any(finding.text.startswith((f"{key}.path: ", f"{key}.from.path: ")) for finding in inputs)
     ]
     return [*inputs, *run_check("models", HERE, partial(check_models, config, unreadable))]
 
@@ -120,14 +123,16 @@ def check_models(config: Config, unreadable: Collection[str]) -> Iterator[Findin
     for key, model in models_of(config):
         if model.scratch is not None:
             yield ok(f"{key}: created by the run, with a tokenizer of {model.scratch.vocab_size:,} tokens")
-        elif model.path is not None and key not in unreadable:
+        elif (source := model.pretrained()) is not None and key not in unreadable:
             try:
-                renderer = Renderer(model.path, model)
-                yield from _check_tokens(key, model.path, model, renderer)
+                renderer = Renderer(source.path, source.settings)
+                yield from _check_tokens(key, source.path, source.settings, renderer)
             except UserError as error:
-                yield fail(f"{key}.path: {error}", _CONFIG_REMEDY)
+                yield fail(f"{key}.{source.key}: {error}", _CONFIG_REMEDY)
             else:
                 identities[key] = renderer.identity
+                if source.layers is not None:
+                    yield ok(f"{key}: created by the run from {layers_phrase(source.layers)} of {source.path}")
     student = identities.get("student")
     for key, identity in identities.items():
         if student is not None and identity != student and key.startswith("teacher"):

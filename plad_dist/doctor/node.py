@@ -82,7 +82,9 @@ def local_node(config: Config | None) -> Node:
         endpoints=tuple((f"{key}.endpoint", model.endpoint) for key, model in models if model.endpoint is not None),
         staging=config.training.staging_dir,
         hub_models=tuple(
-            model.path for _, model in models if model.endpoint is None and model.path and not _is_local(model.path)
+            source.path
+            for _, model in models
+            if (source := model.pretrained()) is not None and not _is_local(source.path)
         ),
         ray_folder=ray_folder,
     )

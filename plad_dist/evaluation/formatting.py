@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from plad_dist.config import Loss
 from plad_dist.evaluation.document import Interval
@@ -50,6 +51,11 @@ def phase_phrase(phase: str) -> str:
 def judge_title(name: str) -> str:
     """Return the name of a judge: `ROUGE-L`, or the name of a judge of the config."""
     return _JUDGES.get(name, name)
+
+
+def layers_phrase(layers: int | Sequence[int]) -> str:
+    """Return the layers that a student keeps of a model, as the config gives them."""
+    return f"{layers} layers" if isinstance(layers, int) else f"layers {', '.join(map(str, layers))}"
 
 
 def loss_phrase(loss: Loss) -> str:

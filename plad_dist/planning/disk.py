@@ -46,8 +46,9 @@ def _checkpoint_bytes(config: Config, sizes: dict[str, ModelSize], device: Devic
 
 
 def _model_bytes(config: Config, sizes: dict[str, ModelSize], device: Device) -> int:
-    """Return the bytes of the models that the phases export."""
+    """Return the bytes of the models that the phases export, and of a student cut from a model."""
     training, width = config.training, 4 if device == "cpu" else 2
     students = config.rounds.most + (training.warmup is not None) + (training.seqkd is not None)
-    models = width * sizes["student"].parameters * students
+    cut = 2 * sizes["student"].parameters if config.student.cut is not None else 0
+    models = cut + width * sizes["student"].parameters * students
     return models + (width * sizes["teacher"].parameters if training.teacher is not None else 0)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from plad_dist.config import Lora, Model
 from plad_dist.data.models import load_model_config, resolve_model, vocabulary_size
 from plad_dist.errors import UserError, first_line
 from plad_dist.planning.known_models import KNOWN_MODELS
+from plad_dist.training.cut.config import chosen_layers, cut_config, depth_of
+from plad_dist.training.model.meta import build_without_weights, count_parameters, decoder_layers
+
+if TYPE_CHECKING:
+    from plad_dist.training.model.attention import Attention
 
 Device = Literal["gpu", "cpu"]
 
@@ -18,7 +23,6 @@ Device = Literal["gpu", "cpu"]
 _QUANTIZED_WIDTHS = {
     "awq": 0.6, "bitsandbytes": 0.6, "compressed-tensors": 0.6, "fp8": 1.1, "gptq": 0.6, "int8": 1.1, "mxfp4": 0.6,
 }  # fmt: skip
-_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,23 @@ def size_of(model: Model, device: Device = "gpu", folder: Path | None = None) ->
         from plad_dist.training.model.scratch import check_architecture
 
         return _measured(check_architecture(model.scratch), "from scratch", model.max_length, device)
-    name = str(folder) if model.scratch is not None else resolve_model(model)
-    return _pretrained_size(name, model.revision, model.max_length, device, remote=model.trust_remote_code)
+    name, revision, layers = str(folder), model.revision, None
+    if (source := model.pretrained()) is not None:
+        name, revision, layers = resolve_model(source.settings), source.settings.revision, source.layers
+    return _pretrained_size(name, revision, layers, model.max_length, device, remote=model.trust_remote_code)
 
 
 @cache
 def _pretrained_size(
-    name: str, revision: str | None, max_length: int | None, device: Device, *, remote: bool
+    name: str,
+    revision: str | None,
+    layers: int | tuple[int, ...] | None,
+    max_length: int | None,
+    device: Device,
+    *,
+    remote: bool,
 ) -> ModelSize:
+    """Return the size of a pretrained model, or of some of its layers with embeddings and head."""
     published = KNOWN_MODELS.get(name)
     if published is not None and revision is None and not _is_local(name):
         from transformers import AutoConfig
@@ -110,6 +123,10 @@ def _pretrained_size(
         config = AutoConfig.for_model(**published)
     else:
         config = load_model_config(name, Model(path=name, revision=revision, trust_remote_code=remote))
+    if layers is not None:
+        depth = depth_of(config)
+        kept = chosen_layers(layers, depth)
+        name, config = f"{name}, {len(kept)} of {depth} layers", cut_config(config, kept)
     return _measured(config, name, max_length, device, remote=remote)
 
 
@@ -132,16 +149,14 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
-    from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
-    from plad_dist.training.model.experts import is_routed, routed_share
-    from plad_dist.training.model.families import row_support
+    from plad_dist.training.model.experts import is_routed, routed_share  # not at the top: it imports torch
 
     stored_width = _stored_width(config)
     model = build_without_weights(config, remote=remote)
     text = config.get_text_config()
-    layers = _decoder_layers(model)
+    _, layers = decoder_layers(model)
     embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    parameters = _parameters(model)
+    parameters = count_parameters(model)
     routed = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if is_routed(name))
     experts_per_token = _first_int(text, "num_experts_per_tok") or 1
     lookup = 0 if output is embeddings else embeddings.numel()
@@ -153,14 +168,14 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     mlp_width = _first_int(text, "intermediate_size", "ffn_dim") or 4 * hidden
     if routed:
         mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token
-    attention = attention_of(config, row_support(config), None, "flex" if device == "gpu" else "sdpa")
+    attention = _attention(config, device)
     stores_scores = attention.implementation == "eager"
     context = min(length for length in (max_length, _first_int(text, "max_position_embeddings"), 1 << 20) if length)
     return ModelSize(
         name=name,
         parameters=parameters,
         layers=len(layers),
-        layer_parameters=max(map(_parameters, layers)),
+        layer_parameters=max(map(count_parameters, layers)),
         output_parameters=output.numel(),
         linear_shapes=_linear_shapes(layers),
         active_parameters=parameters - lookup - routed + round(routed * routed_share(text)),
@@ -181,19 +196,16 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     )
 
 
-def build_without_weights(config: Any, *, remote: bool) -> Any:
-    """Build a model on the meta device, as if it were not quantized."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def _attention(config: Any, device: Device) -> Attention:
+    """Return the attention with which a model would be trained, if it can be."""
+    from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
+    from plad_dist.training.model.families import row_support
 
-    depth = _first_int(config.get_text_config(), "num_hidden_layers", "num_layers", "n_layer") or 0
-    if depth > _MAX_LAYERS:
-        raise ValueError(f"num_hidden_layers: {depth:,}, expected at most {_MAX_LAYERS:,}")
-    if getattr(config, "quantization_config", None) is not None:
-        config.quantization_config = None
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=remote)
+    try:
+        support = row_support(config)
+    except UserError:  # a teacher of any family can be sampled
+        support = "sequences"
+    return attention_of(config, support, None, "flex" if device == "gpu" else "sdpa")
 
 
 def _linear_shapes(layers: list[Any]) -> tuple[tuple[int, int], ...]:
@@ -236,17 +248,6 @@ def _stored_width(config: Any) -> float | None:
 def quantized_width(method: str) -> float:
     """Return the bytes per weight of a model that an engine quantizes by a method."""
     return next((width for name, width in _QUANTIZED_WIDTHS.items() if method.startswith(name)), 0.6)
-
-
-def _decoder_layers(model: Any) -> list[Any]:
-    """Return a model's decoder layers: the module list with the most parameters."""
-    from torch import nn
-
-    return list(max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=_parameters))
-
-
-def _parameters(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _first_int(config: Any, *names: str) -> int | None:

@@ -28,6 +28,7 @@ from plad_dist.training.batches.groups import DataSpec, GroupKind, group_counts
 from plad_dist.training.batches.micro_batch import RowSupport
 from plad_dist.training.batches.schedule import steps_per_epoch
 from plad_dist.training.checkpoints.store import OWNER, CheckpointStore
+from plad_dist.training.cut.model import make_cut_model
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import attention_of, check_rope
 from plad_dist.training.model.deepspeed_config import check_workers, load_deepspeed
@@ -39,7 +40,8 @@ _OPERATIONAL = ("checkpoint_every", "checkpoint_seconds", "keep_checkpoints")
 
 
 def plan_phase(name: str, config: Config, run: RunDir) -> PhaseJob:
-    """Return the description of a phase. A scratch model is created if the phase starts from one.
+    """Return the description of a phase. A model that the run creates is written if the phase
+    starts from it.
 
     Raises:
         UserError: an input of the phase is missing or does not fit the model, its pairs or texts
@@ -128,8 +130,11 @@ def _phase(name: str, config: Config) -> Phase:
 
 
 def _first_model(role: str, settings: Model, config: Config, run: RunDir) -> str:
-    """Return the configured model of a role, and create it if it is a scratch model."""
+    """Return the configured model of a role, and write it if it is one that the run creates."""
     start = run.start_of(role, settings)
+    source = settings.pretrained()
+    if source is not None and source.layers is not None:
+        make_cut_model(source, run.model(f"{role}-init"))
     if settings.scratch is not None:
         prompts = train_prompts(run.storage)
         input_fingerprint = str(prompts.require("prepare").facts["content"])

@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("plad_dist.training.batches.",),
     ("plad_dist.training.job",),
     ("plad_dist.training.model.",),
+    ("plad_dist.training.cut.",),
     ("plad_dist.training.records.",),
     ("plad_dist.training.checkpoints.",),
     ("plad_dist.training.plan",),

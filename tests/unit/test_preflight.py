@@ -120,7 +120,8 @@ def test_workers_that_the_deepspeed_config_forbids_are_refused(training: dict[st
 
 
 def test_adapters_of_layers_that_the_student_lacks_are_refused(tmp_path: Path) -> None:
-    student = Model(path=model_folder(tmp_path / "s"))
+    student = Model(path=model_folder(tmp_path / "s")).pretrained()
+    assert student is not None
     check_adapters(student, Lora(target_modules=["q_proj", "up_proj"]))
     with pytest.raises(UserError, match=r"target_modules: c_attn: expected names .*; it has down_proj, gate_proj, k_p"):
         check_adapters(student, Lora(target_modules=["q_proj", "c_attn"]))

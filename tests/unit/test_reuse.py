@@ -16,6 +16,7 @@ from plad_dist.pipeline import run_pipeline
 from plad_dist.reuse import take_over
 from plad_dist.rundir import RunDir, check_same_run, open_run, with_date
 from tests.conftest import tiny_config, write_prompts
+from tests.tiny import make_random_model
 
 FILES = (
     "models/teacher/model.safetensors", "models/warmup/model.safetensors", "events/warmup/metrics.jsonl",
@@ -250,3 +251,26 @@ def test_a_run_of_another_version_is_reported(first: dict[str, Any], monkeypatch
         UserError, match=r"run\.seed: 5 before, 6 now\nThe run was last continued with plad-dist .*, this is 9\.9\.9"
     ):
         check_same_run(changed, RunDir.of(changed))
+
+
+def test_other_layers_of_a_cut_student_change_neither_the_prompts_nor_the_teachers_responses(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    model, template = make_random_model(tmp_path / "model", num_hidden_layers=5), first["student"]["template"]
+    first |= {"student": {"from": {"path": str(model), "layers": 3}, "template": template}}
+    first["run"]["dir"] = str(tmp_path / "cut")
+    source = parse_config(first, "cut")
+    run = open_run(source)
+    prepare(source, run.storage)
+    names = ("models/student-init/model.safetensors", *FILES)
+    for name in names:
+        (run.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.root / name).write_text(name)
+    taken = {}
+    for layers in (3, 4):
+        config = variant(first, tmp_path / str(layers), student__from={"path": str(model), "layers": layers})
+        take_over(config, [source])
+        taken[layers] = {name for name in names if (RunDir.of(config).root / name).is_file()}
+        assert train_prompts(RunDir.of(config).storage).require("prepare").rows > 0
+    assert taken[4] == {FILES[0], FILES[3]}
+    assert taken[3] > {names[0], *FILES[:5]}

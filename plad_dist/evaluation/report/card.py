@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from plad_dist.config import Config, Model
+from plad_dist.data.models import hub_name
 from plad_dist.evaluation.document import Metrics
-from plad_dist.evaluation.formatting import loss_phrase, percent, with_interval
+from plad_dist.evaluation.formatting import layers_phrase, loss_phrase, percent, with_interval
 
 
 def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], config_yaml: str) -> str:
@@ -33,22 +32,16 @@ def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], c
         config_yaml=config_yaml,
         teachers={name: _origin(model) for name, model in config.all_teachers().items()},
         student=_origin(config.student),
-        base=_hub_name(config.student.path),
+        base=hub_name(source.path) if (source := config.student.pretrained()) is not None else None,
         loss=loss_phrase(config.training.round.loss),
     )
-
-
-def _hub_name(path: str | None) -> str | None:
-    """Return the path if it is the name of a hub repository, which a card can link to."""
-    if path is None or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or Path(path).exists():
-        return None
-    return path
 
 
 def _origin(model: Model) -> str:
     if model.endpoint is not None:
         return f"{model.endpoint.model}, behind an endpoint"
-    if model.path is not None:
-        return f"{model.path}{'@' + model.revision if model.revision else ''}"
+    if (source := model.pretrained()) is not None:
+        name = f"{source.path}{'@' + source.settings.revision if source.settings.revision else ''}"
+        return name if source.layers is None else f"{layers_phrase(source.layers)} of {name}"
     assert model.scratch is not None
     return f"{model.scratch.architecture['model_type']}, from scratch"

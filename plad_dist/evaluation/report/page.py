@@ -15,6 +15,7 @@ from plad_dist.evaluation.formatting import (
     NO_EOS_WARNING,
     NO_REFERENCES,
     brackets,
+    layers_phrase,
     loss_phrase,
     percent,
     system_title,
@@ -170,8 +171,11 @@ def _facts(report: ReportData) -> dict[str, str]:
 
 def _model_phrase(section: Mapping[str, Any]) -> str:
     """Return the origin of a model of the config: its path, or its shape if it is from scratch."""
-    if section.get("path"):
-        return f"{section['path']}{'@' + str(section['revision']) if section.get('revision') else ''}"
+    cut = section.get("from")
+    source = cut or section
+    if source.get("path"):
+        name = f"{source['path']}{'@' + str(source['revision']) if source.get('revision') else ''}"
+        return f"{layers_phrase(cut['layers'])} of {name}" if cut else name
     architecture = (section.get("scratch") or {}).get("architecture") or {}
     counts = [(architecture[key], word) for key, word in _SHAPE.items() if key in architecture]
     shape = [f"{count} {word.removesuffix('s') if count == 1 else word}" for count, word in counts]

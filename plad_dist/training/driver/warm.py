@@ -58,7 +58,9 @@ def _model_modules(model: Model) -> list[str]:
         name = str(model.scratch.architecture["model_type"])
     else:
         try:
-            name = str(json.loads((Path(str(model.path)) / "config.json").read_text())["model_type"])
+            source = model.pretrained()
+            assert source is not None
+            name = str(json.loads((Path(source.path) / "config.json").read_text())["model_type"])
         except (OSError, ValueError, KeyError, TypeError):  # on the hub, or an error that its reader explains
             return []
     name = name.replace("-", "_")

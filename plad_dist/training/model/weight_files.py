@@ -41,14 +41,33 @@ class StoredTensor:
     """Place of a tensor in a file.
 
     Attributes:
-        dtype: data type; None if no model is loaded from it.
+        kind: name of the data type in the file's header.
         offset: offset of its bytes in the file.
+        size: number of its bytes.
     """
 
     file: BinaryIO
-    dtype: torch.dtype | None
+    kind: str
     shape: tuple[int, ...]
     offset: int
+    size: int
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Data type of the elements; None if no model is loaded from it."""
+        return _TYPES.get(self.kind)
+
+    def contents(self) -> Iterator[memoryview]:
+        """Yield the bytes in pieces, each of which is valid until the next one.
+
+        Raises:
+            RunFailed: the file cannot be read, or is too short.
+        """
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, self.size)))
+        for first in range(0, self.size, CHUNK_BYTES):
+            piece = buffer[: min(CHUNK_BYTES, self.size - first)]
+            self._read(piece, self.offset + first)
+            yield piece
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the flat elements from `start` to `end` in pieces, each with its first index.
@@ -63,11 +82,11 @@ class StoredTensor:
         buffer = torch.empty(min(length, end - start), dtype=self.dtype)
         for first in range(start, end, length):
             piece = buffer[: min(length, end - first)]
-            self._read(piece, self.offset + first * self.dtype.itemsize)
+            self._read(memoryview(piece.view(torch.uint8).numpy()), self.offset + first * self.dtype.itemsize)
             yield first, piece
 
-    def _read(self, tensor: Tensor, offset: int) -> None:
-        view, done = memoryview(tensor.view(torch.uint8).numpy()), 0
+    def _read(self, view: memoryview, offset: int) -> None:
+        done = 0
         with failure_explained(self.file.name, "read"):
             while done < len(view):
                 count = os.preadv(self.file.fileno(), [view[done:]], offset + done)
@@ -97,8 +116,8 @@ class WeightFiles:
                 digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, (start + path.stat().st_size) // 2))
             header = json.loads(header_bytes)
             for name in sorted(header.keys() - {"__metadata__"}):
-                kind, shape, (offset, _) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
-                self.tensors[name] = StoredTensor(file, _TYPES.get(kind), tuple(shape), start + offset)
+                kind, shape, (offset, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+                self.tensors[name] = StoredTensor(file, kind, tuple(shape), start + offset, end - offset)
         self.digest = digest.hexdigest()
 
     def __enter__(self) -> WeightFiles:

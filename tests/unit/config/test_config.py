@@ -10,8 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plad_dist.config import Config, is_operational, operational_keys, schema_fields
-from plad_dist.config_file import load_config, parse_config
+from plad_dist.config import Config, Pretrained, Student, is_operational, operational_keys, schema_fields
+from plad_dist.config_file import load_config, override, parse_config
 from plad_dist.errors import UserError
 from plad_dist.rundir import run_document
 from plad_dist.study import load_study
@@ -343,3 +343,16 @@ def test_a_template_of_a_model_uses_the_messages(template: str, message: str) ->
         assert "template: " in str(error.value)
     text = "{%- for m in messages %}{{ m.content }}{% endfor %}"
     assert parse_config(MINIMAL | {"student": {"path": "x", "template": text}}, "x").student.template == text
+
+
+def test_a_cut_student_is_written_and_read_under_its_key() -> None:
+    raw = MINIMAL | {
+        "student": {"from": {"path": "a/b", "layers": [0, 1, 5]}},
+        "training": {"warmup": {"data": "teacher"}},
+    }
+    config = parse_config(override(raw, {}, ["student.from.layers=12", "student.from.revision=v1"]), "test")
+    assert config.flat()["student.from.layers"] == 12
+    assert parse_config(config.model_dump(mode="json"), "run.yaml") == config
+    assert config.student.pretrained() == Pretrained("from.path", "a/b", Student(path="a/b", revision="v1"), 12)
+    other = parse_config(override(raw, {}, ["student.from.layers=11", "student.from.revision=v1"]), "test")
+    assert other.fingerprint() != config.fingerprint()

@@ -56,6 +56,14 @@ def test_the_error_about_an_over_long_prompt_names_the_row_and_the_model(tmp_pat
         prepared(config_of(long_config(tmp_path, model, max_tokens=20)))
 
 
+def test_the_prompts_of_a_cut_student_are_measured_with_the_tokenizer_of_its_model(tmp_path: Path, model: Path) -> None:
+    raw = long_config(tmp_path, model)
+    raw["student"] = {"from": {"path": raw["student"].pop("path"), "layers": 3}, **raw["student"]}
+    raw["training"] = {"warmup": {"data": "teacher"}, "teacher": raw.get("training", {}).get("teacher", {})}
+    with pytest.raises(UserError, match=r"tokens for student \(.*model.*\), at most 63 fit"):
+        prepared(config_of(raw))
+
+
 def test_over_long_prompts_are_dropped_and_counted(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

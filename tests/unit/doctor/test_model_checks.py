@@ -69,3 +69,16 @@ def test_a_model_without_a_template_fails(run: tuple[Path, dict[str, Any]]) -> N
 def test_models_that_the_run_creates_need_not_exist_yet(tiny: tuple[Path, dict[str, Any]]) -> None:
     _, raw = tiny
     assert set(states(findings_about_models(raw))) == {"ok"}
+
+
+def test_a_cut_student_is_examined_with_the_tokenizer_of_its_model(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, raw = run
+    template = "<s><s>{{ messages[-1].content }}"
+    raw["student"] = {"from": {"path": str(folder / "teacher"), "layers": 3}, "template": template}
+    raw["training"] = {"warmup": {}}
+    findings = findings_about_models(raw)
+    assert "student: its prompts begin with <s> twice" in only(findings, "warn").text
+    assert any("student: created by the run from 3 layers of " in finding.text for finding in findings)
+    (folder / "teacher" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 128_009]}))
+    raw["teacher"]["path"] = str(folder / "student")
+    assert only(findings_about_models(raw), "fail").text.startswith("student.from.path:")

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from plad_dist.config import Loss
+from plad_dist.config import Loss, Student
+from plad_dist.data.models import hub_name
 from plad_dist.evaluation.document import Interval, Metrics, Ranking
 from plad_dist.evaluation.formatting import loss_phrase
 from plad_dist.evaluation.metrics import compare
-from plad_dist.evaluation.report.card import _hub_name
-from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData, Watch, render_report
+from plad_dist.evaluation.report.card import _origin
+from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData, Watch, _model_phrase, render_report
 from plad_dist.evaluation.report.tables import metrics_table
 from plad_dist.systems import PLAD, SEQKD, TEACHER, WARMUP, System
 from plad_dist.text_metrics import Output
@@ -234,5 +235,13 @@ def test_a_loss_is_shown_with_the_parameters_that_it_uses(loss: dict[str, Any], 
 
 def test_a_card_does_not_name_a_folder_as_the_base_model(tmp_path: Path) -> None:
     """A hub refuses cards whose base model is not one of its repositories."""
-    assert _hub_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
-    assert [_hub_name(name) for name in (None, str(tmp_path), "/mnt/models/student", "../student")] == [None] * 4
+    assert hub_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert [hub_name(name) for name in (str(tmp_path), "/mnt/models/student", "../student")] == [None] * 3
+
+
+def test_report_and_card_name_the_model_and_the_layers_of_a_cut_student() -> None:
+    section = {"from": {"path": "Qwen/Qwen3-32B", "revision": "main", "layers": 12}}
+    for layers, phrase in ((12, "12 layers"), ([0, 1, 63], "layers 0, 1, 63")):
+        section["from"]["layers"] = layers
+        expected = f"{phrase} of Qwen/Qwen3-32B@main"
+        assert _origin(Student.model_validate(section)) == _model_phrase(section) == expected

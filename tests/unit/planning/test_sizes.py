@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from plad_dist.config import Model
+from plad_dist.config import Model, Student
 from plad_dist.data.models import load_model_config
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.errors import UserError
@@ -50,6 +50,14 @@ def test_positions_are_counted_as_in_vllm_and_the_context_is_that_of_the_config(
     (tmp_path / "config.json").write_text(json.dumps(architecture | ({"rope_scaling": rope} if rope else {})))
     size = size_of(Model(path=str(tmp_path)))
     assert (size.positions, size.context) == (positions, 8192)
+
+
+def test_a_cut_student_has_the_parameters_of_its_layers_and_of_the_embeddings() -> None:
+    whole = size_of(Model(path="meta-llama/Llama-3.1-8B"))
+    cut = size_of(Student.model_validate({"from": {"path": "meta-llama/Llama-3.1-8B", "layers": 12}}))
+    assert (cut.layers, cut.layer_parameters, cut.context) == (12, whole.layer_parameters, whole.context)
+    assert cut.parameters == whole.parameters - 20 * whole.layer_parameters
+    assert cut.name == "meta-llama/Llama-3.1-8B, 12 of 32 layers"
 
 
 def test_a_model_with_far_too_many_layers_is_refused_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Students cut from a pretrained model: some of its layers, with its embeddings and head."""
