@@ -1,0 +1,71 @@
+"""Write the table of model families in docs/guide.md: `python docs/generate_families.py [--check]`.
+
+Its rows are the families of `tests/small_families.py`, which the numerical tests compare with
+separate sequences in float64. `--check` writes nothing, and fails if the table differs.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+TARGET = ROOT / "docs" / "guide.md"
+START, END = "<!-- families -->", "<!-- families end -->"
+ATTENTION = {"plad_tree": "piece by piece", "eager": "mask added to scores", None: "its own"}
+
+
+def render() -> str:
+    """Return the lines of the table."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from plad_dist.training.model.attention import attention_of
+    from plad_dist.training.model.families import TESTED
+    from tests.small_families import FAMILIES, config_of
+
+    engines = vllm_architectures()
+    lines = ["| family | shares prompts | packs rows | attention on CPUs | engine |", "| --- | --- | --- | --- | --- |"]
+    for name, (model_type, _) in FAMILIES.items():
+        if model_type not in TESTED:
+            continue
+        config = config_of(name)
+        attention = attention_of(config, TESTED[model_type], 100, "auto")
+        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+        engine = "vLLM" if architecture in engines else "none"
+        if model_type == "gpt_neo":
+            engine = "vLLM, by this project's model"
+        layout = attention.layout
+        cells = [name, *("yes" if has else "no" for has in (layout.shares_prompts, layout.packs_rows))]
+        lines.append("| " + " | ".join([*cells, ATTENTION[attention.implementation], engine]) + " |")
+    return "\n".join(lines)
+
+
+def vllm_architectures() -> set[str]:
+    """Return the names of the architectures that the installed vLLM has, read from its source."""
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    registry = Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
+    return set(re.findall(r'^    "(\w+)": \(', registry.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def main() -> None:
+    """Write the table into the page, or compare it."""
+    page = TARGET.read_text(encoding="utf-8")
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        sys.exit(f"{TARGET}: has no lines {START!r} and {END!r} around the table")
+    wanted = f"{before}{start}\n\n{render()}\n\n{end}{after}"
+    if "--check" in sys.argv[1:]:
+        if wanted != page:
+            sys.exit(f"{TARGET}: the table of families differs; run `python docs/generate_families.py`")
+        return
+    TARGET.write_text(wanted, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
