@@ -98,7 +98,7 @@ def plan_run(
             "source": hardware.source,
         },
         "gpus": {"fewest": fewest, "most": most} if hardware.gpu else {"fewest": 0, "most": 0},
-        "models": {name: {"name": size.name, "parameters": size.parameters} for name, size in sizes.items()},
+        "models": {name: _model(size) for name, size in sizes.items()},
         "training": {name: _plan_phase(config, name, sizes, hardware) for name in phases_of(config)},
         "sampling": {
             spec.label: _plan_engine(config, spec, sizes[spec.label], hardware, work) for spec in engine_specs(config)
@@ -114,6 +114,15 @@ def plan_run(
         "time": time_json,
         "cost": cost,
         "assumptions": _assumptions(config, sizes["student"], work, rates or {}, time),
+    }
+
+
+def _model(size: ModelSize) -> dict[str, Any]:
+    return {
+        "name": size.name,
+        "parameters": size.parameters,
+        "active_parameters": size.active_parameters,
+        "is_mixture": size.is_mixture,
     }
 
 

@@ -38,6 +38,7 @@ class ModelSize:
         linear_shapes: (in, out) of every linear layer in the decoder, which adapters are added to.
         active_parameters: parameters that a token is multiplied with, without the look-up in the
             embeddings; fewer than all in a mixture of experts.
+        is_mixture: a token uses only some of the experts.
         hidden: hidden size.
         heads: attention heads.
         kv_heads: heads of keys and values; 1 if they are compressed.
@@ -62,6 +63,7 @@ class ModelSize:
     output_parameters: int
     linear_shapes: tuple[tuple[int, int], ...]
     active_parameters: int
+    is_mixture: bool
     hidden: int
     heads: int
     kv_heads: int
@@ -179,6 +181,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
         output_parameters=output.numel(),
         linear_shapes=_linear_shapes(layers),
         active_parameters=parameters - lookup - routed + round(routed * routed_share(text)),
+        is_mixture=routed > 0,
         hidden=hidden,
         heads=heads,
         kv_heads=1 if compressed else kv_heads,

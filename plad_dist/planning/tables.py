@@ -88,6 +88,9 @@ def plan_notes(plan: Plan) -> Iterator[str]:
     if plan["cost"]:
         costs = ", ".join(f"{name} {value:,.2f}" for name, value in plan["cost"].items())
         yield f"Cost: {sum(plan['cost'].values()):,.2f}: {costs}"
+    for name, model in plan["models"].items():
+        active = f", of which a token uses {model['active_parameters'] / 1e9:.1f}B" if model["is_mixture"] else ""
+        yield f"{name}: {model['name']}, {model['parameters'] / 1e9:.2f}B parameters{active}"
     yield f"Assumed: {'; '.join(plan['assumptions'])}"
     for problem in plan["problems"]:
         yield f"Does not fit: {problem['what']}" + "".join(f"\n  try {remedy}" for remedy in problem["remedies"])

@@ -24,10 +24,22 @@ from plad_dist.planning.sizes import size_of
         ("Qwen/Qwen2.5-72B-Instruct", 72_706_203_648),
         ("meta-llama/Llama-3.1-8B", 8_030_261_248),
         ("EleutherAI/gpt-neo-125m", 125_198_592),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
+        ("Qwen/Qwen3-235B-A22B", 235_093_634_560),
     ],
 )
 def test_parameters_are_counted_without_weights(name: str, parameters: int) -> None:
     assert size_of(Model(path=name)).parameters == parameters
+
+
+@pytest.mark.parametrize(("name", "active"), [("Qwen/Qwen3-30B-A3B", 3.3e9), ("Qwen/Qwen3-235B-A22B", 22e9)])
+def test_active_parameters_of_a_mixture_are_those_that_its_name_gives(name: str, active: float) -> None:
+    """The look-up in the embeddings, which takes no arithmetic, is left out."""
+    size = size_of(Model(path=name))
+    lookup = size.vocabulary * size.hidden
+    assert size.is_mixture
+    assert size.active_parameters + lookup == pytest.approx(active, rel=0.02)
 
 
 @pytest.mark.parametrize(
