@@ -40,7 +40,10 @@ LINEAR = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
-GEMMA4 = {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+GEMMA4 = {
+    "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 97,
+}  # fmt: skip
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28,
     "patch_size": 14,
@@ -50,7 +53,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, untied, biased": ("llama", SHAPE | {"tie_word_embeddings": False, "attention_bias": True}),
     "mistral": ("mistral", SHAPE | {"sliding_window": None}),
     "mistral with a sliding window": ("mistral", SHAPE | {"sliding_window": 6}),
-    "ministral3": ("ministral3", SHAPE),
+    "ministral3": (
+        "ministral3",
+        SHAPE | {"rope_parameters": {"type": "yarn", "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0,
+                                     "original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5}},
+    ),
     "mixtral": ("mixtral", SHAPE | EXPERTS | {"sliding_window": 6}),
     "qwen2": ("qwen2", SHAPE),
     "qwen2 with a sliding window": ("qwen2", SHAPE | SLIDING | {"use_sliding_window": True}),
@@ -64,7 +71,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3",
         {"text_config": SHAPE | SLIDING, "vision_config": VISION, "mm_tokens_per_image": 4},
     ),
-    "gemma4": ("gemma4_text", SHAPE | SLIDING | GEMMA4 | {"vocab_size_per_layer_input": 97}),
+    "gemma4": ("gemma4_text", SHAPE | SLIDING | GEMMA4),
+    "gemma4 with shared keys and inputs per layer": (
+        "gemma4_text",
+        SHAPE | SLIDING | GEMMA4 | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+                                    "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+    ),
+    "gemma4, mixture": (
+        "gemma4_text",
+        SHAPE | SLIDING | GEMMA4 | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                                    "moe_intermediate_size": 16},
+    ),
     "phi3": ("phi3", SHAPE | {"sliding_window": 6}),
     "olmo2": ("olmo2", SHAPE),
     "olmo3": ("olmo3", SHAPE | SLIDING),

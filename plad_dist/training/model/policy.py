@@ -6,6 +6,7 @@ the longest response.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class Policy(nn.Module):
         base = self.model.base_model
         if base is self.model:  # its class does not name the attribute that holds the base (Llama 4)
             base = self.model.model
+        if "logits_to_keep" in inspect.signature(base.forward).parameters:
+            inputs["logits_to_keep"] = None  # Gemma 4 would slice the masks of its last layers
         hidden_RTH = base(**inputs).last_hidden_state
         hidden_NH = hidden_RTH.flatten(0, 1)[batch.predictors_N]
         logps_N = head(hidden_NH, batch.targets_N)
