@@ -410,7 +410,7 @@ class Model(Section):
 
 
 class Student(Model):
-    """The student: a model as any other, or one cut from a pretrained model."""
+    """The student: a model like any other, or one cut from a pretrained model."""
 
     cut: CutModel | None = Field(
         None,

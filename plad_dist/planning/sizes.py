@@ -151,7 +151,11 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
-    from plad_dist.training.model.experts import is_routed, routed_share  # not at the top: it imports torch
+    from plad_dist.training.model.experts import (
+        experts_per_token,
+        is_routed,
+        routed_share,
+    )  # not at the top: it imports torch
 
     stored_width = _stored_width(config)
     model = build_without_weights(config, remote=remote)
@@ -160,7 +164,6 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     parameters = count_parameters(model)
     routed = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if is_routed(name))
-    experts_per_token = _first_int(text, "num_experts_per_tok") or 1
     lookup = 0 if output is embeddings else embeddings.numel()
     hidden = int(text.hidden_size)
     heads = int(_first_int(text, "num_attention_heads", "num_heads") or 1)
@@ -169,7 +172,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     compressed = _first_int(text, "kv_lora_rank")
     mlp_width = _first_int(text, "intermediate_size", "ffn_dim") or 4 * hidden
     if routed:
-        mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token
+        mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token(text)
     attention = _attention(config, device)
     stores_scores = attention.implementation == "eager"
     context = min(length for length in (max_length, _first_int(text, "max_position_embeddings"), 1 << 20) if length)
@@ -200,14 +203,12 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
 
 
 def _attention(config: Any, device: Device) -> Attention:
-    """Return the attention with which a model would be trained, if it can be."""
+    """Return the attention of a trained model, a cautious one for untested families."""
     from plad_dist.training.model.attention import attention_of  # not at the top: it imports torch
-    from plad_dist.training.model.families import row_support
+    from plad_dist.training.model.families import tested_support
 
-    try:
-        support = row_support(config)
-    except UserError:  # a teacher of any family can be sampled
-        support = "sequences"
+    # A probe would take too long for a plan.
+    support = tested_support(config) or "sequences"
     return attention_of(config, support, None, "flex" if device == "gpu" else "sdpa")
 
 

@@ -100,7 +100,7 @@ def _checked_inputs(name: str, config: Config, run: RunDir) -> _PhaseInputs:
     check_rope(model, context, role)
     check_vocabulary(start, renderer, vocabulary_size(model))
     check_workers(config.training)
-    support = row_support(model)
+    support = row_support(model, remote=settings.trust_remote_code)
     kind, path = _data(name, config, run)
     data = DataSpec(
         kind=kind,
@@ -235,7 +235,7 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
         rendering=inputs.settings.rendering(),
         tokenizer=inputs.tokenizer,
         context=data.context,
-        longest=data.max_group_tokens,
+        longest=data.limit_identity,
         over_long=data.over_long,
         end_ids=data.end_ids,
         teachers=data.forms.to_json(),

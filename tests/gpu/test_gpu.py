@@ -20,6 +20,7 @@ from plad_dist.training.batches.packing import collate
 from plad_dist.training.losses import group_losses
 from plad_dist.training.model import logprobs
 from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.families import row_support
 from plad_dist.training.model.policy import Policy
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
@@ -81,7 +82,7 @@ def separate_logps(model: Any, groups: list[Group]) -> torch.Tensor:
 def test_packed_rows_under_flex_attention_equal_separate_sequences(family: str) -> None:
     model_type, shape = FAMILIES[family]
     config = AutoConfig.for_model(model_type, **shape)
-    attention = attention_of(config, None)
+    attention = attention_of(config, row_support(config, remote=False), None)
     assert attention.implementation == FLEX_ATTENTION
 
     def model(implementation: str | None, dtype: torch.dtype) -> Any:

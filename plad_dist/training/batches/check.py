@@ -104,9 +104,10 @@ def check_texts(spec: DataSpec, storage: Storage, model: str, settings: Model, m
     finally:
         threads.shutdown(cancel_futures=True)
     for group in groups.take(sorted(index for _, index in longest)):
-        if group.tokens > micro_batch_tokens:
+        tokens = spec.layout.places(group)
+        if tokens > micro_batch_tokens:
             raise UserError(
-                f"{group.name}: with its response it has {group.tokens:,} tokens, more than "
+                f"{group.name}: with its response it has {tokens:,} tokens, more than "
                 f"training.micro_batch_tokens={micro_batch_tokens:,} holds; raise it, or set training.max_group_tokens "
                 "to at most that number, and training.over_long to drop or truncate"
             )

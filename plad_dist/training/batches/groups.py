@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,12 @@ class DataSpec:
                 return Dataset(storage, self.path, SAMPLES)
             case _:
                 return Dataset(storage, self.path, PAIRS)
+
+    @property
+    def limit_identity(self) -> Any:
+        """Value for fingerprints of `max_group_tokens`, which counts padding without sharing."""
+        limit = self.max_group_tokens
+        return limit if limit is None or self.shares_prompts else [limit, "padded"]
 
     @property
     def layout(self) -> Layout:

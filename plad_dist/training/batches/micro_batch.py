@@ -21,8 +21,8 @@ from plad_dist.training.losses import Pairs
 #
 # tree: the model takes a ready mask and places tokens by their position ids, with any attention
 #     function, so responses share their prompt.
-# scores: also, but its attention changes the scores (soft caps, sinks), which only FlexAttention
-#     and the implementation that adds the mask to the scores do.
+# scores: the same, but only with the attention function that adds the mask to the scores, because
+#     the model changes its scores (soft caps, sinks) or builds no other mask.
 # sequences: exact only with one sequence in each row.
 RowSupport = Literal["tree", "scores", "sequences"]
 

@@ -6,6 +6,7 @@ worker group trains the same student at every size.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -51,23 +52,30 @@ def assign_groups(groups: Sequence[Group], layout: Layout, budget: int, workers:
     compute at the same time have a similar size.
 
     Args:
+        groups: groups of at least one token.
         budget: most places of a micro-batch, padding included.
 
     Returns:
         Indices of groups as ``[worker][micro-batch]``.
     """
     sizes = [layout.places(group) for group in groups]
-    longest_first = sorted(range(len(groups)), key=lambda index: (-sizes[index], index))
-    rounds = max(1, -(-sum(min(size, budget) for size in sizes) // (budget * workers)))
+    rows = [1 if layout.shares_prompts else len(group.responses) for group in groups]
+    longest_first = sorted(range(len(groups)), key=lambda index: (-(sizes[index] // rows[index]), -sizes[index], index))
 
     def fits(indices: Sequence[int]) -> bool:
         if len(indices) < 2:
             return True
         return place(piece_sizes((groups[index] for index in indices), layout), layout, budget).places <= budget
 
-    # If padding exceeds the budget, more rounds are needed. In the end a micro-batch has one group.
-    while not all(map(fits, micro_batches := _cut(longest_first, sizes, rounds * workers))):
-        rounds += 1
+    def fit(rounds: int) -> bool:
+        return all(map(fits, _cut(longest_first, sizes, rounds * workers)))
+
+    # The more rounds, the smaller the micro-batches; in the end, each has one group.
+    least = most = max(1, -(-sum(min(size, budget) for size in sizes) // (budget * workers)))
+    while not fit(most):
+        least, most = most + 1, 2 * most
+    rounds = least + bisect.bisect_left(range(least, most), True, key=fit)
+    micro_batches = _cut(longest_first, sizes, rounds * workers)
     return [micro_batches[worker::workers] for worker in range(workers)]
 
 

@@ -29,8 +29,9 @@ logger = logging.getLogger("plad")
 
 # Files that belong to a model besides its config and its weights.
 _COPIED = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-    "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.model", "*.tiktoken", "*.py",
+    "tokenizer*", "tekken.json", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*", "generation_config.json", "processor_config.json", "preprocessor_config.json", "*.model",
+    "*.tiktoken", "*.py",
 )  # fmt: skip
 _FETCHED = ("config.json", "model*.safetensors", "model.safetensors.index.json", *_COPIED)
 

@@ -16,6 +16,9 @@ from plad_dist.errors import UserError
 from plad_dist.training.batches.micro_batch import Layout, MicroBatch, RowSupport
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
+# Families whose changes of the scores FlexAttention makes as exactly, which a test on a GPU shows.
+# transformers' FlexAttention rounds the sinks of gpt-oss to the data type of the model.
+_SCORES_IN_FLEX = ("gemma2",)
 _FLEX_ROW_TOKENS = 2048  # long rows cost no attention, because a block mask skips masked blocks
 _FLEX_MASK_BLOCK = 128  # side of the blocks of a block mask; rows of whole blocks need fewer compiled kernels
 _MIN_PIECE_TOKENS = 96  # average length from which attention calls for single pieces are faster than a dense mask
@@ -68,7 +71,8 @@ def attention_of(
     window = getattr(text, "sliding_window", None)
     if layer_types and "sliding_attention" not in layer_types:
         window = None
-    if implementation == "flex" or (implementation == "auto" and torch.cuda.is_available()):
+    wants_flex = implementation == "flex" or (implementation == "auto" and torch.cuda.is_available())
+    if wants_flex and (support == "tree" or config.model_type in _SCORES_IN_FLEX):
         name, layout = FLEX_ATTENTION, Layout(row_tokens=_FLEX_ROW_TOKENS, row_multiple=_FLEX_MASK_BLOCK)
     elif support == "scores":
         name, layout = "eager", Layout()
@@ -105,12 +109,13 @@ def check_rope(config: Any, context: int, key: str) -> None:
     """
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind not in ("dynamic", "longrope"):
-        return
-    original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
-    original = original or text.max_position_embeddings
-    if context > original:
+    ropes = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # or one for each type of layer
+    for rope in ropes:
+        kind = rope.get("rope_type") or rope.get("type")
+        named = (rope.get("original_max_position_embeddings"), getattr(text, "original_max_position_embeddings", None))
+        original = next((length for length in named if length), getattr(text, "max_position_embeddings", context))
+        if kind not in ("dynamic", "longrope") or context <= original:
+            continue
         raise UserError(
             f"{key}: the rotary embedding ({kind}) changes with the longest sequence of a batch, so the likelihood of "
             f"a sequence would depend on the rest of its batch; set {key}.max_length to at most {original}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _ROUTER_NAMES = ("gate", "router")
+_HALF = (torch.bfloat16, torch.float16)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts")
 
@@ -19,13 +20,15 @@ def is_routed(parameter: str) -> bool:
     return ".experts." in f".{parameter}"
 
 
+def experts_per_token(text_config: Any) -> int:
+    """Return the number of routed experts that a token uses; 1 without experts."""
+    return next((int(value) for name in _EXPERTS_PER_TOKEN if (value := getattr(text_config, name, None))), 1)
+
+
 def routed_share(text_config: Any) -> float:
     """Return the share of its routed experts that a token uses; 1 without experts."""
-    experts, per_token = (
-        next((int(value) for name in names if (value := getattr(text_config, name, None))), 1)
-        for names in (_EXPERTS, _EXPERTS_PER_TOKEN)
-    )
-    return min(per_token / experts, 1.0)
+    experts = next((int(value) for name in _EXPERTS if (value := getattr(text_config, name, None))), 1)
+    return min(experts_per_token(text_config) / experts, 1.0)
 
 
 def route_in_float32(model: nn.Module) -> None:
@@ -48,19 +51,29 @@ class _Float32Forward:
         self._router = copy.copy(router)  # shares the parameters
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             setattr(self._router, name, OrderedDict())  # those of the router run around this forward pass
-        self._dtypes: list[torch.dtype] = []
+        self._dtypes: list[torch.dtype | None] = []
 
-    def __call__(self, hidden: Tensor) -> Any:
-        if hidden.dtype not in (torch.bfloat16, torch.float16):
-            return self._router(hidden)
+    def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        if hidden.dtype not in _HALF:
+            return self._router(hidden, *arguments, **options)
         if not self._dtypes:
             with torch.no_grad():
-                self._dtypes = [output.dtype for output in _as_tuple(self._router(hidden[:1]))]
+                outputs = self._router(hidden, *arguments, **options)
+            self._dtypes = [getattr(output, "dtype", None) for output in _as_tuple(outputs)]
         parameters = {name: parameter.float() for name, parameter in self._router.named_parameters()}
-        outputs = torch.func.functional_call(self._router, parameters, (hidden.float(),))
-        cast = tuple(output.to(dtype) for output, dtype in zip(_as_tuple(outputs), self._dtypes, strict=True))
-        return cast[0] if isinstance(outputs, Tensor) else cast
+        inputs = tuple(map(_in_float32, (hidden, *arguments)))
+        options = {name: _in_float32(value) for name, value in options.items()}
+        outputs = torch.func.functional_call(self._router, parameters, inputs, options)
+        cast = tuple(
+            output.to(dtype) if isinstance(output, Tensor) else output
+            for output, dtype in zip(_as_tuple(outputs), self._dtypes, strict=True)
+        )
+        return cast if isinstance(outputs, tuple) else cast[0]
 
 
-def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+
+
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)

@@ -27,23 +27,33 @@ TESTED: dict[str, RowSupport] = {
 }  # fmt: skip
 
 
-def row_support(config: Any) -> RowSupport:
+# Families of the table in which all layers have the window that the config names.
+_WINDOWED = ("mistral", "mixtral", "phi3", "qwen3_moe")
+
+
+def row_support(config: Any, *, remote: bool) -> RowSupport:
     """Return in which rows the log-likelihoods of a model are exact.
 
     Args:
         config: transformers config of the model.
+        remote: the model may run code of its repository.
 
     Raises:
         UserError: the model is of an untested type, and its probe fails.
     """
-    is_of_transformers = type(config).__module__.startswith("transformers.")
-    support = TESTED.get(config.model_type) if is_of_transformers else None
-    if support == "tree" and not _has_plain_layers(config):
-        support = None
-    return support or probe(config)
+    return tested_support(config) or probe(config, remote=remote)
 
 
-def _has_plain_layers(config: Any) -> bool:
-    """Return True if the layers have full attention or a sliding window, as in the tests."""
-    layer_types = getattr(config.get_text_config(), "layer_types", None) or ()
-    return set(layer_types) <= {"full_attention", "sliding_attention"}
+def tested_support(config: Any) -> RowSupport | None:
+    """Return in which rows a model is exact by the table, or None if the tests do not cover it."""
+    text = config.get_text_config()
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    has_unknown_window = getattr(text, "sliding_window", None) and not layer_types and text.model_type not in _WINDOWED
+    is_known = (
+        type(config).__module__.startswith("transformers.")
+        and not getattr(text, "use_bidirectional_attention", None)
+        and not has_unknown_window
+    )
+    support = TESTED.get(config.model_type) if is_known else None
+    has_plain_layers = layer_types <= {"full_attention", "sliding_attention"}
+    return support if support == "sequences" or has_plain_layers else None

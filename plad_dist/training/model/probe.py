@@ -21,10 +21,13 @@ import torch
 from torch import Tensor
 
 from plad_dist.errors import UserError, first_line
-from plad_dist.training.batches.micro_batch import Group, RowSupport, single_pair
+from plad_dist.training.batches.micro_batch import Group, Layout, RowSupport, single_pair
 from plad_dist.training.batches.packing import collate
 from plad_dist.training.model.attention import attention_of
+from plad_dist.training.model.experts import route_in_float32
+from plad_dist.training.model.meta import build_without_weights, count_parameters
 from plad_dist.training.model.policy import Policy, disable_dropout
+from plad_dist.training.model.tree_attention import TREE_ATTENTION
 
 logger = logging.getLogger("plad")
 
@@ -36,14 +39,14 @@ _GROUPS = (
 )
 # Relative. The trainer's log-softmax is in float32, everything else in float64.
 _LOGPS_TOLERANCE, _GRADIENTS_TOLERANCE = 5e-6, 2e-5
-_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _MOST_LAYERS = 8
 _MOST_PARAMETERS = 1 << 28  # of a small model; two copies with gradients take 8 GiB
-_SAME_IN_EVERY_SIZE: dict[str, int] = {
-    "sliding_window": 7, "attention_chunk_size": 7, "floor_scale": 4, "vocab_size": _VOCABULARY,
-    "vocab_size_per_layer_input": _VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-    "topk_group": 1,
+_SMALL_VALUES = {
+    "sliding_window": 7, "attention_chunk_size": 7, "keep_window_size": 7, "local_attention": 7, "index_topk": 7,
+    "floor_scale": 4, "vocab_size": _VOCABULARY, "vocab_size_per_layer_input": _VOCABULARY, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _NARROW_MLP = {
     "intermediate_size": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 16, "ffn_dim": 48, "n_inner": 48,
@@ -59,57 +62,61 @@ _HEADS = 4
 _results: dict[str, RowSupport] = {}
 
 
-def probe(config: Any) -> RowSupport:
+def probe(config: Any, *, remote: bool) -> RowSupport:
     """Return in which rows a model of this config is exact.
 
     Args:
         config: transformers config of the model, which may be of any size.
+        remote: the model may run code of its repository.
 
     Raises:
         UserError: no small model of the family can be run, or its log-likelihoods differ from the
             plain model's even for single sequences, so training would optimise another objective
             than the configured one.
     """
-    smaller = list(_smaller_configs(config))
-    key = json.dumps([type(config).__qualname__, smaller[0].to_dict()], sort_keys=True, default=str)
+    key = json.dumps([type(config).__qualname__, config.to_dict()], sort_keys=True, default=str)
     if key not in _results:
-        _results[key] = _probe(config.model_type, smaller)
-        logger.info("%s models are not among the tested ones: probed, %s", config.model_type, _results[key])
+        _results[key] = _probe(config, remote)
+        logger.info("%s models are not among the tested ones: a probe found %s", config.model_type, _results[key])
     return _results[key]
 
 
-def _probe(family: str, smaller: Sequence[Any]) -> RowSupport:
-    exact = _first_that_runs(family, smaller)
+def _probe(config: Any, remote: bool) -> RowSupport:
+    exact = _first_that_runs(config, remote)
     supports: tuple[RowSupport, ...] = ("tree", "scores", "sequences")
     for support in supports:
         if exact.agrees(support):
             return support
     raise UserError(
-        f"{family} models cannot be trained: their output layer is not a plain one, so the trainer's log-likelihoods "
-        "would differ from the model's"
+        f"{config.model_type} models cannot be trained: the log-likelihoods of a small model differ from the "
+        "trainer's even with one sequence in each row; its output layer is not a plain one, or its attention is not "
+        "causal"
     )
 
 
-def _first_that_runs(family: str, configs: Sequence[Any]) -> _Exact:
-    for number, config in enumerate(configs, start=1):
-        try:
-            return _Exact(config)
-        except Exception as error:  # a width that the family does not allow raises any type
-            if number == len(configs):
-                raise UserError(
-                    f"{family} models cannot be trained: a small model of the family cannot be run: {first_line(error)}"
-                ) from error
-    raise AssertionError("no config")
+def _first_that_runs(config: Any, remote: bool) -> _Exact:
+    problem = ""
+    try:
+        for smaller in _smaller_configs(config):
+            try:
+                return _Exact(smaller, remote)
+            except Exception as error:  # noqa: BLE001 - a width that the family does not allow raises any type
+                problem = first_line(error)
+    except Exception as error:  # noqa: BLE001 - config classes refuse values with errors of their own
+        problem = problem or first_line(error)
+    raise UserError(
+        f"{config.model_type} models cannot be trained: a small model of the family cannot be run: {problem}"
+    )
 
 
 class _Exact:
     """A small model, with the log-likelihoods and gradients of separate sequences."""
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
+    def __init__(self, config: Any, remote: bool) -> None:
+        self._config, self._remote = config, remote
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = _build(config, None)
+            model = _build(config, None, remote)
             with torch.no_grad():
                 for parameter in model.parameters():  # none is zero, so that every part counts
                     parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -118,17 +125,23 @@ class _Exact:
         self._logps_S, self._grads = logps_S.detach(), _gradients(model, logps_S)
 
     def agrees(self, support: RowSupport) -> bool:
-        """Return True if rows of this kind have the same log-likelihoods and gradients."""
-        attention = attention_of(self._config, support, None, "auto")
-        if attention.layout.min_piece_tokens is not None:
-            attention = replace(attention, layout=replace(attention.layout, min_piece_tokens=1))
+        """Return True if rows of this kind have the same log-likelihoods and gradients.
+
+        The attention does not depend on the devices of this machine. For "tree" it is computed
+        piece by piece: a family that takes the pieces also takes FlexAttention's masks, which are
+        of the same class.
+        """
+        attention = attention_of(self._config, support, None, "sdpa")
+        if attention.implementation == "sdpa":
+            attention = replace(attention, implementation=TREE_ATTENTION, layout=Layout(min_piece_tokens=1))
         try:
-            model = _build(self._config, attention.implementation)
+            model = _build(self._config, attention.implementation, self._remote)
             model.load_state_dict(self._state)
+            route_in_float32(model)
             logps_S = Policy(model, attention)(collate(_GROUPS, filler=0, layout=attention.layout))
             grads = _gradients(model, logps_S)
         except Exception as error:  # noqa: BLE001 - a mask that the family does not take raises anything
-            logger.debug("%s: %s", attention, first_line(error))
+            logger.info("%s models, probed for %s: %s", self._config.model_type, support, first_line(error))
             return False
         largest = max(float(grad.abs().max()) for grad in self._grads.values())
         return bool(((logps_S - self._logps_S).abs() <= _LOGPS_TOLERANCE * self._logps_S.abs()).all()) and all(
@@ -138,15 +151,17 @@ class _Exact:
         )
 
 
-def _build(config: Any, implementation: str | None) -> Any:
+def _build(config: Any, implementation: str | None, remote: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    parameters = count_parameters(build_without_weights(copy.deepcopy(config), remote=remote))
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"it cannot be made small: it has {parameters:,} parameters with {_VOCABULARY} tokens")
     return AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=torch.float64, attn_implementation=implementation
+        copy.deepcopy(config),
+        dtype=torch.float64,
+        attn_implementation=implementation,
+        trust_remote_code=remote,
     )
 
 
@@ -177,10 +192,13 @@ def _smaller_configs(config: Any) -> Iterator[Any]:
         del wide.quantization_config
     text = wide.get_text_config()
     text._experts_implementation = "eager"  # the others have no float64
-    _set_existing(text, _SAME_IN_EVERY_SIZE)
+    _set_existing(text, _SMALL_VALUES)
     if hasattr(text, "initializer_range"):
         text.initializer_range = 0.2  # so that soft caps matter
     _keep_layers(text)
+    for name in getattr(wide, "sub_configs", ()):  # towers for images and sounds
+        if (tower := getattr(wide, name, None)) is not None and tower is not text:
+            _keep_layers(tower)
     narrow_mlp = copy.deepcopy(wide)
     _set_existing(narrow_mlp.get_text_config(), _NARROW_MLP)
     narrow = copy.deepcopy(narrow_mlp)
@@ -197,7 +215,7 @@ def _set_existing(text: Any, values: dict[str, int]) -> None:
 def _narrow(text: Any) -> None:
     """Narrow the layers. Heads keep their dimension, which rotary embeddings depend on."""
     _set_existing(text, _NARROW_MIXERS)
-    heads_name = _first_name(text, "num_attention_heads", "n_head", "num_heads")
+    heads_name = _first_name(text, "num_attention_heads", "n_head", "num_heads", "n_heads")
     hidden_name = _first_name(text, "hidden_size", "n_embd", "d_model")
     if heads_name is None or hidden_name is None:
         return

@@ -84,7 +84,7 @@ def _dataset(spec: DataSpec, job: PhaseJob) -> tuple[Dataset, str]:
         start=model_identity(job.start, job.settings),
         dtype=job.dtype,
         context=spec.context,
-        longest=spec.max_group_tokens,
+        longest=spec.limit_identity,
         shares=spec.shares_prompts,
         over_long=spec.over_long,
     )
