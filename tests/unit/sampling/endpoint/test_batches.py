@@ -376,10 +376,11 @@ def test_the_end_of_a_batch_may_be_written_in_capitals(tmp_path: Path) -> None:
 def test_two_processes_at_one_block_submit_it_once(delay_s: float, tmp_path: Path) -> None:
     storage, job = prepare(tmp_path, PROMPTS)
     provider = BatchProvider()
-    provider.polls = 20
+    provider.polls = 1 << 30  # the batch does not end before the second process has begun
 
     async def late() -> BlockResult:
         await asyncio.sleep(delay_s)
+        provider.polls = 20 + max(provider._looks.values(), default=0)
         return await process(storage, job, provider, max_spend=1.0)
 
     async def test() -> list[Any]:
