@@ -39,4 +39,9 @@ def gib(size: float) -> float:
 
 def parameters_text(size: ModelSize) -> str:
     """Return a model's number of parameters, such as `7.6B`."""
-    return f"{size.parameters / 1e9:.1f}B" if size.parameters >= 1e8 else f"{size.parameters / 1e6:.1f}M"
+    return count_text(size.parameters)
+
+
+def count_text(parameters: int) -> str:
+    """Return a number of parameters, such as `7.6B` or `0.9M`."""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"

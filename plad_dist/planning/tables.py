@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from plad_dist.planning.problem import count_text
+
 Plan = dict[str, Any]  # as `plan_run` returns it
 
 
@@ -89,8 +91,8 @@ def plan_notes(plan: Plan) -> Iterator[str]:
         costs = ", ".join(f"{name} {value:,.2f}" for name, value in plan["cost"].items())
         yield f"Cost: {sum(plan['cost'].values()):,.2f}: {costs}"
     for name, model in plan["models"].items():
-        active = f", of which a token uses {model['active_parameters'] / 1e9:.1f}B" if model["is_mixture"] else ""
-        yield f"{name}: {model['name']}, {model['parameters'] / 1e9:.2f}B parameters{active}"
+        active = f", of which a token uses {count_text(model['active_parameters'])}" if model["is_mixture"] else ""
+        yield f"{name}: {model['name']}, {count_text(model['parameters'])} parameters{active}"
     yield f"Assumed: {'; '.join(plan['assumptions'])}"
     for problem in plan["problems"]:
         yield f"Does not fit: {problem['what']}" + "".join(f"\n  try {remedy}" for remedy in problem["remedies"])
