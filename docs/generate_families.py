@@ -11,6 +11,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from generated_part import write_part
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 TARGET = ROOT / "docs" / "guide.md"
@@ -52,20 +54,5 @@ def vllm_architectures() -> set[str]:
     return set(re.findall(r'^    "(\w+)": \(', registry.read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def main() -> None:
-    """Write the table into the page, or compare it."""
-    page = TARGET.read_text(encoding="utf-8")
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        sys.exit(f"{TARGET}: has no lines {START!r} and {END!r} around the table")
-    wanted = f"{before}{start}\n\n{render()}\n\n{end}{after}"
-    if "--check" in sys.argv[1:]:
-        if wanted != page:
-            sys.exit(f"{TARGET}: the table of families differs; run `python docs/generate_families.py`")
-        return
-    TARGET.write_text(wanted, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_part(TARGET, START, END, render())

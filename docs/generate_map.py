@@ -7,9 +7,10 @@ the map differs.
 from __future__ import annotations
 
 import ast
-import sys
 from itertools import groupby
 from pathlib import Path
+
+from generated_part import write_part
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "design.md"
@@ -38,21 +39,5 @@ def _text(file: Path) -> str:
     return " ".join(docstring.split("\n\n")[0].split()).replace("|", "\\|")
 
 
-def main() -> None:
-    """Write the map into the page, or compare it."""
-    page = TARGET.read_text(encoding="utf-8")
-    before, start, rest = page.partition(START)
-    comment, newline, rest = rest.partition("\n")
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        sys.exit(f"{TARGET}: has no lines {START!r} and {END!r} around the map")
-    wanted = f"{before}{start}{comment}{newline}\n{render()}\n\n{end}{after}"
-    if "--check" in sys.argv[1:]:
-        if wanted != page:
-            sys.exit(f"{TARGET}: the map differs from the modules' docstrings; run `python docs/generate_map.py`")
-        return
-    TARGET.write_text(wanted, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_part(TARGET, START, END, render())

@@ -151,11 +151,8 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
-    from plad_dist.training.model.experts import (
-        experts_per_token,
-        is_routed,
-        routed_share,
-    )  # not at the top: it imports torch
+    # Not at the top: it imports torch.
+    from plad_dist.training.model.experts import experts_per_token, is_routed, routed_share
 
     stored_width = _stored_width(config)
     model = build_without_weights(config, remote=remote)

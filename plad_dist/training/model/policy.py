@@ -28,22 +28,27 @@ class Policy(nn.Module):
         self.model, self.attention = model, attention
         head = LogprobHead(model.get_output_embeddings(), *logit_scaling(model.config))
         self.model.set_output_embeddings(head)
+        # Otherwise Gemma 4 would slice the masks of its last layers.
+        takes_logits_to_keep = "logits_to_keep" in inspect.signature(self._base.forward).parameters
+        self._options = {"logits_to_keep": None} if takes_logits_to_keep else {}
+
+    @property
+    def _base(self) -> Any:
+        """The model without its output layer."""
+        base = self.model.base_model
+        # Llama 4's class does not name the attribute that holds its base.
+        return self.model.model if base is self.model else base
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Return the sequence log-likelihoods ``logps_S`` of all responses, in float32."""
         head = self.model.get_output_embeddings()
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids_RT, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids_RT, "use_cache": False, **self._options}
         if self.attention.takes_mask:
             inputs |= {
                 "position_ids": batch.position_ids_RT,
                 "attention_mask": attention_masks(batch, self.attention, head.dtype),
             }
-        base = self.model.base_model
-        if base is self.model:  # its class does not name the attribute that holds the base (Llama 4)
-            base = self.model.model
-        if "logits_to_keep" in inspect.signature(base.forward).parameters:
-            inputs["logits_to_keep"] = None  # Gemma 4 would slice the masks of its last layers
-        hidden_RTH = base(**inputs).last_hidden_state
+        hidden_RTH = self._base(**inputs).last_hidden_state
         hidden_NH = hidden_RTH.flatten(0, 1)[batch.predictors_N]
         logps_N = head(hidden_NH, batch.targets_N)
         # Padded and then summed, because a scattered sum on a GPU adds in a different order every

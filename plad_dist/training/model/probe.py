@@ -241,8 +241,8 @@ def _keep_layers(text: Any) -> None:
         key: value for key, value in vars(text).items() if isinstance(value, (list, tuple)) and len(value) == count > 1
     }
     kinds = [tuple(str(values[layer]) for values in lists.values()) for layer in range(count)]
-    kept = sorted({kinds.index(kind) for kind in kinds})[:_MOST_LAYERS] if lists else [0, min(1, count - 1)]
-    kept = sorted({*kept, *range(min(2, count))})
+    first_of_kind = sorted({kinds.index(kind) for kind in kinds})[:_MOST_LAYERS]
+    kept = sorted({*first_of_kind, *range(min(2, count))})
     setattr(text, name, len(kept))
     for key, values in lists.items():
         setattr(text, key, [values[layer] for layer in kept])
