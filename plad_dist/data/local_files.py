@@ -7,9 +7,11 @@ which a caller must not take for absence.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ logger = logging.getLogger("plad")
 
 COMMITTED_IS_KEPT = ". What is committed is kept"
 CHUNK_BYTES = 8 << 20
+_FOLDER_TRIES = 5  # against other processes that create and delete the same folder
 _CACHED_BYTES = 256 << 10  # fits into the second-level cache of a core
 
 
@@ -41,28 +44,41 @@ def failure_explained(name: str, participle: str) -> Iterator[None]:
         ) from None
 
 
-def write_durably(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
+def write_durably(path: Path, data: bytes | Path, put: Callable[[Path, Path], None]) -> bool:
     """Write a file that exists completely or not at all, even after a power loss.
 
     The bytes are flushed to the disk before the file gets its name, because a shared file system
     may keep the writes of a node in that node's memory, where they are lost with the node.
 
+    Another process may delete the folder at the same time: it is created again, so that no folder
+    has to exist before a write, as in an object store.
+
     Args:
+        data: content of the file, or a file to copy.
         put: gives the temporary file (first argument) its final name: `os.link` or `os.replace`.
 
     Returns:
         False if `put` refuses to overwrite a file that another writer made.
     """
-    make_folders(path.parent)
-    return write_into_folder(path, data, put)
+    for tries_left in reversed(range(_FOLDER_TRIES)):
+        try:
+            make_folders(path.parent)
+            return write_into_folder(path, data, put)
+        except FileNotFoundError:
+            if not tries_left:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
-def write_into_folder(path: Path, data: bytes, put: Callable[[Path, Path], None]) -> bool:
+def write_into_folder(path: Path, data: bytes | Path, put: Callable[[Path, Path], None]) -> bool:
     """Write a file as :func:`write_durably` does, into a folder that must exist."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
+        if isinstance(data, Path):
+            shutil.copyfile(data, temporary)
+        else:
+            with temporary.open("xb") as file:
+                file.write(data)
         fsync(temporary)
         put(temporary, path)
     except FileExistsError:
@@ -145,7 +161,18 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {name: sizes[name] for name in sorted(sizes)}
 
 
-def raise_unless_absent(_: Any, __: str, error: Any) -> None:
+def delete_tree(folder: Path) -> None:
+    """Delete a folder with all it contains, even while other processes delete or write there."""
+    for tries_left in reversed(range(_FOLDER_TRIES)):
+        try:
+            shutil.rmtree(folder, onerror=_raise_unless_absent)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not tries_left:
+                raise
+
+
+def _raise_unless_absent(_: Any, __: str, error: Any) -> None:
     """Let `shutil.rmtree` pass over what another process has deleted, and over nothing else."""
     if not isinstance(error[1], FileNotFoundError | NotADirectoryError):
         raise error[1]

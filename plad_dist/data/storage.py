@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from obstore.store import LocalStore, from_url
 from plad_dist.data.local_files import (
     CHUNK_BYTES,
     COMMITTED_IS_KEPT,
-    discard,
+    delete_tree,
     failure_explained,
     file_pieces,
     file_sizes,
@@ -34,7 +33,6 @@ from plad_dist.data.local_files import (
     innermost_cause,
     make_folders,
     path_mode,
-    raise_unless_absent,
     read_hashed,
     write_durably,
 )
@@ -182,16 +180,7 @@ class Storage:
                 # S3 accepts at most 10,000 parts per multipart upload.
                 obstore.put(self._store, key, file, chunk_size=max(CHUNK_BYTES, file.stat().st_size // 9_000 + 1))
                 return
-            path = self.local_root / key
-            make_folders(path.parent)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            try:
-                shutil.copyfile(file, temporary)
-                fsync(temporary)
-                temporary.replace(path)
-            finally:
-                discard(temporary)
-            fsync(path.parent)
+            write_durably(self.local_root / key, file, os.replace)
 
     def download(self, key: str, file: Path) -> None:
         """Write the bytes of an object to a file."""
@@ -236,7 +225,7 @@ class Storage:
         """Delete all objects in a folder and below it."""
         with self._failure_explained(folder, "deleted"):
             if self.local_root is not None:
-                shutil.rmtree(self.local_root / folder, onerror=raise_unless_absent)
+                delete_tree(self.local_root / folder)
                 return
             for page in obstore.list(self._store, f"{folder}/"):
                 for item in page:

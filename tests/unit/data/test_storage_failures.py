@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from plad_dist.data import local_files
 from plad_dist.data import storage as storage_module
 from plad_dist.data.dataset import Dataset
 from plad_dist.data.storage import Storage
@@ -105,6 +108,58 @@ def test_a_file_or_a_broken_link_on_the_way_is_absence(tmp_path: Path) -> None:
     assert storage.sizes("") == {"file": 1}
     storage.delete("file/x")
     storage.delete_folder("none")
+
+
+@pytest.mark.parametrize("command", ["create", "replace", "upload"])
+@pytest.mark.parametrize("step", ["make the folder", "name a temporary file", "flush", "put"])
+def test_a_write_does_not_fail_when_another_process_deletes_its_folder(
+    command: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that has lost a block may write into the block's folder while its winner deletes it."""
+    storage, folder, source = Storage(str(tmp_path / "run")), tmp_path / "run/a/b", tmp_path / "source"
+    storage.replace("a/b/other", b"1")
+    source.write_bytes(b"2")
+    deleted = []
+    owner, name = {
+        "make the folder": (local_files, "make_folders"),
+        "name a temporary file": (uuid, "uuid4"),
+        "flush": (local_files, "fsync"),
+        "put": (os, "link" if command == "create" else "replace"),
+    }[step]
+    original = getattr(owner, name)
+
+    def delete_after(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if not deleted:
+            deleted.append(True)
+            shutil.rmtree(folder)
+        return result
+
+    monkeypatch.setattr(owner, name, delete_after)
+    if command == "upload":
+        storage.upload("a/b/x", source)
+    else:
+        getattr(storage, command)("a/b/x", b"2")
+    assert deleted
+    assert storage.read("a/b/x") == b"2"
+
+
+def test_a_folder_is_deleted_although_another_process_writes_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, rmdir, late = Storage(str(tmp_path)), os.rmdir, []
+    storage.replace("a/x", b"1")
+
+    def after_a_write(path: Any, **kwargs: Any) -> None:
+        if not late:
+            late.append(True)
+            storage.replace("a/y", b"1")
+        rmdir(path, **kwargs)
+
+    monkeypatch.setattr(os, "rmdir", after_a_write)
+    storage.delete_folder("a")
+    assert late
+    assert not storage.exists("a")
 
 
 def test_a_link_that_was_made_although_its_reply_was_lost_is_our_own(
