@@ -115,7 +115,7 @@ def test_a_file_or_a_broken_link_on_the_way_is_absence(tmp_path: Path) -> None:
 def test_a_write_does_not_fail_when_another_process_deletes_its_folder(
     command: str, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that has lost a block may write into the block's folder while its winner deletes it."""
+    """A process that has lost a block may write into its folder while the winner deletes that."""
     storage, folder, source = Storage(str(tmp_path / "run")), tmp_path / "run/a/b", tmp_path / "source"
     storage.replace("a/b/other", b"1")
     source.write_bytes(b"2")
