@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from plad_dist.data.models import model_class
 from plad_dist.training.batches.micro_batch import Group, single_pair
 
 GROUPS = [
@@ -39,6 +40,16 @@ LATENT = {
 LINEAR = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+T5 = {
+    "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2, "vocab_size": 97,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0,
+    "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+BART = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 97,
+    "max_position_embeddings": 64, "decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
 GEMMA4 = {
     "global_head_dim": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
@@ -117,6 +128,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         SHAPE | EXPERTS | {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 16,
                            "intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "floor_scale": 8},
     ),
+    "t5": ("t5", T5),
+    "t5, untied, gated": ("t5", T5 | {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+    "mt5": ("mt5", T5),
+    "umt5": ("umt5", T5),
+    "bart": ("bart", BART),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97}),
 }  # fmt: skip
 
@@ -133,9 +149,12 @@ def make(name: str, implementation: str | None = "sdpa", dtype: torch.dtype = to
     config = config_of(name)
     text = config.get_text_config()
     text.initializer_range = config.initializer_range = 0.3
+    config.init_std = 0.3  # BART
     if dtype == torch.float64:
         text._experts_implementation = "eager"  # the others have no float64
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
+    model = model_class(config).from_config(config, dtype=torch.float32, attn_implementation=implementation)
+    if config.model_type == "bart":
+        model.final_logits_bias.normal_()
     return model.to(dtype).eval()
 
 
@@ -144,9 +163,11 @@ def separate_logps(model: Any, groups: list[Group]) -> Tensor:
     sums = []
     for group in groups:
         for response in group.responses:
-            ids = torch.tensor([[*group.prompt, *response]])
-            logps = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
-            start = len(group.prompt)
-            targets = torch.tensor(response)
-            sums.append(logps[start - 1 : start - 1 + len(response)].gather(1, targets[:, None]).sum())
+            if model.config.is_encoder_decoder:
+                decoder_ids = torch.tensor([[model.config.decoder_start_token_id, *response[:-1]]])
+                logits = model(torch.tensor([group.prompt]), decoder_input_ids=decoder_ids, use_cache=False).logits[0]
+            else:
+                ids = torch.tensor([[*group.prompt, *response]])
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            sums.append(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
     return torch.stack(sums)

@@ -375,6 +375,13 @@ def load_model_config(model: str, settings: Model | RewardModel) -> Any:
         raise UserError(f"{model}: {problem}: {first_line(error)}") from None
 
 
+def model_class(config: Any) -> Any:
+    """Return transformers' class for models of a config that generate text."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
 def _positions(config: Any) -> int | None:
     """Return the context length by a transformers config, None if it states none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -107,7 +107,7 @@ def _checked_inputs(name: str, config: Config, run: RunDir) -> _PhaseInputs:
         path=path,
         context=context,
         max_group_tokens=config.training.max_group_tokens,
-        shares_prompts=attention_of(model, support, config.training.max_group_tokens).layout.shares_prompts,
+        layout=attention_of(model, support, config.training.max_group_tokens).layout.rules,
         over_long=config.training.over_long or ("fail" if is_calibration else "truncate"),
         end_ids=tuple(sorted(renderer.end_ids)) if kind == "lists" else (),
         forms=teacher_forms(config, run, start) if kind == "teacher" else TeacherForms(),
@@ -206,13 +206,14 @@ def _equal_compute_steps(config: Config, inputs: _PhaseInputs) -> int:
     """Return the number of steps in which seqkd computes as many tokens as the round.
 
     The round computes both responses of the pairs, seqkd only the chosen ones. A prompt is computed
-    once for a group if its responses share it, otherwise once for each response. The last token of
-    a response is predicted but not computed. All groups of the manifest count, because few of them
-    exceed training.max_group_tokens.
+    once for a group if its responses share it, otherwise once for each response. Without an
+    encoder, the last token of a response is predicted but not computed. All groups of the manifest
+    count, because few of them exceed training.max_group_tokens.
     """
-    count = inputs.manifest.count
-    chosen, rejected = (count(f"tokens:{side}") - count(f"responses:{side}") for side in ("chosen", "rejected"))
-    if inputs.data.shares_prompts:
+    count, layout = inputs.manifest.count, inputs.data.layout
+    last = int(layout.decoder_start is None)
+    chosen, rejected = (count(f"tokens:{side}") - last * count(f"responses:{side}") for side in ("chosen", "rejected"))
+    if layout.shares_prompts:
         round_tokens, seqkd_tokens = count("tokens:prompt") + chosen + rejected, count("tokens:prompt") + chosen
     else:
         seqkd_tokens = count("tokens:prompts_of_chosen") + chosen

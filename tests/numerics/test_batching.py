@@ -53,6 +53,8 @@ LAYOUTS = [
     Layout(max_row_tokens=256),
     Layout(shares_prompts=False, max_row_tokens=256),
     Layout(shares_prompts=False, packs_rows=False),
+    Layout(decoder_start=0),
+    Layout(packs_rows=False, decoder_start=0),
 ]
 
 
@@ -79,6 +81,8 @@ def test_the_budget_bounds_the_tokens_that_are_computed_with_their_padding(
         for indices in share:
             batch = collate([held[index] for index in indices], filler=0, layout=layout, budget=budget)
             places = batch.input_ids_RT.numel()
+            if batch.encoder is not None:
+                places += batch.encoder.input_ids_RE.numel()
             assert places <= budget, f"{tuple(batch.input_ids_RT.shape)} for {batch.tokens} tokens"
             assert places >= batch.tokens
 

@@ -29,6 +29,7 @@ from tests.tiny import make_random_model
 
 GROUP_LIMIT = 100  # tokens; the longest group has fewer
 ONE_SEQUENCE_A_ROW = {"qwen3_5", "qwen3_next", "falcon_h1", "nemotron_h", "llama4", "bloom"}
+UNPACKED_FAMILIES = ONE_SEQUENCE_A_ROW | {"bart"}
 SHARING_FAMILIES = set(FAMILIES) - ONE_SEQUENCE_A_ROW - {"gpt_neo, windows shorter than rows"}
 
 
@@ -46,10 +47,10 @@ def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: st
     if piecewise:
         attention = replace(attention, layout=replace(attention.layout, min_piece_tokens=1))
     assert attention.layout.shares_prompts == (family in SHARING_FAMILIES)
-    assert attention.layout.packs_rows == (family not in ONE_SEQUENCE_A_ROW)
+    assert attention.layout.packs_rows == (family not in UNPACKED_FAMILIES)
     assert (attention.no_sharing_reason is None) == attention.layout.shares_prompts
     model = make(family, attention.implementation)
-    exact_model = make(family, None if family in ONE_SEQUENCE_A_ROW else "eager", torch.float64)
+    exact_model = make(family, None if family in UNPACKED_FAMILIES else "eager", torch.float64)
     loss = Loss(name="rank", margin=1.0, mle_weight=0.5)
 
     expected_S = separate_logps(exact_model, GROUPS).double()  # some models return their logits in float32
@@ -75,7 +76,20 @@ def test_packed_logps_and_gradients_equal_those_of_separate_sequences(family: st
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "gemma2", "gemma3, multimodal", "gpt_oss", "qwen3_moe", "deepseek_v3", "phi3", "nemotron_h", "llama4"],
+    [
+        "llama",
+        "gemma2",
+        "gemma3, multimodal",
+        "gpt_oss",
+        "qwen3_moe",
+        "deepseek_v3",
+        "phi3",
+        "nemotron_h",
+        "llama4",
+        "t5",
+        "umt5",
+        "bart",
+    ],
 )
 def test_a_probe_finds_what_the_tests_of_families_promise(family: str) -> None:
     config = config_of(family)

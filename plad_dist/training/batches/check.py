@@ -25,6 +25,7 @@ from plad_dist.errors import UserError
 from plad_dist.training.batches.blocks import PairRows, group_starts
 from plad_dist.training.batches.building import pair_groups
 from plad_dist.training.batches.groups import DataSpec, fit, group_counts, open_groups
+from plad_dist.training.batches.micro_batch import Layout
 
 logger = logging.getLogger("plad")
 
@@ -55,7 +56,7 @@ def check_pairs(
     """
     dataset = spec.dataset(storage)
     manifest = dataset.require("pair")
-    bounds = (spec.context, spec.max_group_tokens, spec.shares_prompts, spec.over_long, micro_batch_tokens)
+    bounds = (spec.context, spec.max_group_tokens, spec.layout, spec.over_long, micro_batch_tokens)
     identity = ("pairs", dataset.path, manifest.contents, bounds, loss.needs_scores, model)  # not the kind of groups
     if identity in _passed:
         return
@@ -136,7 +137,7 @@ class _PairChecker:
         result = _BlockCheck()
         if not table.num_rows:
             return result
-        upper_bounds, sequences = _group_lengths(table, shares_prompts=self.spec.shares_prompts)
+        upper_bounds, sequences = _group_lengths(table, self.spec.layout)
         limit = min(self.spec.max_group_tokens or self.micro_batch_tokens, self.micro_batch_tokens)
         rows = PairRows(table, None, part)
         # Building groups is slow, so only groups that may be too long are counted exactly.
@@ -182,7 +183,7 @@ class _PairChecker:
                         )
 
 
-def _group_lengths(table: pa.Table, *, shares_prompts: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _group_lengths(table: pa.Table, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return, for every group, an upper bound of its places and the tokens of its longest sequence.
 
     The bound counts a response once for each pair that it is in.
@@ -190,10 +191,10 @@ def _group_lengths(table: pa.Table, *, shares_prompts: bool) -> tuple[NDArray[np
     starts = group_starts(table)
     prompt, chosen, rejected = (_lengths(table, side) for side in _SIDES)
     sequences = np.maximum.reduceat(prompt + np.maximum(chosen, rejected), starts)
-    if shares_prompts:
-        return prompt[starts] + np.add.reduceat(chosen + rejected - 2, starts), sequences
+    if layout.packs_rows and layout.shares_prompts:
+        return prompt[starts] + np.add.reduceat(chosen + rejected, starts), sequences
     pairs = np.diff(np.append(starts, table.num_rows))
-    return 2 * pairs * (sequences - 1), sequences
+    return 2 * pairs * sequences, sequences
 
 
 def _lengths(table: pa.Table, column: str) -> NDArray[np.int32]:

@@ -47,7 +47,8 @@ class DataSpec:
         context: most tokens of a sequence, which is a prompt with one response.
         max_group_tokens: most tokens that the model may compute for a group, padding included.
             None for no limit.
-        shares_prompts: the responses of a group share one pass over the prompt.
+        layout: layout that counts the tokens of a group; it says nothing of the rows of a
+            micro-batch.
         over_long: treatment of a group beyond `context` or `max_group_tokens`.
         end_ids: tokens that end a response; only `lists` use them.
         forms: how responses of each `teacher` become responses of the model that is trained.
@@ -59,7 +60,7 @@ class DataSpec:
     path: str
     context: int
     max_group_tokens: int | None = None
-    shares_prompts: bool = True
+    layout: Layout = field(default_factory=Layout)
     over_long: Literal["fail", "drop", "truncate", "keep"] = "fail"
     end_ids: tuple[int, ...] = ()
     forms: TeacherForms = field(default_factory=TeacherForms)
@@ -84,12 +85,7 @@ class DataSpec:
     def limit_identity(self) -> Any:
         """Value for fingerprints of `max_group_tokens`, which counts padding without sharing."""
         limit = self.max_group_tokens
-        return limit if limit is None or self.shares_prompts else [limit, "padded"]
-
-    @property
-    def layout(self) -> Layout:
-        """Layout that counts the size of a group; it says nothing of the rows of a micro-batch."""
-        return Layout(shares_prompts=self.shares_prompts)
+        return limit if limit is None or self.layout.shares_prompts else [limit, "padded"]
 
 
 def group_counts(spec: DataSpec, parts: Sequence[Part]) -> list[int]:
@@ -231,11 +227,13 @@ def fit(group: Group, spec: DataSpec) -> Group | None:
         return None
     if spec.over_long == "fail":
         raise UserError(_over_long_message(group, sequence, spec))
-    copies = 1 if spec.shares_prompts else len(group.responses)  # of the prompt
+    copies = 1 if spec.layout.shares_prompts else len(group.responses)  # of the prompt
     surplus = max(sequence - spec.context, -(-(tokens - limit) // copies))
     if surplus < len(group.prompt):
         return replace(group, prompt=group.prompt[surplus:])
-    response_tokens = max(1, min((limit - copies) // len(group.responses) + 1, spec.context - 1))
+    computed = (limit - copies) // len(group.responses)  # tokens of each response
+    # Without an encoder, the last token of a response is predicted but not computed.
+    response_tokens = max(1, min(computed + (spec.layout.decoder_start is None), spec.context - 1))
     return replace(
         group, prompt=group.prompt[-1:], responses=[response[:response_tokens] for response in group.responses]
     )

@@ -3,7 +3,8 @@
 A group is a prompt with its responses. :func:`~plad_dist.training.batches.packing.collate` packs
 groups into the rows of a micro-batch, in the layout that the attention of the model requires.
 
-Shape suffixes: R rows, T tokens of a row, N predicted tokens, S responses of all groups.
+Shape suffixes: R rows, T tokens of a row, N predicted tokens, S responses of all groups, E tokens
+of a row of an encoder, D rows of a decoder.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from plad_dist.training.losses import Pairs
 # scores: the same, but only with the attention function that adds the mask to the scores, because
 #     the model changes its scores (soft caps, sinks) or builds no other mask.
 # sequences: exact only with one sequence in each row.
+#
+# An encoder-decoder of the first kind takes several prompts in a row of its encoder, and the
+# responses to them in a row of its decoder.
 RowSupport = Literal["tree", "scores", "sequences"]
 
 
@@ -68,6 +72,11 @@ class Group:
         return sum(len(self.prompt) + len(response) - 1 for response in self.responses)
 
     @property
+    def tokens_encoded(self) -> int:
+        """Tokens that an encoder computes for the prompt, and its decoder for all responses."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
+    @property
     def places_unshared(self) -> int:
         """Tokens of a row for each response with a copy of the prompt, padded to the longest."""
         return len(self.responses) * (len(self.prompt) + max(map(len, self.responses)) - 1)
@@ -95,6 +104,9 @@ class Layout:
             row without padding, and attention is computed piece by piece. None: never.
         max_row_tokens: upper bound of `row_tokens`, None for no bound. A longer piece has a row of
             its own.
+        decoder_start: token id with which the decoder of an encoder-decoder begins every response.
+            None for a model without an encoder. An encoder reads each prompt once, and all
+            responses of the group attend to it, so that they share it in any rows.
     """
 
     shares_prompts: bool = True
@@ -103,19 +115,31 @@ class Layout:
     row_multiple: int = 1
     min_piece_tokens: int | None = None
     max_row_tokens: int | None = None
+    decoder_start: int | None = None
+
+    @property
+    def rules(self) -> Layout:
+        """Layout that counts the same tokens, without the settings of one kind of device."""
+        return Layout(self.shares_prompts, self.packs_rows, decoder_start=self.decoder_start)
 
     def tokens(self, group: Group) -> int:
         """Return the number of tokens that the model computes for a group, without padding."""
+        if self.decoder_start is not None:
+            return group.tokens_encoded
         return group.tokens if self.shares_prompts else group.tokens_unshared
 
     def places(self, group: Group) -> int:
         """Return the most places that a group takes in a micro-batch of its own."""
-        return group.tokens if self.shares_prompts else group.places_unshared
+        if self.decoder_start is not None and not self.packs_rows:
+            return len(group.prompt) + len(group.responses) * max(map(len, group.responses))
+        return self.tokens(group) if self.shares_prompts else group.places_unshared
 
     def size_text(self, group: Group) -> str:
         """Return the size of a group for messages."""
+        if self.decoder_start is not None and not self.packs_rows:
+            return f"the prompt and its responses, padded to the longest, have {self.places(group):,} tokens"
         if self.shares_prompts:
-            return f"the prompt and its responses have {group.tokens:,} tokens"
+            return f"the prompt and its responses have {self.places(group):,} tokens"
         return (
             f"the {len(group.responses)} responses, each with a copy of the prompt and padded to the longest, have "
             f"{group.places_unshared:,} tokens"
@@ -123,8 +147,31 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderRows:
+    """Prompts as the encoder of an encoder-decoder reads them.
+
+    A token sees the tokens of its prompt, which are those from `starts_RE` to `ends_RE` (exclusive)
+    in its row; padding sees padding.
+
+    Attributes:
+        is_padding_RE: True for padding.
+        rows_D: row of the encoder to which each row of the decoder attends.
+    """
+
+    input_ids_RE: Tensor
+    position_ids_RE: Tensor
+    starts_RE: Tensor
+    ends_RE: Tensor
+    is_padding_RE: Tensor
+    rows_D: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Input of one forward pass of one worker.
+
+    With an encoder, the rows are those of the decoder. They hold only responses, and the bounds of
+    a token's prompt are indices in the row of the encoder.
 
     A token sees its branch up to itself, and the tokens of its row from `prompt_starts_RT` to
     `prompt_ends_RT` (exclusive). Its branch is the response that it belongs to, or the prompt for a
@@ -149,6 +196,7 @@ class MicroBatch:
         groups: number of groups; 0 for a micro-batch that only keeps the ranks in step.
         tokens: computed tokens without padding.
         tokens_unshared: computed tokens if every response had its own copy of the prompt.
+        encoder: rows of the prompts; None for a model without an encoder.
     """
 
     input_ids_RT: Tensor
@@ -169,6 +217,7 @@ class MicroBatch:
     groups: int
     tokens: int
     tokens_unshared: int
+    encoder: EncoderRows | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """Return a copy with all tensors on a device."""

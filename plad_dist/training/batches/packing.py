@@ -20,6 +20,8 @@ Example: a row of 6 tokens with a piece of the prompt ``p0 p1`` and the response
     branch start    0    0      2    2    4    5
     predicts             a0 b0  a1   a2   b1
 
+Encoder-decoders have other rows: see :mod:`~plad_dist.training.batches.encoder_rows`.
+
 Shape suffixes: R rows, T tokens of a row, P pairs, A anchored responses.
 """
 
@@ -28,15 +30,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from plad_dist.training.batches.encoder_rows import write_encoder_decoder
 from plad_dist.training.batches.micro_batch import Group, Layout, MicroBatch
-from plad_dist.training.batches.placement import piece_sizes, place
+from plad_dist.training.batches.placement import RowPlacement, place
+from plad_dist.training.batches.row_arrays import RowArrays
 from plad_dist.training.losses import Pairs
 
 _DEFAULT_LAYOUT = Layout()
@@ -55,12 +58,14 @@ def collate(
     """
     is_empty = not groups
     groups = groups or [Group([filler], [[filler]])]
-    pieces = _pieces(groups, layout)
-    placement = place(piece_sizes(groups, layout), layout, budget)
+    placement = place(groups, layout, budget)
+    encoder = None
+    computed_pieces: list[tuple[int, tuple[int, ...]]] = []
+    if layout.decoder_start is not None:
+        arrays, encoder = write_encoder_decoder(groups, placement, layout, filler)
+    else:
+        arrays, computed_pieces = _write_pieces(groups, placement, layout, filler)
     responses = [response for group in groups for response in group.responses]
-    arrays = _RowArrays.of(len(placement.rows), placement.width, filler, len(responses))
-    for row, indices in enumerate(placement.rows):
-        arrays.write_row(row, [pieces[index] for index in indices])
     lengths = [len(response) for response in responses]
     return MicroBatch(
         input_ids_RT=torch.from_numpy(arrays.input_ids),
@@ -76,11 +81,12 @@ def collate(
         initial_logps_S=_per_response(groups, [group.initial_logps for group in groups]),
         sampled_logps_S=_per_response(groups, [group.sampled_logps for group in groups]),
         pairs=_compared_pairs(groups),
-        pieces=tuple((len(piece.prompt), piece.computed) for piece in pieces) if placement.is_piecewise else (),
+        pieces=tuple(computed_pieces) if placement.is_piecewise else (),
         longest_response=max(lengths),
         groups=0 if is_empty else len(groups),
         tokens=0 if is_empty else sum(layout.tokens(group) for group in groups),
         tokens_unshared=0 if is_empty else sum(group.tokens_unshared for group in groups),
+        encoder=encoder,
     )
 
 
@@ -120,56 +126,41 @@ def _pieces(groups: Sequence[Group], layout: Layout) -> list[_Piece]:
 # -- token arrays
 
 
-@dataclass(slots=True)
-class _RowArrays:
-    """Arrays ``[R, T]`` that are filled row by row, and the predictors of each response."""
-
-    input_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    # In 32 bits, because attention kernels read the bounds for every block.
-    prompt_starts: NDArray[np.int32]
-    prompt_ends: NDArray[np.int32]
-    branch_starts: NDArray[np.int32]
-    predictors: list[NDArray[np.int64]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, rows: int, width: int, filler: int, responses: int) -> _RowArrays:
-        shape = (rows, width)
-        return cls(
-            input_ids=np.full(shape, filler, np.int64),
-            position_ids=np.zeros(shape, np.int64),
-            prompt_starts=np.full(shape, -1, np.int32),
-            prompt_ends=np.full(shape, -1, np.int32),
-            branch_starts=np.zeros(shape, np.int32),
-            predictors=[np.empty(0, np.int64)] * responses,
-        )
-
-    def write_row(self, row: int, pieces: Sequence[_Piece]) -> None:
+def _write_pieces(
+    groups: Sequence[Group], placement: RowPlacement, layout: Layout, filler: int
+) -> tuple[RowArrays, list[tuple[int, tuple[int, ...]]]]:
+    """Return the rows of all pieces, and the computed tokens of each piece's prompt and
+    responses."""
+    pieces = _pieces(groups, layout)
+    arrays = RowArrays.of(len(placement.rows), placement.width, filler, sum(len(group.responses) for group in groups))
+    for row, indices in enumerate(placement.rows):
         start = 0
-        for piece in pieces:
-            self._write_piece(row, start, piece)
-            start += piece.tokens
-        self.branch_starts[row, start:] = start  # padding sees padding: without any key, a softmax is not a number
+        for index in indices:
+            _write_piece(arrays, row, start, pieces[index])
+            start += pieces[index].tokens
+        arrays.branch_starts[row, start:] = start  # padding sees padding: without any key, a softmax is not a number
+    return arrays, [(len(piece.prompt), piece.computed) for piece in pieces]
 
-    def _write_piece(self, row: int, start: int, piece: _Piece) -> None:
-        prompt_tokens = len(piece.prompt)
-        prompt_end, piece_end = start + prompt_tokens, start + piece.tokens
-        self.input_ids[row, start:prompt_end] = piece.prompt
-        self.position_ids[row, start:prompt_end] = np.arange(prompt_tokens)
-        self.prompt_starts[row, start:piece_end] = start
-        self.prompt_ends[row, start:prompt_end] = start
-        self.prompt_ends[row, prompt_end:piece_end] = prompt_end
-        self.branch_starts[row, start:prompt_end] = start
-        branch = prompt_end
-        for (index, response), computed in zip(piece.responses, piece.computed, strict=True):
-            branch_end = branch + computed
-            self.input_ids[row, branch:branch_end] = response[:-1]
-            self.position_ids[row, branch:branch_end] = np.arange(prompt_tokens, prompt_tokens + computed)
-            self.branch_starts[row, branch:branch_end] = branch
-            # The prompt's last token predicts the first token of every response.
-            in_row = np.concatenate([[prompt_end - 1], np.arange(branch, branch_end)])
-            self.predictors[index] = row * self.input_ids.shape[1] + in_row
-            branch = branch_end
+
+def _write_piece(arrays: RowArrays, row: int, start: int, piece: _Piece) -> None:
+    prompt_tokens = len(piece.prompt)
+    prompt_end, piece_end = start + prompt_tokens, start + piece.tokens
+    arrays.input_ids[row, start:prompt_end] = piece.prompt
+    arrays.position_ids[row, start:prompt_end] = np.arange(prompt_tokens)
+    arrays.prompt_starts[row, start:piece_end] = start
+    arrays.prompt_ends[row, start:prompt_end] = start
+    arrays.prompt_ends[row, prompt_end:piece_end] = prompt_end
+    arrays.branch_starts[row, start:prompt_end] = start
+    branch = prompt_end
+    for (index, response), computed in zip(piece.responses, piece.computed, strict=True):
+        branch_end = branch + computed
+        arrays.input_ids[row, branch:branch_end] = response[:-1]
+        arrays.position_ids[row, branch:branch_end] = np.arange(prompt_tokens, prompt_tokens + computed)
+        arrays.branch_starts[row, branch:branch_end] = branch
+        # The prompt's last token predicts the first token of every response.
+        in_row = np.concatenate([[prompt_end - 1], np.arange(branch, branch_end)])
+        arrays.predictors[index] = row * arrays.input_ids.shape[1] + in_row
+        branch = branch_end
 
 
 # -- comparisons and figures

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plad_dist.training.batches.micro_batch import Group, Layout
-from plad_dist.training.batches.placement import piece_sizes, place
+from plad_dist.training.batches.placement import place
 
 
 def step_groups(count: int, batch: int, seed: int, step: int) -> NDArray[np.uint32]:
@@ -65,7 +65,7 @@ def assign_groups(groups: Sequence[Group], layout: Layout, budget: int, workers:
     def fits(indices: Sequence[int]) -> bool:
         if len(indices) < 2:
             return True
-        return place(piece_sizes((groups[index] for index in indices), layout), layout, budget).places <= budget
+        return place([groups[index] for index in indices], layout, budget).places <= budget
 
     def fit(rounds: int) -> bool:
         return all(map(fits, _cut(longest_first, sizes, rounds * workers)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from plad_dist.data.models import load_model_config, model_class
 from plad_dist.data.storage import Storage
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.training.checkpoints.reshard import whole_weights
@@ -27,14 +28,13 @@ def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
             be read.
     """
     import transformers
-    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, checkpoint.state.dtype)
     files = _local_files(job.checkpoints, checkpoint, folder / "files")
     trained = whole_weights(files, checkpoint.state.workers)
     transformers.utils.logging.disable_progress_bar()
     settings = job.settings
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class(load_model_config(job.start, settings)).from_pretrained(
         job.start,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,

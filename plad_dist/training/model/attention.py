@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from plad_dist.errors import UserError
-from plad_dist.training.batches.micro_batch import Layout, MicroBatch, RowSupport
+from plad_dist.training.batches.micro_batch import EncoderRows, Layout, MicroBatch, RowSupport
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION, TREE_ATTENTION, TreeMask
 
 # Families whose changes of the scores FlexAttention makes as exactly, which a test on a GPU shows.
@@ -60,6 +60,8 @@ def attention_of(
         max_group_tokens: most tokens that the model may compute for a group, None for no limit.
         implementation: `auto` is FlexAttention on a CUDA device, otherwise SDPA piece by piece.
     """
+    if config.is_encoder_decoder:
+        return _encoder_decoder_attention(config, support)
     if support == "sequences":
         layout = Layout(shares_prompts=False, packs_rows=False)
         reason = f"{config.model_type} models are exact only with one sequence in each row"
@@ -81,6 +83,19 @@ def attention_of(
     else:
         name, layout = "sdpa", Layout()
     return Attention(layout, name, window=window, has_mask_per_layer_type=bool(layer_types))
+
+
+def _encoder_decoder_attention(config: Any, support: RowSupport) -> Attention:
+    """Return the attention of an encoder-decoder, whose responses always share their prompt."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None:
+        raise UserError(
+            f"{config.model_type}: the config of the model has no decoder_start_token_id, the token with which its "
+            "decoder begins a response; add it to its config.json"
+        )
+    packs_rows = support != "sequences"
+    layout = Layout(packs_rows=packs_rows, decoder_start=int(start))
+    return Attention(layout, "sdpa" if packs_rows else None, takes_mask=packs_rows)
 
 
 def _gpt_neo_attention(config: Any, max_group_tokens: int | None) -> Attention:
@@ -143,6 +158,39 @@ def attention_masks(batch: MicroBatch, attention: Attention, dtype: torch.dtype)
     if attention.window is not None:
         masks["sliding_attention"] = build(batch, attention.window)
     return masks
+
+
+@dataclass(frozen=True)
+class EncoderDecoderMasks:
+    """Masks of an encoder-decoder, True where a query sees a key.
+
+    For packed rows they are complete: ``[R, 1, T, T]``, with queries before keys. Otherwise those
+    of `encoder` and `cross` are ``[R, T]``, True for keys that are no padding, and the decoder
+    builds its own.
+    """
+
+    encoder: Tensor
+    decoder: Tensor | None
+    cross: Tensor
+
+
+def encoder_decoder_masks(batch: MicroBatch, encoder: EncoderRows, attention: Attention) -> EncoderDecoderMasks:
+    """Return the masks of a micro-batch with an encoder."""
+    if not attention.takes_mask:
+        is_token_RE = ~encoder.is_padding_RE
+        return EncoderDecoderMasks(is_token_RE.long(), None, is_token_RE[encoder.rows_D].long())
+    tokens, keys = batch.input_ids_RT.shape[1], encoder.input_ids_RE.shape[1]
+    index_T, index_E = (torch.arange(count, device=batch.input_ids_RT.device) for count in (tokens, keys))
+    return EncoderDecoderMasks(
+        _between(index_E, encoder.starts_RE, encoder.ends_RE)[:, None],
+        _between(index_T, batch.branch_starts_RT, index_T.expand_as(batch.branch_starts_RT) + 1)[:, None],
+        _between(index_E, batch.prompt_starts_RT, batch.prompt_ends_RT)[:, None],
+    )
+
+
+def _between(keys: Tensor, starts_RT: Tensor, ends_RT: Tensor) -> Tensor:
+    """Return True ``[R, T, keys]`` where a key lies in the range of the query."""
+    return (keys >= starts_RT[..., None]) & (keys < ends_RT[..., None])
 
 
 def _dense_mask(batch: MicroBatch, window: int | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from plad_dist.compat.muon import import_muon
 from plad_dist.config import Lora, Optimizer
-from plad_dist.data.models import load_model_config
+from plad_dist.data.models import load_model_config, model_class
 from plad_dist.errors import UserError
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import Attention, attention_of
@@ -56,7 +56,6 @@ def build_engine(job: PhaseJob, device: torch.device, *, from_checkpoint: bool =
 def _load_model(
     job: PhaseJob, model_config: Any, attention: Attention, deepspeed: dict[str, Any], from_checkpoint: bool
 ) -> Any:
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
     from plad_dist.compat.deepspeed import parameters_not_broadcast
@@ -65,7 +64,7 @@ def _load_model(
 
     partition_at_load = HfDeepSpeedConfig(deepspeed)  # transformers looks for it while it loads a model
     with parameters_not_broadcast(), weights_loaded_by(partial(load_weights, from_checkpoint=from_checkpoint)):
-        model = AutoModelForCausalLM.from_pretrained(
+        model = model_class(model_config).from_pretrained(
             job.start,
             config=model_config,
             revision=job.settings.revision,

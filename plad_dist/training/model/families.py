@@ -17,13 +17,13 @@ TESTED: dict[str, RowSupport] = {
         (
             "cohere", "cohere2", "deepseek_v3", "exaone4", "gemma", "gemma3", "gemma3_text", "gemma4_text", "glm4",
             "gpt_neo", "gpt_neox", "granite", "llama", "ministral3", "mistral", "mixtral", "olmo2", "olmo3", "opt",
-            "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3",
+            "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "mt5", "t5", "umt5",
         ),
         "tree",
     ),
     "gpt_oss": "scores",
     "gemma2": "scores",
-    **dict.fromkeys(("falcon_h1", "llama4_text", "nemotron_h", "qwen3_5_text", "qwen3_next"), "sequences"),
+    **dict.fromkeys(("bart", "falcon_h1", "llama4_text", "nemotron_h", "qwen3_5_text", "qwen3_next"), "sequences"),
 }  # fmt: skip
 
 

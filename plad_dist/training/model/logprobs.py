@@ -26,12 +26,15 @@ class LogprobHead(nn.Module):
         layer: the output layer to replace.
         scale: factor on the logits (Cohere, Granite).
         softcap: logits are ``softcap * tanh(logits / softcap)`` (Gemma); None for uncapped logits.
+        bias: constant ``[1, V]`` that is added to the logits of a layer without a bias (BART).
     """
 
-    def __init__(self, layer: nn.Linear, scale: float = 1.0, softcap: float | None = None) -> None:
+    def __init__(
+        self, layer: nn.Linear, scale: float = 1.0, softcap: float | None = None, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = layer.weight
-        self.bias = layer.bias
+        self.bias = layer.bias if bias is None else bias.view(-1)
         self.scale, self.softcap = scale, softcap
         self.dtype = layer.weight.dtype  # kept, because reading it from the weight would make ZeRO-3 gather the weight
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from plad_dist.data.models import model_class
+
 _MAX_LAYERS = 1000
 
 
@@ -14,7 +16,6 @@ def build_without_weights(config: Any, *, remote: bool) -> Any:
         ValueError: the config has far too many layers. Model families raise other errors too.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()
     depths = (getattr(text, name, None) for name in ("num_hidden_layers", "num_layers", "n_layer"))
@@ -25,7 +26,7 @@ def build_without_weights(config: Any, *, remote: bool) -> Any:
         config.quantization_config = None
         del config.quantization_config
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=remote)
+        return model_class(config).from_config(config, dtype=torch.bfloat16, trust_remote_code=remote)
 
 
 def decoder_layers(model: Any) -> tuple[str, list[Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plad_dist.data.models import model_class
 from plad_dist.errors import UserError, first_line
 from plad_dist.training.batches.micro_batch import Group, Layout, RowSupport, single_pair
 from plad_dist.training.batches.packing import collate
@@ -40,16 +41,18 @@ _GROUPS = (
 # Relative. The trainer's log-softmax is in float32, everything else in float64.
 _LOGPS_TOLERANCE, _GRADIENTS_TOLERANCE = 5e-6, 2e-5
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
+_FURTHER_STACKS = ("num_decoder_layers", "encoder_layers", "decoder_layers")  # of encoder-decoders
 _MOST_LAYERS = 8
 _MOST_PARAMETERS = 1 << 28  # of a small model; two copies with gradients take 8 GiB
 _SMALL_VALUES = {
     "sliding_window": 7, "attention_chunk_size": 7, "keep_window_size": 7, "local_attention": 7, "index_topk": 7,
     "floor_scale": 4, "vocab_size": _VOCABULARY, "vocab_size_per_layer_input": _VOCABULARY, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 _NARROW_MLP = {
     "intermediate_size": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 16, "ffn_dim": 48, "n_inner": 48,
+    "d_ff": 48, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
     "shared_expert_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16,
 }  # fmt: skip
 _NARROW_MIXERS = {
@@ -132,7 +135,7 @@ class _Exact:
         of the same class.
         """
         attention = attention_of(self._config, support, None, "sdpa")
-        if attention.implementation == "sdpa":
+        if attention.implementation == "sdpa" and not self._config.is_encoder_decoder:
             attention = replace(attention, implementation=TREE_ATTENTION, layout=Layout(min_piece_tokens=1))
         try:
             model = _build(self._config, attention.implementation, self._remote)
@@ -152,12 +155,10 @@ class _Exact:
 
 
 def _build(config: Any, implementation: str | None, remote: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
     parameters = count_parameters(build_without_weights(copy.deepcopy(config), remote=remote))
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"it cannot be made small: it has {parameters:,} parameters with {_VOCABULARY} tokens")
-    return AutoModelForCausalLM.from_config(
+    return model_class(config).from_config(
         copy.deepcopy(config),
         dtype=torch.float64,
         attn_implementation=implementation,
@@ -176,10 +177,20 @@ def _plain_logps(model: Any, groups: Sequence[Group]) -> Tensor:
     logps = []
     for group in groups:
         for response in group.responses:
-            ids = torch.tensor([[*group.prompt, *response]])
-            logits_TV = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            logits_TV = _plain_logits(model, group.prompt, response)
             logps.append(logits_TV.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
     return torch.stack(logps)
+
+
+def _plain_logits(model: Any, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Return the logits ``[T, V]`` of the tokens of a response."""
+    if model.config.is_encoder_decoder:
+        decoder_ids = [model.config.decoder_start_token_id, *response[:-1]]
+        output = model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([decoder_ids]), use_cache=False)
+        logits_TV: Tensor = output.logits[0]
+        return logits_TV
+    logits_TV = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+    return logits_TV[len(prompt) - 1 : -1]
 
 
 # -- small configs
@@ -196,6 +207,7 @@ def _smaller_configs(config: Any) -> Iterator[Any]:
     if hasattr(text, "initializer_range"):
         text.initializer_range = 0.2  # so that soft caps matter
     _keep_layers(text)
+    _set_existing(text, dict.fromkeys(_FURTHER_STACKS, 2))
     for name in getattr(wide, "sub_configs", ()):  # towers for images and sounds
         if (tower := getattr(wide, name, None)) is not None and tower is not text:
             _keep_layers(tower)

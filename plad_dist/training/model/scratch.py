@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from plad_dist.config import ScratchModel
 from plad_dist.data.dataset import Dataset
-from plad_dist.data.models import commit_model, model_fingerprint, unfinished_model
+from plad_dist.data.models import commit_model, model_class, model_fingerprint, unfinished_model
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
 
@@ -68,7 +68,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
 
 
 def random_model(scratch: ScratchModel, tokenizer: Any, seed: int) -> Any:
-    """Return a causal language model with random weights.
+    """Return a language model with random weights.
 
     Raises:
         UserError: transformers cannot build the architecture.
@@ -101,7 +101,7 @@ def check_architecture(scratch: ScratchModel) -> Any:
 
 def _build(scratch: ScratchModel, vocabulary: dict[str, int]) -> Any:
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     arguments = dict(scratch.architecture)
     model_type = arguments.pop("model_type")
@@ -111,7 +111,9 @@ def _build(scratch: ScratchModel, vocabulary: dict[str, int]) -> Any:
         raise UserError(f"scratch.architecture.model_type: transformers has no {model_type!r}{hint}")
     try:
         config = AutoConfig.for_model(model_type, **arguments, **vocabulary)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if config.is_encoder_decoder:  # T5's convention; the families' own defaults are other tokens of this tokenizer
+            config.decoder_start_token_id = arguments.get("decoder_start_token_id", config.pad_token_id)
+        return model_class(config).from_config(config, dtype=torch.float32)
     except Exception as error:  # noqa: BLE001 - config classes raise any type of exception for bad arguments
         raise UserError(
             f"scratch.architecture: transformers cannot build this {model_type} model: {first_line(error)}"

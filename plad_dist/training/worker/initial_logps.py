@@ -85,7 +85,7 @@ def _dataset(spec: DataSpec, job: PhaseJob) -> tuple[Dataset, str]:
         dtype=job.dtype,
         context=spec.context,
         longest=spec.limit_identity,
-        shares=spec.shares_prompts,
+        shares=spec.layout.shares_prompts,
         over_long=spec.over_long,
     )
     return Dataset(job.storage, f"{spec.path}/initial-logps-{input_fingerprint[:12]}", INITIAL_LOGPS), input_fingerprint
