@@ -9,6 +9,7 @@ Written for transformers 5.23. Relies on `modeling_utils`:
 - `core_model_loading.rename_source_key` gives the name in the model of a name in a file, and
   `WeightConverter` is a conversion that changes tensors, not only names;
 - `conversion_mapping.get_model_conversion_mapping` returns the conversions of a model;
+- `all_tied_weights_keys` of a model names the weights that are tied after they are loaded;
 - under ZeRO-3, `integrations.deepspeed` keeps the conversions as `_weight_conversions`, for the
   names under which the model is saved.
 
@@ -73,6 +74,16 @@ class BuiltModel:
     def targets(self) -> dict[str, Any]:
         """Return the parameters and persistent buffers by name; tied ones are not tied yet."""
         return dict(self.model.state_dict(keep_vars=True))
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Names of the weights that the config ties, each with the name of the other weight."""
+        return dict(self.model.all_tied_weights_keys)
+
+    def untie(self, names: Iterable[str]) -> None:
+        """Leave out weights when transformers ties the model's weights."""
+        for name in names:
+            del self.model.all_tied_weights_keys[name]
 
     def names_in_model(self, names: Iterable[str]) -> dict[str, tuple[str, bool]]:
         """Return the name in the model of each name in a file, and True if its tensor is converted.

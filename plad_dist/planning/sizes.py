@@ -32,12 +32,14 @@ class ModelSize:
     Attributes:
         name: the model's name in the config.
         parameters: all parameters, tied ones counted once.
-        layers: decoder layers.
+        layers: decoder layers. In an encoder-decoder, a token passes through one of two stacks, so
+            the layers of the larger one count.
         layer_parameters: parameters of the largest decoder layer.
         output_parameters: parameters of the output layer.
-        linear_shapes: (in, out) of every linear layer in the decoder, which adapters are added to.
+        linear_shapes: (in, out) of every linear layer of the stacks, which adapters are added to.
         active_parameters: parameters that a token is multiplied with, without the look-up in the
-            embeddings; fewer than all in a mixture of experts.
+            embeddings; fewer than all in a mixture of experts, and in an encoder-decoder those of
+            one stack.
         is_mixture: a token uses only some of the experts.
         hidden: hidden size.
         heads: attention heads.
@@ -144,8 +146,7 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
         return _measure(config, name, max_length, device, remote=remote)
     except Exception as error:  # noqa: BLE001 - model families raise all kinds of errors
         raise UserError(
-            f"{name}: cannot be sized, because it is not a causal language model of a known kind: "
-            f"{first_line(error):.200}"
+            f"{name}: cannot be sized, because it is not a language model of a known kind: {first_line(error):.200}"
         ) from None
 
 
@@ -158,20 +159,27 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     model = build_without_weights(config, remote=remote)
     text = config.get_text_config()
     _, layers = decoder_layers(model)
+    other_layers = _smaller_stack(model) if config.is_encoder_decoder else []
     embeddings, output = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     parameters = count_parameters(model)
+    if getattr(config, "scale_decoder_outputs", None) is False:  # T5 1.1, which transformers ties until it is loaded
+        output = output.clone()
+        parameters += output.numel()
     routed = sum(p.numel() for layer in layers for name, p in layer.named_parameters() if is_routed(name))
     lookup = 0 if output is embeddings else embeddings.numel()
     hidden = int(text.hidden_size)
     heads = int(_first_int(text, "num_attention_heads", "num_heads") or 1)
     kv_heads = _first_int(text, "num_key_value_heads") or heads
-    key_width = kv_heads * (_first_int(text, "head_dim") or hidden // heads)
+    key_width = kv_heads * (_first_int(text, "head_dim", "d_kv") or hidden // heads)
     compressed = _first_int(text, "kv_lora_rank")
-    mlp_width = _first_int(text, "intermediate_size", "ffn_dim") or 4 * hidden
+    mlp_width = _first_int(text, "intermediate_size", "ffn_dim", "d_ff", "decoder_ffn_dim") or 4 * hidden
     if routed:
         mlp_width = (_first_int(text, "moe_intermediate_size") or mlp_width) * experts_per_token(text)
     attention = _attention(config, device)
     stores_scores = attention.implementation == "eager"
+    score_tokens = attention.layout.max_row_tokens
+    if attention.layout.decoder_start is not None and attention.takes_mask:  # T5 adds its position bias to the scores
+        stores_scores, score_tokens = True, attention.layout.row_tokens
     context = min(length for length in (max_length, _first_int(text, "max_position_embeddings"), 1 << 20) if length)
     return ModelSize(
         name=name,
@@ -179,8 +187,12 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
         layers=len(layers),
         layer_parameters=max(map(count_parameters, layers)),
         output_parameters=output.numel(),
-        linear_shapes=_linear_shapes(layers),
-        active_parameters=parameters - lookup - routed + round(routed * routed_share(text)),
+        linear_shapes=_linear_shapes([*layers, *other_layers]),
+        active_parameters=parameters
+        - lookup
+        - sum(map(count_parameters, other_layers))
+        - routed
+        + round(routed * routed_share(text)),
         is_mixture=routed > 0,
         hidden=hidden,
         heads=heads,
@@ -191,7 +203,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
         key_width=key_width,
         mlp_width=mlp_width,
         shares_prompts=attention.layout.shares_prompts,
-        scores_width=heads * min(attention.layout.max_row_tokens or context, context) if stores_scores else 0,
+        scores_width=heads * min(score_tokens or context, context) if stores_scores else 0,
         stored_width=stored_width,
         vocabulary=vocabulary_size(config),
         context=context,
@@ -207,6 +219,12 @@ def _attention(config: Any, device: Device) -> Attention:
     # A probe would take too long for a plan.
     support = tested_support(config) or "sequences"
     return attention_of(config, support, None, "flex" if device == "gpu" else "sdpa")
+
+
+def _smaller_stack(model: Any) -> list[Any]:
+    """Return the layers of the encoder or the decoder, of which those with fewer parameters."""
+    stacks = (decoder_layers(stack)[1] for stack in (model.get_encoder(), model.get_decoder()))
+    return min(stacks, key=lambda layers: sum(map(count_parameters, layers)))
 
 
 def _linear_shapes(layers: list[Any]) -> tuple[tuple[int, int], ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from plad_dist.errors import UserError
@@ -112,3 +113,27 @@ def test_a_config_without_the_token_that_begins_a_response_is_refused() -> None:
 
     with pytest.raises(UserError, match="decoder_start_token_id"):
         attention_of(T5Config(), "tree", None)
+
+
+@pytest.mark.engine
+def test_an_output_layer_that_only_the_files_untie_is_trained_apart(tmp_path: Path) -> None:
+    """transformers ties the output layer of T5 1.1 until it finds another one in the files."""
+    raw = config_with_student(tmp_path, "t5", max_steps=2)
+    file = tmp_path / "student/model.safetensors"
+    weights = load_file(file)
+    torch.manual_seed(0)
+    weights["lm_head.weight"] = 0.1 * torch.randn_like(weights["shared.weight"])
+    save_file(weights, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    del config["scale_decoder_outputs"]
+    (tmp_path / "student/config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    run = make_run(raw)
+    train(tmp_path, raw, PHASE, 2, stop=1)
+    train(tmp_path, raw, PHASE, 2)
+    start = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")
+    model = AutoModelForSeq2SeqLM.from_pretrained(run.model(PHASE))
+    assert not model.config.scale_decoder_outputs
+    for name in ("shared", "lm_head"):
+        before, after = (getattr(each, name).weight for each in (start, model))
+        torch.testing.assert_close(after, before, rtol=0, atol=0.02)
+        assert not torch.equal(after, before)

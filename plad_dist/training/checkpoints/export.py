@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from plad_dist.data.models import commit_model, model_fingerprint, unfinished_model
+from plad_dist.data.models import commit_model, load_model_config, model_fingerprint, unfinished_model
 from plad_dist.data.templates import load_tokenizer
 from plad_dist.errors import RunFailed
 from plad_dist.training.checkpoints.attempts import Attempt
@@ -145,9 +145,10 @@ def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], job: PhaseJob)
     assert job.lora is not None
     folder.mkdir(parents=True)
     save_file(adapter, folder / "adapter_model.safetensors")
+    task = "SEQ_2_SEQ_LM" if load_model_config(job.start, job.settings).is_encoder_decoder else "CAUSAL_LM"
     targets = sorted({name.split(".")[-3] for name in adapter})
     config = LoraConfig(
-        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM",
+        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets, task_type=task,
         base_model_name_or_path=job.start,
     )  # fmt: skip
     config.save_pretrained(folder)

@@ -3,6 +3,8 @@
 - At a first start every rank reads its own elements of each parameter from the safetensors files.
   transformers would let one rank read all of them, and broadcast one parameter after the other.
 - At a resume the parameters come from the checkpoint, so only the buffers are read.
+- Weights that the config ties, but that differ in the files, stay apart (output layer of T5 1.1).
+  transformers compares them too, but finds partitioned ones equal.
 - transformers loads a model whose files do not hold its tensors one to one, such as some mixtures
   of experts.
 """
@@ -10,6 +12,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +52,8 @@ def load_weights(built: BuiltModel, *, from_checkpoint: bool) -> set[str] | None
         if reason is not None:
             logger.debug("transformers loads the weights: %s", reason)
             return None
+        stored = {target: files.tensors[name] for name, (target, _) in names.items()}
+        built.untie(_differing_ties(built, stored))
         for name, source in sources.items():
             _fill(targets[name], source)
     return {target for target, _ in names.values()}
@@ -64,6 +69,30 @@ def _agreed_reason(reasons: list[str], digest: str) -> str | None:
     if len({digest for _, digest in outcomes}) > 1:
         return "the files differ between the ranks"
     return next((first[0] for first, _ in outcomes if first), None)
+
+
+def _differing_ties(built: BuiltModel, stored: Mapping[str, StoredTensor]) -> set[str]:
+    """Return the names of the weights that the config ties to others with different values.
+
+    Args:
+        stored: places of the tensors in the files, by their names in the model.
+    """
+    targets = built.targets()
+    pairs = {name: source for name, source in built.ties.items() if name in stored and source in stored}
+    own = {name for name, source in pairs.items() if _differ(targets[name], stored[name], stored[source])}
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, own)
+    return set().union(*outcomes)
+
+
+def _differ(target: Tensor, left: StoredTensor, right: StoredTensor) -> bool:
+    """Return True if two stored tensors differ in the elements that this rank keeps of a target."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return True
+    own = _own_elements(target)
+    assert own is not None
+    pieces = (tensor.pieces(own.start, own.start + len(own.elements)) for tensor in (left, right))
+    return any(not torch.equal(one, other) for (_, one), (_, other) in zip(*pieces, strict=True))
 
 
 def _mismatch(name: str, target: Tensor, source: StoredTensor) -> str | None:

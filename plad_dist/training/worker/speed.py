@@ -32,9 +32,15 @@ class Speed:
             for name, parameter in policy.named_parameters()
         }
         self._head = flops[id(head)] * sizes[id(head)]
-        # The lookup in the embeddings takes no arithmetic.
+        # The lookup in the embeddings takes no arithmetic. An encoder computes the prompts, its
+        # decoder the responses.
+        encoder: set[int] = set()
+        if policy.model.config.is_encoder_decoder:
+            encoder = {id(parameter) for parameter in policy.model.get_encoder().parameters()}
         body = sizes.keys() - {id(head), id(embeddings)}
-        self._body = sum(flops[key] * sizes[key] for key in body)
+        self._encoder = sum(flops[key] * sizes[key] for key in body & encoder)
+        self._body = sum(flops[key] * sizes[key] for key in body - encoder)
+        self._has_encoder = bool(encoder)
         self._peak = _peak_flops(device)
 
     def figures(self, sums: Mapping[str, float], seconds: float, workers: int) -> dict[str, float]:
@@ -51,7 +57,8 @@ class Speed:
         figures = {"tokens_per_s": sums["tokens"] / seconds, "groups_per_s": sums["groups"] / seconds}
         predicted = sums["chosen_tokens"] + sums["rejected_tokens"]
         if self._peak is not None:
-            flops = self._body * sums["tokens"] + self._head * predicted
+            decoded = predicted if self._has_encoder else sums["tokens"]
+            flops = self._encoder * (sums["tokens"] - decoded) + self._body * decoded + self._head * predicted
             figures["model_flops_utilisation"] = flops / seconds / (self._peak * workers)
         if self._device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
