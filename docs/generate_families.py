@@ -17,12 +17,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 TARGET = ROOT / "docs" / "guide.md"
 START, END = "<!-- families -->", "<!-- families end -->"
-ATTENTION = {"plad_tree": "piece by piece", "eager": "mask added to scores", None: "its own"}
+ATTENTION = {"plad_tree": "piece by piece", "eager": "mask added to scores", "sdpa": "mask", None: "its own"}
 
 
 def render() -> str:
     """Return the lines of the table."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
 
     from plad_dist.training.model.attention import attention_of
     from plad_dist.training.model.families import TESTED
@@ -35,8 +38,12 @@ def render() -> str:
             continue
         config = config_of(name)
         attention = attention_of(config, TESTED[model_type], 100, "auto")
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
-        engine = "vLLM" if architecture in engines else "none"
+        names = (
+            MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+            if config.is_encoder_decoder
+            else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        )
+        engine = "vLLM" if names[model_type] in engines else "transformers"
         if model_type == "gpt_neo":
             engine = "vLLM, by this project's model"
         layout = attention.layout

@@ -1,17 +1,24 @@
-"""Import of DeepSpeed's Muon, whose functions torch would compile.
+"""DeepSpeed's Muon: its import, and the matrices that it updates.
 
 Written for DeepSpeed 0.19.8 and PyTorch 2.13. Relies on:
 
 - `DeepSpeedEngine._configure_basic_optimizer`, which imports
   `deepspeed.runtime.zero.muon.muon_optimizer` for every optimizer;
 - its decorators `torch.compile`, which import the compiler of torch (eight seconds) unless
-  the environment has `TORCHDYNAMO_DISABLE=1` at that moment.
+  the environment has `TORCHDYNAMO_DISABLE=1` at that moment;
+- `deepspeed.set_optimizer_flags`, which `deepspeed.initialize` looks up in the package. It sets
+  `use_muon` of every parameter: True for matrices without `embed` or `lm_head` in their names.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from plad_dist.compat.assumptions import Assumptions
 
 _MODULE = "deepspeed.runtime.zero.muon.muon_optimizer"
 _SWITCH = "TORCHDYNAMO_DISABLE"
@@ -34,3 +41,28 @@ def import_muon(*, compiled: bool) -> None:
             os.environ.pop(_SWITCH, None)
         else:
             os.environ[_SWITCH] = before
+
+
+@contextmanager
+def embeddings_left_to_adam() -> Iterator[None]:
+    """Let `deepspeed.initialize` give Muon no embeddings, whatever their names.
+
+    Muon is for matrices of hidden layers. DeepSpeed tells them by names, so that it also takes
+    embeddings such as `wte` (GPT-Neo) and `shared` (T5).
+    """
+    import deepspeed
+    from torch import nn
+
+    set_by_names = Assumptions("deepspeed", "0.19.8").attribute(deepspeed, "set_optimizer_flags")
+
+    def set_flags(config: Any, model: Any) -> None:
+        set_by_names(config, model)
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and hasattr(module.weight, "use_muon"):
+                module.weight.use_muon = False
+
+    deepspeed.set_optimizer_flags = set_flags
+    try:
+        yield
+    finally:
+        deepspeed.set_optimizer_flags = set_by_names

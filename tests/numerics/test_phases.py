@@ -111,6 +111,24 @@ def test_a_muon_step_moves_every_matrix_by_its_rate(tmp_path: Path) -> None:
         assert 0.6 * rate < largest < 1.3 * rate, name
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("transformer.wte.weight", {"model_type": "gpt_neo", "attention_types": [[["global"], 1]]}),
+        ("shared.weight", {"model_type": "t5", "d_kv": 32, "d_ff": 64}),
+    ],
+)
+def test_muon_leaves_embeddings_to_adam_whatever_their_names(tmp_path: Path, name: str, shape: dict[str, Any]) -> None:
+    """Adam's first update changes each element by its rate."""
+    optimizer = {"name": "muon", "lr": 0.1, "adam_lr": 1e-3, "schedule": "constant", "warmup_share": 0.0}
+    raw = config_with_pairs(tmp_path, max_steps=1, optimizer=optimizer | {"weight_decay": 0.0})
+    make_random_model(tmp_path / "student", 2, **shape)
+    run = make_run(raw)
+    train(tmp_path, raw, PHASE, 2)
+    start, after = (load_file(folder / "model.safetensors") for folder in (tmp_path / "student", run.model(PHASE)))
+    assert float((after[name] - start[name]).abs().max()) == pytest.approx(1e-3, rel=0.01)
+
+
 def test_adapters_are_merged_into_the_model_and_also_stored_alone(tmp_path: Path) -> None:
     """Two workers, interrupted after three steps and resumed."""
     raw = config_with_pairs(tmp_path, max_steps=6, optimizer={"lr": 2e-2})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from plad_dist.compat.muon import import_muon
+from plad_dist.compat.muon import embeddings_left_to_adam, import_muon
 from plad_dist.config import Lora, Optimizer
 from plad_dist.data.models import load_model_config, model_class
 from plad_dist.errors import UserError
@@ -47,7 +47,10 @@ def build_engine(job: PhaseJob, device: torch.device, *, from_checkpoint: bool =
     policy = Policy(_load_model(job, model_config, attention, config, from_checkpoint), attention)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     client_optimizer = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
-    engine, *_ = deepspeed.initialize(model=policy, config=config, model_parameters=trained, optimizer=client_optimizer)
+    with embeddings_left_to_adam():
+        engine, *_ = deepspeed.initialize(
+            model=policy, config=config, model_parameters=trained, optimizer=client_optimizer
+        )
     for parameters in engine.optimizer.param_groups:
         parameters["initial_lr"] = parameters["lr"]
     return engine
