@@ -27,7 +27,7 @@ from plad_dist.training.batches.blocks import ReferenceRows, ResponseRows
 from plad_dist.training.batches.building import TextGroupBuilder
 from plad_dist.training.batches.check import check_pairs, check_texts
 from plad_dist.training.batches.groups import DataSpec, fit, open_groups
-from plad_dist.training.batches.micro_batch import Group
+from plad_dist.training.batches.micro_batch import Group, Layout
 from plad_dist.training.plan import plan_phase
 from tests.conftest import write_prompts
 from tests.numerics.workers import config_with_pairs, make_run, some_pairs
@@ -228,7 +228,7 @@ def bounded(over_long: str, **spec: Any) -> DataSpec:
 @pytest.mark.parametrize("longest", range(6, 30))
 def test_a_cut_group_fits_and_keeps_its_pairs(longest: int, shares: bool) -> None:
     group = Group(list(range(20)), [[1] * 9, [2] * 5], pairs=[(0, 1, 1)], name="here")
-    cut = fit(group, bounded("truncate", max_group_tokens=longest, shares_prompts=shares))
+    cut = fit(group, bounded("truncate", max_group_tokens=longest, layout=Layout(shares_prompts=shares)))
     assert cut is not None
     assert (cut.tokens if shares else cut.places_unshared) <= longest
     assert cut.pairs == group.pairs
@@ -308,7 +308,7 @@ def test_sound_pairs_pass_and_identical_responses_count_once(folder: Path, raw: 
     spec = DataSpec("pairs", run.pairs().path, context=100)
     check_pairs(spec, run.storage, model, settings, Loss(), tokens)
     with pytest.raises(UserError, match="more than"):
-        check_pairs(replace(spec, shares_prompts=False), run.storage, model, settings, Loss(), tokens)
+        check_pairs(replace(spec, layout=Layout(shares_prompts=False)), run.storage, model, settings, Loss(), tokens)
 
 
 @pytest.fixture(scope="module")
