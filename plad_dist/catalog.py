@@ -65,7 +65,8 @@ class DatasetEntry:
         prompts: prompts to which the rows belong; None for the prompts themselves.
         limit: maximum number of these prompts; None for all.
         rows_per_prompt: None if the number differs from prompt to prompt.
-        responder: `teacher`, `student` or the name of a judge, for datasets of responses.
+        responder: `teacher`, `student`, `rejected` (a model that writes the rejected responses in
+            place of the student of the round) or the name of a judge, for datasets of responses.
     """
 
     dataset: Dataset
@@ -183,7 +184,7 @@ def _models(config: Config, run: RunDir) -> Iterator[ModelEntry]:
     untrained: dict[str, tuple[str, ...]] = {"teacher": (), "student": ()}
     for name, model, recipe in (
         ("teacher", config.teacher, recipes.TEACHER),
-        ("student", config.student, recipes.WARMUP),
+        ("student", config.student, recipes.STUDENT),
     ):
         if model is not None and model.is_created:
             yield (entry := ModelEntry(f"{name}-init", None, recipe, (prompts,)))
@@ -229,17 +230,24 @@ class _Round:
         warmup = self.config.training.warmup
         return (self.run.samples("teacher").path,) if warmup is not None and warmup.data == "teacher" else ()
 
-    def _roles(self) -> Iterator[tuple[str, Recipe, tuple[str, ...]]]:
-        """Yield the roles that the round samples, each with its recipe and model."""
-        if not self.run.round:  # the teacher is sampled once, for all rounds
-            yield "teacher", recipes.TEACHER_SAMPLES, self.teacher()
-        yield "student", recipes.STUDENT_SAMPLES, self.student()
+    def _roles(self) -> Iterator[tuple[str, Recipe, tuple[str, ...], str]]:
+        """Yield the roles that the round samples for pairs, each with its recipe, model and
+        responder."""
+        rejected = self.config.sampling.rejected
+        if not self.run.round:  # models that the rounds do not train are sampled once, for all rounds
+            yield "teacher", recipes.TEACHER_SAMPLES, self.teacher(), "teacher"
+        if rejected is None:
+            yield "student", recipes.REJECTED_SAMPLES, self.student(), "student"
+        elif not self.run.round:
+            is_created = rejected.phase is not None and self.config.student.is_created
+            model = (_model_path("student-init"),) if is_created else ()
+            yield "student", recipes.REJECTED_SAMPLES, model, "rejected"
 
     # -- samples and pairs
 
     def training_data(self) -> Iterator[DatasetEntry]:
         prompts, sampling = train_prompts(self.run.storage), self.config.sampling
-        for role, recipe, model in self._roles():
+        for role, recipe, model, responder in self._roles():
             yield DatasetEntry(
                 self.run.samples(role),
                 Purpose.SAMPLES,
@@ -249,15 +257,17 @@ class _Round:
                 prompts=prompts,
                 limit=sampling.limit,
                 rows_per_prompt=sampling.teacher.n if role == "teacher" else sampling.student.n,
-                responder=role,
+                responder=responder,
             )
-        samples = (self.run.samples("teacher").path, self.run.samples("student").path)
+        sampled = self.run.of_samples(self.config)
+        samples = (sampled.samples("teacher").path, sampled.samples("student").path)
         yield from self._pairs(self.run.pairs(), samples, prompts, sampling.limit)
 
     def heldout_pairing_data(self) -> Iterator[DatasetEntry]:
-        for role, recipe, model in self._roles():
-            yield self._heldout(self.run.heldout_samples(role), Purpose.SAMPLES, recipe, model, role)
-        samples = (self.run.heldout_samples("teacher").path, self.run.heldout_samples("student").path)
+        for role, recipe, model, responder in self._roles():
+            yield self._heldout(self.run.heldout_samples(role), Purpose.SAMPLES, recipe, model, responder)
+        sampled = self.run.of_samples(self.config)
+        samples = (sampled.heldout_samples("teacher").path, sampled.heldout_samples("student").path)
         prompts, limit = heldout_prompts(self.run.storage), self.config.evaluation.limit
         yield from self._pairs(self.run.heldout_pairs(), samples, prompts, limit)
 

@@ -151,6 +151,8 @@ def _local_cpus(config: Config) -> int:
     """
     training = config.training.workers[1] * config.training.cpus_per_worker
     roles = [*(teacher.sampling for teacher in config.all_teachers().values()), config.sampling.student]
+    if (other := config.rejected_writer()) is not None:
+        roles.append(other.sampling)
     sampling = sum(role.cpus * (1 if role.replicas == "auto" else role.replicas) for role in roles if role)
     pairing = config.pairing.cpus_per_worker * config.pairing.workers
     return max(os.cpu_count() or 1, math.ceil(training + sampling), math.ceil(pairing))

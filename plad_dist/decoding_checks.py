@@ -94,11 +94,13 @@ def decoding_notes(config: Config) -> Iterator[str]:
     """Yield a line for every setting of the decoding without the effect that a user may expect.
 
     These are the sampling parameters of a model's own generation config, `max_tokens` over the
-    context of a model, and candidates of a student that is sampled greedily.
+    context of a model, candidates of a student that is sampled greedily, and rejected responses of
+    a model that does not fit.
     """
     if config.sampling.student.greedy_by and "candidates" in config.evaluation.model_fields_set:
         yield "evaluation.candidates: none are sampled, because all responses of a greedy student are the same"
     yield from _endpoint_notes(config)
+    yield from _rejected_notes(config)
     for model in sampled_models(config):
         sampling = model.sampling
         used = {name: getattr(sampling, name) for name in Decoding.model_fields}
@@ -116,6 +118,25 @@ def decoding_notes(config: Config) -> Iterator[str]:
                 f"{model.section} samples with {ours}"
             )
         yield from _length_notes(model, config.prompts.max_tokens)
+
+
+def _rejected_notes(config: Config) -> Iterator[str]:
+    rejected, student = config.sampling.rejected, config.student
+    if rejected is not None and rejected.phase is not None and student.is_created:
+        origin = "random weights" if student.scratch else "layers of another model"
+        yield (
+            f"sampling.rejected.phase: {rejected.phase}: before its training, a student of {origin} writes no "
+            "sensible text to reject"
+        )
+    other, source = config.rejected_writer(), student.pretrained()
+    if other is None or source is None or (writer := other.model.pretrained()) is None:
+        return
+    limit, needed = (context_length(resolve_model(item.settings), item.settings) for item in (writer, source))
+    if limit < min(needed, config.prompts.max_tokens or needed):
+        yield (
+            f"{other.key}: its context of {limit} tokens is shorter than that of the student; longer prompts become "
+            "error rows, because prompts.over_long goes by the teachers and the student (set prompts.max_tokens)"
+        )
 
 
 def _endpoint_notes(config: Config) -> Iterator[str]:

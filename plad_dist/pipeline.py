@@ -15,6 +15,7 @@ from plad_dist.data.claims import check_owned
 from plad_dist.data.prompts import is_prepared, prepare, train_prompts
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.evaluation.document import Metrics, load_metrics
+from plad_dist.evaluation.formatting import writer_phrase
 from plad_dist.evaluation.report.stage import write_report
 from plad_dist.evaluation.rounds import continues_after
 from plad_dist.evaluation.stage import evaluate, is_evaluated, require_inputs
@@ -31,6 +32,8 @@ from plad_dist.rundir import RunDir, check_binding, is_bound_to, open_run, with_
 from plad_dist.timeline import Activity
 
 logger = logging.getLogger("plad")
+
+_WRITERS = {"teacher": ("teacher",), "student": ("student", "rejected")}  # models that each role samples
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def steps_of(config: Config, run: RunDir, progress: Progress, phase: str | None 
         if not continues_after(config, run.at_round(number - 1)):
             return
         steps = replace(steps, run=run.at_round(number))
-        yield steps.sample("sample", "student")
+        if config.sampling.rejected is None:  # any other model was sampled in the first round, for all
+            yield steps.sample("sample", "student")
         yield steps.pair()
         yield from steps.train(round_phase(number))
         yield steps.evaluate()
@@ -118,7 +122,7 @@ class _Steps:
             is_done=lambda: stage.is_sampled(self.config, self.run, roles),
             require_inputs=lambda: train_prompts(self.run.storage).require("prepare"),
             work=lambda: stage.sample(self.config, self.run, self.progress, roles),
-            holders=tuple(Holder("sample", role) for role in roles),
+            holders=tuple(Holder("sample", writer) for role in roles for writer in _WRITERS[role]),
         )
 
     def pair(self) -> Step:
@@ -256,7 +260,8 @@ def _pair(config: Config, run: RunDir, progress: Progress) -> str:
             f"combinations, lower in {facts.teacher_worse_share:.0%}"
         )
         if facts.teacher_better_share <= facts.teacher_worse_share:
-            logger.warning("the teacher does not win over the student: there is no capacity gap to distil")
+            writer = writer_phrase(config.sampling.rejected)
+            logger.warning("the teacher does not win over %s: there is no capacity gap to distil", writer)
     return summary
 
 

@@ -55,12 +55,13 @@ _ALL_PHASES = (
 _ALL_ROLES = ("sampling", "evaluation.decodings", "evaluation.limit")
 
 # The tokenizers of the models measure the prompts, so the sections of the models decide the prompts
-# and, through them, everything. The layers of a cut student do not change its tokenizer.
+# and, through them, everything. The layers of a cut student do not change its tokenizer. A teacher
+# that writes rejected responses has no share of the prompts.
 PROMPTS = Recipe(
     "prompts",
     "prepare",
     order=0,
-    sections=("run", "prompts", "teacher", "teachers", "student"),
+    sections=("run", "prompts", "teacher", "teachers", "student", "sampling.rejected.teacher"),
     traces=("prompts", "eval/prompts"),
     can_withdraw=True,
     datasets=("prompts", "eval/prompts"),
@@ -72,11 +73,12 @@ TEACHER = Recipe(
     sections=("training.teacher", *_ALL_PHASES),
     traces=("models", *_phase_traces("teacher")),
 )
+STUDENT = Recipe("student", "train", order=1, sections=("student.from.layers",), traces=("models/student-init",))
 WARMUP = Recipe(
     "warmup",
     "train",
     order=1,
-    sections=("student.from.layers", "training.warmup", *_ALL_PHASES),
+    sections=("training.warmup", *_ALL_PHASES),
     traces=("models", *_phase_traces("warmup")),
 )
 TEACHER_SAMPLES = Recipe(
@@ -87,13 +89,21 @@ TEACHER_SAMPLES = Recipe(
     traces=("samples",),
     datasets=("samples/teacher/round-0",),
 )
+REJECTED_SAMPLES = Recipe(
+    "rejected samples",
+    "sample",
+    order=2,
+    sections=("sampling.rejected", "sampling.student", *_ALL_ROLES),
+    traces=("samples",),
+    datasets=("samples/student/round-0",),
+)
+# Responses of the warm-up student for the evaluation.
 STUDENT_SAMPLES = Recipe(
     "student samples",
     "sample",
     order=2,
     sections=("sampling.student", "evaluation.candidates", "evaluation.warmup_temperatures", *_ALL_ROLES),
-    traces=("samples",),
-    datasets=("samples/student/round-0",),
+    traces=("eval/round-0/samples/warmup", "eval/round-0/candidates"),
 )
 PAIRS = Recipe("pairs", "pair", order=3, sections=("pairing",), traces=("pairs",), datasets=("pairs/round-0",))
 ROUND = Recipe(
@@ -111,7 +121,10 @@ EVALUATION = Recipe(
     sections=("evaluation",),
     traces=("eval/round-0/metrics.json",),
 )
-RECIPES = (PROMPTS, TEACHER, WARMUP, TEACHER_SAMPLES, STUDENT_SAMPLES, PAIRS, ROUND, CONTROL, EVALUATION)
+RECIPES = (
+    PROMPTS, TEACHER, STUDENT, WARMUP, TEACHER_SAMPLES, REJECTED_SAMPLES, STUDENT_SAMPLES, PAIRS, ROUND, CONTROL,
+    EVALUATION,
+)  # fmt: skip
 _SECTIONS = frozenset(section for recipe in RECIPES for section in recipe.sections)
 
 

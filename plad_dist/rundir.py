@@ -89,11 +89,12 @@ class RunDir:
         return root
 
     def samples(self, role: str) -> Dataset:
-        """Return the samples from which pairs are built.
-
-        The teacher is sampled once, for all rounds.
-        """
+        """Return the samples of a role from which pairs are built."""
         return Dataset(self.storage, f"samples/{role}/round-{self._round_of(role)}", SAMPLES)
+
+    def of_samples(self, config: Config) -> RunDir:
+        """Return the run at the round of its pairs' samples: only the student differs by round."""
+        return self if config.sampling.rejected is None else self.at_round(0)
 
     def pairs(self) -> Dataset:
         """Return the pairs on which the round trains."""

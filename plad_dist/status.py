@@ -15,6 +15,7 @@ from plad_dist.data.parts import Part
 from plad_dist.data.prompts import rows_by_block
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed, first_line
+from plad_dist.evaluation.formatting import writer_phrase
 from plad_dist.rundir import RunDir, load_run
 from plad_dist.sampling.endpoint.ledger import FOLDER as MONEY
 from plad_dist.sampling.endpoint.ledger import MICROS, Spending, spending_of_run
@@ -46,7 +47,10 @@ def status_table(path: str) -> Table:
     for product in products_of(stored.config, run):
         match product:
             case DatasetEntry() if product.purpose not in _UNLISTED:
-                table.add_row(*map(cell, _dataset_row(product)))
+                path, state, note = _dataset_row(product)
+                if product.responder == "rejected":
+                    note = f"{note}, by {writer_phrase(stored.config.sampling.rejected)}".removeprefix(", ")
+                table.add_row(*map(cell, (path, state, note)))
             case ModelEntry(phase=str(phase)):
                 table.add_row(*map(cell, _phase_row(phase, run, checkpoints)))
             case FiguresEntry():

@@ -27,9 +27,15 @@ SHAPE = {
 }
 
 
-def make_random_model(folder: Path, seed: int = 0, vocab_size: int = 320, **shape: Any) -> Path:
-    """Write a model with random weights, whose responses rarely end before the token limit."""
-    rows = [{"prompt_id": "0", "messages": [{"role": "user", "content": "larger of 1 and 2 is 30 4 5 6 7 8 9"}]}]
+def make_random_model(
+    folder: Path, seed: int = 0, vocab_size: int = 320, text: str = "larger of 1 and 2 is 30 4 5 6 7 8 9", **shape: Any
+) -> Path:
+    """Write a model with random weights, whose responses rarely end before the token limit.
+
+    Args:
+        text: text from which the tokenizer learns its tokens.
+    """
+    rows = [{"prompt_id": "0", "messages": [{"role": "user", "content": text}]}]
     scratch = ScratchModel(architecture=SHAPE | shape, vocab_size=vocab_size)
     make_model(scratch, pa.Table.from_pylist(rows, schema=PROMPTS), "random", seed, folder)
     (folder / MARKER).unlink()  # a pretrained model has none

@@ -10,6 +10,7 @@ from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, DatasetSource, FilesSource, Prompts, PythonFunctionsSource
 from plad_dist.config.root import (
     Config,
+    RespondingModel,
     flatten,
     is_operational,
     operational_keys,
@@ -18,7 +19,7 @@ from plad_dist.config.root import (
     schema_fields,
 )
 from plad_dist.config.run import Cluster, Rounds, Run
-from plad_dist.config.sampling import Decoding, RoleSampling, Sampling, Teacher
+from plad_dist.config.sampling import Decoding, Rejected, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import CollapseBounds, Lora, Loss, MlePhase, Optimizer, Phase, Training, Warmup
 
@@ -45,6 +46,8 @@ __all__ = [
     "Pretrained",
     "Prompts",
     "PythonFunctionsSource",
+    "Rejected",
+    "RespondingModel",
     "RewardJudge",
     "RewardModel",
     "RoleSampling",

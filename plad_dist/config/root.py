@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterator
 from functools import cache
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
@@ -17,12 +17,26 @@ from plad_dist.config.models import Model, Student
 from plad_dist.config.pairing import Pairing, RewardModel
 from plad_dist.config.prompts import Columns, Prompts
 from plad_dist.config.run import Cluster, Rounds, Run
-from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, RoleSampling, Sampling, Teacher
+from plad_dist.config.sampling import OPERATIONAL_ENGINE, Decoding, Rejected, RoleSampling, Sampling, Teacher
 from plad_dist.config.section import OPERATIONAL, Section
 from plad_dist.config.training import Training
 from plad_dist.config.values import expand_path, refuse_clash
 from plad_dist.fingerprint import fingerprint
 from plad_dist.systems import WARMUP, System
+
+
+class RespondingModel(NamedTuple):
+    """Model of a config that responds to prompts.
+
+    Attributes:
+        key: config key of the model.
+        section: config key of its sampling settings.
+    """
+
+    key: str
+    model: Model
+    section: str
+    sampling: RoleSampling
 
 
 class Config(Section):
@@ -63,6 +77,8 @@ class Config(Section):
         if self.teacher is not None:
             models["teacher"] = self.teacher
         models["student"] = self.student
+        if (other := self.rejected_writer()) is not None:
+            models[other.key] = other.model
         if self.pairing.reward_model is not None:
             models["pairing.reward_model"] = self.pairing.reward_model
         for name, judge in self.evaluation.judges.items():
@@ -77,8 +93,8 @@ class Config(Section):
         """Raise one error for all conflicts between keys, with a line for each."""
         problems = [
             *_created_model_problems(self), *_teacher_problems(self), *_student_problems(self),
-            *_score_and_reference_problems(self), *_judge_problems(self), *_decoding_problems(self),
-            *_endpoint_problems(self),
+            *_rejected_problems(self), *_score_and_reference_problems(self), *_judge_problems(self),
+            *_decoding_problems(self), *_endpoint_problems(self),
         ]  # fmt: skip
         if problems:
             raise ValueError("\n".join(problems))
@@ -96,34 +112,59 @@ class Config(Section):
         return 0 if lacks_references or self.sampling.student.greedy_by else self.evaluation.candidates
 
     def all_teachers(self) -> dict[str, Teacher]:
-        """Return the teachers by name, each with its sampling settings filled in.
+        """Return the teachers that write chosen responses by name, each with its sampling settings
+        filled in.
 
         A single teacher is named `teacher`.
         """
         teachers = {"teacher": Teacher.of(self.teacher)} if self.teacher else self.teachers
+        rejected = self.sampling.rejected.teacher if self.sampling.rejected else None
         return {
             name: teacher.model_copy(update={"sampling": teacher.sampling or self.sampling.teacher})
             for name, teacher in teachers.items()
+            if not self.teachers or name != rejected
         }
 
-    def named_models(self) -> dict[str, Model]:
-        """Return the teachers and the student by their config keys."""
-        teachers = {f"teachers.{name}" if self.teachers else name: model for name, model in self.all_teachers().items()}
-        return {**teachers, "student": self.student}
+    def rejected_writer(self) -> RespondingModel | None:
+        """Return the model other than the student that writes the rejected responses.
 
-    def responders(self) -> Iterator[tuple[str, Model, str, RoleSampling]]:
-        """Yield every model that responds to prompts: its config key, its section, the config key
-        of its sampling settings, and these settings."""
-        yield "student", self.student, "sampling.student", self.sampling.student
+        None if the student writes them, before its training or after.
+        """
+        match self.sampling.rejected:
+            case Rejected(path=str(path), revision=revision):
+                rendering = {name: getattr(self.student, name) for name in ("template", "template_kwargs")}
+                model = Model(path=path, revision=revision, **rendering)
+                model._date = self.student._date
+                return RespondingModel("sampling.rejected", model, "sampling.student", self.sampling.student)
+            case Rejected(teacher=str(name)) if teacher := self.teachers.get(name):
+                key = f"teachers.{name}"
+                if teacher.sampling is not None:
+                    return RespondingModel(key, teacher, f"{key}.sampling", teacher.sampling)
+                return RespondingModel(key, teacher, "sampling.student", self.sampling.student)
+        return None
+
+    def named_models(self) -> dict[str, Model]:
+        """Return the teachers, the student and any other writer of rejected responses by their
+        config keys."""
+        teachers = {f"teachers.{name}" if self.teachers else name: model for name, model in self.all_teachers().items()}
+        other = self.rejected_writer()
+        return {**teachers, "student": self.student} | ({other.key: other.model} if other is not None else {})
+
+    def responders(self) -> Iterator[RespondingModel]:
+        """Yield every model that responds to prompts."""
+        yield RespondingModel("student", self.student, "sampling.student", self.sampling.student)
         for name, teacher in self.all_teachers().items():
             assert teacher.sampling is not None
             key = f"teachers.{name}" if self.teachers else name
             has_own = name in self.teachers and self.teachers[name].sampling is not None
-            yield key, teacher, f"{key}.sampling" if has_own else "sampling.teacher", teacher.sampling
+            section = f"{key}.sampling" if has_own else "sampling.teacher"
+            yield RespondingModel(key, teacher, section, teacher.sampling)
+        if (other := self.rejected_writer()) is not None:
+            yield other
         for name, judge in self.evaluation.judges.items():
             if isinstance(judge, LlmJudge):
                 key = f"evaluation.judges.{name}"
-                yield f"{key}.model", judge.model, f"{key}.sampling", judge.sampling
+                yield RespondingModel(f"{key}.model", judge.model, f"{key}.sampling", judge.sampling)
 
     def trained(self, role: str) -> Model:
         """Return the config section of the model that a phase trains.
@@ -163,7 +204,10 @@ class Config(Section):
 
         These are all but `run.dir` and the operational keys.
         """
-        return fingerprint("run", keys={key: value for key, value in self.flat().items() if not is_operational(key)})
+        keys = {key: value for key, value in self.flat().items() if not is_operational(key)}
+        if self.sampling.rejected is None:  # as in runs of versions without the key
+            del keys["sampling.rejected"]
+        return fingerprint("run", keys=keys)
 
     def flat(self) -> dict[str, Any]:
         """Return the values of all keys, defaults included, by dotted name."""
@@ -200,14 +244,12 @@ def _teacher_problems(config: Config) -> Iterator[str]:
             yield f"teachers: name {name!r}: use only letters, digits, '-' and '_', and not `student`"
         if teacher.scratch:
             yield f"teachers.{name}.scratch: only for a single `teacher`; set `path` or `endpoint`"
-        if teacher.sampling and teacher.sampling.n != config.sampling.teacher.n:
-            yield (
-                f"teachers.{name}.sampling.n: {teacher.sampling.n}: must be equal to sampling.teacher.n, which is "
-                f"{config.sampling.teacher.n}"
-            )
-    for name, teacher in config.all_teachers().items():
-        key = f"teachers.{name}" if config.teachers else name
-        if teacher.endpoint and teacher.endpoint.api == "chat" and _offers_tools(config):
+        side = "teacher" if name in config.all_teachers() else "student"
+        n = getattr(config.sampling, side).n
+        if teacher.sampling and teacher.sampling.n != n:
+            yield f"teachers.{name}.sampling.n: {teacher.sampling.n}: must be equal to sampling.{side}.n, which is {n}"
+    for key, model in config.named_models().items():
+        if model.endpoint and model.endpoint.api == "chat" and _offers_tools(config):
             yield (
                 f"{key}.endpoint.api: chat: a server returns calls of tools apart from the text, so they would be "
                 "lost; remove prompts.*.tools_column, or set `api: completions` and a `template`"
@@ -236,6 +278,31 @@ def _student_problems(config: Config) -> Iterator[str]:
             "sampling.student.stop_token_ids: the student learns to end with the tokens that its model names; remove "
             "it, or add the tokens to eos_token_id in the generation_config.json of the model"
         )
+
+
+def _rejected_problems(config: Config) -> Iterator[str]:
+    rejected, teachers = config.sampling.rejected, config.teachers
+    if rejected is None:
+        return
+    if rejected.path is not None and "rejected" in teachers:
+        yield "teachers: name 'rejected': is that of the model of sampling.rejected.path; choose another"
+    if rejected.teacher is None:
+        return
+    key = f"sampling.rejected.teacher: {rejected.teacher!r}"
+    teacher = teachers.get(rejected.teacher)
+    if not teachers:
+        yield f"{key}: needs several `teachers`, of which it names one; set them, or sampling.rejected.path"
+    elif teacher is None:
+        yield f"{key}: no such teacher; expected one of {', '.join(teachers)}"
+    elif len(teachers) == 1:
+        yield f"{key}: is the only one, and none is left to write the chosen responses; add another to `teachers`"
+    else:
+        for name in ("share", "filter"):
+            if getattr(teacher, name) != Teacher.model_fields[name].default:
+                yield (
+                    f"teachers.{rejected.teacher}.{name}: has no effect, because this teacher writes the rejected "
+                    "responses to all prompts; remove it"
+                )
 
 
 def _decoding_problems(config: Config) -> Iterator[str]:
@@ -361,8 +428,8 @@ def optional_sections() -> dict[str, bool]:
         return type(None) in get_args(annotation) and bool(_sections_in(annotation))
 
     def has_defaults(section: type[Section]) -> bool:
-        is_model = issubclass(section, Model)  # which needs an origin
-        return not is_model and not any(field.is_required() for field in section.model_fields.values())
+        names_a_model = issubclass(section, Model | Rejected)  # and needs a key that does
+        return not names_a_model and not any(field.is_required() for field in section.model_fields.values())
 
     return {
         path: all(map(has_defaults, _sections_in(field.annotation)))

@@ -9,7 +9,7 @@ from pydantic_core import to_jsonable_python
 
 from plad_dist.config.models import Model
 from plad_dist.config.section import OPERATIONAL, Section
-from plad_dist.config.values import Bound, FreeMappingWithPaths, OptionalCount
+from plad_dist.config.values import Bound, FreeMappingWithPaths, OptionalCount, PathText
 
 # Engine arguments that control how sampling is carried out. All other arguments (precision,
 # quantization, ...) affect the samples.
@@ -130,6 +130,40 @@ class RoleSampling(Decoding):
         return cast("dict[str, Any]", to_jsonable_python(arguments))
 
 
+class Rejected(Section):
+    """Model that writes the rejected responses in place of the student of the round."""
+
+    path: PathText | None = Field(
+        None,
+        min_length=1,
+        description="Folder or hub name of a pretrained model with its tokenizer. It is sampled by sampling.student, "
+        "with student.template and student.template_kwargs.",
+    )
+    revision: str | None = Field(
+        None, description="Revision of the hub repository. If unset, the repository's default branch."
+    )
+    phase: Literal["student-init"] | None = Field(
+        None, description="student-init: the student as it is before any training of the run."
+    )
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="Name of one of `teachers`, which then writes rejected responses only, to all prompts. Without "
+        "sampling settings of its own it is sampled by sampling.student.",
+    )
+
+    @model_validator(mode="after")
+    def _check_one_model(self) -> Rejected:
+        if sum(name is not None for name in (self.path, self.phase, self.teacher)) != 1:
+            raise ValueError(
+                "needs exactly one of `path` (another pretrained model), `phase` (the student before its training) "
+                "and `teacher` (the name of one of `teachers`)"
+            )
+        if self.revision is not None and self.path is None:
+            raise ValueError("revision: is that of `path`; remove it, or set `path`")
+        return self
+
+
 class Sampling(Section):
     """Step 1: teacher and student answer the same prompts."""
 
@@ -140,6 +174,11 @@ class Sampling(Section):
     )
     teacher: RoleSampling = RoleSampling()
     student: RoleSampling = RoleSampling()
+    rejected: Rejected | None = Field(
+        None,
+        description="Model that writes the rejected responses of the pairs. If unset, the student that the round "
+        "starts from.",
+    )
     window: int = Field(
         4,
         ge=1,

@@ -171,7 +171,11 @@ def _input_fingerprint(config: Config) -> str:
     prompts = {
         key: value for key, value in config.flat().items() if key.startswith("prompts.") and not is_operational(key)
     }
-    teachers = {name: {"share": teacher.share, "filter": teacher.filter} for name, teacher in config.teachers.items()}
+    teachers = {
+        name: {"share": teacher.share, "filter": teacher.filter}
+        for name, teacher in config.all_teachers().items()
+        if config.teachers
+    }
     # The tokenizers of these models decide which prompts are too long.
     sources = filter(None, (model.pretrained() for model in (*config.all_teachers().values(), config.student)))
     models = [source.settings for source in sources]

@@ -198,7 +198,7 @@ class Router:
         self._seed = config.run.seed
         self._teachers = [
             (name, teacher.share, _compile_filter(teacher.filter, f"teachers.{name}.filter"))
-            for name, teacher in config.teachers.items()
+            for name, teacher in config.all_teachers().items()
         ]
 
     def teacher_of(self, prompt: Prompt) -> str:

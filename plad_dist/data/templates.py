@@ -48,8 +48,8 @@ class Renderer:
             self._config_template = config_template(settings, model, self._variables)
         elif not self.tokenizer.chat_template:
             raise UserError(
-                f"{model}: its tokenizer has no chat template. Set `template` beside `path`, for example "
-                "template: '{{ messages[-1].content }}'"
+                f"{model}: its tokenizer has no chat template. Set `template` beside `path` (for sampling.rejected "
+                "that of the student), for example template: '{{ messages[-1].content }}'"
             )
         if generates and self.tokenizer.eos_token_id is None:
             raise UserError(f"{model}: its tokenizer has no end-of-sequence token, so a response could never end")

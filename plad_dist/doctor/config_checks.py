@@ -135,7 +135,7 @@ def check_models(config: Config, unreadable: Collection[str]) -> Iterator[Findin
                     yield ok(f"{key}: created by the run from {layers_phrase(source.layers)} of {source.path}")
     student = identities.get("student")
     for key, identity in identities.items():
-        if student is not None and identity != student and key.startswith("teacher"):
+        if student is not None and identity != student and key.startswith(("teacher", "sampling.rejected")):
             yield ok(
                 f"{key} has another tokenizer than the student: its responses are re-encoded with the student's "
                 "tokenizer"

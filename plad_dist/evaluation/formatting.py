@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from plad_dist.config import Loss
+from plad_dist.config import Loss, Rejected
 from plad_dist.evaluation.document import Interval
 from plad_dist.systems import Kind, System
 
@@ -56,6 +56,18 @@ def judge_title(name: str) -> str:
 def layers_phrase(layers: int | Sequence[int]) -> str:
     """Return the layers that a student keeps of a model, as the config gives them."""
     return f"{layers} layers" if isinstance(layers, int) else f"layers {', '.join(map(str, layers))}"
+
+
+def writer_phrase(rejected: Rejected | None) -> str:
+    """Return who writes the rejected responses, within a sentence."""
+    match rejected:
+        case Rejected(path=str(path), revision=revision):
+            return f"{path}@{revision}" if revision else path
+        case Rejected(teacher=str(name)):
+            return f"the teacher {name}"
+        case Rejected():
+            return "the student before its training"
+    return "the student"
 
 
 def loss_phrase(loss: Loss) -> str:

@@ -16,7 +16,8 @@ class Answer(TypedDict):
         tools: definitions of the tools that the prompt offers, None without.
         reference: gold response to the prompt, None without one.
         response: text of the response.
-        role: teacher or student; in an evaluation, the name of the system.
+        role: teacher or student, as whose response it enters pairs; in an evaluation, the name of
+            the system.
     """
 
     messages: Messages

@@ -12,12 +12,11 @@ from plad_dist.data.models import context_length, model_identity, resolve_model
 from plad_dist.data.parts import Part
 from plad_dist.data.prompts import heldout_prompts, train_prompts
 from plad_dist.data.storage import Storage
-from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError
 from plad_dist.fingerprint import fingerprint
 from plad_dist.pairing.facts import PairFacts
-from plad_dist.pairing.forms import teacher_forms
+from plad_dist.pairing.forms import REJECTED, PairForms, pair_forms
 from plad_dist.pairing.reward import as_model
 from plad_dist.pairing.worker import PairJob, PairWorker
 from plad_dist.progress import Progress
@@ -58,24 +57,31 @@ def _inputs(config: Config, run: RunDir) -> str | None:
 
     It needs no tokenizer, so that a finished run is skipped quickly.
     """
-    datasets = [samples(role) for samples in (run.samples, run.heldout_samples) for role in ("teacher", "student")]
+    sampled = run.of_samples(config)
+    datasets = [
+        samples(role) for samples in (sampled.samples, sampled.heldout_samples) for role in ("teacher", "student")
+    ]
     samples = [dataset.manifest() for dataset in datasets]
     if None in samples:
         return None
     keys = flatten(config.pairing.model_dump(mode="json"), "pairing")
+    writers: dict[str, Model] = {**config.all_teachers()}
+    if (other := config.rejected_writer()) is not None:
+        writers[REJECTED] = other.model
     return fingerprint(
         "inputs of pairs",
         keys={key: value for key, value in keys if not is_operational(key)},
         samples=[manifest.fingerprint for manifest in samples if manifest is not None],
         student=model_identity(run.student(config), config.student),
         rendering=config.student.rendering(),
-        keep_thought=[name for name, teacher in config.all_teachers().items() if teacher.reasoning == "keep"],
+        keep_thought=[name for name, writer in writers.items() if writer.reasoning == "keep"],
     )
 
 
 def require_inputs(config: Config, run: RunDir) -> None:
     """Raise :class:`UserError` if samples of uncommitted pairs, or the student, are missing."""
-    outputs = ((run.samples, run.pairs()), (run.heldout_samples, run.heldout_pairs()))
+    sampled = run.of_samples(config)
+    outputs = ((sampled.samples, run.pairs()), (sampled.heldout_samples, run.heldout_pairs()))
     missing = [samples for samples, output in outputs if output.manifest() is None]
     for samples in missing:
         for role in ("teacher", "student"):
@@ -90,15 +96,16 @@ def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
     Raises:
         UserError: samples or the student are missing.
     """
+    sampled = run.of_samples(config)
     datasets = (
-        (train_prompts(run.storage), run.samples, run.pairs(), config.sampling.student.n),
-        (heldout_prompts(run.storage), run.heldout_samples, run.heldout_pairs(), 1),
+        (train_prompts(run.storage), sampled.samples, run.pairs(), config.sampling.student.n),
+        (heldout_prompts(run.storage), sampled.heldout_samples, run.heldout_pairs(), 1),
     )
     missing = [dataset for dataset in datasets if dataset[2].manifest() is None]
     if not missing:
         return []
     require_inputs(config, run)
-    forms = teacher_forms(config, run)
+    forms = pair_forms(config, run)
     return [
         _job(config, run, prompts, samples("teacher"), samples("student"), output, forms, n)
         for prompts, samples, output, n in missing
@@ -106,8 +113,8 @@ def pair_jobs(config: Config, run: RunDir) -> list[tuple[PairJob, list[int]]]:
 
 
 def pair_worker_args(
-    config: Config, run: RunDir, forms: TeacherForms | None = None
-) -> tuple[Storage, str, Model, Pairing, TeacherForms, str]:
+    config: Config, run: RunDir, forms: PairForms | None = None
+) -> tuple[Storage, str, Model, Pairing, PairForms, str]:
     """Return the arguments of :class:`PairWorker`.
 
     Paths are absolute, because workers have other working directories.
@@ -120,7 +127,7 @@ def pair_worker_args(
     if pairing.reward_model is not None:
         path = resolve_model(as_model(pairing.reward_model))
         pairing = pairing.model_copy(update={"reward_model": pairing.reward_model.model_copy(update={"path": path})})
-    forms = forms or teacher_forms(config, run)
+    forms = forms or pair_forms(config, run)
     return run.storage, run.student(config), config.student, pairing, forms, str(Path.cwd())
 
 
@@ -159,18 +166,19 @@ def _job(
     teacher: Dataset,
     student: Dataset,
     output: Dataset,
-    forms: TeacherForms,
+    forms: PairForms,
     n: int,
 ) -> tuple[PairJob, list[int]]:
     """Return the job of one dataset, and the number of prompts in each block.
 
     Args:
-        n: samples of the student per prompt.
+        n: rejected samples per prompt.
     """
     samples = [dataset.require("sample") for dataset in (teacher, student)]
     path = run.student(config)
     keys = flatten(config.pairing.model_dump(mode="json"), "pairing")
     reward = as_model(config.pairing.reward_model) if config.pairing.reward_model is not None else None
+    rejected = {} if forms.rejected is None else {"rejected": forms.rejected.to_json()}
     input_fingerprint = fingerprint(
         "pairs",
         keys={key: value for key, value in keys if not is_operational(key)},
@@ -178,9 +186,10 @@ def _job(
         student_samples=samples[1].fingerprint,
         student=model_identity(path, config.student),
         rendering=config.student.rendering(),
-        teachers=forms.to_json(),
+        teachers=forms.teachers.to_json(),
         context=context_length(path, config.student),
         reward_model=model_identity(resolve_model(reward), reward) if reward is not None else None,
+        **rejected,
     )
     job = PairJob(prompts.path, teacher.path, student.path, output.path, input_fingerprint, run.round, forms)
     return job, [part.rows // n for part in samples[1].parts]

@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from plad_dist.config import Pairing
 from plad_dist.data.schemas import PAIRS
-from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.pairing.answer import Answer, Scorer
+from plad_dist.pairing.forms import PairForms
 from plad_dist.pairing.responses import SampledPrompt, SampledResponse, read_prompts, tokenize
 from plad_dist.pairing.selection import Combination, select_pairs
 from plad_dist.pairing.tells import TellCounter
@@ -32,14 +32,14 @@ class PairBuilder:
         renderer: templates and tokenizer of the student.
         context: context length of the student, in tokens.
         scorer: scores single responses; None for `score: none`.
-        forms: how teachers' responses become responses of the student.
+        forms: how the samples become responses of the student.
     """
 
     pairing: Pairing
     renderer: Renderer
     context: int
     scorer: Scorer | None
-    forms: TeacherForms = field(default_factory=TeacherForms)
+    forms: PairForms = field(default_factory=PairForms)
 
     def build(
         self, prompts: pa.Table, teacher: pa.Table, student: pa.Table, round_: int = 0

@@ -10,8 +10,9 @@ import pyarrow as pa
 
 from plad_dist.config import Pairing
 from plad_dist.data.conversation import COLUMNS, Conversation
-from plad_dist.data.teacher_texts import OutsideText, TeacherForms, learn, outside_text
+from plad_dist.data.teacher_texts import OutsideText, learn, outside_text
 from plad_dist.data.templates import Renderer
+from plad_dist.pairing.forms import REJECTED, PairForms
 
 Role = Literal["teacher", "student"]
 DropReason = Literal[
@@ -43,16 +44,17 @@ class SampledResponse:
     Attributes:
         text: what the student learns, with the thought if it learns one.
         answer: the text without a thought, which is scored.
-        ids: student tokens. Of a teacher response they are set by :func:`tokenize`.
+        ids: student tokens. Those of another model's response are set by :func:`tokenize`.
         has_thought: the text has a thought.
-        outside: a teacher's response before it is tokenized, None for the student's.
+        outside: another model's response before it is tokenized, None for the student's.
         is_finished: the response ended with an end-of-sequence token.
         problem: reason for which no pair can contain the response, None for a usable one.
-        logprob: log-likelihood that the engine reported for exactly `ids`, None without one.
+        logprob: log-likelihood of exactly `ids` under the student that the round starts from, as
+            the engine reported it; None without one.
         score: quality by `pairing.score`, None without one.
     """
 
-    role: Role
+    role: Role  # side of its pairs, whichever model wrote it
     text: str
     answer: str
     ids: list[int]
@@ -82,18 +84,25 @@ class SampledPrompt:
 
 
 def read_prompts(
-    prompts: pa.Table, teacher: pa.Table, student: pa.Table, pairing: Pairing, renderer: Renderer, forms: TeacherForms
+    prompts: pa.Table, teacher: pa.Table, student: pa.Table, pairing: Pairing, renderer: Renderer, forms: PairForms
 ) -> list[SampledPrompt]:
     """Return the prompts of a block that have samples. Those beyond `sampling.limit` have none."""
     rows = prompts.select(["prompt_id", "reference", "teacher", *COLUMNS]).to_pylist()
     by_teacher: dict[str, list[SampledResponse]] = {}
     teachers = {row["prompt_id"]: row["teacher"] or "teacher" for row in rows}
     for row in _ordered(teacher, ["reasoning", "token_ids"]):
-        outside = outside_text(teachers[row["prompt_id"]], row["text"], row["reasoning"], row["token_ids"], forms)
-        by_teacher.setdefault(row["prompt_id"], []).append(_teacher_response(row, outside, pairing, renderer))
+        writer = teachers[row["prompt_id"]]
+        outside = outside_text(writer, row["text"], row["reasoning"], row["token_ids"], forms.teachers)
+        response = _outside_response("teacher", row, outside, pairing, renderer)
+        by_teacher.setdefault(row["prompt_id"], []).append(response)
     by_student: dict[str, list[SampledResponse]] = {}
     for row in _ordered(student, ["reasoning", "token_ids", "logprob"]):
-        by_student.setdefault(row["prompt_id"], []).append(_student_response(row, pairing, renderer))
+        if forms.rejected is None:
+            response = _student_response(row, pairing, renderer, is_on_policy=forms.is_on_policy)
+        else:
+            outside = outside_text(REJECTED, row["text"], row["reasoning"], row["token_ids"], forms.rejected)
+            response = _outside_response("student", row, outside, pairing, renderer)
+        by_student.setdefault(row["prompt_id"], []).append(response)
     return [
         SampledPrompt(
             row["prompt_id"],
@@ -113,17 +122,17 @@ def _ordered(samples: pa.Table, columns: list[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["prompt_id"], row["sample_index"]))
 
 
-def _teacher_response(
-    row: dict[str, Any], outside: OutsideText, pairing: Pairing, renderer: Renderer
+def _outside_response(
+    role: Role, row: dict[str, Any], outside: OutsideText, pairing: Pairing, renderer: Renderer
 ) -> SampledResponse:
-    """Return a teacher's response, without end tokens in its text. Its tokens are set later."""
+    """Return another model's response, without end tokens in its text. Its tokens are set later."""
     control = renderer.control_tokens
     answer = control.without_end(outside.text)
-    problem = _problem("teacher", row["finish_reason"], not answer.strip(), pairing)
+    problem = _problem(role, row["finish_reason"], not answer.strip(), pairing)
     if problem is None and (control.find(answer) or control.find(outside.reasoning or "")):
         problem = "control_token"
     return SampledResponse(
-        role="teacher",
+        role=role,
         text=answer,
         answer=answer,
         ids=[],
@@ -134,7 +143,9 @@ def _teacher_response(
     )
 
 
-def _student_response(row: dict[str, Any], pairing: Pairing, renderer: Renderer) -> SampledResponse:
+def _student_response(
+    row: dict[str, Any], pairing: Pairing, renderer: Renderer, *, is_on_policy: bool
+) -> SampledResponse:
     """Return a student's response as it was sampled, thought included."""
     ids, logprob, answer = row["token_ids"], row["logprob"], row["text"]
     text = answer if row["reasoning"] is None else renderer.decode([renderer.without_end(ids)])[0]
@@ -150,7 +161,7 @@ def _student_response(row: dict[str, Any], pairing: Pairing, renderer: Renderer)
         is_finished=is_finished,
         problem=problem,
         has_thought=row["reasoning"] is not None,
-        logprob=logprob,
+        logprob=logprob if is_on_policy else None,
     )
 
 
@@ -164,8 +175,8 @@ def _problem(role: Role, finish_reason: str, is_empty: bool, pairing: Pairing) -
 
 
 def tokenize(prompts: Sequence[SampledPrompt], renderer: Renderer, limit: int) -> None:
-    """Set the token ids of prompts and teacher responses, and mark responses that are too long or
-    empty.
+    """Set the token ids of prompts and of other models' responses, and mark responses that are too
+    long or empty.
 
     Only prompts with usable responses of both models are tokenized. A prompt that the student's
     template cannot render has no response of the student, so it is never rendered here.
@@ -177,9 +188,9 @@ def tokenize(prompts: Sequence[SampledPrompt], renderer: Renderer, limit: int) -
     prompt_ids = renderer.prompt_ids([prompt.conversation for prompt, _ in usable])
     for (prompt, _), ids in zip(usable, prompt_ids, strict=True):
         prompt.prompt_ids = ids
-    from_teachers = [response for _, responses in usable for response in responses if response.outside is not None]
-    learnt = learn([response.outside for response in from_teachers if response.outside is not None], renderer)
-    for response, text in zip(from_teachers, learnt, strict=True):
+    outside = [response for _, responses in usable for response in responses if response.outside is not None]
+    learnt = learn([response.outside for response in outside if response.outside is not None], renderer)
+    for response, text in zip(outside, learnt, strict=True):
         if text is None:
             response.problem = "control_token"
             continue

@@ -15,10 +15,10 @@ from plad_dist.data.models import context_length
 from plad_dist.data.parts import Part
 from plad_dist.data.schemas import PAIRS, PROMPTS, SAMPLES
 from plad_dist.data.storage import Storage
-from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.fleet.protocol import BlockJob, BlockResult, Heartbeat, Hints
+from plad_dist.pairing.forms import PairForms
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.scores import add_to_import_path, load_scorer
 
@@ -30,11 +30,11 @@ class PairJob:
     Attributes:
         prompts: path of the prompts dataset in the run directory.
         teacher: path of the teacher's samples.
-        student: path of the student's samples.
+        student: path of the rejected samples.
         output: path of the pairs dataset.
         fingerprint: fingerprint of everything that decides the rows.
         round: value of the column `round`.
-        forms: how teachers' responses become responses of the student.
+        forms: how the samples become responses of the student.
     """
 
     prompts: str
@@ -43,13 +43,13 @@ class PairJob:
     output: str
     fingerprint: str
     round: int = 0
-    forms: TeacherForms = field(default_factory=TeacherForms)
+    forms: PairForms = field(default_factory=PairForms)
 
     def dataset(self, storage: Storage) -> Dataset:
         return Dataset(storage, self.output, PAIRS)
 
     def read(self, storage: Storage, block: int) -> tuple[pa.Table, pa.Table, pa.Table]:
-        """Return a block of the prompts, of the teacher's samples and of the student's samples."""
+        """Return a block of the prompts, of the teacher's samples and of the rejected samples."""
         paths = ((self.prompts, PROMPTS), (self.teacher, SAMPLES), (self.student, SAMPLES))
         prompts, teacher, student = (Dataset(storage, path, schema).read_block(block) for path, schema in paths)
         return prompts, teacher, student
@@ -61,7 +61,7 @@ class PairWorker:
     Args:
         student: folder or hub name of the student, whose tokenizer the pairs use.
         settings: config section of the student.
-        forms: how teachers' responses become responses of the student.
+        forms: how the samples become responses of the student.
         working_directory: the driver's, from which `pairing.score_function` is imported.
     """
 
@@ -71,7 +71,7 @@ class PairWorker:
         student: str,
         settings: Model,
         pairing: Pairing,
-        forms: TeacherForms,
+        forms: PairForms,
         working_directory: str,
     ) -> None:
         self._storage, self._student, self._settings, self._forms = storage, student, settings, forms

@@ -31,8 +31,9 @@ class Responder:
     """A model that responds to prompts.
 
     Attributes:
-        name: `student`, the name of a teacher, or the name of a judge.
-        role: `student`, `teacher` or `judge`.
+        name: `student`, the name of a teacher, `rejected` or the name of a judge.
+        role: `student`, `teacher` or `judge`. Whoever writes rejected responses for the pairs has
+            the role `student`.
         path: folder or hub name of its weights, or its name at a server.
         settings: its model section of the config.
         sampling: its decoding and its engine settings.
@@ -93,6 +94,23 @@ def role_responders(config: Config, run: RunDir, role: str) -> list[Responder]:
         assert settings.sampling is not None
         responders.append(Responder(name, role, path, settings, settings.sampling))
     return responders
+
+
+def rejected_responder(config: Config, run: RunDir) -> Responder:
+    """Return the model that writes the rejected responses for the pairs.
+
+    Raises:
+        UserError: it is a student that does not exist yet.
+    """
+    rejected = config.sampling.rejected
+    if rejected is None:
+        return role_responders(config, run, "student")[0]
+    if (other := config.rejected_writer()) is None:
+        path = run.start_of("student", config.student)
+        require_model(path, "train --phase warmup")
+        return student_responder(config, path)
+    path = other.model.endpoint.model if other.model.endpoint else resolve_model(other.model)
+    return Responder(rejected.teacher or "rejected", "student", path, other.model, other.sampling)
 
 
 def fleet_of(

@@ -21,6 +21,7 @@ from plad_dist.sampling.responders import (
     Responder,
     fleet_of,
     judge_responder,
+    rejected_responder,
     role_responders,
     student_responder,
 )
@@ -74,26 +75,38 @@ def are_complete(assignments: Sequence[Assignment], run: RunDir) -> bool:
 
 
 def assignments_of_roles(config: Config, run: RunDir, roles: Sequence[str]) -> list[tuple[Responder, list[Assignment]]]:
-    """Return every responder of the roles with the blocks that it samples in this stage."""
-    work: list[tuple[Responder, list[Assignment]]] = []
+    """Return every responder of the roles with the blocks that it samples in this stage.
+
+    The student before its training and the warm-up student are one responder, whose engines change
+    weights from one to the other.
+    """
+    work: dict[str, tuple[Responder, list[Assignment]]] = {}
     for role in roles:
         responders = role_responders(config, run, role)
-        assignments: dict[str, list[Assignment]] = {responder.name: [] for responder in responders}
-        for request in _requests_of_role(config, run, role, n=responders[0].sampling.n):
-            for name, assignment in assign_blocks(config, run, responders, request).items():
-                assignments[name].append(assignment)
-        work += [(responder, assignments[responder.name]) for responder in responders]
-    return work
+        writers = responders if role == "teacher" else [rejected_responder(config, run)]
+        requests = [(writers, request) for request in _requests_for_pairs(config, run, role, writers[0].sampling.n)]
+        requests += [(responders, request) for request in _requests_for_evaluation(config, run, role)]
+        for group, request in requests:
+            assignments = assign_blocks(config, run, group, request)
+            for responder in group:
+                work.setdefault(responder.name, (responder, []))[1].append(assignments[responder.name])
+    return list(work.values())
 
 
-def _requests_of_role(config: Config, run: RunDir, role: str, n: int) -> list[DatasetRequest]:
-    train, heldout, limit = train_prompts(run.storage), heldout_prompts(run.storage), config.evaluation.limit
-    requests = [
-        DatasetRequest(train, run.samples(role), config.sampling.limit, n, run.round),
-        DatasetRequest(heldout, run.heldout_samples(role), limit, 1, _PAIRS_SEED),
+def _requests_for_pairs(config: Config, run: RunDir, role: str, n: int) -> list[DatasetRequest]:
+    sampled = run.of_samples(config)
+    train, heldout = train_prompts(run.storage), heldout_prompts(run.storage)
+    return [
+        DatasetRequest(train, sampled.samples(role), config.sampling.limit, n, sampled.round),
+        DatasetRequest(heldout, sampled.heldout_samples(role), config.evaluation.limit, 1, _PAIRS_SEED),
     ]
+
+
+def _requests_for_evaluation(config: Config, run: RunDir, role: str) -> list[DatasetRequest]:
     if run.round:  # the student of a later round was sampled as a system of the round before
-        return requests
+        return []
+    heldout, limit = heldout_prompts(run.storage), config.evaluation.limit
+    requests = []
     for output, decoding in _system_outputs(config, run, TEACHER if role == "teacher" else WARMUP):
         requests.append(DatasetRequest(heldout, output, limit, 1, _SYSTEM_SEED, decoding))
     if role == "student" and config.candidates:

@@ -15,6 +15,7 @@ from plad_dist.data.schemas import PROMPTS, SAMPLES
 from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.pairing.facts import PairFacts
+from plad_dist.pairing.forms import PairForms
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.sampling.backend import Completion, RefusedPromptError
 from plad_dist.sampling.engine import Engine
@@ -87,7 +88,7 @@ def test_chosen_texts_hold_the_thought_only_if_it_is_kept(
     rejected = common | {"role": "student", "text": "x", "token_ids": [9, 2], "finish_reason": "stop"}
     prompts = pa.Table.from_pylist([{"prompt_id": "p", "messages": PROMPT}], schema=PROMPTS)
     samples = [pa.Table.from_pylist([row], schema=SAMPLES) for row in (teacher, rejected)]
-    builder = PairBuilder(Pairing(score="none"), renderer, 128, None, TeacherForms(keep_thought=keep))
+    builder = PairBuilder(Pairing(score="none"), renderer, 128, None, PairForms(TeacherForms(keep_thought=keep)))
     pairs, counts = builder.build(prompts, *samples)
     assert pairs["chosen_text"].to_pylist() == [text]
     assert PairFacts.from_counts(counts).thoughts["chosen"] == bool(keep)

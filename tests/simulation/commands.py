@@ -39,6 +39,7 @@ from plad_dist.fleet.placement import Placement
 from plad_dist.fleet.protocol import BlockResult, Hints
 from plad_dist.pairing import build
 from plad_dist.pairing.facts import PairFacts
+from plad_dist.pairing.forms import PairForms
 from plad_dist.pairing.worker import PairJob
 from plad_dist.rundir import check_same_run
 from plad_dist.sampling import stage
@@ -152,11 +153,6 @@ class _Lengths:
         return []
 
     def over_long(self, rows: Sequence[Any]) -> dict[int, str]:
-        return {}
-
-
-class _Forms:
-    def to_json(self) -> dict[str, Any]:
         return {}
 
 
@@ -303,7 +299,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "run_fleets", _run_fleets)
     monkeypatch.setattr(stage, "fleet_of", _fleet)
     monkeypatch.setattr(build, "run_pair_jobs", _run_pair_jobs)
-    monkeypatch.setattr(build, "teacher_forms", lambda *a: _Forms())
+    monkeypatch.setattr(build, "pair_forms", lambda *a: PairForms())
     monkeypatch.setattr(build, "context_length", lambda *a: 64)
 
 

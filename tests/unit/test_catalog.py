@@ -117,6 +117,18 @@ def test_the_teacher_is_sampled_once_for_all_rounds(config: Config) -> None:
     assert not [path for path in paths if "round-1" in path]
 
 
+def test_rejected_responses_of_a_model_that_is_not_trained_are_sampled_once_for_all_rounds(tmp_path: Path) -> None:
+    for rejected, model in (({"phase": "student-init"}, ("models/student-init",)), ({"path": "weak"}, ())):
+        raw = tiny_config(tmp_path)
+        config = config_of(tmp_path, sampling=raw["sampling"] | {"rejected": rejected})
+        entries = {entry.path: entry for entry in datasets_of(config, RunDir.of(config))}
+        for prompts, path in (("prompts", "samples/student"), ("eval/prompts", "eval/round-0/pair-samples/student")):
+            [name] = [name for name in entries if name.startswith(path)]
+            assert entries[name].inputs == (prompts, *model), "not the student that the warm-up trains"
+            assert entries[name].responder == "rejected"
+        assert "samples/student/round-0" in entries["pairs/round-1"].inputs
+
+
 def test_rounds_in_storage_count_even_if_the_config_allows_fewer(tmp_path: Path) -> None:
     config = config_of(tmp_path, rounds={"most": 1})
     run = RunDir.of(config)
@@ -140,8 +152,11 @@ def test_every_key_that_decides_a_product_belongs_to_a_section() -> None:
         ("training.warmup.epochs", ["warmup"]),
         ("training.dtype", ["teacher", "warmup", "round", "seqkd"]),
         ("training.deepspeed", ["teacher", "warmup", "round", "seqkd"]),
-        ("sampling.limit", ["teacher samples", "student samples"]),
-        ("sampling.student.temperature", ["student samples"]),
+        ("student.from.layers", ["student"]),
+        ("sampling.limit", ["teacher samples", "rejected samples", "student samples"]),
+        ("sampling.student.temperature", ["rejected samples", "student samples"]),
+        ("sampling.rejected.path", ["rejected samples"]),
+        ("sampling.rejected.teacher", ["prompts"]),
         ("evaluation.candidates", ["student samples"]),
         ("evaluation.examples", ["evaluation"]),
         ("pairing.combine", ["pairs"]),

@@ -67,6 +67,9 @@ def variant(first: dict[str, Any], folder: Path, **sections: Any) -> Any:
             {*FILES[:4]},
         ),
         ({"sampling__student": {"temperature": 0.7, "max_tokens": 8}}, {*FILES[:3]}),
+        # Who writes the rejected responses does not change those that the evaluation samples.
+        ({"sampling__rejected": {"phase": "student-init"}}, {*FILES[:4], FILES[6]}),
+        ({"evaluation__candidates": 3}, {*FILES} - {FILES[5], FILES[6], FILES[7]}),
         # Operational keys that still change the student.
         ({"training__watch": {}}, {*FILES} - {FILES[5], FILES[7], FILES[9]}),
         ({"training__deepspeed": "zero2"}, set()),
@@ -82,6 +85,21 @@ def test_files_before_the_first_difference_are_taken_over(
     check_same_run(config, run)
     assert train_prompts(run.storage).require("prepare").rows > 0
     take_over(config, [source])  # the run has started: nothing happens
+
+
+def test_runs_with_the_same_writer_of_rejected_responses_share_them_whatever_their_warmup(
+    tmp_path: Path, first: dict[str, Any]
+) -> None:
+    first["sampling"] = {**first["sampling"], "rejected": {"phase": "student-init"}}
+    config = variant(first, tmp_path, training__warmup={"epochs": 7, "batch_groups": 8})
+    shutil.rmtree(tmp_path / "first")
+    source = parse_config(first, "first")
+    prepare(source, open_run(source).storage)
+    for name in FILES:
+        (tmp_path / "first" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "first" / name).write_text(name)
+    take_over(config, [source])
+    assert {name for name in FILES if (RunDir.of(config).root / name).is_file()} == {FILES[0], FILES[3], FILES[4]}
 
 
 def test_the_date_of_a_run_with_which_nothing_is_shared_stays_there(tmp_path: Path, first: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plad_dist.config import Config, Model
 from plad_dist.data.models import hub_name
 from plad_dist.evaluation.document import Metrics
-from plad_dist.evaluation.formatting import layers_phrase, loss_phrase, percent, with_interval
+from plad_dist.evaluation.formatting import layers_phrase, loss_phrase, percent, with_interval, writer_phrase
 
 
 def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], config_yaml: str) -> str:
@@ -33,6 +33,7 @@ def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], c
         teachers={name: _origin(model) for name, model in config.all_teachers().items()},
         student=_origin(config.student),
         base=hub_name(source.path) if (source := config.student.pretrained()) is not None else None,
+        rejected=writer_phrase(config.sampling.rejected),
         loss=loss_phrase(config.training.round.loss),
     )
 

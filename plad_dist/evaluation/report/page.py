@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from plad_dist.config import Loss
+from plad_dist.config import Loss, Rejected
 from plad_dist.config_yaml import load_plain_yaml
 from plad_dist.evaluation.document import HeldoutFigures, Interval, Metrics
 from plad_dist.evaluation.formatting import (
@@ -19,6 +19,7 @@ from plad_dist.evaluation.formatting import (
     loss_phrase,
     percent,
     system_title,
+    writer_phrase,
 )
 from plad_dist.evaluation.report import charts
 from plad_dist.evaluation.report.charts import LogRecord, QualityPoint
@@ -162,6 +163,8 @@ def _facts(report: ReportData) -> dict[str, str]:
     loss = ((config.get("training") or {}).get("round") or {}).get("loss") or {}
     if loss:
         facts["Objective"] = loss_phrase(Loss(**loss))
+    if rejected := (config.get("sampling") or {}).get("rejected"):
+        facts["Rejected responses by"] = writer_phrase(Rejected(**rejected))
     if report.pairing is not None:
         facts["Preference pairs"] = f"{report.pairing.pairs:,}"
     prompts, with_reference = report.metrics.prompts, report.metrics.prompts_with_reference

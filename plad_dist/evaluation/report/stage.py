@@ -133,6 +133,7 @@ def _cost(config: Config, run: RunDir) -> dict[str, SamplingCost]:
     labels = [
         "Teacher, for pairs",
         "Students, for pairs",
+        "Rejected responses, for pairs",
         "Teacher, held-out prompts",
         "Students, held-out prompts",
         *(f"Judge {name}" for name in judges),
@@ -151,7 +152,7 @@ def _lost_money(storage: Storage, costs: Mapping[str, SamplingCost]) -> float:
     """Return the money in the ledgers beyond the cost of the samples that the run has."""
     spent = spending_of_run(storage)
     lost = 0.0
-    for role, label in (("teacher", "Teacher"), ("student", "Students"), ("judge", "Judge")):
+    for role, label in (("teacher", "Teacher"), ("student", "Rejected"), ("judge", "Judge")):
         total = sum(state.total for payer, state in spent.items() if payer.startswith(f"{role}-")) / MICROS
         lost += max(0.0, total - sum(cost.money or 0.0 for name, cost in costs.items() if name.startswith(label)))
     return lost
@@ -159,7 +160,7 @@ def _lost_money(storage: Storage, costs: Mapping[str, SamplingCost]) -> float:
 
 def _cost_label(entry: DatasetEntry) -> str:
     """Return the row of the cost table that a dataset belongs to; empty for other datasets."""
-    role = "Teacher" if entry.responder == "teacher" else "Students"
+    role = {"teacher": "Teacher", "rejected": "Rejected responses"}.get(entry.responder or "", "Students")
     match entry.purpose:
         case Purpose.SAMPLES:
             return f"{role}, for pairs"

@@ -14,6 +14,7 @@ from plad_dist.doctor.findings import Finding, run_check
 from plad_dist.doctor.node import HERE
 from plad_dist.training.model.scratch import train_tokenizer
 from tests.conftest import write_config
+from tests.tiny import make_random_model
 from tests.unit.doctor.findings import failures, only, states
 
 
@@ -82,3 +83,13 @@ def test_a_cut_student_is_examined_with_the_tokenizer_of_its_model(run: tuple[Pa
     (folder / "teacher" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 128_009]}))
     raw["teacher"]["path"] = str(folder / "student")
     assert only(findings_about_models(raw), "fail").text.startswith("student.from.path:")
+
+
+def test_another_writer_of_rejected_responses_is_checked_like_a_teacher(run: tuple[Path, dict[str, Any]]) -> None:
+    folder, raw = run
+    make_random_model(folder / "weak", text="another text with other tokens")
+    raw["sampling"]["rejected"] = {"path": str(folder / "weak")}
+    texts = [finding.text for finding in findings_about_models(raw) if "sampling.rejected" in finding.text]
+    assert any("another tokenizer than the student" in text for text in texts)
+    (folder / "weak" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 128_009]}))
+    assert only(findings_about_models(raw), "fail").text.startswith("sampling.rejected")

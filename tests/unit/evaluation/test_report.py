@@ -13,17 +13,19 @@ import pytest
 from rich.console import Console
 
 from plad_dist.config import Loss, Student
+from plad_dist.config_file import parse_config
 from plad_dist.data.models import hub_name
 from plad_dist.evaluation.document import Interval, Metrics, Ranking
 from plad_dist.evaluation.formatting import loss_phrase
 from plad_dist.evaluation.metrics import compare
-from plad_dist.evaluation.report.card import _origin
+from plad_dist.evaluation.report.card import _origin, render_card
 from plad_dist.evaluation.report.page import Example, PairingSummary, ReportData, Watch, _model_phrase, render_report
 from plad_dist.evaluation.report.tables import metrics_table
 from plad_dist.systems import PLAD, SEQKD, TEACHER, WARMUP, System
 from plad_dist.text_metrics import Output
 from plad_dist.timeline import StageTime
 from plad_dist.training.records.collapse import CheckpointProbe, CollapseRecord
+from tests.conftest import tiny_config
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/p.png onerror=alert(1)>"
 RANKING = Ranking.model_validate(
@@ -245,3 +247,21 @@ def test_report_and_card_name_the_model_and_the_layers_of_a_cut_student() -> Non
         section["from"]["layers"] = layers
         expected = f"{phrase} of Qwen/Qwen3-32B@main"
         assert _origin(Student.model_validate(section)) == _model_phrase(section) == expected
+
+
+def test_the_report_and_the_card_say_who_wrote_the_rejected_responses(tmp_path: Path) -> None:
+    writers = {
+        "{phase: student-init}": "the student before its training",
+        "{path: weak, revision: v1}": "weak@v1",
+        "{teacher: small}": "the teacher small",
+    }
+    for rejected, phrase in writers.items():
+        text = f"{CONFIG}sampling: {{rejected: {rejected}}}\n"
+        page = "".join(_Page(render_report(dataclasses.replace(make_report(), config_yaml=text))).words)
+        assert "Rejected responses by" in page
+        assert phrase in page
+    assert "Rejected responses by" not in render_report(make_report())
+    raw = tiny_config(tmp_path)
+    for rejected, phrase in ((None, "those of the student,"), ({"path": "weak"}, "those of weak,")):
+        config = parse_config(raw | {"sampling": {"rejected": rejected}}, "test")
+        assert phrase in render_card(config, make_metrics(ALL, "a b c", RANKING), {}, "")

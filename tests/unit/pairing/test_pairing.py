@@ -18,6 +18,7 @@ from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.pairing.answer import Answer
 from plad_dist.pairing.facts import PairFacts
+from plad_dist.pairing.forms import REJECTED, PairForms
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.scores import load_scorer
 from plad_dist.text_metrics import rouge_l
@@ -58,7 +59,7 @@ def build(
     teacher: list[Any],
     student: list[Any],
     reference: str | None = "one two",
-    forms: TeacherForms | None = None,
+    forms: TeacherForms | PairForms | None = None,
     **options: Any,
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     messages = [{"role": "user", "content": "three"}]
@@ -67,9 +68,8 @@ def build(
     )
     tables = [pa.Table.from_pylist(rows, schema=SAMPLES) for rows in (teacher, student)]
     pairing = Pairing(**options)
-    pairs, counts = PairBuilder(pairing, renderer, CONTEXT, load_scorer(pairing), forms or TeacherForms()).build(
-        prompts, *tables
-    )
+    pair_forms = forms if isinstance(forms, PairForms) else PairForms(forms or TeacherForms())
+    pairs, counts = PairBuilder(pairing, renderer, CONTEXT, load_scorer(pairing), pair_forms).build(prompts, *tables)
     assert pairs.schema == PAIRS
     return pairs.to_pylist(), counts
 
@@ -393,3 +393,58 @@ def check_bounds(
 def test_the_tokenizer_splits_the_first_word_like_any_other(renderer: Renderer, tmp_path: Path) -> None:
     first, second = (renderer.tokenizer.encode(text, add_special_tokens=False) for text in ("two", "one two"))
     assert second[-len(first) :] == first
+
+
+def test_the_text_of_another_writer_becomes_tokens_of_the_student(renderer: Renderer) -> None:
+    """Its own tokens, and its log-likelihood of them, mean nothing to the student."""
+    teacher, rejected = [sample("p", "one two", "teacher")], [sample("p", "four five", "student", [1, 3, 5])]
+    [row], _ = build(renderer, teacher, rejected, forms=PairForms(rejected=TeacherForms()))
+    assert row["rejected_text"] == "four five"
+    assert row["rejected_token_ids"] == renderer.response_ids(["four five"])[0]
+    assert row["rejected_logprob"] is None
+
+
+def test_another_writer_with_the_students_tokenizer_keeps_its_tokens(renderer: Renderer) -> None:
+    pieces = ["f", "o", "u", "r"]  # of the same text, not as the tokenizer would cut it
+    ids = [renderer.tokenizer.convert_tokens_to_ids(piece) for piece in pieces]
+    assert renderer.response_ids(["four"])[0] != [*ids, renderer.end_id]
+    teacher, rejected = [sample("p", "one two", "teacher")], [sample("p", "four", "student", ids)]
+    forms = PairForms(rejected=TeacherForms(same_tokens=(REJECTED,)))
+    [row], _ = build(renderer, teacher, rejected, forms=forms)
+    assert row["rejected_token_ids"] == [*ids, renderer.end_id]
+    assert row["rejected_logprob"] is None
+
+
+@pytest.mark.parametrize(
+    ("rejected", "reason"),
+    [
+        (sample("p", "one <|foreign|> two", "student"), "control_token"),
+        (sample("p", "one<s> two", "student"), "control_token"),
+        (sample("p", " ", "student"), "rejected_empty"),
+        (sample("p", "one", "student", finish="error"), "error"),
+    ],
+)
+def test_responses_of_another_writer_are_dropped_as_rejected_ones(
+    renderer: Renderer, rejected: Any, reason: str
+) -> None:
+    forms = PairForms(rejected=TeacherForms(control_texts=("<|foreign|>",)))
+    rows, counts = build(renderer, [sample("p", "one two", "teacher")], [rejected], forms=forms)
+    assert not rows
+    assert counts[f"drop:{reason}"] == 1
+
+
+def test_a_thought_of_another_writer_is_left_out_unless_it_is_to_be_kept(renderer: Renderer) -> None:
+    teacher, rejected = [sample("p", "one two", "teacher")], [sample("p", "four", "student") | {"reasoning": "five"}]
+    for keep, text in (((), "four"), ((REJECTED,), "five")):
+        [row], _ = build(renderer, teacher, rejected, forms=PairForms(rejected=TeacherForms(keep_thought=keep)))
+        assert text in row["rejected_text"]
+        assert ("five" in row["rejected_text"]) == bool(keep)
+
+
+def test_only_the_starting_students_own_responses_have_its_log_likelihood(renderer: Renderer) -> None:
+    """A student before its training writes the same tokens, but another model calibrates them."""
+    teacher, rejected = [sample("p", "one two", "teacher")], [sample("p", "four", "student", [9, 8, 2])]
+    for is_on_policy, logprob in ((True, -1.0), (False, None)):
+        [row], _ = build(renderer, teacher, rejected, forms=PairForms(is_on_policy=is_on_policy))
+        assert row["rejected_token_ids"] == [9, 8, renderer.end_id]
+        assert row["rejected_logprob"] == logprob

@@ -24,10 +24,10 @@ from plad_dist.config import Model, Pairing, RewardModel
 from plad_dist.data.models import check_weights
 from plad_dist.data.schemas import PROMPTS
 from plad_dist.data.storage import Storage
-from plad_dist.data.teacher_texts import TeacherForms
 from plad_dist.data.templates import Renderer
 from plad_dist.errors import RunFailed, UserError
 from plad_dist.pairing.answer import Answer
+from plad_dist.pairing.forms import PairForms
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.pairing.reward import RewardScorer
 from plad_dist.pairing.scores import check_scorer, load_scorer, rouge_scores
@@ -282,7 +282,7 @@ def test_a_worker_imports_functions_from_the_drivers_folder(tmp_path: Path, monk
     for name, problem in (("drivers_own:f", None), ("drivers_own:g", "has no attribute 'g'")):
         pairing = Pairing(score="function", score_function=name)
         worker = PairWorker(
-            Storage(str(tmp_path)), str(student), Model(path=str(student)), pairing, TeacherForms(), str(tmp_path)
+            Storage(str(tmp_path)), str(student), Model(path=str(student)), pairing, PairForms(), str(tmp_path)
         )
         message = asyncio.run(worker.start())
         assert message is None if problem is None else problem in str(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,24 @@ import yaml
 
 from plad_dist import __version__
 from plad_dist.cli import main
+from plad_dist.config_file import parse_config
+from plad_dist.data.prompts import heldout_prompts, prepare, train_prompts
 from plad_dist.data.storage import Storage
 from plad_dist.errors import RunFailed
 from plad_dist.fingerprint import FORMAT
-from plad_dist.rundir import RunDir, load_run
-from tests.damaged_runs import alter, alter_config, damage_manifest, part_path, remove, truncate
+from plad_dist.rundir import RunDir, load_run, open_run
+from plad_dist.status import status_table
+from tests.conftest import tiny_config, write_prompts
+from tests.damaged_runs import (
+    alter,
+    alter_config,
+    damage_manifest,
+    part_path,
+    problems_of,
+    remove,
+    truncate,
+    write_samples,
+)
 
 
 def test_the_command_exits_with_0_or_1(
@@ -148,3 +162,24 @@ def test_a_truncated_run_file_is_damaged(run: RunDir, share: float) -> None:
     path.write_text(text[: int(share * len(text))])
     with pytest.raises(RunFailed, match="damaged"):
         load_run(run.storage.url)
+
+
+def test_status_says_who_writes_the_rejected_responses_and_verify_knows_their_rows(
+    tmp_path: Path,
+) -> None:
+    write_prompts(tmp_path, 300)
+    raw = tiny_config(tmp_path)
+    raw["sampling"]["rejected"] = {"phase": "student-init"}
+    raw["rounds"] = {"most": 2, "stop": "never"}
+    config = parse_config(raw, "test")
+    prepare(config, open_run(config).storage)
+    run = RunDir.of(config)
+    write_samples(run.samples("student"), train_prompts(run.storage), 1)
+    columns = [list(column.cells) for column in status_table(run.storage.url).columns]
+    notes = {str(path): str(note) for path, note in zip(columns[0], columns[2], strict=True)}
+    assert notes["samples/student/round-0"].endswith("parts, by the student before its training")
+    assert notes["eval/round-0/pair-samples/student"] == "by the student before its training"
+    assert "samples/student/round-1" not in notes
+    assert problems_of(run) == []
+    write_samples(run.heldout_samples("student"), heldout_prompts(run.storage), 2)
+    assert any("not exactly one sample" in problem for problem in problems_of(run))
