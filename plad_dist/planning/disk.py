@@ -7,7 +7,7 @@ from plad_dist.phases import phases_of
 from plad_dist.planning.fit import trained_size
 from plad_dist.planning.sizes import Device, ModelSize
 from plad_dist.planning.training_memory import checkpoint_bytes
-from plad_dist.planning.workload import Workload
+from plad_dist.planning.workload import Workload, rejected_role
 
 _BYTES_PER_TOKEN = 4 + 4.5  # the token's id, and its text
 _BYTES_PER_ROW = 200.0
@@ -18,11 +18,11 @@ def disk_bytes(config: Config, work: Workload, sizes: dict[str, ModelSize], devi
     rounds = config.rounds.most
     pairs_per_prompt = min(config.pairing.kept_pairs, config.sampling.teacher.n * config.sampling.student.n)
     samples = sum(
-        (times * work.sampled_responses(config, role) + work.heldout_responses(config, role))
-        * _row_bytes(work.response_tokens[role])
-        for role, times in (("teacher", 1), ("student", rounds))
+        (work.sampled_responses(config, role) + work.heldout_responses(config, role)) * _row_bytes(tokens)
+        for role, tokens in work.response_tokens.items()
     )
-    pair = _row_bytes(work.prompt_tokens + sum(work.response_tokens.values()))
+    pair_tokens = work.response_tokens["teacher"] + work.response_tokens[rejected_role(config)]
+    pair = _row_bytes(work.prompt_tokens + pair_tokens)
     return {
         "prompts": (work.prompts or 0) * _row_bytes(work.prompt_tokens),
         "samples": samples,

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from plad_dist.config import Config, LlmJudge, Model, RoleSampling
+from plad_dist.config import Config, Endpoint, LlmJudge, Model, RoleSampling
 from plad_dist.holders import Holder
 from plad_dist.planning.engine_memory import engine_devices
 
-Role = Literal["teacher", "student"]
+Role = Literal["teacher", "student", "rejected"]
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,17 @@ class EngineSpec:
     """Engines that run one model.
 
     Attributes:
-        label: `teacher`, `teachers.NAME`, `student` or `judge NAME`.
+        label: `teacher`, `teachers.NAME`, `student`, `sampling.rejected` or `judge NAME`.
         key: config key of the sampling settings.
+        role: role whose numbers and lengths of responses apply; `rejected` for a model other than
+            the student that writes the rejected responses, and `teacher` for judges.
     """
 
     label: str
     key: str
     model: Model
     sampling: RoleSampling
+    role: Role = "teacher"
 
     @property
     def model_key(self) -> str:
@@ -35,11 +38,6 @@ class EngineSpec:
     @property
     def is_judge(self) -> bool:
         return self.label.startswith("judge ")
-
-    @property
-    def role(self) -> Role:
-        """The role whose response lengths apply: `student`, or `teacher` for all other engines."""
-        return "student" if self.label == "student" else "teacher"
 
     @property
     def holder(self) -> Holder:
@@ -52,6 +50,23 @@ class EngineSpec:
         return engine_devices(self.sampling.engine)
 
 
+@dataclass(frozen=True)
+class EndpointSpec:
+    """A server that writes responses for the pairs.
+
+    Attributes:
+        label: `teacher` or `teachers.NAME`.
+        name: name of its model in the run.
+        share: share of the responses of its role that it writes.
+    """
+
+    label: str
+    name: str
+    endpoint: Endpoint
+    role: Role
+    share: float
+
+
 def engine_specs(config: Config) -> Iterator[EngineSpec]:
     """Yield the engines that a run starts. Models behind endpoints need none."""
     for name, teacher in config.all_teachers().items():
@@ -62,10 +77,30 @@ def engine_specs(config: Config) -> Iterator[EngineSpec]:
             has_own_sampling = is_named and config.teachers[name].sampling is not None
             key = f"{label}.sampling" if has_own_sampling else "sampling.teacher"
             yield EngineSpec(label, key, teacher, teacher.sampling)
-    yield EngineSpec("student", "sampling.student", config.student, config.sampling.student)
+    yield EngineSpec("student", "sampling.student", config.student, config.sampling.student, "student")
+    other = config.rejected_writer()
+    if other is not None and other.model.endpoint is None:
+        yield EngineSpec(other.key, other.section, other.model, other.sampling, "rejected")
     for name, judge in config.evaluation.judges.items():
         if isinstance(judge, LlmJudge) and judge.model.endpoint is None:
             yield EngineSpec(f"judge {name}", f"evaluation.judges.{name}.sampling", judge.model, judge.sampling)
+
+
+def endpoint_specs(config: Config) -> Iterator[EndpointSpec]:
+    """Yield the servers that write responses for the pairs."""
+    for name, teacher in config.all_teachers().items():
+        if teacher.endpoint is not None:
+            label = f"teachers.{name}" if config.teachers else "teacher"
+            yield EndpointSpec(label, name, teacher.endpoint, "teacher", teacher_share(config, name))
+    other = config.rejected_writer()
+    if other is not None and other.model.endpoint is not None:
+        yield EndpointSpec(other.key, other.key.removeprefix("teachers."), other.model.endpoint, "rejected", 1.0)
+
+
+def teacher_share(config: Config, name: str) -> float:
+    """Return the share of the prompts that a teacher responds to."""
+    teachers = config.all_teachers()
+    return teachers[name].share / sum(teacher.share for teacher in teachers.values())
 
 
 def gpu_needs(config: Config) -> tuple[int, int]:

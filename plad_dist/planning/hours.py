@@ -6,11 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from plad_dist.config import Config, Endpoint
+from plad_dist.config import Config
 from plad_dist.phases import phases_of
 from plad_dist.planning.engine_fit import memory_of_engine
 from plad_dist.planning.engine_memory import kv_cache_bytes, kv_cache_tokens, max_sequences
-from plad_dist.planning.engines import EngineSpec, engine_specs, gpu_needs
+from plad_dist.planning.engines import (
+    EndpointSpec,
+    EngineSpec,
+    endpoint_specs,
+    engine_specs,
+    gpu_needs,
+    teacher_share,
+)
 from plad_dist.planning.fit import trained_size
 from plad_dist.planning.hardware import Hardware
 from plad_dist.planning.memory import Memory
@@ -109,19 +116,15 @@ def estimate_hours(
         return None
     nodes = hardware.nodes or hardware.nodes_for(gpu_needs(config)[0])
     devices = nodes * (hardware.gpus_per_node or 1)
-    teachers = config.all_teachers()
-    shares = sum(teacher.share for teacher in teachers.values())
     endpoints, engines, training = dict[str, StageHours](), dict[str, StageHours](), dict[str, StageHours]()
-    for name, teacher in teachers.items():
-        if teacher.endpoint is not None:
-            label = f"teachers.{name}" if config.teachers else "teacher"
-            tokens = teacher.share / shares * work.generated_tokens(config, "teacher")
-            rate = rates.get("teacher") or _endpoint_rate(teacher.endpoint, work)
-            endpoints[f"sample {label}"] = StageHours(tokens, rate, 1)
+    for server in endpoint_specs(config):
+        tokens = server.share * work.generated_tokens(config, server.role)
+        rate = rates.get(server.role) or _endpoint_rate(server, work)
+        endpoints[f"sample {server.label}"] = StageHours(tokens, rate, 1)
     for spec in engine_specs(config):
         if not spec.is_judge:
-            is_one_of_several = bool(config.teachers) and spec.role == "teacher"
-            share = teachers[spec.label.removeprefix("teachers.")].share / shares if is_one_of_several else 1.0
+            is_teacher = spec.role == "teacher"
+            share = teacher_share(config, spec.label.removeprefix("teachers.")) if is_teacher else 1.0
             tokens = share * work.generated_tokens(config, spec.role)
             rate = rates.get(spec.role) or _engine_rate(config, spec, sizes[spec.label], hardware, work)
             engines[f"sample {spec.label}"] = StageHours(tokens, rate, _engine_devices_used(spec, devices))
@@ -151,9 +154,9 @@ def _engine_devices_used(spec: EngineSpec, devices: int) -> int:
     return max(1, min(replicas, room)) * spec.devices
 
 
-def _endpoint_rate(endpoint: Endpoint, work: Workload) -> float | None:
+def _endpoint_rate(spec: EndpointSpec, work: Workload) -> float | None:
     """Return the tokens a second that a server's limits allow, or None if it has no limits."""
-    response = work.response_tokens["teacher"]
+    endpoint, response = spec.endpoint, work.response_tokens[spec.role]
     limits = []
     if endpoint.requests_per_minute is not None:
         limits.append(endpoint.requests_per_minute * response / 60)
@@ -169,12 +172,13 @@ def _training_rate(size: ModelSize, hardware: Hardware) -> float:
     return TRAINING_UTILISATION * hardware.gpu.flops / (6 * size.active_parameters)
 
 
-def _engine_rate(config: Config, spec: EngineSpec, size: ModelSize, hardware: Hardware, work: Workload) -> float:
-    """Return tokens a second and device.
+def _engine_rate(config: Config, spec: EngineSpec, size: ModelSize, hardware: Hardware, work: Workload) -> float | None:
+    """Return tokens a second and device, or None if the speed of the device is unknown.
 
     Each step reads all weights once, and the keys and values of all responses in progress.
     """
-    assert hardware.gpu is not None
+    if hardware.gpu is None:
+        return None
     engine = spec.sampling.engine
     memory = memory_of_engine(config, spec, size, hardware, engine)
     responses = responses_at_once(spec, mean_cached_tokens(spec, memory, size, hardware, work), work)

@@ -13,7 +13,7 @@ from plad_dist.phases import phases_of
 from plad_dist.planning.cost import estimate_cost, overspending
 from plad_dist.planning.disk import disk_bytes
 from plad_dist.planning.engine_fit import engine_problems, memory_of_engine, smallest_parallelism
-from plad_dist.planning.engines import EngineSpec, engine_specs, gpu_needs
+from plad_dist.planning.engines import EngineSpec, endpoint_specs, engine_specs, gpu_needs
 from plad_dist.planning.fit import check_fits, shortest_context, sizes_of, trained_size
 from plad_dist.planning.hardware import Hardware, local_hardware, local_host
 from plad_dist.planning.hours import (
@@ -205,7 +205,7 @@ def _time_assumptions(config: Config, time: RunHours) -> list[str]:
         if hours.hours is None
     ]
     lines.append("hours exclude the start of engines and workers, likelihoods, judges and reward models")
-    if any(teacher.endpoint for teacher in config.all_teachers().values()):
+    if any(endpoint_specs(config)):
         lines.append("endpoints respond while engines sample; the longer of the two counts")
     return lines
 

@@ -13,6 +13,7 @@ from plad_dist.planning.memory import Memory
 from plad_dist.planning.problem import Problem, gib, parameters_text
 from plad_dist.planning.sizes import ModelSize
 from plad_dist.planning.training_memory import training_memory
+from plad_dist.planning.workload import rejected_role, role_sampling
 
 _MAX_WORKERS = 4096
 
@@ -65,13 +66,13 @@ def longest_group(config: Config, size: ModelSize) -> int:
     of its pairs."""
     if config.training.max_group_tokens is not None:
         return config.training.max_group_tokens
-    teacher, student = config.sampling.teacher, config.sampling.student
+    chosen, rejected = config.sampling.teacher, role_sampling(config, rejected_role(config))
     pairs = config.pairing.kept_pairs
-    of_teacher, of_student = min(teacher.n, pairs), min(student.n, pairs)
+    of_chosen, of_rejected = min(chosen.n, pairs), min(rejected.n, pairs)
     prompt = config.prompts.max_tokens or size.context
     if size.shares_prompts:
-        return prompt + of_teacher * teacher.max_tokens + of_student * student.max_tokens
-    return (of_teacher + of_student) * (prompt + max(teacher.max_tokens, student.max_tokens))
+        return prompt + of_chosen * chosen.max_tokens + of_rejected * rejected.max_tokens
+    return (of_chosen + of_rejected) * (prompt + max(chosen.max_tokens, rejected.max_tokens))
 
 
 def training_problem(

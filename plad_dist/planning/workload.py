@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from plad_dist.config import Config, PythonFunctionsSource, RoleSampling
 from plad_dist.data.dataset import Dataset
@@ -27,7 +28,8 @@ class Workload:
         sampled_prompts: the training prompts that are sampled for pairs.
         heldout_prompts: held-out prompts that every system responds to.
         prompt_tokens: mean length of a prompt.
-        response_tokens: mean length of a response by role.
+        response_tokens: mean length of a response by role: `teacher`, `student` and, if another
+            model writes the rejected responses, `rejected`.
         sources: where each value comes from, for messages.
     """
 
@@ -39,8 +41,9 @@ class Workload:
     sources: dict[str, str]
 
     def sampled_responses(self, config: Config, role: str) -> int:
-        """Return the responses of a role for the pairs of one round."""
-        return (self.sampled_prompts or 0) * role_sampling(config, role).n
+        """Return the responses of a role for the pairs of all rounds."""
+        responses = (self.sampled_prompts or 0) * role_sampling(config, role).n
+        return responses * _times_sampled(config, role)
 
     def heldout_responses(self, config: Config, role: str) -> int:
         """Return the responses of a role to held-out prompts.
@@ -48,19 +51,20 @@ class Workload:
         They are those of each of its systems under each decoding, the candidates, and those for
         held-out pairs.
         """
+        for_pairs = _times_sampled(config, role)
+        if role == "rejected":
+            return self.heldout_prompts * for_pairs
         training = config.training
         trained = [System("seqkd")] * (training.seqkd is not None) + [System("plad")] * config.rounds.most
         systems = [System("warmup"), *trained] if role == "student" else [System("teacher")]
         per_prompt = sum(len(config.system_decodings(system)) for system in systems)
         if role == "student":
             per_prompt += config.candidates
-        for_pairs = config.rounds.most if role == "student" else 1
         return self.heldout_prompts * (per_prompt + for_pairs)
 
     def generated_tokens(self, config: Config, role: str) -> float:
         """Return the tokens that a role generates in the whole run."""
-        rounds = config.rounds.most if role == "student" else 1
-        responses = rounds * self.sampled_responses(config, role) + self.heldout_responses(config, role)
+        responses = self.sampled_responses(config, role) + self.heldout_responses(config, role)
         return responses * self.response_tokens[role]
 
     def trained_tokens(self, config: Config, name: str) -> float:
@@ -88,7 +92,8 @@ class Workload:
         """Return the tokens of a prompt and of the responses in its pairs, each counted once."""
         pairs, sampling = config.pairing.kept_pairs, config.sampling
         chosen = min(pairs, sampling.teacher.n) * self.response_tokens["teacher"]
-        return self.prompt_tokens + chosen + min(pairs, sampling.student.n) * self.response_tokens["student"]
+        rejected = min(pairs, sampling.student.n) * self.response_tokens[rejected_role(config)]
+        return self.prompt_tokens + chosen + rejected
 
 
 def workload_of(
@@ -117,14 +122,29 @@ def workload_of(
         longest = config.prompts.max_tokens or min(_DEFAULT_PROMPT_TOKENS, context or _DEFAULT_PROMPT_TOKENS)
         prompt_tokens, sources["prompt_tokens"] = longest / 2, f"half of the maximum, {longest:,}"
     lengths: dict[str, float] = {}
-    for role in ("teacher", "student"):
+    for role in dict.fromkeys(("teacher", "student", rejected_role(config))):
         lengths[role], sources[f"response_tokens.{role}"] = _response_tokens(config, run, role, response_tokens)
     return Workload(prompts, sampled, heldout, prompt_tokens, lengths, sources)
 
 
 def role_sampling(config: Config, role: str) -> RoleSampling:
     """Return the sampling settings of a role."""
+    other = config.rejected_writer()
+    if role == "rejected" and other is not None:
+        return other.sampling
     return config.sampling.student if role == "student" else config.sampling.teacher
+
+
+def rejected_role(config: Config) -> Literal["student", "rejected"]:
+    """Return the role that writes the rejected responses."""
+    return "student" if config.rejected_writer() is None else "rejected"
+
+
+def _times_sampled(config: Config, role: str) -> int:
+    """Return how often a role is sampled for pairs."""
+    if role == "student" and rejected_role(config) != "student":
+        return 0
+    return config.rounds.most if role == "student" and config.sampling.rejected is None else 1
 
 
 def _training_prompts(config: Config, run: RunDir, option: int | None) -> tuple[int | None, str]:
@@ -158,7 +178,8 @@ def _response_tokens(config: Config, run: RunDir, role: str, option: float | Non
     """Return the mean length of a role's responses, and where it comes from."""
     if option is not None:
         return option, "--response-tokens"
-    if (measured := _measured_response_tokens(run, role)) is not None:
+    side = "teacher" if role == "teacher" else "student" if role == rejected_role(config) else None
+    if side is not None and (measured := _measured_response_tokens(run, side)) is not None:
         return measured, "the run directory"
     longest = role_sampling(config, role).max_tokens
     return longest / 2, f"half of the maximum, {longest:,}"
@@ -172,8 +193,7 @@ def _manifest(run: RunDir, prompts: Callable[[Storage], Dataset] = train_prompts
 
 
 def _measured_response_tokens(run: RunDir, role: str) -> float | None:
-    """Return the mean length of the responses that a role has generated in this run, or None before
-    that."""
+    """Return the mean length of a role's samples in this run, None before they are complete."""
     try:
         manifest = run.samples(role).manifest()
     except RunFailed:
