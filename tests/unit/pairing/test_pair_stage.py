@@ -338,3 +338,24 @@ def test_a_worker_that_cannot_start_stops_the_stage_with_the_reason(folder: Path
     config = make_config(folder, score="function", score_function="not_there:f")
     with pytest.raises(UserError, match="No module named 'not_there'"):
         build_pairs(config, RunDir.of(config), Progress())
+
+
+def test_pairs_depend_on_how_the_texts_of_another_writer_are_learnt(folder: Path) -> None:
+    """The samples of two writers may be equal and become other tokens."""
+
+    def pairs_of(rejected: dict[str, Any] | None, **sections: Any) -> tuple[list[str], str | None]:
+        raw = make_config(folder).model_dump(mode="json") | sections
+        raw["sampling"] |= {"rejected": rejected}
+        config = Config.model_validate(raw)
+        run = RunDir.of(config)
+        return [job.fingerprint for job, _ in pair_jobs(config, run)], build._inputs(config, run)
+
+    path = str(RunDir.of(make_config(folder)).model("warmup"))
+    own, other = pairs_of(None)[0], pairs_of({"path": path})[0]
+    assert not set(own) & set(other)
+    inputs = []
+    for reasoning in ("strip", "keep"):
+        teachers = {"strong": {"path": path}, "weak": {"path": path, "reasoning": reasoning, "sampling": {"n": 2}}}
+        sections = {"teacher": None, "teachers": teachers, "training": {"warmup": {}}}
+        inputs.append(pairs_of({"teacher": "weak"}, **sections)[1])
+    assert inputs[0] != inputs[1]

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from plad_dist import pipeline
 from plad_dist.config import Config
 from plad_dist.config_file import parse_config
 from plad_dist.data.prompts import prepare, train_prompts
 from plad_dist.decoding_checks import decoding_notes
 from plad_dist.errors import UserError
+from plad_dist.holders import Holder
 from plad_dist.pairing.forms import REJECTED, pair_forms
 from plad_dist.preflight import check_inputs
 from plad_dist.progress import Progress
@@ -170,3 +172,14 @@ def test_nothing_is_drawn_before_the_raw_student_exists(raw: dict[str, Any], tmp
     config = config_of(raw, {"phase": "student-init"}, student=scratch)
     with pytest.raises(UserError, match=r"student-init: missing; run `plad train --phase warmup` first"):
         stage.sample(config, RunDir.of(config), Progress(), ["student"])
+
+
+def test_a_later_round_samples_only_a_writer_that_was_trained(
+    raw: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "continues_after", lambda *_: True)
+    for rejected, is_sampled in ((None, True), ({"phase": "student-init"}, False), ({"path": weak(raw)}, False)):
+        config = config_of(raw, rejected, rounds={"most": 2, "stop": "never"})
+        steps = {step.name: step for step in pipeline.steps_of(config, RunDir.of(config), Progress())}
+        assert ("sample, round 1" in steps) == is_sampled
+        assert Holder("sample", "rejected") in steps["sample"].holders
