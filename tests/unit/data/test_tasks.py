@@ -128,11 +128,13 @@ def test_every_example_is_valid_if_its_models_and_data_are_available(tmp_path: P
     """Small models and files of the same schemas replace those of the hub."""
     raw = example(path.name)
     raw["run"]["dir"] = str(tmp_path / "run")
-    for role in ("teacher", "student"):
-        if "path" in raw[role]:
-            folder = make_random_model(tmp_path / role, max_position_embeddings=4096)
-            raw[role]["path"] = str(folder)
-            if "template" not in raw[role]:  # the model on the hub has a chat template
+    judges = raw["evaluation"].get("judges", {}).values()
+    models = [raw["teacher"], raw["student"], raw["sampling"].get("rejected", {})]
+    for number, model in enumerate([*models, *(judge["model"] for judge in judges if judge["type"] == "llm")]):
+        if "path" in model:
+            folder = make_random_model(tmp_path / f"model-{number}", max_position_embeddings=4096)
+            model["path"] = str(folder)
+            if "template" not in model:  # the model on the hub has a chat template
                 config = json.loads((folder / "tokenizer_config.json").read_text())
                 template = "{% for m in messages %}{{ m.content }} {% endfor %}"
                 (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
