@@ -52,7 +52,7 @@ test: setup $(TEST)/.ready ## Run the tests, including those on the real engines
 chaos: setup ## Run the tests that kill engines, nodes and drivers; slow.
 	$(BIN)/python -m pytest tests/chaos
 
-families: setup ## Run five model families, several rounds and a collapse watch through the whole pipeline; slow.
+families: setup ## Run nine model families, several rounds and a collapse watch through the whole pipeline; slow.
 	$(BIN)/python -m pytest tests/families
 
 cluster: setup ## Run jobs on a real Ray head with token authentication, and the doctor on two nodes; ten minutes.
