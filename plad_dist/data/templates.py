@@ -12,7 +12,7 @@ from plad_dist.config import Config, Model, RewardModel
 from plad_dist.data.chat_templates import ChatTemplate, config_template, reads_clock
 from plad_dist.data.control_tokens import ControlTokens
 from plad_dist.data.conversation import Conversation
-from plad_dist.data.models import check_local_model
+from plad_dist.data.models import check_local_model, load_model_config
 from plad_dist.data.reasoning import ResponseForm, opened_tag, response_form
 from plad_dist.errors import UserError, first_line
 from plad_dist.fingerprint import fingerprint
@@ -79,8 +79,8 @@ class Renderer:
     def prompt_ids(self, prompts: Sequence[Conversation]) -> list[list[int]]:
         """Return the token ids of prompts, with special tokens once.
 
-        The response follows, so that what the tokenizer appends to whole texts is left out, except
-        for a model that reads conversations.
+        The response follows, so that what the tokenizer appends to whole texts is left out. A model
+        that reads conversations and the encoder of an encoder-decoder model read whole texts.
         """
         texts = [self.prompt_text(prompt) for prompt in prompts]
         encoded = self._encode(texts)
@@ -90,7 +90,7 @@ class Renderer:
         encoded = [
             ids if bos and text.startswith(bos) else [*before, *ids] for text, ids in zip(texts, encoded, strict=True)
         ]
-        if self._generates or not after:
+        if not after or not self._reads_whole_texts:
             return encoded
         return [ids if ids[-len(after) :] == after else [*ids, *after] for ids in encoded]
 
@@ -123,6 +123,10 @@ class Renderer:
         """Return the tag of a thought with which a prompt ends, so that a response begins inside
         the thought."""
         return opened_tag(self.decode([prompt_ids[-_TAIL:]])[0])
+
+    @cached_property
+    def _reads_whole_texts(self) -> bool:
+        return not self._generates or bool(load_model_config(self.model, self._settings).is_encoder_decoder)
 
     @cached_property
     def _added(self) -> tuple[list[int], list[int]]:

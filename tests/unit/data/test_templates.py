@@ -20,6 +20,7 @@ from plad_dist.data.model_checks import template_warnings
 from plad_dist.data.templates import PROBE, Renderer
 from plad_dist.errors import UserError
 from tests.tiny import TEMPLATE, make_random_model
+from tests.tiny_generators import make_generator
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|end|>\n{% endfor %}"
 CHATML = (
@@ -264,3 +265,15 @@ def test_a_template_kwarg_that_the_template_does_not_use_is_warned_of(chat_model
     settings = Model(path=str(chat_model), template_kwargs={"enable_thinkng": False})
     warning = next(template_warnings(Renderer(str(chat_model), settings), settings))
     assert "no variable named enable_thinkng" in warning
+
+
+def test_the_prompt_of_an_encoder_is_a_whole_text(tmp_path: Path) -> None:
+    """T5 was trained on texts with the token that its tokenizer appends."""
+    question = Conversation([{"role": "user", "content": "larger of 1 and 2"}])
+    for family, is_whole in (("t5", True), ("llama", False)):
+        folder = make_generator(tmp_path / family, family)
+        renderer = Renderer(str(folder), Model(path=str(folder), template=TEMPLATE))
+        [ids] = renderer.prompt_ids([question])
+        whole = renderer.tokenizer(renderer.prompt_text(question))["input_ids"]
+        assert whole[-1] == renderer.end_id
+        assert ids == (whole if is_whole else whole[:-1])
