@@ -6,14 +6,13 @@ import asyncio
 import logging
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from plad_dist.compat.linux import process_began
 from plad_dist.compat.vllm import (
     assert_engine_internals,
     death_without_message,
-    load_reasoning_parser,
     root_cause,
     tokens_in_flight,
 )
@@ -22,12 +21,11 @@ from plad_dist.compat.vllm_weights import WORKER_EXTENSION, computes_in_float32,
 from plad_dist.config import Decoding, Model
 from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import load_model_config
-from plad_dist.data.reasoning import Separated
-from plad_dist.data.templates import Renderer
 from plad_dist.errors import UserError, first_line
 from plad_dist.fleet.protocol import EngineStartError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
 from plad_dist.sampling.engine_arguments import CPU_DEFAULTS, check_cpu_heads, with_executor
+from plad_dist.sampling.engine_texts import EngineTexts, room_for_response
 from plad_dist.sampling.exchange import (
     CHECK_TEXTS,
     CHECK_TOKENS,
@@ -36,7 +34,6 @@ from plad_dist.sampling.exchange import (
     largest_difference,
     logprobs_by_transformers,
 )
-from plad_dist.sampling.thoughts import Separate, tags_of_prompt, with_thought
 from plad_dist.timeline import StartClock
 
 logger = logging.getLogger("plad")
@@ -70,8 +67,7 @@ class Engine:
         if not engine.get("numa_bind"):  # which replaces the interpreter of the engine's process
             start_fork_server()
             use_fork_server()
-        self._renderer, self._settings = Renderer(path, settings), settings
-        self._separate = _parser(settings, self._renderer)
+        self._texts, self._settings = EngineTexts(path, settings), settings
         from vllm.platforms import current_platform
 
         self.start.end("imports")
@@ -113,19 +109,10 @@ class Engine:
 
     def render(self, prompts: Sequence[Conversation]) -> Sequence[list[int] | UserError]:
         """Return the token ids of each prompt, or the error why the template cannot render it."""
-        try:
-            rendered = self._renderer.prompt_ids(prompts)
-        except UserError:
-            return [self._render_one(prompt) for prompt in prompts]
+        rendered = self._texts.render(prompts)
         length = min(CHECK_TOKENS, self.max_model_len - 1)  # vLLM generates one more
-        self._check_texts.extend(ids[-length:] for ids in rendered if len(ids) > 1)
+        self._check_texts.extend(ids[-length:] for ids in rendered if isinstance(ids, list) and len(ids) > 1)
         return rendered
-
-    def _render_one(self, prompt: Conversation) -> list[int] | UserError:
-        try:
-            return self._renderer.prompt_ids([prompt])[0]
-        except UserError as error:
-            return error
 
     async def complete(self, prompt_ids: list[int], decoding: Decoding, seed: int, request_id: str) -> Completion:
         """Draw one response.
@@ -136,12 +123,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        room = self.max_model_len - len(prompt_ids)
-        if room < 1:
-            raise RefusedPromptError(
-                f"prompt has {len(prompt_ids)} tokens, which leave no room for a response in a context of "
-                f"{self.max_model_len}"
-            )
+        room = room_for_response(prompt_ids, self.max_model_len)
         params = SamplingParams(
             output_kind=RequestOutputKind.FINAL_ONLY,
             temperature=decoding.temperature,
@@ -162,40 +144,17 @@ class Engine:
         output = (await self._generate(prompt_ids, params, request_id)).outputs[0]
         if output.finish_reason not in _FINISH_REASONS:
             raise RuntimeError(f"vLLM ended the response with finish reason {output.finish_reason!r}")
-        completion = Completion(
-            text=self._renderer.control_tokens.without_end(output.text),
-            token_ids=output.token_ids,
-            num_tokens=len(output.token_ids),
-            logprob=output.cumulative_logprob,
-            finish_reason=_FINISH_REASONS[output.finish_reason],
-            prompt_tokens=len(prompt_ids),
-        )
-        return with_thought(completion, self._settings, self._separate or self._separate_by_tags(prompt_ids))
-
-    def _separate_by_tags(self, prompt_ids: Sequence[int]) -> Separate:
-        return tags_of_prompt(self._renderer.opened_tag(prompt_ids))
+        finish_reason = _FINISH_REASONS[output.finish_reason]
+        return self._texts.drawn(prompt_ids, output.text, output.token_ids, output.cumulative_logprob, finish_reason)
 
     async def score(self, prompt_ids: list[int], response: Response, request_id: str) -> Completion:
-        """Return a response with the log-likelihood of its tokens, in nats.
+        """Return a response with its log-likelihood, as :meth:`EngineTexts.scored` does."""
 
-        The end-of-sequence token counts if the response finished. The log-likelihood is None if
-        prompt and response do not fit into the context, the response is an error row, or its text
-        has control tokens.
-        """
-        ids = list(response.token_ids)
-        has_foreign_tokens = False
-        if not ids:
-            text = self._renderer.control_tokens.without_end(response.text)
-            ids = self._renderer.response_ids([text])[0]
-            has_foreign_tokens = self._renderer.control_tokens.has_any(ids[:-1])
-            ids = ids if response.finish_reason == "stop" else ids[:-1]
-        logprob: float | None = None if response.finish_reason == "error" or has_foreign_tokens else 0.0
+        def compute(ids: list[int]) -> Awaitable[float]:
+            return self._logprob(prompt_ids, ids, request_id)
+
         # vLLM needs room for one more token, which it generates.
-        if ids and len(prompt_ids) + len(ids) >= self.max_model_len:
-            logprob = None
-        elif ids and logprob is not None:
-            logprob = await self._logprob(prompt_ids, ids, request_id)
-        return Completion(response.text, ids, len(ids), logprob, response.finish_reason, prompt_tokens=len(prompt_ids))
+        return await self._texts.scored(prompt_ids, response, self.max_model_len - 1, compute)
 
     async def _logprob(self, prompt_ids: list[int], ids: list[int], request_id: str) -> float:
         from vllm import SamplingParams
@@ -287,20 +246,6 @@ class Engine:
     async def close(self) -> None:
         """Stop the processes of the engine."""
         self._llm.shutdown()
-
-
-def _parser(settings: Model, renderer: Renderer) -> Separate | None:
-    """Return the separation by vLLM's own parser, None if the config names none."""
-    # The one for harmony finds no texts; ours does.
-    if settings.reasoning_parser in (None, "openai_gptoss"):
-        return None
-    extract = load_reasoning_parser(settings.reasoning_parser, renderer.tokenizer, settings.template_kwargs)
-
-    def separate(text: str) -> Separated:
-        thought, answer = extract(text)
-        return Separated((thought or "").strip() or None, (answer or "").lstrip(), answer is not None or not thought)
-
-    return separate
 
 
 def _start_failure(error: Exception, path: str) -> str:
