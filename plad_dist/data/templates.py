@@ -94,6 +94,22 @@ class Renderer:
             return encoded
         return [ids if ids[-len(after) :] == after else [*ids, *after] for ids in encoded]
 
+    def standalone_template(self) -> str:
+        """Return the config's template with the special tokens that :meth:`prompt_ids` adds to its
+        texts, as the chat template of a tokenizer has them."""
+        assert self._settings.template is not None
+        try:
+            text = self.prompt_text(PROBE)
+        except UserError:  # such as a template that needs a system message
+            text = ""
+        before, after = map("".join, map(self.tokenizer.convert_ids_to_tokens, self._added))
+        if (bos := self.tokenizer.bos_token) and text.startswith(bos):
+            before = ""
+        if not self._reads_whole_texts or text.endswith(after):
+            after = ""
+        start, end = (f"{{{{ {part!r} }}}}" if part else "" for part in (before, after))
+        return start + self._settings.template + end
+
     def text_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of texts that continue a prompt."""
         return self._encode(texts)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from plad_dist.sampling.transformers_engine import TransformersEngine
 from transformers import AutoConfig, AutoTokenizer
 
 from plad_dist.config import Decoding, Model
@@ -20,7 +21,6 @@ from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import model_class
 from plad_dist.data.templates import Renderer
 from plad_dist.sampling.engine import Engine
-from plad_dist.sampling.transformers_engine import TransformersEngine
 from tests.conftest import plad, write_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 
@@ -73,8 +73,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
         390,
     ),
     "qwen3_moe": (
-        GROUPED
-        | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        GROUPED | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         400,
     ),
 }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import transformers
 
 from plad_dist.data.models import commit_model, load_model_config, model_fingerprint, unfinished_model
-from plad_dist.data.templates import load_tokenizer
+from plad_dist.data.templates import Renderer, load_tokenizer
 from plad_dist.errors import RunFailed
 from plad_dist.training.checkpoints.attempts import Attempt
 from plad_dist.training.checkpoints.store import TrainState
@@ -78,10 +78,7 @@ def _tokenizer(job: PhaseJob) -> Any:
     """
     tokenizer = load_tokenizer(job.start, job.settings)
     if job.settings.template is not None:
-        bos = tokenizer.bos_token_id
-        has_bos = bos is not None and job.settings.template.startswith(tokenizer.bos_token)
-        adds_bos = bos is not None and not has_bos and tokenizer("a")["input_ids"][:1] == [bos]
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + job.settings.template
+        tokenizer.chat_template = Renderer(job.start, job.settings).standalone_template()
     if isinstance(tokenizer.chat_template, str):
         defaults = (
             f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"

@@ -277,3 +277,27 @@ def test_the_prompt_of_an_encoder_is_a_whole_text(tmp_path: Path) -> None:
         whole = renderer.tokenizer(renderer.prompt_text(question))["input_ids"]
         assert whole[-1] == renderer.end_id
         assert ids == (whole if is_whole else whole[:-1])
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("template", [TEMPLATE, "{{ messages[-1].content }} ={{ eos_token }}"])
+def test_a_standalone_template_writes_the_tokens_that_the_tokenizer_adds(
+    tmp_path: Path, family: str, template: str
+) -> None:
+    folder = make_generator(tmp_path / family, family)
+    renderer = Renderer(str(folder), Model(path=str(folder), template=template))
+    messages = [{"role": "user", "content": "larger of 1 and 2"}]
+    [expected] = renderer.prompt_ids([Conversation(messages)])
+    ids = renderer.tokenizer.apply_chat_template(messages, chat_template=renderer.standalone_template())["input_ids"]
+    assert ids == expected
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{{ bos_token }}{{ messages[-1].content }} ="])
+def test_a_standalone_template_begins_a_sequence_once(tmp_path: Path, template: str) -> None:
+    folder = make_random_model(tmp_path / "model")
+    renderer = Renderer(str(folder), Model(path=str(folder), template=template))
+    messages = [{"role": "user", "content": "larger of 1 and 2"}]
+    [expected] = renderer.prompt_ids([Conversation(messages)])
+    ids = renderer.tokenizer.apply_chat_template(messages, chat_template=renderer.standalone_template())["input_ids"]
+    assert ids == expected
+    assert ids.count(renderer.tokenizer.bos_token_id) == 1
