@@ -65,7 +65,7 @@ soak: setup ## Inject random faults into whole pipelines. MINUTES=15 SEED=1; nee
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES) --seed $(SEED) --json
 
 bench: setup ## Run the benchmarks, with peers for comparison; slow. Each prints one JSON line.
-	for name in pool store sampling training logprob_memory gpu_training recovery quality; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
+	for name in pool store sampling transformers_engine training logprob_memory gpu_training recovery quality; do $(BIN)/python -m benchmarks.$$name --json || exit 1; done
 
 lint: setup docs ## Check style, types and spelling, and that the documentation builds without warnings.
 	$(BIN)/ruff check .

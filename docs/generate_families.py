@@ -6,9 +6,7 @@ separate sequences in float64. `--check` writes nothing, and fails if the table 
 
 from __future__ import annotations
 
-import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 from generated_part import write_part
@@ -27,11 +25,12 @@ def render() -> str:
         MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
+    from plad_dist.compat.vllm import generating_architectures
+    from plad_dist.sampling.vllm_models.plugin import MODELS
     from plad_dist.training.model.attention import attention_of
     from plad_dist.training.model.families import TESTED
     from tests.small_families import FAMILIES, config_of
 
-    engines = vllm_architectures()
     lines = ["| family | shares prompts | packs rows | attention on CPUs | engine |", "| --- | --- | --- | --- | --- |"]
     for name, (model_type, _) in FAMILIES.items():
         if model_type not in TESTED:
@@ -43,22 +42,14 @@ def render() -> str:
             if config.is_encoder_decoder
             else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         )
-        engine = "vLLM" if names[model_type] in engines else "transformers"
-        if model_type == "gpt_neo":
+        architecture = names[model_type]
+        engine = "vLLM" if architecture in generating_architectures() else "transformers"
+        if architecture in MODELS:
             engine = "vLLM, by this project's model"
         layout = attention.layout
         cells = [name, *("yes" if has else "no" for has in (layout.shares_prompts, layout.packs_rows))]
         lines.append("| " + " | ".join([*cells, ATTENTION[attention.implementation], engine]) + " |")
     return "\n".join(lines)
-
-
-def vllm_architectures() -> set[str]:
-    """Return the names of the architectures that the installed vLLM has, read from its source."""
-    spec = find_spec("vllm")
-    assert spec is not None
-    assert spec.origin is not None
-    registry = Path(spec.origin).parent / "model_executor" / "models" / "registry.py"
-    return set(re.findall(r'^    "(\w+)": \(', registry.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 if __name__ == "__main__":

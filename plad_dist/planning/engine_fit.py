@@ -12,6 +12,7 @@ from plad_dist.planning.hardware import USABLE_SHARE, Hardware
 from plad_dist.planning.memory import Memory
 from plad_dist.planning.problem import Problem, gib, parameters_text
 from plad_dist.planning.sizes import ModelSize
+from plad_dist.sampling.engine_arguments import generates_by_transformers
 
 
 def engine_problems(config: Config, spec: EngineSpec, size: ModelSize, hardware: Hardware) -> Iterator[Problem]:
@@ -39,6 +40,8 @@ def engine_problems(config: Config, spec: EngineSpec, size: ModelSize, hardware:
         return
     enough = smallest_parallelism(config, spec, size, hardware)
     remedies = [f"{key}={enough}"] if enough else []
+    if generates_by_transformers(engine):
+        remedies.append(f"a smaller {spec.key}.engine.max_num_seqs")
     if "kv_cache_memory_bytes" in engine:
         remedies.append(f"a smaller {spec.key}.engine.kv_cache_memory_bytes")
     remedies.append("a smaller max_length of the model, or a quantized one")
@@ -87,9 +90,9 @@ def memory_of_engine(
 def smallest_parallelism(config: Config, spec: EngineSpec, size: ModelSize, hardware: Hardware) -> int | None:
     """Return the fewest GPUs of a node that hold a model and one sequence, or None.
 
-    The GPUs must divide the model's heads.
+    The GPUs must divide the model's heads. Transformers generates on one.
     """
-    if hardware.gpu is None:
+    if hardware.gpu is None or generates_by_transformers(spec.sampling.engine):
         return None
     for tensor in (n for n in (1, 2, 4, 8, 16, 32) if n <= hardware.gpus_per_node and size.heads % n == 0):
         engine = {**spec.sampling.engine, "tensor_parallel_size": tensor}

@@ -1,7 +1,8 @@
-"""Memory of a vLLM engine, and the estimate of its KV cache.
+"""Memory of an engine, and the estimate of its KV cache.
 
-Keys and values: Kwon et al. 2023 (vLLM, arXiv 2309.06180). An engine takes a fixed share of a
-device: weights, one forward pass and CUDA graphs come first, and the KV cache fills the rest.
+Keys and values: Kwon et al. 2023 (vLLM, arXiv 2309.06180). vLLM takes a fixed share of a device:
+weights, one forward pass and CUDA graphs come first, and the KV cache fills the rest. The cache of
+transformers holds one batch.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Any
 from plad_dist.devices import GIB
 from plad_dist.planning.memory import GPU_CONTEXT, Memory, process_memory
 from plad_dist.planning.sizes import Device, ModelSize, quantized_width
-from plad_dist.sampling.engine_arguments import CPU_DEFAULTS
+from plad_dist.sampling.engine_arguments import CPU_DEFAULTS, generates_by_transformers, max_sequences
 
 _PROCESS = {"gpu": 6.0 * GIB, "cpu": 0.75 * GIB}  # an engine with its libraries, before it loads a model
 _CUDA_GRAPHS = 1.0 * GIB
 _UTILIZATION = 0.92  # default of vLLM's gpu_memory_utilization
-_BATCHED_TOKENS, _MAX_SEQUENCES = 8192, 256  # defaults of a vLLM server
+_BATCHED_TOKENS = 8192  # default of a vLLM server
 
-EngineArguments = Mapping[str, Any]  # `sampling.<role>.engine`: arguments of vLLM's engine
+EngineArguments = Mapping[str, Any]  # `sampling.<role>.engine`, with the name of an engine other than vLLM
 
 
 def engine_memory(size: ModelSize, engine: EngineArguments, longest: int, device: Device, share: float) -> Memory:
@@ -29,7 +30,8 @@ def engine_memory(size: ModelSize, engine: EngineArguments, longest: int, device
         longest: tokens of the longest sequence (prompt and response), which the KV cache must hold.
         share: bytes of the device that the engine may take.
     """
-    if device == "cpu":
+    by_transformers = generates_by_transformers(engine)
+    if device == "cpu" and not by_transformers:
         engine = {**CPU_DEFAULTS, **engine}
     devices = engine_devices(engine)
     offloaded = float(engine.get("cpu_offload_gb") or 0) * GIB
@@ -38,10 +40,12 @@ def engine_memory(size: ModelSize, engine: EngineArguments, longest: int, device
         "weights": max(0.0, weights - offloaded),
         "forward": _forward_bytes(size, engine, device) / devices,
     }
-    if device == "gpu" and not engine.get("enforce_eager"):
+    if device == "gpu" and not by_transformers and not engine.get("enforce_eager"):
         parts["CUDA graphs"] = _CUDA_GRAPHS
     fixed_cache = engine.get("kv_cache_memory_bytes")
-    if fixed_cache is not None:
+    if by_transformers:
+        parts["KV cache"] = max_sequences(engine, device) * kv_cache_bytes(size, engine, longest, device)
+    elif fixed_cache is not None:
         parts["KV cache"] = float(fixed_cache)
     else:
         free = share - sum(parts.values()) - GPU_CONTEXT
@@ -77,11 +81,6 @@ def memory_share(engine: EngineArguments) -> float:
     return float(engine.get("gpu_memory_utilization") or _UTILIZATION)
 
 
-def max_sequences(engine: EngineArguments) -> int:
-    """Return the number of sequences that an engine generates at once at most."""
-    return int(engine.get("max_num_seqs") or _MAX_SEQUENCES)
-
-
 def engine_devices(engine: EngineArguments) -> int:
     """Return the number of devices of one engine."""
     return int(engine.get("tensor_parallel_size", 1)) * int(engine.get("pipeline_parallel_size", 1))
@@ -91,7 +90,8 @@ def _forward_bytes(size: ModelSize, engine: EngineArguments, device: Device) -> 
     """Return the bytes of one forward pass: hidden states, and float32 logits of the sequences."""
     tokens = int(engine.get("max_num_batched_tokens") or _BATCHED_TOKENS)
     width = 4 if device == "cpu" else 2
-    return tokens * width * (4 * size.hidden + 3 * size.mlp_width) + 3 * 4 * max_sequences(engine) * size.vocabulary
+    logits = 3 * 4 * max_sequences(engine, device) * size.vocabulary
+    return tokens * width * (4 * size.hidden + 3 * size.mlp_width) + logits
 
 
 def _weight_width(size: ModelSize, engine: EngineArguments, device: Device) -> float:

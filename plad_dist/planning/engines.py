@@ -9,6 +9,8 @@ from typing import Literal
 from plad_dist.config import Config, Endpoint, LlmJudge, Model, RoleSampling
 from plad_dist.holders import Holder
 from plad_dist.planning.engine_memory import engine_devices
+from plad_dist.planning.known_models import KNOWN_MODELS
+from plad_dist.sampling.engine_choice import chosen_engine
 
 Role = Literal["teacher", "student", "rejected"]
 
@@ -20,6 +22,7 @@ class EngineSpec:
     Attributes:
         label: `teacher`, `teachers.NAME`, `student`, `sampling.rejected` or `judge NAME`.
         key: config key of the sampling settings.
+        sampling: the settings, in which an engine other than vLLM has its name.
         role: role whose numbers and lengths of responses apply; `rejected` for a model other than
             the student that writes the rejected responses, and `teacher` for judges.
     """
@@ -76,14 +79,21 @@ def engine_specs(config: Config) -> Iterator[EngineSpec]:
             label = f"teachers.{name}" if is_named else "teacher"
             has_own_sampling = is_named and config.teachers[name].sampling is not None
             key = f"{label}.sampling" if has_own_sampling else "sampling.teacher"
-            yield EngineSpec(label, key, teacher, teacher.sampling)
-    yield EngineSpec("student", "sampling.student", config.student, config.sampling.student, "student")
+            yield _spec(label, key, teacher, teacher.sampling)
+    yield _spec("student", "sampling.student", config.student, config.sampling.student, "student")
     other = config.rejected_writer()
     if other is not None and other.model.endpoint is None:
-        yield EngineSpec(other.key, other.section, other.model, other.sampling, "rejected")
+        yield _spec(other.key, other.section, other.model, other.sampling, "rejected")
     for name, judge in config.evaluation.judges.items():
         if isinstance(judge, LlmJudge) and judge.model.endpoint is None:
-            yield EngineSpec(f"judge {name}", f"evaluation.judges.{name}.sampling", judge.model, judge.sampling)
+            yield _spec(f"judge {name}", f"evaluation.judges.{name}.sampling", judge.model, judge.sampling)
+
+
+def _spec(label: str, key: str, model: Model, sampling: RoleSampling, role: Role = "teacher") -> EngineSpec:
+    source = model.pretrained()
+    if source is None or source.path not in KNOWN_MODELS:  # vLLM has those, and a plan need not reach the hub
+        sampling = sampling.model_copy(update={"engine": chosen_engine(model, sampling.engine)})
+    return EngineSpec(label, key, model, sampling, role)
 
 
 def endpoint_specs(config: Config) -> Iterator[EndpointSpec]:

@@ -9,7 +9,7 @@ from typing import Any
 from plad_dist.config import Config
 from plad_dist.phases import phases_of
 from plad_dist.planning.engine_fit import memory_of_engine
-from plad_dist.planning.engine_memory import kv_cache_bytes, kv_cache_tokens, max_sequences
+from plad_dist.planning.engine_memory import kv_cache_bytes, kv_cache_tokens
 from plad_dist.planning.engines import (
     EndpointSpec,
     EngineSpec,
@@ -23,6 +23,7 @@ from plad_dist.planning.hardware import Hardware
 from plad_dist.planning.memory import Memory
 from plad_dist.planning.sizes import ModelSize
 from plad_dist.planning.workload import Workload
+from plad_dist.sampling.engine_arguments import max_sequences
 
 # Share of the device's peak; docs/benchmarks.md has 0.20 for 1.1B and 0.28 for 6.7B parameters on
 # one H200.
@@ -135,10 +136,11 @@ def estimate_hours(
     return RunHours(devices, endpoints, engines, training)
 
 
-def responses_at_once(spec: EngineSpec, cached_tokens: float, work: Workload) -> float:
+def responses_at_once(spec: EngineSpec, cached_tokens: float, hardware: Hardware, work: Workload) -> float:
     """Return the responses that an engine generates at once: as many as its KV cache holds, up to
     `max_num_seqs`."""
-    return max(1.0, min(float(max_sequences(spec.sampling.engine)), cached_tokens / _mean_length(spec, work)))
+    most = float(max_sequences(spec.sampling.engine, hardware.device))
+    return max(1.0, min(most, cached_tokens / _mean_length(spec, work)))
 
 
 def mean_cached_tokens(spec: EngineSpec, memory: Memory, size: ModelSize, hardware: Hardware, work: Workload) -> float:
@@ -181,7 +183,7 @@ def _engine_rate(config: Config, spec: EngineSpec, size: ModelSize, hardware: Ha
         return None
     engine = spec.sampling.engine
     memory = memory_of_engine(config, spec, size, hardware, engine)
-    responses = responses_at_once(spec, mean_cached_tokens(spec, memory, size, hardware, work), work)
+    responses = responses_at_once(spec, mean_cached_tokens(spec, memory, size, hardware, work), hardware, work)
     cache = responses * kv_cache_bytes(size, engine, _mean_length(spec, work), "gpu")
     read_s = (memory.parts["weights"] + cache) / hardware.gpu.bandwidth
     prompt_tokens_per_token = work.prompt_tokens / max(1.0, spec.sampling.n * work.response_tokens[spec.role])

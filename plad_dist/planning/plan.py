@@ -162,7 +162,7 @@ def _plan_engine(
         "device_gib": gib(memory.device),
         "parts_gib": _in_gib(memory.parts),
         "kv_cache_tokens": round(cached_tokens),
-        "responses_at_once": round(responses_at_once(spec, cached_tokens, work)),
+        "responses_at_once": round(responses_at_once(spec, cached_tokens, hardware, work)),
         "fits": not any(engine_problems(config, spec, size, hardware)),
     }
 

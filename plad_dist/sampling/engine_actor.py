@@ -1,6 +1,6 @@
-"""Sampling actor whose engine lives in a child process, so that the actor imports no vLLM.
+"""Sampling actor whose engine lives in a child process, so that the actor imports no library of it.
 
-The child comes from a nursery that has imported vLLM. It runs a
+The child comes from a nursery that has imported the library. It runs a
 :class:`~plad_dist.sampling.actor.Sampler`, to which the actor passes every call of the driver.
 """
 
@@ -38,12 +38,19 @@ class EngineActor:
         nursery: kind of the nursery, or None to start a new interpreter.
         make_backend: starts the engine; called in the child.
         row_tries: number of failures after which a row becomes an error row.
+        first: function that a child of the nursery calls while it has one thread, as
+            `module:name`; empty for none.
     """
 
     def __init__(
-        self, nursery: str | None, storage: Storage, make_backend: Callable[[], Backend], row_tries: int
+        self,
+        nursery: str | None,
+        storage: Storage,
+        make_backend: Callable[[], Backend],
+        row_tries: int,
+        first: str,
     ) -> None:
-        self._nursery, self._arguments = nursery, (storage, make_backend, row_tries)
+        self._nursery, self._arguments, self._first = nursery, (storage, make_backend, row_tries), first
         self._numbers = itertools.count()
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._child: Child | None = None
@@ -58,10 +65,10 @@ class EngineActor:
         """
         clock = StartClock(process_began())
         clock.end("actor")
-        function, first = "plad_dist.sampling.engine_process:serve", "plad_dist.compat.vllm_processes:start_fork_server"
+        function = "plad_dist.sampling.engine_process:serve"
         try:
             self._child = await asyncio.to_thread(
-                start_child, "plad:engine", function, self._arguments, self._server(), first=first
+                start_child, "plad:engine", function, self._arguments, self._server(), first=self._first
             )
         except (ChildDied, OSError) as error:
             raise EngineStartError(first_line(error)) from None

@@ -1,17 +1,22 @@
-"""Arguments of vLLM's engine: checks of a config's, and defaults that are safe on CPUs."""
+"""Arguments of the engines: checks of a config's, and defaults that are safe on CPUs."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from plad_dist.compat.vllm import cpu_head_sizes, engine_argument_names
+from plad_dist.config.sampling import TRANSFORMERS
 from plad_dist.data.models import head_size
 from plad_dist.errors import UserError
 
 _SET_BY_RUN = ("model", "tokenizer", "seed", "revision", "trust_remote_code")
 _COUNTS = ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_MAX_SEQUENCES = 256  # vLLM's `max_num_seqs` if it is not set; larger on large GPUs
+_BATCH_SIZES = {"cpu": 32, "gpu": 128}  # that of transformers
 
 # vLLM's CPU engine dies of a seeded request whose prompt is prefilled in several chunks, so prompts
 # are never split there, and a batch has room for a whole prompt.
@@ -24,17 +29,44 @@ CPU_DEFAULTS: dict[str, Any] = {
 }
 
 
+def generates_by_transformers(engine: Mapping[str, Any]) -> bool:
+    """Return True if engine arguments name transformers."""
+    return engine.get("name") == TRANSFORMERS
+
+
+def max_sequences(engine: Mapping[str, Any], device: Literal["cpu", "gpu"]) -> int:
+    """Return the number of sequences that an engine generates at once at most."""
+    default = _BATCH_SIZES[device] if generates_by_transformers(engine) else _MAX_SEQUENCES
+    return int(engine.get("max_num_seqs") or default)
+
+
 def check_engine_args(engine: Mapping[str, Any], key: str) -> None:
     """Check the engine arguments of a config.
 
     Args:
-        engine: vLLM's arguments by name.
+        engine: arguments by name.
         key: config key that holds them, for the messages.
 
     Raises:
-        UserError: vLLM has no argument of that name, the run sets it, it holds a secret, or its
-            value is out of range.
+        UserError: the engine has no argument of that name, the run sets it, it holds a secret, or
+            its value is out of range.
     """
+    if generates_by_transformers(engine):
+        _check_transformers_args(engine, key)
+    else:
+        _check_vllm_args(engine, key)
+
+
+def _check_transformers_args(engine: Mapping[str, Any], key: str) -> None:
+    for name in engine.keys() - {"name", "max_num_seqs", "dtype"}:
+        raise UserError(f"{key}.{name}: transformers generates by `max_num_seqs` and `dtype` alone; remove it")
+    if "max_num_seqs" in engine:
+        _check_count(engine["max_num_seqs"], f"{key}.max_num_seqs")
+    if engine.get("dtype", _DTYPES[0]) not in _DTYPES:
+        raise UserError(f"{key}.dtype: expected one of {', '.join(_DTYPES)}, got {engine['dtype']!r:.60}")
+
+
+def _check_vllm_args(engine: Mapping[str, Any], key: str) -> None:
     names = engine_argument_names()
     for name in engine:
         if name not in names:

@@ -16,14 +16,14 @@ from plad_dist.fleet.placement import Placement
 from plad_dist.rundir import RunDir, require_model
 from plad_dist.sampling.actor import Sampler
 from plad_dist.sampling.endpoint.backend import EndpointBackend
-from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_actor import EngineActor
-from plad_dist.sampling.engine_arguments import with_executor
+from plad_dist.sampling.engine_arguments import generates_by_transformers, max_sequences, with_executor
+from plad_dist.sampling.engine_choice import chosen_engine, start_engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place, window_for
 from plad_dist.sampling.warm import nursery_of
 
 _BATCH_WINDOW = 128  # blocks, each of which is a batch that may take a day
-_DEFAULT_CONCURRENCY = 256  # vLLM's max_num_seqs if it is not set; larger on large GPUs
+FORK_SERVER = "plad_dist.compat.vllm_processes:start_fork_server"  # from which vLLM's engine process is forked
 
 
 @dataclass(frozen=True)
@@ -132,20 +132,22 @@ def fleet_of(
 
 def _engine_fleet(config: Config, run: RunDir, responder: Responder, assignments: Sequence[Assignment]) -> Fleet:
     sampling, has_gpus = responder.sampling, engines_use_gpus()
-    backend = partial(Engine, responder.path, responder.settings, dict(sampling.engine), config.run.seed)
-    concurrency = int(sampling.engine.get("max_num_seqs", _DEFAULT_CONCURRENCY))
+    engine = chosen_engine(responder.settings, sampling.engine)
+    backend = partial(start_engine, responder.path, responder.settings, engine, config.run.seed)
+    concurrency = max_sequences(engine, "gpu" if has_gpus else "cpu")
     worker: type = EngineActor
     arguments: tuple[Any, ...] = (run.storage, backend, config.sampling.max_attempts)
-    if with_executor(sampling.engine).get("distributed_executor_backend") == "ray":
+    if with_executor(engine).get("distributed_executor_backend") == "ray":
         worker = Sampler  # vLLM starts its workers through the Ray of its own process
     else:
-        arguments = (nursery_of(sampling) if config.cluster.warm_starts else None, *arguments)
+        nursery = nursery_of(engine, sampling.cpus) if config.cluster.warm_starts else None
+        arguments = (nursery, *arguments, "" if generates_by_transformers(engine) else FORK_SERVER)
     return Fleet(
         name=responder.name,
         assignments=tuple(assignments),
         worker=worker,
         arguments=arguments,
-        placement=place(sampling.engine, sampling.cpus, has_gpus=has_gpus),
+        placement=place(engine, sampling.cpus, has_gpus=has_gpus),
         replicas=sampling.replicas,
         min_replicas=sampling.min_replicas,
         window=window_for(concurrency, config.prompts.block_size, config.sampling.window),

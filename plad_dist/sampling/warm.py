@@ -1,28 +1,46 @@
-"""Warm engines: nurseries that import vLLM before an engine is needed."""
+"""Warm engines: nurseries that import an engine's library before the engine is needed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from plad_dist.config import Config, RoleSampling
+from plad_dist.config import Config
+from plad_dist.config.sampling import TRANSFORMERS
 from plad_dist.fleet.fleet import Fleet
 from plad_dist.fleet.placement import Placement
 from plad_dist.nursery.actor import NurseryPlan, nurseries
 from plad_dist.sampling.engine_actor import EngineActor
+from plad_dist.sampling.engine_arguments import generates_by_transformers
+from plad_dist.sampling.engine_choice import chosen_engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus
 
-MODULES = (
-    "plad_dist.sampling.engine_process",
-    "plad_dist.sampling.engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.engine.async_llm",
-)
+_VLLM = "engine"
+# Modules that a nursery imports, by the first part of its kind.
+_MODULES = {
+    _VLLM: (
+        "plad_dist.sampling.engine_process",
+        "plad_dist.sampling.engine",
+        "vllm.v1.engine.core",
+        "vllm.v1.engine.async_llm",
+    ),
+    TRANSFORMERS: (
+        "plad_dist.sampling.engine_process",
+        "plad_dist.sampling.transformers_engine",
+        "plad_dist.sampling.generative_model",
+    ),
+}
 
 
-def nursery_of(sampling: RoleSampling) -> str:
-    """Return the kind of the nurseries for engines with the threads of a role."""
-    return f"engine-{max(1, int(sampling.cpus))}"
+def nursery_of(engine: Mapping[str, Any], cpus: float) -> str:
+    """Return the kind of the nurseries for engines with some arguments and CPU cores."""
+    return f"{TRANSFORMERS if generates_by_transformers(engine) else _VLLM}-{max(1, int(cpus))}"
+
+
+def modules_of(kind: str) -> tuple[str, ...]:
+    """Return the modules that nurseries of a kind import."""
+    return _MODULES[kind.partition("-")[0]]
 
 
 @contextmanager
@@ -36,7 +54,7 @@ def warm_engines(config: Config, fleets: Sequence[Fleet]) -> Iterator[None]:
             most = blocks if fleet.replicas == "auto" else min(blocks, 2 * fleet.replicas + 2)
             placements.setdefault(kind, []).append(fleet.placement)
             most += plans[kind].most_nodes if kind in plans else 0
-            plans[kind] = NurseryPlan(kind, MODULES, fleet.environment, _HasRoom(placements[kind]), most)
+            plans[kind] = NurseryPlan(kind, modules_of(kind), fleet.environment, _HasRoom(placements[kind]), most)
     with _kept(plans):
         yield
 
@@ -51,8 +69,9 @@ def warm_local_engines(config: Config, after: str | None) -> Iterator[None]:
     plans: dict[str, NurseryPlan] = {}
     for _, model, _, sampling in config.responders():
         if model.endpoint is None and config.cluster.warm_starts:
-            kind, environment = nursery_of(sampling), engine_environment(sampling.cpus, has_gpus=engines_use_gpus())
-            plans[kind] = NurseryPlan(kind, MODULES, environment, lambda resources: True, most_nodes=1, after=after)
+            kind = nursery_of(chosen_engine(model, sampling.engine), sampling.cpus)
+            environment, modules = engine_environment(sampling.cpus, has_gpus=engines_use_gpus()), modules_of(kind)
+            plans[kind] = NurseryPlan(kind, modules, environment, lambda resources: True, most_nodes=1, after=after)
     with _kept(plans):
         yield
 

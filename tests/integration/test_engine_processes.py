@@ -50,20 +50,21 @@ from plad_dist.fleet.protocol import Hints
 from plad_dist.nursery.client import interpreter
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_actor import EngineActor
-from plad_dist.sampling.warm import MODULES
+from plad_dist.sampling.responders import FORK_SERVER
+from plad_dist.sampling.warm import modules_of
 from tests.unit.sampling.test_attempt import prepare
 
 async def main(path, template, folder):
     server, (end, _), (_, news) = Path(folder, "s"), os.pipe(), os.pipe()
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-    command = interpreter("plad_dist.nursery.server", end, news, server, *MODULES)
+    command = interpreter("plad_dist.nursery.server", end, news, server, *modules_of("engine-1"))
     subprocess.Popen(command, pass_fds=(end, news), env=environment)
     while not server.exists():
         time.sleep(0.1)
     storage, job = prepare(Path(folder), ["a", "b"], weights=path)
     settings = Model(path=path, template=template)
     make_engine = partial(Engine, path, settings, {"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 27}, 1)
-    actor = EngineActor("engine", storage, make_engine, 1)
+    actor = EngineActor("engine", storage, make_engine, 1, FORK_SERVER)
     actor._server = lambda: server
     assert await actor.start() is None
     result = await actor.work(job, 0, "first", Hints())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+# Where vLLM finds the models of this project, by architecture.
+MODELS = {"GPTNeoForCausalLM": "plad_dist.sampling.vllm_models.gpt_neo:GPTNeoForCausalLM"}
+
 
 def register() -> None:
     """Register the model families that vLLM does not include. They are imported on first use."""
     from vllm import ModelRegistry
 
-    if "GPTNeoForCausalLM" not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model("GPTNeoForCausalLM", "plad_dist.sampling.vllm_models.gpt_neo:GPTNeoForCausalLM")
+    for architecture, place in MODELS.items():
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, place)

@@ -25,6 +25,7 @@ from plad_dist.errors import first_line
 from plad_dist.fleet.placement import Placement
 from plad_dist.progress import Progress
 from plad_dist.rundir import RunDir, round_of
+from plad_dist.sampling.engine_choice import chosen_engine
 from plad_dist.sampling.engine_placement import engine_environment, engines_use_gpus, place
 from plad_dist.sampling.job import sample_seed
 from plad_dist.text_metrics import Output
@@ -198,14 +199,13 @@ class CollapseWatch:
         """
         config, student, placement = self._config, self._config.sampling.student, self._placement
         seeds = [sample_seed(config.run.seed, _SEED_ROUND, "student", id_, 0) for id_ in prompts.ids]
+        engine = chosen_engine(config.student, student.engine)
         task = ray.remote(max_calls=1, max_retries=0)(generate_from_checkpoint).options(
             num_cpus=placement.cpus,
             num_gpus=placement.gpus,
             runtime_env={"env_vars": engine_environment(student.cpus, has_gpus=engines_use_gpus())},
         )
-        running = task.remote(
-            replace(job, mailbox=None), checkpoint, dict(student.engine), prompts.prompts, prompts.decoding, seeds
-        )
+        running = task.remote(replace(job, mailbox=None), checkpoint, engine, prompts.prompts, prompts.decoding, seeds)
         until = time.monotonic() + config.sampling.engine_start_timeout_s + config.sampling.stall_timeout_s
         try:
             while not ray.wait([running], timeout=1.0)[0]:

@@ -9,7 +9,7 @@ from typing import Any
 from plad_dist.config import Decoding
 from plad_dist.data.conversation import Conversation
 from plad_dist.sampling.backend import RefusedPromptError
-from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.engine_choice import start_engine
 from plad_dist.text_metrics import Output
 from plad_dist.training.checkpoints.scratch_dir import ScratchDir
 from plad_dist.training.checkpoints.store import Checkpoint
@@ -30,7 +30,7 @@ def generate_from_checkpoint(
     """Return a response of a checkpoint's model to each prompt.
 
     Args:
-        engine: vLLM's arguments for the student.
+        engine: arguments of the student's engine.
         seeds: seed of each response.
     """
     from plad_dist.training.checkpoints.snapshot import (
@@ -50,7 +50,7 @@ async def _generate(
     decoding: Decoding,
     seeds: Sequence[int],
 ) -> list[Output]:
-    engine = Engine(model, job.settings, arguments, job.seed)
+    engine = start_engine(model, job.settings, arguments, job.seed)
 
     async def respond(index: int, prompt: Any) -> Output:
         if isinstance(prompt, Exception):  # the template cannot render it

@@ -60,7 +60,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def actor_of(
     storage: Storage, folder: Path, backend: Callable[[str], Any] = HostileBackend
 ) -> AsyncIterator[Any]:
-    actor = EngineActor(None, storage, partial(backend, str(folder)), 1)
+    actor = EngineActor(None, storage, partial(backend, str(folder)), 1, first="")
     try:
         yield actor
     finally:
