@@ -225,7 +225,7 @@ def worker_job(folder: Path, model: Path, rows: list[Row], tokens: int, steps: i
         data=DataSpec("pairs", "pairs", context=1024), heldout=None, heldout_limit=0,
         seed=1, steps=steps, deepspeed=load_deepspeed("zero3"), dtype="float32",
         micro_batch_tokens=tokens, max_group_tokens=None, row_support="tree",
-        attention="auto", lora=None, gradient_checkpointing=False,
+        attention="auto", lora=None, router_aux_loss=0.0, gradient_checkpointing=False,
         divergence_factor=1e9, trackers=(), storage=storage, checkpoints=storage, staging=None, watch=None,
         fingerprint="b",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from plad_dist.compat.vllm import reasoning_parser_names
-from plad_dist.config import Config, LlmJudge, Lora, Model, Pretrained, RewardJudge, ScratchModel, TeacherJudge
+from plad_dist.config import Config, LlmJudge, Lora, Model, Pretrained, RewardJudge, ScratchModel, Student, TeacherJudge
 from plad_dist.data.chat_templates import check_template
 from plad_dist.data.model_checks import check_vocabulary, template_warnings
 from plad_dist.data.models import (
@@ -134,6 +134,8 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
         yield "", partial(_check_student_rope, source)
         if config.training.lora is not None:
             yield "", partial(check_adapters, source, config.training.lora)
+    if config.training.router_aux_loss:
+        yield "", partial(check_student_balance, config.student)
 
 
 def _check_scratch(scratch: ScratchModel, engine: Mapping[str, Any]) -> None:
@@ -172,6 +174,20 @@ def check_adapters(student: Pretrained, lora: Lora) -> None:
     except Exception:  # noqa: BLE001 - model families raise all kinds of errors, which other checks report
         return
     adapter_targets(model, lora)
+
+
+def check_student_balance(student: Student) -> None:
+    """Raise :class:`UserError` if no auxiliary loss can balance the experts of the student."""
+    from plad_dist.training.model.probe import check_balance
+    from plad_dist.training.model.scratch import check_architecture
+
+    source = student.pretrained()
+    try:
+        config = check_architecture(student.scratch) if student.scratch else source and config_of(source)
+    except UserError:  # the checks of the model report it
+        return
+    if config is not None:
+        check_balance(config, remote=bool(source and source.settings.trust_remote_code))
 
 
 def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[Check]:

@@ -48,6 +48,7 @@ _DECISIVE_OPERATIONAL = ("training.deepspeed", "training.watch")
 _ALL_PHASES = (
     "training.dtype",
     "training.lora",
+    "training.router_aux_loss",
     "training.max_group_tokens",
     "training.over_long",
     "training.deepspeed",

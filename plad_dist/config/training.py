@@ -279,6 +279,11 @@ class Training(Section):
         json_schema_extra=OPERATIONAL,
     )
     lora: Lora | None = Field(None, description="Train low-rank adapters. If unset, all weights are trained.")
+    router_aux_loss: float = Field(
+        0.0,
+        ge=0.0,
+        description="Factor of an auxiliary loss that balances the load of the experts in a mixture. 0: off.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass to save memory.",

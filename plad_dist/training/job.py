@@ -30,6 +30,7 @@ class PhaseJob:
         max_group_tokens: most tokens that the model may compute for a group, None for no limit.
         row_support: rows in which the model's log-likelihoods are exact.
         attention: attention implementation from the config.
+        router_aux_loss: factor of the loss that balances the experts of a mixture.
         divergence_factor: training stops if the loss exceeds the first step's loss times this
             factor.
         storage: the run directory.
@@ -59,6 +60,7 @@ class PhaseJob:
     row_support: RowSupport
     attention: Literal["auto", "sdpa", "flex"]
     lora: Lora | None
+    router_aux_loss: float
     gradient_checkpointing: bool
     divergence_factor: float
     trackers: tuple[str, ...]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from plad_dist.config import Config, Model, Phase
+from plad_dist.config import Config, Model, Phase, Training
 from plad_dist.data.manifest import Manifest
 from plad_dist.data.model_checks import check_vocabulary
 from plad_dist.data.models import context_length, load_model_config, model_fingerprint, model_identity, vocabulary_size
@@ -180,6 +180,7 @@ def phase_inputs(name: str, config: Config, run: RunDir) -> str | None:
         seed=config.run.seed,
         dtype=training.dtype,
         lora=training.lora.model_dump(mode="json") if training.lora else None,
+        **_balance_key(training),
         longest=training.max_group_tokens,
         over_long=training.over_long,
     )
@@ -190,6 +191,14 @@ def phase_inputs(name: str, config: Config, run: RunDir) -> str | None:
 
 def _deciding_keys(phase: Phase) -> dict[str, Any]:
     return {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
+
+
+def _balance_key(training: Training) -> dict[str, float]:
+    """Return the factor of the auxiliary loss.
+
+    If it is off, return nothing, as before the key existed.
+    """
+    return {"router_aux_loss": training.router_aux_loss} if training.router_aux_loss else {}
 
 
 def _steps(phase: Phase, groups: int) -> int:
@@ -243,6 +252,7 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
         seed=config.run.seed,
         dtype=training.dtype,
         lora=training.lora.model_dump(mode="json") if training.lora else None,
+        **_balance_key(training),
     )
 
 
@@ -265,6 +275,7 @@ def _job(inputs: _PhaseInputs, config: Config, run: RunDir, steps: int, identity
         row_support=inputs.row_support,
         attention=training.attention,
         lora=training.lora,
+        router_aux_loss=training.router_aux_loss,
         gradient_checkpointing=training.gradient_checkpointing,
         divergence_factor=training.divergence_factor,
         trackers=tuple(training.trackers),

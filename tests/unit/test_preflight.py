@@ -14,8 +14,10 @@ from plad_dist.config_file import parse_config
 from plad_dist.data.models import check_local_model
 from plad_dist.decoding_checks import check_decoding, decoding_notes, sampled_models
 from plad_dist.errors import UserError
-from plad_dist.preflight import check_adapters
+from plad_dist.preflight import check_adapters, check_inputs
+from plad_dist.rundir import RunDir
 from plad_dist.training.model.deepspeed_config import check_workers
+from tests.conftest import tiny_config
 
 
 def model_folder(folder: Path, generation: dict[str, Any] | None = None) -> str:
@@ -125,3 +127,14 @@ def test_adapters_of_layers_that_the_student_lacks_are_refused(tmp_path: Path) -
     check_adapters(student, Lora(target_modules=["q_proj", "up_proj"]))
     with pytest.raises(UserError, match=r"target_modules: c_attn: expected names .*; it has down_proj, gate_proj, k_p"):
         check_adapters(student, Lora(target_modules=["q_proj", "c_attn"]))
+
+
+@pytest.mark.parametrize("is_created", [False, True])
+def test_an_auxiliary_loss_for_a_student_without_experts_is_refused(tmp_path: Path, is_created: bool) -> None:
+    raw = tiny_config(tmp_path)
+    raw["training"]["router_aux_loss"] = 0.1
+    if not is_created:
+        raw["student"] = {"path": model_folder(tmp_path / "s")}
+    config = parse_config(raw, "x")
+    with pytest.raises(UserError, match=r"training.router_aux_loss: llama models of this config have no experts"):
+        check_inputs(config, RunDir.of(config))

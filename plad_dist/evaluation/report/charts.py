@@ -200,7 +200,7 @@ def _reliability_picture(systems: Mapping[System, SystemCalibration]) -> Picture
 
 
 def curve_pictures(curves: Mapping[str, Sequence[LogRecord]]) -> list[Picture]:
-    """Return the charts of loss and pair accuracy over the steps, by phase."""
+    """Return the charts of loss, pair accuracy and load of experts over the steps, by phase."""
     pictures: list[Picture | None] = []
     for phase, records in curves.items():
         name = phase_phrase(phase)
@@ -209,6 +209,8 @@ def curve_pictures(curves: Mapping[str, Sequence[LogRecord]]) -> list[Picture]:
         pictures.append(_line_picture(records, {"loss": "loss"}, "loss", f"Loss of {name}{speed}"))
         shares = {"pair_accuracy": "ranked correctly", "active_share": "inside the margin (active)"}
         pictures.append(_line_picture(records, shares, "% of pairs", f"Training pairs of {name}", 100.0))
+        load = {"largest_expert_load": "the expert with most tokens of a layer"}
+        pictures.append(_line_picture(records, load, "% of tokens", f"Largest load of an expert in {name}", 100.0))
     return [picture for picture in pictures if picture]
 
 

@@ -29,6 +29,8 @@ TRAINING = {
         Gauge,
         "Mean absolute difference between the engine's and the trainer's log-likelihoods, per token.",
     ),
+    "train_router_aux_loss": (Gauge, "Auxiliary loss of the routers, without its factor."),
+    "train_largest_expert_load": (Gauge, "Largest share of the step's tokens that one expert of a layer gets."),
     "train_tokens_per_s": (Gauge, "Tokens per second of all workers."),
     "train_model_flops_utilisation": (Gauge, "Model FLOPs as a share of the devices' peak."),
     "train_start_seconds": (Gauge, "Seconds of the latest start, from Ray's worker to the first step."),

@@ -16,8 +16,9 @@ from plad_dist.data.models import load_model_config, model_class
 from plad_dist.errors import UserError
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import Attention, attention_of
+from plad_dist.training.model.balance import ExpertBalance
 from plad_dist.training.model.deepspeed_config import is_offloaded
-from plad_dist.training.model.experts import route_in_float32
+from plad_dist.training.model.experts import is_mixture, route_in_float32
 from plad_dist.training.model.policy import Policy, disable_dropout
 from plad_dist.training.model.tree_attention import FLEX_ATTENTION
 
@@ -44,7 +45,9 @@ def build_engine(job: PhaseJob, device: torch.device, *, from_checkpoint: bool =
         raise UserError("training.attention: flex needs a CUDA device; set auto or sdpa")
     optimizer = job.phase.optimizer
     config = engine_config(job.deepspeed, optimizer, dist.get_world_size(), half=job.dtype == "bfloat16")
-    policy = Policy(_load_model(job, model_config, attention, config, from_checkpoint), attention)
+    model = _load_model(job, model_config, attention, config, from_checkpoint)
+    balance = ExpertBalance(model, job.router_aux_loss) if job.router_aux_loss and is_mixture(model) else None
+    policy = Policy(model, attention, balance)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     client_optimizer = eight_bit_adamw(optimizer) if optimizer.name == "adamw_8bit" else None
     with embeddings_left_to_adam():

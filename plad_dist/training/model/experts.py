@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_exp
 def is_routed(parameter: str) -> bool:
     """Return True if a parameter, given by its name, belongs to experts that tokens choose from."""
     return ".experts." in f".{parameter}"
+
+
+def is_mixture(model: nn.Module) -> bool:
+    """Return True if a model has experts that tokens choose from."""
+    return any(is_routed(name) for name, _ in model.named_parameters())
 
 
 def experts_per_token(text_config: Any) -> int:
@@ -41,11 +47,17 @@ def route_in_float32(model: nn.Module) -> None:
         if not hasattr(module, "experts"):
             continue
         for router in filter(None, (getattr(module, name, None) for name in _ROUTER_NAMES)):
-            router.forward = _Float32Forward(router)
+            router.forward = RouterForward(router)
 
 
-class _Float32Forward:
-    """Forward pass of a router in float32. Its results have the data types that they had before."""
+class RouterForward:
+    """Forward pass of a router in float32. Its results have the data types that they had before.
+
+    Attributes:
+        observe: function of the outputs before they are rounded, which returns them; None for none.
+    """
+
+    observe: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
 
     def __init__(self, router: nn.Module) -> None:
         self._router = copy.copy(router)  # shares the parameters
@@ -55,7 +67,8 @@ class _Float32Forward:
 
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Any:
         if hidden.dtype not in _HALF:
-            return self._router(hidden, *arguments, **options)
+            outputs = self._router(hidden, *arguments, **options)
+            return _like(outputs, self._observed(outputs))
         if not self._dtypes:
             with torch.no_grad():
                 outputs = self._router(hidden, *arguments, **options)
@@ -66,9 +79,12 @@ class _Float32Forward:
         outputs = torch.func.functional_call(self._router, parameters, inputs, options)
         cast = tuple(
             output.to(dtype) if isinstance(output, Tensor) else output
-            for output, dtype in zip(_as_tuple(outputs), self._dtypes, strict=True)
+            for output, dtype in zip(self._observed(outputs), self._dtypes, strict=True)
         )
-        return cast if isinstance(outputs, tuple) else cast[0]
+        return _like(outputs, cast)
+
+    def _observed(self, outputs: Any) -> tuple[Any, ...]:
+        return _as_tuple(outputs) if self.observe is None else self.observe(_as_tuple(outputs))
 
 
 def _in_float32(value: Any) -> Any:
@@ -77,3 +93,8 @@ def _in_float32(value: Any) -> Any:
 
 def _as_tuple(outputs: Any) -> tuple[Any, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _like(outputs: Any, changed: tuple[Any, ...]) -> Any:
+    """Return changed outputs as the router returns them: a tuple, or its only output."""
+    return changed if isinstance(outputs, tuple) else changed[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from plad_dist.training.batches.micro_batch import EncoderRows, MicroBatch
 from plad_dist.training.model.attention import Attention, attention_masks, encoder_decoder_masks
+from plad_dist.training.model.balance import ExpertBalance
 from plad_dist.training.model.logprobs import LogprobHead
 
 _SCALED_IF_TIED = ("switch_transformers", "umt5")  # their configs do not name the scale
@@ -24,11 +25,12 @@ class Policy(nn.Module):
 
     Args:
         attention: requirements of the model's attention; micro-batches must have its layout.
+        balance: auxiliary loss of the model's routers, or None.
     """
 
-    def __init__(self, model: Any, attention: Attention) -> None:
+    def __init__(self, model: Any, attention: Attention, balance: ExpertBalance | None = None) -> None:
         super().__init__()
-        self.model, self.attention = model, attention
+        self.model, self.attention, self.balance = model, attention, balance
         bias = getattr(model, "final_logits_bias", None)
         head = LogprobHead(model.get_output_embeddings(), *logit_scaling(model.config), bias=bias)
         self.model.set_output_embeddings(head)

@@ -25,7 +25,8 @@ from plad_dist.errors import UserError, first_line
 from plad_dist.training.batches.micro_batch import Group, Layout, RowSupport, single_pair
 from plad_dist.training.batches.packing import collate
 from plad_dist.training.model.attention import attention_of
-from plad_dist.training.model.experts import route_in_float32
+from plad_dist.training.model.balance import KEY, ExpertBalance
+from plad_dist.training.model.experts import is_mixture, route_in_float32
 from plad_dist.training.model.meta import build_without_weights, count_parameters
 from plad_dist.training.model.policy import Policy, disable_dropout
 from plad_dist.training.model.tree_attention import TREE_ATTENTION
@@ -48,7 +49,8 @@ _SMALL_VALUES = {
     "sliding_window": 7, "attention_chunk_size": 7, "keep_window_size": 7, "local_attention": 7, "index_topk": 7,
     "floor_scale": 4, "vocab_size": _VOCABULARY, "vocab_size_per_layer_input": _VOCABULARY, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0, "num_experts": 4, "num_local_experts": 4,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "top_k_experts": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "num_dense_layers": 1,
 }  # fmt: skip
 _NARROW_MLP = {
     "intermediate_size": 48, "intermediate_size_mlp": 48, "moe_intermediate_size": 16, "ffn_dim": 48, "n_inner": 48,
@@ -97,6 +99,36 @@ def _probe(config: Any, remote: bool) -> RowSupport:
     )
 
 
+def check_balance(config: Any, *, remote: bool) -> None:
+    """Raise :class:`UserError` if no auxiliary loss can balance the experts of a model.
+
+    A small model of the family shows if the loss reaches every router. Models that cannot be built
+    are not checked here.
+    """
+    try:
+        model = build_without_weights(copy.deepcopy(config), remote=remote)
+    except Exception:  # noqa: BLE001 - model families raise all kinds of errors, which other checks report
+        return
+    if not is_mixture(model):
+        raise UserError(f"{KEY}: {config.model_type} models of this config have no experts to choose from; set 0")
+    route_in_float32(model)
+    ExpertBalance(model, 1.0)
+    small = _first_that_runs(config, remote).built(None)
+    if is_mixture(small) and not _balance_reaches_routers(small):
+        raise UserError(f"{KEY}: does not reach the routers of {config.model_type} models; set 0")
+
+
+def _balance_reaches_routers(model: Any) -> bool:
+    """Return True if every router gets a gradient from the auxiliary loss alone."""
+    route_in_float32(model)
+    balance = ExpertBalance(model, 1.0)
+    attention = attention_of(model.config, "sequences", None, "sdpa")
+    batch = collate(_GROUPS, filler=0, layout=attention.layout)
+    balance.begin(batch, 1.0)
+    _gradients(model, Policy(model, attention)(batch) * 0.0)
+    return all(any(p.grad is not None and p.grad.any() for p in router.parameters()) for router in balance.routers)
+
+
 def _first_that_runs(config: Any, remote: bool) -> _Exact:
     problem = ""
     try:
@@ -127,6 +159,12 @@ class _Exact:
         logps_S = _plain_logps(model, _GROUPS)
         self._logps_S, self._grads = logps_S.detach(), _gradients(model, logps_S)
 
+    def built(self, implementation: str | None) -> Any:
+        """Return a copy of the model with an implementation of attention."""
+        model = _build(self._config, implementation, self._remote)
+        model.load_state_dict(self._state)
+        return model
+
     def agrees(self, support: RowSupport) -> bool:
         """Return True if rows of this kind have the same log-likelihoods and gradients.
 
@@ -138,8 +176,7 @@ class _Exact:
         if attention.implementation == "sdpa" and not self._config.is_encoder_decoder:
             attention = replace(attention, implementation=TREE_ATTENTION, layout=Layout(min_piece_tokens=1))
         try:
-            model = _build(self._config, attention.implementation, self._remote)
-            model.load_state_dict(self._state)
+            model = self.built(attention.implementation)
             route_in_float32(model)
             logps_S = Policy(model, attention)(collate(_GROUPS, filler=0, layout=attention.layout))
             grads = _gradients(model, logps_S)

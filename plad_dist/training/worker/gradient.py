@@ -41,7 +41,8 @@ def update_weights(
         before_update: called on every rank after the last backward pass. It must reduce the totals,
             and may raise an exception on all ranks to keep the weights as they were.
     """
-    totals = StepTotals(loss, device)
+    balance = engine.module.balance
+    totals = StepTotals(loss, device, balance)
     losses: list[GroupLosses] = []
     engine.train()
     for number, (micro_batch, names) in enumerate(data.micro_batches):
@@ -49,7 +50,12 @@ def update_weights(
         engine.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed averages over ranks; the gradient must be the mean over the groups of all ranks.
         scale = world / max(1, len(data.group_names))
-        losses_B = _backward(engine, micro_batch.to(device), loss, scale, totals)
+        batch = micro_batch.to(device)
+        if balance is not None:
+            balance.begin(batch, balance.coefficient * world / max(1, data.tokens))
+        losses_B = _backward(engine, batch, loss, scale, totals)
+        if balance is not None:
+            balance.end()
         if losses_B is not None:
             losses.append(GroupLosses(names, losses_B))
         if is_last:

@@ -27,10 +27,12 @@ class StepData:
     Attributes:
         micro_batches: micro-batches of this rank, each with the names of its groups.
         group_names: names of the groups of all ranks.
+        tokens: tokens that all ranks compute, without padding.
     """
 
     micro_batches: list[tuple[MicroBatch, list[str]]]
     group_names: list[str]
+    tokens: int
 
 
 class RankShare:
@@ -61,6 +63,10 @@ class RankShare:
             )
         shares = assign_groups(groups, self._layout, self._budget, self._world)
         return [[groups[index] for index in indices] for indices in shares[self._rank]]
+
+    def tokens(self, groups: Sequence[Group]) -> int:
+        """Return the number of tokens that the model computes for groups, without padding."""
+        return sum(map(self._layout.tokens, groups))
 
     def pack(self, groups: Sequence[Group]) -> MicroBatch:
         """Pack the groups of a micro-batch."""
@@ -113,4 +119,4 @@ class StepLoader:
             (self._share.pack(members), [group.name for group in members])
             for members in self._share.micro_batches(groups)
         ]
-        return StepData(micro_batches, [group.name for group in groups])
+        return StepData(micro_batches, [group.name for group in groups], self._share.tokens(groups))

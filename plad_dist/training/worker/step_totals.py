@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plad_dist.config import Loss
 from plad_dist.training.batches.micro_batch import MicroBatch
+from plad_dist.training.model.balance import ExpertBalance
 from plad_dist.training.worker.signals import NO_SIGNALS, StepSignals
 
 _NAMES = (
@@ -26,16 +27,20 @@ class StepTotals:
 
     The sums stay on the device until the reduction, so that counting does not synchronise with it.
 
+    Args:
+        balance: auxiliary loss of the model's routers, whose sums are added up too.
+
     Attributes:
         sums: sums over all ranks by name; empty before the reduction.
         signals: signals of any rank.
     """
 
-    def __init__(self, loss: Loss, device: torch.device) -> None:
-        self._loss = loss
+    def __init__(self, loss: Loss, device: torch.device, balance: ExpertBalance | None = None) -> None:
+        self._loss, self._balance = loss, balance
         self._sums = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
         self.sums: dict[str, float] = {}
         self.signals = NO_SIGNALS
+        self._balance_sums: list[float] = []
 
     @torch.no_grad()
     def add(self, batch: MicroBatch, logps_S: Tensor, losses_B: Tensor) -> None:
@@ -68,17 +73,21 @@ class StepTotals:
     def reduce(self, signals: StepSignals = NO_SIGNALS) -> dict[str, float]:
         """Add up the sums and the signals of all ranks in one collective; return the sums."""
         own_signals = torch.tensor(astuple(signals), dtype=self._sums.dtype, device=self._sums.device)
-        reduced = torch.cat([self._sums, own_signals])
+        balance_sums = own_signals[:0] if self._balance is None else self._balance.take_sums()
+        reduced = torch.cat([self._sums, own_signals, balance_sums])
         dist.all_reduce(reduced)
         values = reduced.tolist()
+        first_balance_sum = len(_NAMES) + len(own_signals)
         self.sums = dict(zip(_NAMES, values, strict=False))
-        self.signals = StepSignals(*(value > 0 for value in values[len(_NAMES) :]))
+        self.signals = StepSignals(*(value > 0 for value in values[len(_NAMES) : first_balance_sum]))
+        self._balance_sums = values[first_balance_sum:]
         return self.sums
 
     def figures(self) -> dict[str, float]:
         """Return means per group, response and pair.
 
-        Log-likelihoods are per sequence, and per token if the name ends in `_per_token`.
+        Log-likelihoods are per sequence, and per token if the name ends in `_per_token`. The
+        largest load is the share of the tokens that one expert of a layer gets.
         """
         sums = self.sums
         figures = {
@@ -97,6 +106,10 @@ class StepTotals:
                 figures["active_share"] = sums["active"] / sums["pairs"]
         if sums["sampled"]:
             figures["sampler_gap_per_token"] = sums["sampler_gap"] / sums["sampled"]
+        if self._balance_sums:
+            loss, *loads = self._balance_sums
+            figures["router_aux_loss"] = _ratio(loss, sums["tokens"])
+            figures["largest_expert_load"] = _ratio(max(loads), sums["tokens"])
         return figures
 
 
