@@ -161,14 +161,12 @@ def _check_student_rope(student: Pretrained) -> None:
 
 
 def check_adapters(student: Pretrained, lora: Lora) -> None:
-    """Raise :class:`UserError` if the layers that `target_modules` names are not the student's.
+    """Raise :class:`UserError` if the targets that `training.lora` names are not the student's.
 
     Models that cannot be built without their weights are not checked here.
     """
-    from plad_dist.training.model.engine import adapter_targets
+    from plad_dist.training.model.adapters import adapter_targets
 
-    if lora.target_modules == "all-linear":
-        return
     try:
         model = build_without_weights(config_of(student), remote=student.settings.trust_remote_code)
     except Exception:  # noqa: BLE001 - model families raise all kinds of errors, which other checks report

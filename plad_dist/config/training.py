@@ -182,12 +182,16 @@ class Warmup(MlePhase):
 
 
 class Lora(Section):
-    """Low-rank adapters of the linear layers, trained instead of the weights."""
+    """Low-rank adapters of linear layers and experts, trained instead of the weights."""
 
     r: int = Field(16, ge=1, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the adapters: their output is multiplied by alpha / r.")
     target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="Names of the layers to adapt, in peft's format."
+    )
+    target_parameters: list[str] = Field(
+        default=[],
+        description="Names of the stacked experts to adapt, in peft's format, such as `experts.gate_up_proj`.",
     )
     save_adapter: bool = Field(
         False,

@@ -37,6 +37,7 @@ class ModelSize:
         layer_parameters: parameters of the largest decoder layer.
         output_parameters: parameters of the output layer.
         linear_shapes: (in, out) of every linear layer of the stacks, which adapters are added to.
+        stacked_experts: shape of every parameter that stacks the experts of a layer, by name.
         active_parameters: parameters that a token is multiplied with, without the look-up in the
             embeddings; fewer than all in a mixture of experts, and in an encoder-decoder those of
             one stack.
@@ -64,6 +65,7 @@ class ModelSize:
     layer_parameters: int
     output_parameters: int
     linear_shapes: tuple[tuple[int, int], ...]
+    stacked_experts: dict[str, tuple[int, ...]]
     active_parameters: int
     is_mixture: bool
     hidden: int
@@ -86,7 +88,15 @@ class ModelSize:
 
         The output layer never has any. Fewer are trained if `target_modules` selects layers.
         """
-        return sum(lora.r * (inputs + outputs) for inputs, outputs in self.linear_shapes)
+        linear = sum(lora.r * (inputs + outputs) for inputs, outputs in self.linear_shapes)
+        shapes = self.adapted_experts(lora)
+        return linear + sum(lora.r * experts * (rows + columns) for experts, rows, columns in shapes)
+
+    def adapted_experts(self, lora: Lora) -> list[tuple[int, ...]]:
+        """Return the shapes of the stacked experts that get adapters."""
+        from plad_dist.training.model.adapters import adapted_shapes  # not at the top: it imports torch
+
+        return adapted_shapes(self.stacked_experts, lora)
 
 
 def size_of(model: Model, device: Device = "gpu", folder: Path | None = None) -> ModelSize:
@@ -153,6 +163,7 @@ def _measured(config: Any, name: str, max_length: int | None, device: Device, *,
 def _measure(config: Any, name: str, max_length: int | None, device: Device, *, remote: bool) -> ModelSize:
     """Build a model on the meta device and count its parameters."""
     # Not at the top: it imports torch.
+    from plad_dist.training.model.adapters import stacked_experts
     from plad_dist.training.model.experts import experts_per_token, is_routed, routed_share
 
     stored_width = _stored_width(config)
@@ -181,6 +192,7 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
     if attention.layout.decoder_start is not None and attention.takes_mask:  # T5 adds its position bias to the scores
         stores_scores, score_tokens = True, attention.layout.row_tokens
     context = min(length for length in (max_length, _first_int(text, "max_position_embeddings"), 1 << 20) if length)
+    idle = lookup + sum(map(count_parameters, other_layers)) + routed - round(routed * routed_share(text))
     return ModelSize(
         name=name,
         parameters=parameters,
@@ -188,11 +200,8 @@ def _measure(config: Any, name: str, max_length: int | None, device: Device, *, 
         layer_parameters=max(map(count_parameters, layers)),
         output_parameters=output.numel(),
         linear_shapes=_linear_shapes([*layers, *other_layers]),
-        active_parameters=parameters
-        - lookup
-        - sum(map(count_parameters, other_layers))
-        - routed
-        + round(routed * routed_share(text)),
+        active_parameters=parameters - idle,
+        stacked_experts=stacked_experts(model),
         is_mixture=routed > 0,
         hidden=hidden,
         heads=heads,

@@ -96,9 +96,12 @@ def _activation_bytes(size: ModelSize, training: Training, width: int) -> float:
     """Return the bytes that the layers keep of a micro-batch for the backward pass."""
     tokens = training.micro_batch_tokens
     layer = tokens * _layer_bytes_per_token(size, width)
+    adapted = size.adapted_experts(training.lora) if training.lora else []
+    merged = width * sum(map(math.prod, adapted)) / size.layers  # experts plus adapters, whole on every worker
+    layer += merged
     if training.gradient_checkpointing:  # each layer's input, and one layer that is recomputed
-        return size.layers * tokens * width * size.hidden + layer
-    return size.layers * layer
+        return size.layers * tokens * width * size.hidden + layer + merged  # and the gradient of its experts
+    return size.layers * layer + merged
 
 
 def _layer_bytes_per_token(size: ModelSize, width: int) -> float:

@@ -179,8 +179,7 @@ def phase_inputs(name: str, config: Config, run: RunDir) -> str | None:
         rendering=settings.rendering(),
         seed=config.run.seed,
         dtype=training.dtype,
-        lora=training.lora.model_dump(mode="json") if training.lora else None,
-        **_balance_key(training),
+        **_keys_of_all_phases(training),
         longest=training.max_group_tokens,
         over_long=training.over_long,
     )
@@ -193,12 +192,15 @@ def _deciding_keys(phase: Phase) -> dict[str, Any]:
     return {key: value for key, value in phase.model_dump(mode="json").items() if key not in _OPERATIONAL}
 
 
-def _balance_key(training: Training) -> dict[str, float]:
-    """Return the factor of the auxiliary loss.
+def _keys_of_all_phases(training: Training) -> dict[str, Any]:
+    """Return the keys outside the phases that decide a model, by the names that fingerprints use.
 
-    If it is off, return nothing, as before the key existed.
+    A later key that has no effect is left out, so that it changes no fingerprint.
     """
-    return {"router_aux_loss": training.router_aux_loss} if training.router_aux_loss else {}
+    keys: dict[str, Any] = {"lora": training.lora.model_dump(mode="json") if training.lora else None}
+    if training.lora and not training.lora.target_parameters:
+        del keys["lora"]["target_parameters"]
+    return keys | ({"router_aux_loss": training.router_aux_loss} if training.router_aux_loss else {})
 
 
 def _steps(phase: Phase, groups: int) -> int:
@@ -251,8 +253,7 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
         teachers=data.forms.to_json(),
         seed=config.run.seed,
         dtype=training.dtype,
-        lora=training.lora.model_dump(mode="json") if training.lora else None,
-        **_balance_key(training),
+        **_keys_of_all_phases(training),
     )
 
 

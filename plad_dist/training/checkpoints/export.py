@@ -18,6 +18,7 @@ from plad_dist.errors import RunFailed
 from plad_dist.training.checkpoints.attempts import Attempt
 from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.job import PhaseJob
+from plad_dist.training.model.adapters import adapted_parameters, low_rank_matrices, merged, unadapted_name
 
 _EXPORT_TIMEOUT_S, _POLL_S = 7200.0, 0.2
 
@@ -100,24 +101,19 @@ def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
     model = engine.module.model
     engine.empty_partition_cache()  # an evaluation leaves prefetched parameters in flight
     weights: dict[str, torch.Tensor] = {}
-    adapted = {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")
-    }
+    adapted = adapted_parameters(model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             continue
         module = adapted.get(name)
-        low_rank = [] if module is None else [module.lora_A["default"].weight, module.lora_B["default"].weight]
+        low_rank = [] if module is None else low_rank_matrices(module)
         with deepspeed.zero.GatheredParameters([parameter, *low_rank]):
             if is_first:
                 weight = parameter.detach().cpu().clone()
-                if module is not None:
-                    a_RH, b_OR = (matrix.detach().cpu().float() for matrix in low_rank)
-                    weight = (weight.float() + module.scaling["default"] * (b_OR @ a_RH)).to(weight.dtype)
-                weights[name.replace(".base_layer.", ".")] = weight
+                weights[unadapted_name(name)] = weight if module is None else merged(weight, module)
     if is_first:
         weights |= {name: value.detach().cpu() for name, value in model.named_buffers() if value.is_leaf}
-        persistent = {name.replace(".base_layer.", ".") for name in model.state_dict()}
+        persistent = set(map(unadapted_name, model.state_dict()))
         weights = {name: value for name, value in weights.items() if name in persistent}
     return weights
 
@@ -143,9 +139,9 @@ def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], job: PhaseJob)
     folder.mkdir(parents=True)
     save_file(adapter, folder / "adapter_model.safetensors")
     task = "SEQ_2_SEQ_LM" if load_model_config(job.start, job.settings).is_encoder_decoder else "CAUSAL_LM"
-    targets = sorted({name.split(".")[-3] for name in adapter})
+    targets = sorted({name.split(".")[-3] for name in adapter if ".experts." not in name})
     config = LoraConfig(
-        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets, task_type=task,
-        base_model_name_or_path=job.start,
+        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets,
+        target_parameters=job.lora.target_parameters, task_type=task, base_model_name_or_path=job.start,
     )  # fmt: skip
     config.save_pretrained(folder)

@@ -13,6 +13,7 @@ from plad_dist.data.templates import load_tokenizer
 from plad_dist.training.checkpoints.reshard import whole_weights
 from plad_dist.training.checkpoints.store import Checkpoint
 from plad_dist.training.job import PhaseJob
+from plad_dist.training.model.adapters import adapted_parameters, add_adapters, merged, unadapted_name
 
 _PREFIX = "model."  # of the student's parameters in the engine's module
 
@@ -41,19 +42,19 @@ def write_snapshot(job: PhaseJob, checkpoint: Checkpoint, folder: Path) -> None:
         use_safetensors=True,
         dtype=dtype,
     )
-    parameters = dict(model.named_parameters())
+    if job.lora is not None:
+        add_adapters(model, job.lora, job.seed)
+    parameters, adapted = dict(model.named_parameters()), adapted_parameters(model)
     with torch.no_grad():
         for name, weight in trained.items():
-            own = name.removeprefix(_PREFIX)
-            if ".lora_B." in own:  # W + scale * B A, as the export merges them
-                assert job.lora is not None
-                base = parameters[f"{own.partition('.lora_B.')[0]}.weight"]
-                low_rank = weight @ trained[name.replace(".lora_B.", ".lora_A.")]
-                base.copy_(base.float() + job.lora.alpha / job.lora.r * low_rank)
-            elif ".lora_A." not in own:
-                parameters[own].copy_(weight)
+            parameters[name.removeprefix(_PREFIX)].copy_(weight)
+        weights = {
+            unadapted_name(name): merged(weight, adapted[name]) if name in adapted else weight
+            for name, weight in model.state_dict().items()
+            if "lora_" not in name
+        }
     shutil.rmtree(folder / "files", ignore_errors=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     load_tokenizer(job.start, settings).save_pretrained(folder)
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from plad_dist.compat.muon import embeddings_left_to_adam, import_muon
-from plad_dist.config import Lora, Optimizer
+from plad_dist.config import Optimizer
 from plad_dist.data.models import load_model_config, model_class
 from plad_dist.errors import UserError
 from plad_dist.training.job import PhaseJob
+from plad_dist.training.model.adapters import add_adapters
 from plad_dist.training.model.attention import Attention, attention_of
 from plad_dist.training.model.balance import ExpertBalance
 from plad_dist.training.model.deepspeed_config import is_offloaded
@@ -159,39 +160,3 @@ def _optimizer_keys(optimizer: Optimizer, *, offloaded: bool) -> dict[str, Any]:
         rates = {"muon_lr": optimizer.lr, "adam_lr": optimizer.adam_lr or optimizer.lr}
         return {"optimizer": {"type": "Muon", "params": adam | rates}}
     return {"optimizer": {"type": "AdamW", "params": adam | {"lr": optimizer.lr}}}
-
-
-def add_adapters(model: Any, lora: Lora, seed: int) -> None:
-    """Add low-rank adapters to a model in place, and freeze all other parameters.
-
-    The adapters start with the same weights on every rank.
-
-    Raises:
-        UserError: a target is not a linear layer of the model, or is its output layer.
-    """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(seed)
-    targets = adapter_targets(model, lora)
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=targets)
-    inject_adapter_in_model(config, model)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-
-
-def adapter_targets(model: Any, lora: Lora) -> list[str]:
-    """Return the names of the layers that get adapters.
-
-    Raises:
-        UserError: a target is not a linear layer of the model, or is its output layer.
-    """
-    head = model.get_output_embeddings()
-    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
-    linear = {name for name, module in modules if isinstance(module, torch.nn.Linear) and module is not head}
-    targets = sorted(linear) if lora.target_modules == "all-linear" else lora.target_modules
-    if not targets or not set(targets) <= linear:
-        raise UserError(
-            f"training.lora.target_modules: {', '.join(sorted(set(targets) - linear)) or 'none'}: expected names of "
-            f"linear layers of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
-        )
-    return targets
