@@ -25,7 +25,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2, "window_size": 8,
          "attention_types": [[["global", "local"], 1]], "max_position_embeddings": POSITIONS},
     ),
-    "t5": ("t5", _SMALL | {"d_ff": 48, "d_kv": 16, "num_layers": 2, "num_heads": 2}),
+    "t5": ("t5", _SMALL | {"d_ff": 48, "d_kv": 16, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}),
     "bart": (
         "bart",
         _SMALL | {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,

@@ -43,6 +43,18 @@ def import_muon(*, compiled: bool) -> None:
             os.environ[_SWITCH] = before
 
 
+def unnamed_embeddings(model: Any) -> dict[str, Any]:
+    """Return the weights of embeddings, by name, whose names do not show what they are."""
+    from torch import nn
+
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name: weight
+        for name, weight in model.named_parameters()
+        if id(weight) in embeddings and not any(part in name.lower() for part in ("embed", "lm_head"))
+    }
+
+
 @contextmanager
 def embeddings_left_to_adam() -> Iterator[None]:
     """Let `deepspeed.initialize` give Muon no embeddings, whatever their names.
@@ -51,15 +63,14 @@ def embeddings_left_to_adam() -> Iterator[None]:
     embeddings such as `wte` (GPT-Neo) and `shared` (T5).
     """
     import deepspeed
-    from torch import nn
 
     set_by_names = Assumptions("deepspeed", "0.19.8").attribute(deepspeed, "set_optimizer_flags")
 
     def set_flags(config: Any, model: Any) -> None:
         set_by_names(config, model)
-        for module in model.modules():
-            if isinstance(module, nn.Embedding) and hasattr(module.weight, "use_muon"):
-                module.weight.use_muon = False
+        for weight in unnamed_embeddings(model).values():
+            if hasattr(weight, "use_muon"):
+                weight.use_muon = False
 
     deepspeed.set_optimizer_flags = set_flags
     try:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StoppingCriteria
 from transformers.modeling_outputs import BaseModelOutput
 
 from plad_dist.config import Model
@@ -165,6 +165,8 @@ class GenerativeModel:
             "encoder_outputs": self._model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True),
             "attention_mask": mask,
             "decoder_input_ids": torch.full((len(prompts), 1), self._start_id or 0, device=self._device),
+            # transformers would make one with as many layers as the encoder of T5 has.
+            "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
         }
 
     def _continued(self, inputs: dict[str, Any], cache: Any, sequences: Tensor, kept: Sequence[int]) -> dict[str, Any]:

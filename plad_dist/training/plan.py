@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from plad_dist.compat.muon import unnamed_embeddings
 from plad_dist.config import Config, Model, Phase, Training
 from plad_dist.data.manifest import Manifest
 from plad_dist.data.model_checks import check_vocabulary
@@ -33,6 +34,7 @@ from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import attention_of, check_rope
 from plad_dist.training.model.deepspeed_config import check_workers, load_deepspeed
 from plad_dist.training.model.families import row_support
+from plad_dist.training.model.meta import build_without_weights
 from plad_dist.training.model.scratch import make_model
 
 # Keys of a phase that do not influence the trained model.
@@ -238,6 +240,9 @@ def _equal_compute_steps(config: Config, inputs: _PhaseInputs) -> int:
 def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
     """Return the fingerprint of all that decides the trained model."""
     training, data, facts = config.training, inputs.data, inputs.manifest.facts
+    further: dict[str, Any] = {}
+    if inputs.phase.optimizer.name == "muon" and _has_unnamed_embeddings(inputs):
+        further["muon"] = "hidden matrices"  # checkpoints from when Muon took these embeddings do not fit
     return fingerprint(
         "phase",
         settings=_deciding_keys(inputs.phase),
@@ -254,7 +259,13 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
         seed=config.run.seed,
         dtype=training.dtype,
         **_keys_of_all_phases(training),
+        **further,
     )
+
+
+def _has_unnamed_embeddings(inputs: _PhaseInputs) -> bool:
+    config, remote = load_model_config(inputs.start, inputs.settings), inputs.settings.trust_remote_code
+    return bool(unnamed_embeddings(build_without_weights(config, remote=remote)))
 
 
 def _job(inputs: _PhaseInputs, config: Config, run: RunDir, steps: int, identity: str) -> PhaseJob:

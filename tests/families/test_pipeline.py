@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from plad_dist.sampling.transformers_engine import TransformersEngine
 from transformers import AutoConfig, AutoTokenizer
 
 from plad_dist.config import Decoding, Model
@@ -21,6 +20,7 @@ from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import model_class
 from plad_dist.data.templates import Renderer
 from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.transformers_engine import TransformersEngine
 from tests.conftest import plad, write_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 
@@ -47,7 +47,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
         330,
     ),
     "opt": (WIDE | {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 64}, 350),
-    "t5": ({"model_type": "t5", "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}, 370),
+    "t5": (
+        {"model_type": "t5", "d_model": 64, "d_kv": 32, "d_ff": 96, "num_hidden_layers": 2, "num_decoder_layers": 2},
+        370,
+    ),
     "falcon_h1": (
         GROUPED
         | {

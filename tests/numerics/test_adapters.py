@@ -81,6 +81,8 @@ def test_gradients_of_adapters_are_those_of_merged_weights_in_float64(family: st
     class Merged:
         """The exact model with merged weights."""
 
+        config = exact.config
+
         def __call__(self, **inputs: Any) -> Any:
             return torch.func.functional_call(exact, changed, kwargs=inputs)
 

@@ -87,6 +87,14 @@ def test_the_budget_bounds_the_tokens_that_are_computed_with_their_padding(
             assert places >= batch.tokens
 
 
+@pytest.mark.parametrize("packs_rows", [True, False])
+@given(groups_strategy)
+def test_an_encoder_saves_the_copies_of_each_prompt(packs_rows: bool, groups: list[Group]) -> None:
+    batch = collate(groups, filler=0, layout=Layout(packs_rows=packs_rows, decoder_start=0))
+    copies = sum((len(group.responses) - 1) * len(group.prompt) for group in groups)
+    assert batch.tokens_unshared - batch.tokens == copies
+
+
 @given(groups_strategy)
 def test_every_response_token_is_predicted_by_the_token_before_it(groups: list[Group]) -> None:
     batch = collate(groups, filler=0)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from plad_dist.errors import UserError
 from plad_dist.training.batches.groups import DataSpec, fit
 from plad_dist.training.batches.micro_batch import Group, Layout
 from plad_dist.training.batches.packing import collate
 from plad_dist.training.model.attention import attention_of
-from plad_dist.training.model.policy import Policy
+from plad_dist.training.model.policy import Policy, disable_dropout
 from tests.numerics.workers import config_with_pairs, losses, make_run, train
 from tests.small_families import GROUPS, separate_logps
 from tests.tiny import make_random_model
@@ -106,6 +106,13 @@ def test_a_prompt_is_encoded_once_for_all_its_responses() -> None:
     single = collate([group], 0, Layout(packs_rows=False, decoder_start=0))
     assert single.encoder is not None
     assert (tuple(single.encoder.input_ids_RE.shape), tuple(single.input_ids_RT.shape)) == ((1, 10), (4, 3))
+
+
+@pytest.mark.parametrize("family", ["bart", "m2m_100", "opt"])
+def test_no_layer_is_dropped_in_training(family: str) -> None:
+    names = ("encoder_layerdrop", "decoder_layerdrop", "layerdrop", "dropout", "attention_dropout")
+    config = disable_dropout(AutoConfig.for_model(family, **dict.fromkeys(names, 0.5)))
+    assert {getattr(config, name) for name in names} == {0.0}
 
 
 def test_a_config_without_the_token_that_begins_a_response_is_refused() -> None:

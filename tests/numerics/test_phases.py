@@ -129,6 +129,19 @@ def test_muon_leaves_embeddings_to_adam_whatever_their_names(tmp_path: Path, nam
     assert float((after[name] - start[name]).abs().max()) == pytest.approx(1e-3, rel=0.01)
 
 
+@pytest.mark.parametrize(("family", "changes"), [("gpt_neo", True), ("llama", False)])
+def test_checkpoints_from_when_muon_took_embeddings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: bool
+) -> None:
+    raw = config_with_pairs(tmp_path, max_steps=1, optimizer={"name": "muon", "lr": 0.1})
+    shape = {"attention_types": [[["global"], 1]]} if family == "gpt_neo" else {}
+    make_random_model(tmp_path / "student", 2, model_type=family, **shape)
+    make_run(raw)
+    present = job_of(raw, PHASE).fingerprint
+    monkeypatch.setattr("plad_dist.training.plan.unnamed_embeddings", lambda model: {})
+    assert (job_of(raw, PHASE).fingerprint != present) == changes
+
+
 def test_adapters_are_merged_into_the_model_and_also_stored_alone(tmp_path: Path) -> None:
     """Two workers, interrupted after three steps and resumed."""
     raw = config_with_pairs(tmp_path, max_steps=6, optimizer={"lr": 2e-2})

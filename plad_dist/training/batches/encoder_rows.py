@@ -9,7 +9,6 @@ which ``s`` is the token that begins a response::
 
     encoder row     p0   p1   p2
     decoder row     s    a0   s
-    position id     0    1    0
     branch start    0    0    2
     predicts        a0   a1   b0
 
@@ -57,7 +56,6 @@ def write_encoder_decoder(
             number, response = responses[index]
             end = start + len(response)
             decoder.input_ids[row, start:end] = [layout.decoder_start, *response[:-1]]
-            decoder.position_ids[row, start:end] = np.arange(end - start)
             decoder.branch_starts[row, start:end] = start
             decoder.prompt_starts[row, start:end], decoder.prompt_ends[row, start:end] = bounds[number]
             decoder.predictors[index] = row * placement.width + np.arange(start, end)
@@ -85,7 +83,7 @@ def _encoder(
 ) -> tuple[EncoderRows, dict[int, tuple[int, int]]]:
     """Return the rows of the encoder, and where in its row the prompt of each group lies."""
     shape = len(rows.groups), placement.encoder_width
-    input_ids, position_ids = np.full(shape, filler, np.int64), np.zeros(shape, np.int64)
+    input_ids = np.full(shape, filler, np.int64)
     starts, ends = np.zeros(shape, np.int32), np.full(shape, shape[1], np.int32)
     is_padding = np.ones(shape, bool)
     bounds = {}
@@ -94,7 +92,7 @@ def _encoder(
         for number in members:
             prompt = groups[number].prompt
             end = start + len(prompt)
-            input_ids[row, start:end], position_ids[row, start:end] = prompt, np.arange(len(prompt))
+            input_ids[row, start:end] = prompt
             starts[row, start:end], ends[row, start:end] = start, end
             is_padding[row, start:end] = False
             bounds[number] = start, end
@@ -102,7 +100,6 @@ def _encoder(
         starts[row, start:] = start
     encoder = EncoderRows(
         input_ids_RE=torch.from_numpy(input_ids),
-        position_ids_RE=torch.from_numpy(position_ids),
         starts_RE=torch.from_numpy(starts),
         ends_RE=torch.from_numpy(ends),
         is_padding_RE=torch.from_numpy(is_padding),

@@ -128,6 +128,12 @@ class Layout:
             return group.tokens_encoded
         return group.tokens if self.shares_prompts else group.tokens_unshared
 
+    def tokens_unshared(self, group: Group) -> int:
+        """Return the tokens of a group if every response had its own copy of the prompt."""
+        if self.decoder_start is not None:
+            return group.tokens_encoded + (len(group.responses) - 1) * len(group.prompt)
+        return group.tokens_unshared
+
     def places(self, group: Group) -> int:
         """Return the most places that a group takes in a micro-batch of its own."""
         if self.decoder_start is not None and not self.packs_rows:
@@ -159,7 +165,6 @@ class EncoderRows:
     """
 
     input_ids_RE: Tensor
-    position_ids_RE: Tensor
     starts_RE: Tensor
     ends_RE: Tensor
     is_padding_RE: Tensor
@@ -170,8 +175,8 @@ class EncoderRows:
 class MicroBatch:
     """Input of one forward pass of one worker.
 
-    With an encoder, the rows are those of the decoder. They hold only responses, and the bounds of
-    a token's prompt are indices in the row of the encoder.
+    With an encoder, the rows are those of the decoder. They hold only responses, the bounds of a
+    token's prompt are indices in the row of the encoder, and there are no position ids.
 
     A token sees its branch up to itself, and the tokens of its row from `prompt_starts_RT` to
     `prompt_ends_RT` (exclusive). Its branch is the response that it belongs to, or the prompt for a

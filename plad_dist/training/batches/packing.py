@@ -85,7 +85,7 @@ def collate(
         longest_response=max(lengths),
         groups=0 if is_empty else len(groups),
         tokens=0 if is_empty else sum(layout.tokens(group) for group in groups),
-        tokens_unshared=0 if is_empty else sum(group.tokens_unshared for group in groups),
+        tokens_unshared=0 if is_empty else sum(layout.tokens_unshared(group) for group in groups),
         encoder=encoder,
     )
 

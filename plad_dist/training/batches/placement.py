@@ -65,7 +65,7 @@ def place(groups: Sequence[Group], layout: Layout, budget: int) -> RowPlacement:
     if not layout.packs_rows:
         return RowPlacement(_single_rows(len(sizes)), longest[0])
     row_tokens = min(layout.row_tokens, layout.max_row_tokens or layout.row_tokens)
-    room = [max(0, row_tokens - length) for length in longest]
+    room = [max(0, row_tokens - length) if length else 0 for length in longest]  # none in a missing encoder
     capacities = {
         (longest[0] + room[0] * step // _WIDTHS, longest[1] + room[1] * step // _WIDTHS) for step in range(_WIDTHS + 1)
     }

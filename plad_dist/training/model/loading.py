@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from plad_dist.compat.deepspeed import OwnPartition, own_partition
 from plad_dist.compat.pretrained import BuiltModel
+from plad_dist.errors import UserError
 from plad_dist.training.model.weight_files import StoredTensor, WeightFiles
 
 logger = logging.getLogger("plad")
@@ -49,11 +50,17 @@ def load_weights(built: BuiltModel, *, from_checkpoint: bool) -> set[str] | None
         reasons = [f"{name}: is converted" for name, is_converted in names.values() if is_converted and name in sources]
         reasons += filter(None, (_mismatch(name, targets[name], source) for name, source in sources.items()))
         reason = _agreed_reason(reasons, files.digest)
+        stored = {target: files.tensors[name] for name, (target, _) in names.items()}
+        differing = _differing_ties(built, stored)
         if reason is not None:
+            if differing:
+                raise UserError(
+                    f"{built.files[0]}: {min(differing)} differs from the weight that it is tied to, which would be "
+                    f"lost, because transformers must load the weights ({reason})"
+                )
             logger.debug("transformers loads the weights: %s", reason)
             return None
-        stored = {target: files.tensors[name] for name, (target, _) in names.items()}
-        built.untie(_differing_ties(built, stored))
+        built.untie(differing)
         for name, source in sources.items():
             _fill(targets[name], source)
     return {target for target, _ in names.values()}
@@ -86,11 +93,12 @@ def _differing_ties(built: BuiltModel, stored: Mapping[str, StoredTensor]) -> se
 
 
 def _differ(target: Tensor, left: StoredTensor, right: StoredTensor) -> bool:
-    """Return True if two stored tensors differ in the elements that this rank keeps of a target."""
-    if (left.dtype, left.shape) != (right.dtype, right.shape):
+    """Return True if two stored tensors differ, at least in the elements that this rank keeps."""
+    if (left.kind, left.shape) != (right.kind, right.shape):
         return True
     own = _own_elements(target)
-    assert own is not None
+    if own is None or left.dtype is None:
+        return any(map(memoryview.__ne__, left.contents(), right.contents()))
     pieces = (tensor.pieces(own.start, own.start + len(own.elements)) for tensor in (left, right))
     return any(not torch.equal(one, other) for (_, one), (_, other) in zip(*pieces, strict=True))
 

@@ -101,6 +101,6 @@ def disable_dropout(config: Any) -> Any:
     With dropout, a step would differ with the number of workers and after a resume.
     """
     for name in vars(config):
-        if "dropout" in name or name.endswith("pdrop") or name == "layerdrop":
+        if "dropout" in name or "layerdrop" in name or name.endswith("pdrop"):
             setattr(config, name, 0.0)
     return config
