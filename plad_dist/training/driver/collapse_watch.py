@@ -207,14 +207,16 @@ class CollapseWatch:
         )
         running = task.remote(replace(job, mailbox=None), checkpoint, engine, prompts.prompts, prompts.decoding, seeds)
         until = time.monotonic() + config.sampling.engine_start_timeout_s + config.sampling.stall_timeout_s
+        has_ended = False
         try:
-            while not ray.wait([running], timeout=1.0)[0]:
+            while not (has_ended := bool(ray.wait([running], timeout=1.0)[0])):
                 if self.ended.is_set() or time.monotonic() > until or not self._trains():
                     return None
             outputs: list[Output] = ray.get(running)
             return outputs
         finally:
-            ray.cancel(running, force=True)  # no effect on a task that has ended
+            if not has_ended:  # Ray may abort this process over a cancelled task whose result it is storing
+                ray.cancel(running, force=True)
 
 
 def _store(job: PhaseJob) -> CheckpointStore:
