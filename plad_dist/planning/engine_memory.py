@@ -2,7 +2,7 @@
 
 Keys and values: Kwon et al. 2023 (vLLM, arXiv 2309.06180). vLLM takes a fixed share of a device:
 weights, one forward pass and CUDA graphs come first, and the KV cache fills the rest. The cache of
-transformers holds one batch.
+transformers grows with the sequences of a batch, up to the rest.
 """
 
 from __future__ import annotations
@@ -43,13 +43,11 @@ def engine_memory(size: ModelSize, engine: EngineArguments, longest: int, device
     if device == "gpu" and not by_transformers and not engine.get("enforce_eager"):
         parts["CUDA graphs"] = _CUDA_GRAPHS
     fixed_cache = engine.get("kv_cache_memory_bytes")
+    free, one = share - sum(parts.values()) - GPU_CONTEXT, kv_cache_bytes(size, engine, longest, device)
     if by_transformers:
-        parts["KV cache"] = max_sequences(engine, device) * kv_cache_bytes(size, engine, longest, device)
-    elif fixed_cache is not None:
-        parts["KV cache"] = float(fixed_cache)
+        parts["KV cache"] = max(0.0, min(free, max_sequences(engine, device) * one))
     else:
-        free = share - sum(parts.values()) - GPU_CONTEXT
-        parts["KV cache"] = max(free, kv_cache_bytes(size, engine, longest, device))
+        parts["KV cache"] = max(free, one) if fixed_cache is None else float(fixed_cache)
     return process_memory(parts, {}, _PROCESS[device] + offloaded, device)
 
 

@@ -246,6 +246,18 @@ def test_adding_operational_engine_arguments_does_not_change_the_fingerprint() -
     assert parse_config(MINIMAL | {"sampling": other}, "x").fingerprint() != config.fingerprint()
 
 
+def test_an_engine_is_named_by_a_text_or_by_the_arguments() -> None:
+    named = [
+        parse_config(MINIMAL | {"sampling": {"student": {"engine": engine}}}, "x")
+        for engine in ("transformers", {"name": "transformers"})
+    ]
+    assert named[0].flat() == named[1].flat()
+    assert named[0].fingerprint() != parse_config(MINIMAL, "x").fingerprint(), "the engines draw other responses"
+    for other in ("sglang", {"name": "vllm"}):
+        with pytest.raises(UserError, match=r"sampling\.student\.engine: '\w+': expected `transformers`, or vLLM's"):
+            parse_config(MINIMAL | {"sampling": {"student": {"engine": other}}}, "x")
+
+
 def test_keys_inside_an_operational_section_are_operational() -> None:
     assert is_operational("sampling.teacher.engine.max_num_seqs")
     assert not is_operational("sampling.teacher.engine.quantization"), "it changes the samples"
