@@ -93,7 +93,8 @@ class RunDir:
         return Dataset(self.storage, f"samples/{role}/round-{self._round_of(role)}", SAMPLES)
 
     def of_samples(self, config: Config) -> RunDir:
-        """Return the run at the round of its pairs' samples: only the student differs by round."""
+        """Return the run at the round whose samples the pairs use: round 0 if no round trains the
+        model that writes the rejected ones."""
         return self if config.sampling.rejected is None else self.at_round(0)
 
     def pairs(self) -> Dataset:

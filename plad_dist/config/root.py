@@ -131,9 +131,9 @@ class Config(Section):
         None if the student writes them, before its training or after.
         """
         match self.sampling.rejected:
-            case Rejected(path=str(path), revision=revision):
+            case Rejected(path=str(path), revision=revision, max_length=max_length):
                 rendering = {name: getattr(self.student, name) for name in ("template", "template_kwargs")}
-                model = Model(path=path, revision=revision, **rendering)
+                model = Model(path=path, revision=revision, max_length=max_length, **rendering)
                 model._date = self.student._date
                 return RespondingModel("sampling.rejected", model, "sampling.student", self.sampling.student)
             case Rejected(teacher=str(name)) if teacher := self.teachers.get(name):

@@ -152,6 +152,9 @@ class Rejected(Section):
     revision: str | None = Field(
         None, description="Revision of the hub repository. If unset, the repository's default branch."
     )
+    max_length: int | None = Field(
+        None, ge=8, description="Maximum context length, in tokens. If unset, the context length of the model."
+    )
     phase: Literal["student-init"] | None = Field(
         None, description="student-init: the student as it is before any training of the run."
     )
@@ -169,8 +172,9 @@ class Rejected(Section):
                 "needs exactly one of `path` (another pretrained model), `phase` (the student before its training) "
                 "and `teacher` (the name of one of `teachers`)"
             )
-        if self.revision is not None and self.path is None:
-            raise ValueError("revision: is that of `path`; remove it, or set `path`")
+        for name in ("revision", "max_length"):
+            if getattr(self, name) is not None and self.path is None:
+                raise ValueError(f"{name}: is that of `path`; remove it, or set `path`")
         return self
 
 

@@ -20,7 +20,7 @@ class _Limit:
 
     Attributes:
         name: config section and path of the model, for messages.
-        teacher: name of the teacher, or None for the student, which responds to every prompt.
+        teacher: name of the teacher, or None for a model that responds to every prompt.
         renderer: renderer of the model's prompts.
         max_tokens: length of the longest prompt in tokens of the model.
     """
@@ -90,6 +90,10 @@ class Lengths:
             for name, teacher, model in models
             if (source := model.pretrained()) is not None
         ]
+        # Prompts are chosen without it, so that runs with another writer share them.
+        self._writer: _Limit | None = None
+        if (other := config.rejected_writer()) is not None and (source := other.model.pretrained()) is not None:
+            self._writer = _limit(other.key, None, source.settings, None)
         self._examined: set[tuple[str, _Limit]] = set()
         # A teacher with the student's template needs no check: the student gets its prompts too.
         self._scratch_models = [
@@ -99,7 +103,9 @@ class Lengths:
         ]
 
     def check_rendering(self, prompts: Sequence[Prompt]) -> None:
-        """Check that the templates of scratch models can render prompts.
+        """Check that the templates of models whose lengths do not count can render prompts.
+
+        They are scratch models, and another writer of rejected responses.
 
         Raises:
             UserError: a template cannot render a row. The message names the row.
@@ -111,6 +117,12 @@ class Lengths:
                         template.render(prompt.conversation)
                     except UserError as error:
                         raise UserError(f"{prompt.location}: {error}") from None
+        if self._writer is not None:
+            for prompt in prompts:
+                try:
+                    self._writer.renderer.prompt_text(prompt.conversation)
+                except UserError as error:
+                    raise UserError(f"{prompt.location}: {self._writer.name}: {error}") from None
 
     def unshown(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return what the templates of models leave out of prompts with tools or calls.
@@ -119,7 +131,7 @@ class Lengths:
         """
         phrases = []
         for kind, without in _KINDS.items():
-            for limit in self._limits:
+            for limit in (*self._limits, *([self._writer] if self._writer else [])):
                 has_kind = (p for p in prompts if _responds_to(limit.teacher, p) and without(p) is not None)
                 if (kind, limit) in self._examined or (prompt := next(has_kind, None)) is None:
                     continue

@@ -77,8 +77,7 @@ def are_complete(assignments: Sequence[Assignment], run: RunDir) -> bool:
 def assignments_of_roles(config: Config, run: RunDir, roles: Sequence[str]) -> list[tuple[Responder, list[Assignment]]]:
     """Return every responder of the roles with the blocks that it samples in this stage.
 
-    The student before its training and the warm-up student are one responder, whose engines change
-    weights from one to the other.
+    One set of engines samples the student before its training and the warm-up student.
     """
     work: dict[str, tuple[Responder, list[Assignment]]] = {}
     for role in roles:

@@ -103,3 +103,11 @@ def test_a_student_before_its_training_is_no_other_model() -> None:
     config = config_of({"phase": "student-init"})
     assert config.rejected_writer() is None
     assert list(config.named_models()) == ["teacher", "student"]
+
+
+def test_the_context_of_another_model_is_its_own() -> None:
+    writer = config_of({"path": "weak", "max_length": 64}).rejected_writer()
+    assert writer is not None
+    assert writer.model.max_length == 64
+    with pytest.raises(UserError, match=r"max_length: is that of `path`"):
+        config_of({"phase": "student-init", "max_length": 64})

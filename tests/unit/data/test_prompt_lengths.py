@@ -129,6 +129,34 @@ def test_the_error_names_a_row_that_the_template_of_a_scratch_model_cannot_rende
         prepared(config_of(raw))
 
 
+@pytest.mark.parametrize("writer", ["path", "teacher"])
+def test_the_template_of_another_writer_of_rejected_responses_must_render_every_prompt(
+    tmp_path: Path, writer: str
+) -> None:
+    """The lengths of its prompts do not count, so that runs with another writer share them."""
+    models = {}
+    for name, template in (
+        ("student", "{{ messages[0].content }} ="),
+        ("other", "{{ 'long ' * 99 }}{{ raise_exception('refused') if '33 ' == messages[0].content }}"),
+    ):
+        tokenizer = train_tokenizer(iter(["some text ä"]), 300)
+        tokenizer.chat_template = template
+        models[name] = str(tmp_path / name)
+        tokenizer.save_pretrained(models[name])
+        (tmp_path / name / "config.json").write_text(json.dumps(SHAPE))
+    raw = raw_config(tmp_path, [f"{row} " for row in range(50)])
+    raw["student"] = {"path": models["student"]}
+    key, rejected = "sampling.rejected", {"path": models["other"]}
+    if writer == "teacher":
+        key, rejected = "teachers.weak", {"teacher": "weak"}
+        raw["teachers"] = {"strong": {"path": models["student"]}, "weak": {"path": models["other"]}}
+        raw.pop("teacher", None)
+        raw.get("training", {}).pop("teacher", None)
+    raw["sampling"] = {"rejected": rejected}
+    with pytest.raises(UserError, match=rf"prompts\.jsonl:34: {key} \(.*refused"):
+        prepared(config_of(raw))
+
+
 # -- tools
 
 

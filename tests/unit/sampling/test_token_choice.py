@@ -78,15 +78,15 @@ def test_successive_tokens_of_a_row_are_independent_draws() -> None:
 
 
 def test_the_tokens_of_a_row_do_not_depend_on_its_neighbours() -> None:
-    decoding = Decoding(repetition_penalty=1.3, presence_penalty=0.4, top_p=0.95)
-    logits = torch.randn(6, 1, 50, generator=torch.Generator().manual_seed(1)) * 3
+    decoding = Decoding(repetition_penalty=2.0, presence_penalty=2.0, frequency_penalty=2.0, top_p=0.95)
+    logits = torch.randn(12, 1, 8, generator=torch.Generator().manual_seed(1)) * 2
 
     def tokens(rows: list[BatchRow], place: int, leaving: Sequence[int] = ()) -> list[int]:
         choice, kept = TokenChoice(rows, decoding, ()), rows[place]
         for step, scores in enumerate(logits):
             if step == 3 and leaving:
                 choice.keep([index for index in range(len(choice.rows)) if index not in leaving])
-            others = torch.randn(len(choice.rows), 50, generator=torch.Generator().manual_seed(step))
+            others = torch.randn(len(choice.rows), 8, generator=torch.Generator().manual_seed(step))
             others[choice.rows.index(kept)] = scores
             choice(None, others)  # type: ignore[arg-type]
         return kept.token_ids
