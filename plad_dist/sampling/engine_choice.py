@@ -16,7 +16,7 @@ from plad_dist.errors import UserError
 from plad_dist.sampling.backend import Backend
 from plad_dist.sampling.engine import Engine
 from plad_dist.sampling.engine_arguments import check_engine_args, generates_by_transformers
-from plad_dist.sampling.transformers_engine import TransformersEngine
+from plad_dist.sampling.generation.engine import TransformersEngine
 from plad_dist.sampling.vllm_models.plugin import MODELS
 
 

@@ -27,8 +27,8 @@ _MODULES = {
     ),
     TRANSFORMERS: (
         "plad_dist.sampling.engine_process",
-        "plad_dist.sampling.transformers_engine",
-        "plad_dist.sampling.generative_model",
+        "plad_dist.sampling.generation.engine",
+        "plad_dist.sampling.generation.model",
     ),
 }
 

@@ -20,7 +20,7 @@ from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import model_class
 from plad_dist.data.templates import Renderer
 from plad_dist.sampling.engine import Engine
-from plad_dist.sampling.transformers_engine import TransformersEngine
+from plad_dist.sampling.generation.engine import TransformersEngine
 from tests.conftest import plad, write_config, write_prompts
 from tests.tiny import TEMPLATE, make_random_model
 

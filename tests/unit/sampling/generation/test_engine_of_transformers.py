@@ -19,8 +19,8 @@ from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import model_class
 from plad_dist.errors import UserError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
-from plad_dist.sampling.generative_model import GenerativeModel
-from plad_dist.sampling.transformers_engine import TransformersEngine
+from plad_dist.sampling.generation.engine import TransformersEngine
+from plad_dist.sampling.generation.model import GenerativeModel
 from tests.tiny import TEMPLATE
 from tests.tiny_generators import FAMILIES, POSITIONS, make_generator
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from plad_dist.config import Decoding
-from plad_dist.sampling.batch_request import BatchRow
-from plad_dist.sampling.token_choice import TokenChoice
+from plad_dist.sampling.generation.batch_request import BatchRow
+from plad_dist.sampling.generation.token_choice import TokenChoice
 
 LOGITS = [2.0, 1.2, 0.9, 0.0, -0.5, -1.0, -3.0]
 DRAWS = 40_000

@@ -19,13 +19,13 @@ from plad_dist.data.conversation import Conversation
 from plad_dist.data.models import context_length
 from plad_dist.errors import UserError
 from plad_dist.sampling.backend import Completion, RefusedPromptError, Response
-from plad_dist.sampling.batch_request import BatchRequest, BatchRow
 from plad_dist.sampling.engine_arguments import check_engine_args, max_sequences
 from plad_dist.sampling.engine_texts import EngineTexts, room_for_response
+from plad_dist.sampling.generation.batch_request import BatchRequest, BatchRow
 from plad_dist.timeline import StartClock
 
 if TYPE_CHECKING:
-    from plad_dist.sampling.generative_model import GenerativeModel
+    from plad_dist.sampling.generation.model import GenerativeModel
 
 _CONTEXT_TOKENS = 8  # of a prompt, on which the first characters of a response may depend
 
@@ -68,7 +68,7 @@ class TransformersEngine:
         self.start.end("engine")
 
     def _load(self, path: str) -> None:
-        from plad_dist.sampling.generative_model import GenerativeModel
+        from plad_dist.sampling.generation.model import GenerativeModel
 
         tokenizer = self._texts.renderer.tokenizer
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -197,8 +197,8 @@ class TransformersEngine:
     # -- in the thread
 
     def _draw(self, batch: Sequence[BatchRequest]) -> None:
-        from plad_dist.sampling.generative_model import ResponseEnds
-        from plad_dist.sampling.token_choice import TokenChoice
+        from plad_dist.sampling.generation.model import ResponseEnds
+        from plad_dist.sampling.generation.token_choice import TokenChoice
 
         decoding = batch[0].decoding
         assert decoding is not None

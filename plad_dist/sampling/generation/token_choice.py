@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from plad_dist.config import Decoding
-from plad_dist.sampling.batch_request import BatchRow
+from plad_dist.sampling.generation.batch_request import BatchRow
 
 
 class TokenChoice(LogitsProcessor):

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from plad_dist.config import Model
 from plad_dist.data.models import load_model_config, model_class, vocabulary_size
 from plad_dist.errors import UserError, first_line
-from plad_dist.sampling.batch_request import BatchRow
-from plad_dist.sampling.token_choice import TokenChoice
+from plad_dist.sampling.generation.batch_request import BatchRow
+from plad_dist.sampling.generation.token_choice import TokenChoice
 
 _MOST_LOGITS = 1 << 28  # of one forward pass that scores: a gibibyte in float32
 _PROBE_LENGTHS = (29, 11)
