@@ -125,13 +125,16 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
         yield from _model_checks(key, model)
     for key, model, section, sampling in config.responders():
         yield "", partial(check_chosen_engine, model, sampling.engine, f"{section}.engine")
+        engine = chosen_engine(model, sampling.engine)
         if model.scratch is not None:
-            yield f"{key}.", partial(_check_scratch, model.scratch, chosen_engine(model, sampling.engine))
+            yield f"{key}.", partial(_check_scratch, model.scratch, engine)
+        if (source := model.pretrained()) is not None and key != "student" and generates_by_transformers(engine):
+            yield "", partial(_check_rope, source, key)
     for sampled in sampled_models(config):
         yield "", partial(check_decoding, sampled)
     yield "", partial(check_pair_length, config)
     if (source := config.student.pretrained()) is not None:
-        yield "", partial(_check_student_rope, source)
+        yield "", partial(_check_rope, source, "student")
         if config.training.lora is not None:
             yield "", partial(check_adapters, source, config.training.lora)
     if config.training.router_aux_loss:
@@ -149,15 +152,19 @@ def _check_scratch(scratch: ScratchModel, engine: Mapping[str, Any]) -> None:
             raise UserError(f"scratch.architecture: {error}") from None
 
 
-def _check_student_rope(student: Pretrained) -> None:
-    """Check the student's rotary embeddings, which training would refuse only after sampling."""
+def _check_rope(source: Pretrained, key: str) -> None:
+    """Check that no other sequence of a batch changes a sequence's rotary embeddings.
+
+    Training would refuse such a student only after sampling, and the engine of transformers would
+    draw responses that depend on one another.
+    """
     from plad_dist.training.model.attention import check_rope
 
     try:
-        settings = load_model_config(student.path, student.settings)
+        config = load_model_config(source.path, source.settings)
     except UserError:  # the checks of the model report it
         return
-    check_rope(settings, context_length(student.path, student.settings), "student")
+    check_rope(config, context_length(source.path, source.settings), key)
 
 
 def check_adapters(student: Pretrained, lora: Lora) -> None:

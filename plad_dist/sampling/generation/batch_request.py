@@ -31,6 +31,11 @@ class BatchRequest:
     response_ids: Sequence[int] = ()
 
     @property
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of tokens of the prompt and of the response to score."""
+        return len(self.prompt_ids), len(self.response_ids)
+
+    @property
     def length(self) -> int:
         """Number of tokens that are known before anything is drawn."""
         return len(self.prompt_ids) + len(self.response_ids)

@@ -11,6 +11,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from plad_dist.compat.linux import process_began
@@ -59,6 +60,7 @@ class TransformersEngine:
         self._context = context_length(path, settings)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._waiting: list[BatchRequest] = []
+        self._halves: list[list[BatchRequest]] = []  # of batches for which there was too little memory
         self._rows: list[BatchRow] = []  # of the present batch
         self._worker: asyncio.Task[None] | None = None
         self._death: Exception | None = None
@@ -102,7 +104,14 @@ class TransformersEngine:
         return self._texts.drawn(prompt_ids, row.text, row.token_ids, row.logprob, row.finish_reason)
 
     async def score(self, prompt_ids: list[int], response: Response, request_id: str) -> Completion:
-        """Return a response with its log-likelihood, as :meth:`EngineTexts.scored` does."""
+        """Return a response with its log-likelihood, as :meth:`EngineTexts.scored` does.
+
+        Raises:
+            RefusedPromptError: the prompt has no tokens.
+        """
+
+        if not prompt_ids:
+            raise RefusedPromptError("prompt has no tokens")
 
         async def compute(ids: list[int]) -> float:
             return float(await self._submit(prompt_ids, response_ids=ids))
@@ -150,18 +159,26 @@ class TransformersEngine:
 
     async def _work(self) -> None:
         """Process batches until no request waits, or the engine has ended."""
+        loop = asyncio.get_running_loop()
+        if self._model is None:
+            await loop.run_in_executor(self._thread, int)  # after the load of other weights in the one thread
+        if self.dead:
+            self._fail(self._waiting)
+            return
         while batch := self._next_batch():
             process = self._score if batch[0].decoding is None else self._draw
             try:
-                await asyncio.get_running_loop().run_in_executor(self._thread, process, batch)
+                await loop.run_in_executor(self._thread, process, batch)
             except Exception as error:  # noqa: BLE001 - models raise whatever their layers raise
                 if _lacks_memory(error) and len(batch) > 1:
-                    self._batch_size = len(batch) // 2
-                    self._waiting += [request for request in batch if not request.result.done()]
+                    if len(batch) == self._batch_size:
+                        self._batch_size //= 2
+                    half = len(batch) // 2
+                    self._halves += [batch[:half], batch[half:]]
                     continue
                 self._death = error
             if self.dead:
-                self._fail([*batch, *self._waiting])
+                self._fail([*batch, *self._waiting, *chain.from_iterable(self._halves)])
                 return
 
     def _next_batch(self) -> list[BatchRequest]:
@@ -170,6 +187,9 @@ class TransformersEngine:
         The requests of a kind are divided by length, since all rows of a batch take the space and
         time of the longest.
         """
+        while self._halves:
+            if half := [request for request in self._halves.pop() if not request.result.done()]:
+                return half
         waiting = [request for request in self._waiting if not request.result.done()]
         if not waiting:
             self._waiting = []
@@ -185,11 +205,14 @@ class TransformersEngine:
 
     def _may_share(self, first: BatchRequest, other: BatchRequest) -> bool:
         assert self._model is not None
-        is_alike = first.decoding == other.decoding
-        return is_alike and (self._model.mixes_lengths or first.decoding is None or first.length == other.length)
+        if first.decoding != other.decoding:
+            return False
+        if first.decoding is None:
+            return self._model.mixes_scores or first.lengths == other.lengths
+        return self._model.mixes_lengths or first.length == other.length
 
     def _fail(self, requests: Sequence[BatchRequest]) -> None:
-        self._waiting = []
+        self._waiting, self._halves = [], []
         for request in requests:
             if not request.result.done():
                 request.result.set_exception(self._death or RuntimeError("the engine was closed"))

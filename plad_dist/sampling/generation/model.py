@@ -7,7 +7,8 @@ different lengths may share a batch, and whether rows may leave it, is measured 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from plad_dist.sampling.generation.token_choice import TokenChoice
 
 _MOST_LOGITS = 1 << 28  # of one forward pass that scores: a gibibyte in float32
 _PROBE_LENGTHS = (29, 11)
+_PROBE_TOKENS = 16
+_STOP_SLACK = 8  # tokens more than a stop string has bytes, which may begin within a token
 
 
 class ResponseEnds(StoppingCriteria):
@@ -72,15 +75,23 @@ class ResponseEnds(StoppingCriteria):
         if row.token_ids[-1] in self._end_ids:
             row.text, row.finish_reason = self._text_of(row.prompt_ids, row.token_ids[:-1]), "stop"
             return
-        is_cut = len(row.token_ids) >= row.max_tokens
-        if is_cut or self._stop:
+        is_cut, is_last_unchecked = len(row.token_ids) >= row.max_tokens, len(row.token_ids) == row.min_tokens
+        if is_cut or is_last_unchecked or self._may_stop(row):
             row.text = self._text_of(row.prompt_ids, row.token_ids)
-        if len(row.token_ids) <= row.min_tokens:
-            self._unchecked[row] = len(row.text)
-        elif (at := self._stop_place(row)) is not None:
+        if is_last_unchecked:
+            self._unchecked[row] = len(row.text.rstrip("\ufffd"))  # which stand for a character that is not complete
+        if len(row.token_ids) > row.min_tokens and (at := self._stop_place(row)) is not None:
             row.text, row.finish_reason = row.text[:at], "stop"
         if is_cut and row.finish_reason is None:
             row.finish_reason = "length"
+
+    def _may_stop(self, row: BatchRow) -> bool:
+        """Return True if the last tokens contain a stop string; the whole text takes longer."""
+        if not self._stop or len(row.token_ids) <= row.min_tokens:
+            return False
+        longest = max(len(stop.encode()) for stop in self._stop)
+        text = self._text_of(row.prompt_ids, row.token_ids[-longest - _STOP_SLACK :])
+        return any(stop in text for stop in self._stop)
 
     def _stop_place(self, row: BatchRow) -> int | None:
         """Return the place of the stop string that ends first, or None without any."""
@@ -100,10 +111,12 @@ class GenerativeModel:
 
     Attributes:
         mixes_lengths: True if prompts of different lengths may share a batch.
+        mixes_scores: True if sequences of different lengths may share a batch that is scored.
         is_encoder_decoder: True if an encoder reads the prompt.
 
     Raises:
-        UserError: transformers cannot load the model.
+        UserError: transformers cannot load the model, or it generates with other likelihoods than
+            it scores with.
     """
 
     def __init__(self, path: str, settings: Model, dtype: str | None, pad_id: int) -> None:
@@ -112,16 +125,23 @@ class GenerativeModel:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         config = load_model_config(path, settings)
         try:
-            model: Any = model_class(config).from_pretrained(
+            model, loading = model_class(config).from_pretrained(
                 path,
                 revision=settings.revision,
                 trust_remote_code=settings.trust_remote_code,
                 use_safetensors=True,  # other formats are pickles, which run programs
                 dtype=getattr(torch, dtype or ("bfloat16" if self._device == "cuda" else "float32")),
+                output_loading_info=True,
             )
-        except (OSError, ValueError, KeyError) as error:
+            model = model.to(self._device).eval()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - families and quantizers raise all kinds of errors
             raise UserError(f"{path}: transformers cannot load this model: {first_line(error)}") from None
-        self._model, self._pad_id, self._vocabulary = model.to(self._device).eval(), pad_id, vocabulary_size(config)
+        if missing := loading["missing_keys"]:  # which transformers has filled with random numbers
+            raise UserError(f"{path}: its files lack {len(missing)} weights of the model, such as {min(missing)}")
+        self._model, self._pad_id, self._vocabulary = model, pad_id, vocabulary_size(config)
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.is_encoder_decoder = bool(config.is_encoder_decoder)
         start_ids = [getattr(source, "decoder_start_token_id", None) for source in (config, model.generation_config)]
         self._start_id = next((token for token in start_ids if token is not None), None)
@@ -129,6 +149,7 @@ class GenerativeModel:
             raise UserError(f"{path}: its config names no decoder_start_token_id, with which every response begins")
         model.generation_config = GenerationConfig()  # its own would change the tokens
         self.mixes_lengths, self._drops_rows = self._probe()
+        self.mixes_scores = self._probe_scores(path)
 
     # -- responses
 
@@ -231,23 +252,57 @@ class GenerativeModel:
         logits: Tensor = self._model(**inputs).logits[0]
         return logits[len(response)] if self.is_encoder_decoder else logits[len(prompt) + len(response) - 1]
 
+    @torch.inference_mode()
+    def _probe_scores(self, path: str) -> bool:
+        """Return whether a sequence beside a longer one has its own likelihood.
+
+        Raises:
+            UserError: a response has another likelihood when it is generated.
+        """
+        generator = torch.Generator().manual_seed(1)
+        prompts = [torch.randint(self._vocabulary, (size,), generator=generator).tolist() for size in _PROBE_LENGTHS]
+        pairs, generated = [], []
+        for prompt in prompts:
+            output = self._call(self._inputs([prompt]), _PROBE_TOKENS)
+            tokens = output.sequences[0, -_PROBE_TOKENS:]
+            logprobs_TV = torch.stack([logits[0] for logits in output.logits]).float().log_softmax(-1)
+            generated.append(float(logprobs_TV.gather(1, tokens[:, None]).sum()))
+            pairs.append((prompt, tokens.tolist()))
+        pairs[1] = (prompts[1], pairs[1][1][: _PROBE_TOKENS // 2])
+        alone = [self._logprobs([pair])[0] for pair in pairs]
+        tolerance = _PROBE_TOKENS * self._tolerance(self._next_logits(*pairs[0]))
+        if abs(alone[0] - generated[0]) > tolerance:
+            raise UserError(
+                f"{path}: cannot be sampled by transformers: a response has the log-likelihood {generated[0]:.3f} when "
+                f"it is generated, and {alone[0]:.3f} in one forward pass"
+            )
+        together = self._logprobs(pairs)
+        return all(abs(one - other) <= tolerance for one, other in zip(alone, together, strict=True))
+
     def _agree(self, logits: Tensor, expected: Tensor) -> bool:
-        precision = max(torch.finfo(dtype).eps for dtype in (expected.dtype, logits.dtype))
-        tolerance = precision**0.5 * float(expected.abs().max())
-        return bool((logits - expected).abs().max() <= tolerance)
+        return bool((logits - expected).abs().max() <= self._tolerance(logits, expected))
+
+    def _tolerance(self, *logits: Tensor) -> float:
+        """Return the rounding error that logits may have."""
+        precision = max(torch.finfo(value.dtype).eps for value in logits)
+        return max(4 * precision, 3e-4) * float(logits[-1].abs().max())
 
     # -- likelihoods
 
     @torch.inference_mode()
-    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
-        """Return the log-likelihood of each response after its prompt, in nats."""
+    def logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[float]:
+        """Yield the log-likelihood of each response after its prompt, in nats."""
         longest = max(len(prompt) + len(response) for prompt, response in pairs)
         rows = max(1, _MOST_LOGITS // (longest * self._vocabulary))
-        pieces = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
-        return [logprob for piece in pieces for logprob in self._logprobs(piece)]
+        for start in range(0, len(pairs), rows):
+            yield from self._logprobs(pairs[start : start + rows])
 
     def _logprobs(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         inputs, starts = self._forward_inputs(pairs)
+        if self._takes_logits_to_keep and not self.is_encoder_decoder:
+            first = min(starts)  # the logits of the prompts before it would take memory for nothing
+            inputs["logits_to_keep"] = inputs["input_ids"].shape[1] - first
+            starts = [start - first for start in starts]
         logits = self._model(**inputs).logits
         sums = []
         for row, start, (_, response) in zip(logits, starts, pairs, strict=True):

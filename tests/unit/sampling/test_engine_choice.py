@@ -134,3 +134,20 @@ def test_the_engine_is_part_of_what_decides_samples_only_if_the_config_names_it(
     assert named.deciding_engine() == {"name": "transformers"}
     config, _ = run_of(tmp_path, {})
     assert student_responder(config, config.student.path or "").identity["engine"] == {}
+
+
+@pytest.mark.parametrize("engine", ["transformers", None])
+def test_a_rotary_embedding_that_depends_on_the_batch_is_refused_for_transformers(
+    tmp_path: Path, engine: str | None
+) -> None:
+    raw = sampling_config(tmp_path, 4)
+    teacher = Path(raw["teacher"]["path"]) / "config.json"
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+    teacher.write_text(json.dumps(json.loads(teacher.read_text()) | {"rope_parameters": rope}))
+    raw["sampling"]["teacher"] = raw["sampling"]["teacher"] | {"engine": engine or {}}
+    config = parse_config(raw, "test")
+    if engine is None:
+        check_inputs(config, RunDir.of(config))
+        return
+    with pytest.raises(UserError, match=r"teacher: the rotary embedding \(dynamic\).*set teacher.max_length"):
+        check_inputs(config, RunDir.of(config))

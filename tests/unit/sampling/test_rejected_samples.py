@@ -108,7 +108,7 @@ def test_every_round_pairs_the_samples_of_the_first(raw: dict[str, Any]) -> None
 
 
 def test_a_teacher_that_writes_rejected_responses_gets_no_prompts_to_share(raw: dict[str, Any], tmp_path: Path) -> None:
-    teachers = {"strong": raw["teacher"], "weak": {"path": weak(raw)}}
+    teachers = {"strong": raw["teacher"], "weak": {"path": weak(raw), "template": TEMPLATE}}
     sections = {"teacher": None, "teachers": teachers, "run": raw["run"] | {"dir": str(tmp_path / "run")}}
     config = config_of(raw, {"teacher": "weak"}, **sections, training={})
     run = RunDir.of(config)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from plad_dist.config import Decoding, Model
@@ -309,8 +308,8 @@ def test_a_batch_that_lacks_memory_is_generated_in_halves(
 
     monkeypatch.setattr(GenerativeModel, "generate", lack_memory)
     assert_equal(with_engine(folders["llama"], lambda engine: complete_all(engine, decoding)), expected)
-    assert sizes[:3] == [11, 5, 2]
-    assert max(sizes[2:]) == 2
+    assert sizes[:3] == [11, 6, 3]
+    assert sum(size for size in sizes if size <= 3) == 11
 
 
 def test_an_error_of_the_model_ends_the_engine_with_all_requests(folders: dict[str, str]) -> None:
@@ -349,18 +348,74 @@ def test_weights_are_exchanged_by_loading_the_other_folder(folders: dict[str, st
     with_engine(folders["t5"], use)
 
 
-def test_weights_in_a_pickle_are_not_loaded(tmp_path: Path) -> None:
-    folder = make_generator(tmp_path / "model", "t5")
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="cannot load this model"):
-        with_engine(str(folder), lambda engine: complete_all(engine, Decoding()))
+def test_a_model_that_scores_with_other_likelihoods_than_it_generates_with_is_refused(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a mixture whose experts take a bounded number of tokens of a forward pass."""
+    plain = GenerativeModel._logprobs
+    monkeypatch.setattr(GenerativeModel, "_logprobs", lambda self, pairs: [0.9 * p for p in plain(self, pairs)])
+    with pytest.raises(UserError, match="cannot be sampled by transformers: a response has the log-likelihood"):
+        with_engine(folders["llama"], lambda engine: complete_all(engine, Decoding(max_tokens=2)))
 
 
-def test_an_encoder_decoder_needs_the_token_with_which_responses_begin(tmp_path: Path) -> None:
-    folder = make_generator(tmp_path / "model", "t5")
-    config = AutoConfig.from_pretrained(folder)
-    config.decoder_start_token_id = None
-    config.save_pretrained(folder)
-    with pytest.raises(UserError, match="decoder_start_token_id"):
-        with_engine(str(folder), lambda engine: complete_all(engine, Decoding()))
+def test_scores_of_a_model_that_sees_padding_have_batches_of_equal_lengths(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, sizes = GenerativeModel._logprobs, list[int]()
+
+    def sees_padding(self: GenerativeModel, pairs: Any) -> list[float]:
+        sizes.append(len(pairs))
+        longest = max(len(prompt) + len(response) for prompt, response in pairs)
+        logprobs = zip(pairs, plain(self, pairs), strict=True)
+        return [logprob - (longest - len(prompt) - len(response)) for (prompt, response), logprob in logprobs]
+
+    async def use(engine: TransformersEngine) -> list[Completion]:
+        sizes.clear()
+        responses = [Response("", [5, 6, 7][:length], "length") for length in (1, 2, 3, 2)]
+        return list(await asyncio.gather(*(engine.score([5, 6], response, "r") for response in responses)))
+
+    expected = with_engine(folders["llama"], use)
+    monkeypatch.setattr(GenerativeModel, "_logprobs", sees_padding)
+    assert_equal(with_engine(folders["llama"], use), expected)
+    assert sorted(sizes) == [1, 1, 2]
+
+
+def test_a_score_after_an_empty_prompt_is_refused(folders: dict[str, str]) -> None:
+    async def use(engine: TransformersEngine) -> None:
+        with pytest.raises(RefusedPromptError, match="no tokens"):
+            await engine.score([], Response("", [5], "length"), "r")
+        assert not engine.dead
+
+    with_engine(folders["llama"], use)
+
+
+def test_requests_during_a_change_of_weights_wait_for_it(folders: dict[str, str], tmp_path: Path) -> None:
+    other = str(make_generator(tmp_path / "other", "llama", seed=1))
+
+    async def use(engine: TransformersEngine) -> Completion:
+        change = asyncio.create_task(engine.load_weights(other))
+        while engine._model is not None:
+            await asyncio.sleep(0)
+        response = await engine.complete([5, 6], Decoding(temperature=0, max_tokens=4), 0, "r")
+        await change
+        return response
+
+    async def alone(engine: TransformersEngine) -> Completion:
+        return await engine.complete([5, 6], Decoding(temperature=0, max_tokens=4), 0, "r")
+
+    assert_equal([with_engine(folders["llama"], use)], [with_engine(other, alone)])
+
+
+def test_each_token_of_a_long_response_decodes_only_the_end_of_it(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, lengths = TransformersEngine._text_of, list[int]()
+
+    def record(self: TransformersEngine, prompt_ids: Any, token_ids: Any) -> str:
+        lengths.append(len(token_ids))
+        return plain(self, prompt_ids, token_ids)
+
+    monkeypatch.setattr(TransformersEngine, "_text_of", record)
+    decoding = Decoding(max_tokens=60, stop=["never"])
+    with_engine(folders["t5"], lambda engine: complete_all(engine, decoding, PROMPTS[:1]))
+    assert max(lengths[:-1]) <= len("never") + 8
