@@ -33,6 +33,7 @@ from plad_dist.training.cut.model import make_cut_model
 from plad_dist.training.job import PhaseJob
 from plad_dist.training.model.attention import attention_of, check_rope
 from plad_dist.training.model.deepspeed_config import check_workers, load_deepspeed
+from plad_dist.training.model.experts import is_mixture
 from plad_dist.training.model.families import row_support
 from plad_dist.training.model.meta import build_without_weights
 from plad_dist.training.model.scratch import make_model
@@ -241,8 +242,10 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
     """Return the fingerprint of all that decides the trained model."""
     training, data, facts = config.training, inputs.data, inputs.manifest.facts
     further: dict[str, Any] = {}
-    if inputs.phase.optimizer.name == "muon" and _has_unnamed_embeddings(inputs):
+    if inputs.phase.optimizer.name == "muon" and unnamed_embeddings(_model_without_weights(inputs)):
         further["muon"] = "hidden matrices"  # checkpoints from when Muon took these embeddings do not fit
+    if training.lora is not None and is_mixture(_model_without_weights(inputs)):
+        further["adapted"] = "named layers"  # checkpoints from when peft changed the targets do not fit
     return fingerprint(
         "phase",
         settings=_deciding_keys(inputs.phase),
@@ -263,9 +266,9 @@ def _identity(inputs: _PhaseInputs, config: Config, steps: int) -> str:
     )
 
 
-def _has_unnamed_embeddings(inputs: _PhaseInputs) -> bool:
+def _model_without_weights(inputs: _PhaseInputs) -> Any:
     config, remote = load_model_config(inputs.start, inputs.settings), inputs.settings.trust_remote_code
-    return bool(unnamed_embeddings(build_without_weights(config, remote=remote)))
+    return build_without_weights(config, remote=remote)
 
 
 def _job(inputs: _PhaseInputs, config: Config, run: RunDir, steps: int, identity: str) -> PhaseJob:

@@ -183,6 +183,23 @@ def test_a_key_without_effect_leaves_the_fingerprint_of_earlier_adapters() -> No
     assert _keys_of_all_phases(Training(lora=LORA))["lora"]["target_parameters"] == EXPERTS
 
 
+@pytest.mark.parametrize(("family", "changes"), [("qwen3_moe", True), ("llama", False)])
+def test_checkpoints_from_when_peft_changed_the_targets_in_a_mixture_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: bool
+) -> None:
+    raw = config_with_pairs(tmp_path, max_steps=1)
+    make_random_model(tmp_path / "student", 2, model_type=family, num_key_value_heads=1, **MIXTURES.get(family, {}))
+    make_run(raw)
+
+    def fingerprint(lora: dict[str, Any] | None) -> str:
+        return job_of(raw | {"training": raw["training"] | {"lora": lora}}, "round-0").fingerprint
+
+    adapted, unadapted = fingerprint({"r": 2}), fingerprint(None)
+    monkeypatch.setattr("plad_dist.training.plan.is_mixture", lambda model: False)
+    assert (fingerprint({"r": 2}) != adapted) == changes
+    assert fingerprint(None) == unadapted, "without adapters every checkpoint still fits"
+
+
 def test_parameters_that_do_not_stack_experts_are_refused_with_those_that_do(tmp_path: Path) -> None:
     make_random_model(tmp_path / "student", 2, model_type="qwen3_moe", num_key_value_heads=1, **MIXTURES["qwen3_moe"])
     student = Model(path=str(tmp_path / "student")).pretrained()
