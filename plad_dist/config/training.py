@@ -187,7 +187,8 @@ class Lora(Section):
     r: int = Field(16, ge=1, description="Rank of the adapters.")
     alpha: float = Field(32.0, gt=0, description="Scale of the adapters: their output is multiplied by alpha / r.")
     target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="Names of the layers to adapt, in peft's format."
+        "all-linear",
+        description="Names of the layers to adapt, in peft's format. Can be empty with `target_parameters`.",
     )
     target_parameters: list[str] = Field(
         default=[],

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from plad_dist.config import Lora, Loss, Model, Optimizer, Training
 from plad_dist.errors import UserError
@@ -18,9 +19,16 @@ from plad_dist.planning.sizes import size_of
 from plad_dist.planning.training_memory import training_memory
 from plad_dist.preflight import check_adapters
 from plad_dist.training.batches.packing import collate
+from plad_dist.training.checkpoints.export import _save_adapter
 from plad_dist.training.checkpoints.snapshot import write_snapshot
 from plad_dist.training.losses import group_losses
-from plad_dist.training.model.adapters import adapted_parameters, add_adapters, low_rank_matrices, unadapted_name
+from plad_dist.training.model.adapters import (
+    adapted_layers,
+    adapted_parameters,
+    add_adapters,
+    low_rank_matrices,
+    unadapted_name,
+)
 from plad_dist.training.model.attention import attention_of
 from plad_dist.training.model.experts import route_in_float32
 from plad_dist.training.model.families import row_support
@@ -152,6 +160,39 @@ def test_adapters_of_linear_layers_leave_stacked_experts_as_they_are(family: str
     assert not any(".experts." in name for name in adapted)
     with pytest.raises(UserError, match=r"training.lora.save_adapter: peft would load .*gate_proj.* set false"):
         add_adapters(make(family, None), Lora(r=2, save_adapter=True), seed=1)
+
+
+def test_experts_alone_can_be_adapted() -> None:
+    model = make("qwen3_moe", None)
+    add_adapters(model, Lora(r=2, target_modules=[], target_parameters=EXPERTS[:1], save_adapter=True), seed=1)
+    adapted = {unadapted_name(name) for name in adapted_parameters(model)}
+    assert adapted == {f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(2)}
+
+
+def test_a_saved_adapter_has_the_experts_of_families_that_keep_them_as_linear_layers(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    shape = {"d_kv": 16, "d_ff": 64, "num_layers": 2, "num_sparse_encoder_layers": 2, "num_experts": 2}
+    sparse = shape | {"num_decoder_layers": 2, "num_sparse_decoder_layers": 2, "encoder_sparse_step": 1}
+    student = make_random_model(tmp_path / "student", 2, model_type="switch_transformers", **sparse)
+    model = AutoModelForSeq2SeqLM.from_pretrained(student)
+    lora = Lora(r=2, target_modules=["wi", "wo"])
+    add_adapters(model, lora, seed=1)
+    adapters = adapted_parameters(model)
+    assert all(".experts." in name for name in adapters)
+    for module in adapters.values():
+        torch.nn.init.normal_(low_rank_matrices(module)[1])  # they start at zero
+    weights = {
+        f"base_model.model.{name.replace('.default', '')}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    job = SimpleNamespace(lora=lora, start=str(student), settings=Model(path=str(student)))
+    _save_adapter(tmp_path / "adapter", weights, adapted_layers(model), job)
+
+    loaded = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(student), tmp_path / "adapter")
+    ids = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "decoder_input_ids": torch.tensor([[0, 9, 10]])}
+    torch.testing.assert_close(loaded(**ids).logits, model.eval()(**ids).logits)
 
 
 def test_the_plan_counts_the_adapters_of_experts(tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_adapters_of_layers_that_the_student_lacks_are_refused(tmp_path: Path) -
     check_adapters(student, Lora(target_modules=["q_proj", "up_proj"]))
     with pytest.raises(UserError, match=r"target_modules: c_attn: expected names .*; it has down_proj, gate_proj, k_p"):
         check_adapters(student, Lora(target_modules=["q_proj", "c_attn"]))
+    with pytest.raises(UserError, match=r"target_modules: must not be empty without target_parameters; name .*q_proj"):
+        check_adapters(student, Lora(target_modules=[]))
 
 
 @pytest.mark.parametrize("is_created", [False, True])

@@ -18,7 +18,13 @@ from plad_dist.errors import RunFailed
 from plad_dist.training.checkpoints.attempts import Attempt
 from plad_dist.training.checkpoints.store import TrainState
 from plad_dist.training.job import PhaseJob
-from plad_dist.training.model.adapters import adapted_parameters, low_rank_matrices, merged, unadapted_name
+from plad_dist.training.model.adapters import (
+    adapted_layers,
+    adapted_parameters,
+    low_rank_matrices,
+    merged,
+    unadapted_name,
+)
 
 _EXPORT_TIMEOUT_S, _POLL_S = 7200.0, 0.2
 
@@ -48,7 +54,7 @@ def export_model(engine: Any, job: PhaseJob, state: TrainState, attempt: Attempt
             model.save_pretrained(temporary, state_dict=weights, safe_serialization=True)
             _tokenizer(job).save_pretrained(temporary)
             if adapter:
-                _save_adapter(temporary / "adapter", adapter, job)
+                _save_adapter(temporary / "adapter", adapter, adapted_layers(model), job)
             if attempt.superseded() is None:
                 commit_model(temporary, final, job.fingerprint, asdict(state) | {"inputs": job.inputs})
     else:
@@ -131,7 +137,7 @@ def _gather_adapter(engine: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], job: PhaseJob) -> None:
+def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], layers: list[str], job: PhaseJob) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
@@ -139,9 +145,8 @@ def _save_adapter(folder: Path, adapter: dict[str, torch.Tensor], job: PhaseJob)
     folder.mkdir(parents=True)
     save_file(adapter, folder / "adapter_model.safetensors")
     task = "SEQ_2_SEQ_LM" if load_model_config(job.start, job.settings).is_encoder_decoder else "CAUSAL_LM"
-    targets = sorted({name.split(".")[-3] for name in adapter if ".experts." not in name})
     config = LoraConfig(
-        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=targets,
+        r=job.lora.r, lora_alpha=job.lora.alpha, lora_dropout=0.0, target_modules=layers,
         target_parameters=job.lora.target_parameters, task_type=task, base_model_name_or_path=job.start,
     )  # fmt: skip
     config.save_pretrained(folder)

@@ -47,7 +47,8 @@ def adapter_targets(model: Any, lora: Lora) -> list[str]:
 
     Raises:
         UserError: a target is not a linear layer of the model, or is its output layer; a target
-            parameter does not stack experts; or peft could not load the saved adapter.
+            parameter does not stack experts; nothing is adapted; or peft could not load the saved
+            adapter.
     """
     from plad_dist.compat.peft import targets_read_as_experts  # not at the top: importing peft takes seconds
 
@@ -62,11 +63,11 @@ def adapter_targets(model: Any, lora: Lora) -> list[str]:
     modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules()]
     linear = {name for name, module in modules if _is_linear(module) and module is not head}
     targets = sorted(linear) if lora.target_modules == "all-linear" else lora.target_modules
-    if not targets or not set(targets) <= linear:
-        raise UserError(
-            f"training.lora.target_modules: {', '.join(sorted(set(targets) - linear)) or 'none'}: expected names of "
-            f"linear layers of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
-        )
+    choice = f"linear layers of the model other than its output layer; it has {', '.join(sorted(linear)) or 'none'}"
+    if unknown := sorted(set(targets) - linear):
+        raise UserError(f"training.lora.target_modules: {', '.join(unknown)}: expected names of {choice}")
+    if not targets and not lora.target_parameters:
+        raise UserError(f"training.lora.target_modules: must not be empty without target_parameters; name {choice}")
     if lora.save_adapter and (misread := targets_read_as_experts(targets, model)):
         raise UserError(
             f"training.lora.save_adapter: peft would load the adapters of {', '.join(misread)} as those of experts; "
@@ -99,6 +100,12 @@ def adapted_parameters(model: nn.Module) -> dict[str, Any]:
     return adapted
 
 
+def adapted_layers(model: nn.Module) -> list[str]:
+    """Return the names of the adapted linear layers, in peft's format."""
+    modules = ((name.rpartition(".")[2], module) for name, module in model.named_modules())
+    return sorted({name for name, module in modules if hasattr(module, "lora_A") and not _adapts_experts(module)})
+
+
 def low_rank_matrices(module: Any) -> list[nn.Parameter]:
     """Return the parameters of an adapter."""
     return [module.lora_A[_ADAPTER].weight, module.lora_B[_ADAPTER].weight]
@@ -106,7 +113,7 @@ def low_rank_matrices(module: Any) -> list[nn.Parameter]:
 
 def merged(weight: Tensor, module: Any) -> Tensor:
     """Return ``W + scale * B A`` of a weight and its adapter, computed in float32."""
-    if hasattr(module, "parameter_name"):
+    if _adapts_experts(module):
         left, right, scale = module.get_delta_factors(_ADAPTER)
     else:
         right, left = low_rank_matrices(module)
@@ -118,6 +125,11 @@ def merged(weight: Tensor, module: Any) -> Tensor:
 def unadapted_name(name: str) -> str:
     """Return the name that a parameter has in the model without adapters."""
     return name.replace("base_layer.", "")
+
+
+def _adapts_experts(module: Any) -> bool:
+    """Return True for an adapter of a parameter, False for one of a linear layer."""
+    return hasattr(module, "parameter_name")
 
 
 def _is_named(name: str, target: str) -> bool:
