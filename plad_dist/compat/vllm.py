@@ -92,13 +92,13 @@ def generating_architectures() -> frozenset[str]:
         UserError: vLLM is not installed.
     """
     tables = {"_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"}
-    found = {
+    values = {
         ast.unparse(node.targets[0]): node.value
         for node in _parse("model_executor/models/registry.py").body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in tables
     }
-    assert found.keys() == tables, _mismatch(f"the tables {', '.join(sorted(tables))} of its registry")
-    return frozenset(name for table in found.values() for name in ast.literal_eval(table))
+    assert values.keys() == tables, _mismatch(f"the tables {', '.join(sorted(tables))} of its registry")
+    return frozenset(name for table in values.values() for name in ast.literal_eval(table))
 
 
 @cache

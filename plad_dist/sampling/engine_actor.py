@@ -1,4 +1,4 @@
-"""Sampling actor whose engine lives in a child process, so that the actor imports no library of it.
+"""Sampling actor that does not import the library of its engine, which lives in a child process.
 
 The child comes from a nursery that has imported the library. It runs a
 :class:`~plad_dist.sampling.actor.Sampler`, to which the actor passes every call of the driver.

@@ -116,7 +116,7 @@ class ExpertBalance:
 
 
 class _WithLoss(torch.autograd.Function):
-    """A tensor as it is, behind which a loss gets its gradient whatever that of the tensor."""
+    """Return the tensor unchanged; in the backward pass, give the loss the gradient 1."""
 
     @staticmethod
     def forward(context: Any, tensor: Tensor, loss: Tensor) -> Tensor:
