@@ -17,6 +17,7 @@ from plad_dist.data.models import (
     check_weights,
     context_length,
     load_model_config,
+    positions,
     vocabulary_size,
 )
 from plad_dist.data.prompts import check_prompts, train_prompts
@@ -124,7 +125,8 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     for key, model in models.items():
         yield from _model_checks(key, model)
     for key, model, section, sampling in config.responders():
-        yield "", partial(check_chosen_engine, model, sampling.engine, f"{section}.engine")
+        yield "", partial(check_chosen_engine, model, sampling.engine, f"{section}.engine", key)
+        yield "", partial(_check_context, model, key)
         engine = chosen_engine(model, sampling.engine)
         if model.scratch is not None:
             yield f"{key}.", partial(_check_scratch, model.scratch, engine)
@@ -150,6 +152,22 @@ def _check_scratch(scratch: ScratchModel, engine: Mapping[str, Any]) -> None:
             check_cpu_heads(config)
         except UserError as error:
             raise UserError(f"scratch.architecture: {error}") from None
+
+
+def _check_context(model: Model, key: str) -> None:
+    """Raise :class:`UserError` if nothing bounds the sequences of an encoder-decoder."""
+    from plad_dist.training.model.scratch import check_architecture
+
+    source = model.pretrained()
+    try:
+        config = check_architecture(model.scratch) if model.scratch else source and config_of(source)
+    except UserError:  # the checks of the model report it
+        return
+    if config and config.is_encoder_decoder and model.max_length is None and positions(config) is None:
+        raise UserError(
+            f"{key}.max_length: is required, because the config of the model names no context length; set the most "
+            "tokens of a prompt with its response, such as 512"
+        )
 
 
 def _check_rope(source: Pretrained, key: str) -> None:

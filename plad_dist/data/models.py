@@ -382,15 +382,15 @@ def model_class(config: Any) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _positions(config: Any) -> int | None:
+def positions(config: Any) -> int | None:
     """Return the context length by a transformers config, None if it states none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def context_length(model: str, settings: Model) -> int:
     """Return the largest sequence length in tokens, limited by the config and by the model."""
-    positions = _positions(load_model_config(model, settings))
-    return int(min(length for length in (settings.max_length, positions, 1 << 20) if length))
+    limits = (settings.max_length, positions(load_model_config(model, settings)), 1 << 20)
+    return int(min(length for length in limits if length))
 
 
 def check_max_length(model: str, settings: Model | RewardModel, key: str) -> None:
@@ -401,7 +401,7 @@ def check_max_length(model: str, settings: Model | RewardModel, key: str) -> Non
     Args:
         key: config section of the model, for messages.
     """
-    limit = _positions(load_model_config(model, settings))
+    limit = positions(load_model_config(model, settings))
     if settings.max_length is not None and limit and settings.max_length > limit:
         raise UserError(
             f"{key}.max_length: {settings.max_length}: {model} has a context of {limit} tokens "

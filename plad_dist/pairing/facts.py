@@ -81,7 +81,12 @@ class PairFacts:
             counts.update(part.counts)
         facts = cls.from_counts(counts)
         if not facts.pairs:
-            raise RunFailed(f"no pair was left of {facts.prompts:,} prompts. Dropped, by reason: {facts.drops}")
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in facts.drops.items()) or "none"
+            hint = "; raise sampling.teacher.max_tokens, or set pairing.truncated_chosen to keep"
+            raise RunFailed(
+                f"no pair was left of {facts.prompts:,} prompts. Dropped, by reason: {reasons}"
+                f"{hint if 'chosen_truncated' in facts.drops else ''}"
+            )
         return facts
 
     @classmethod

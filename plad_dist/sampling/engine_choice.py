@@ -48,18 +48,23 @@ def chosen_engine(model: Model, engine: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": TRANSFORMERS, **engine}
 
 
-def check_chosen_engine(model: Model, engine: Mapping[str, Any], key: str) -> None:
+def check_chosen_engine(model: Model, engine: Mapping[str, Any], key: str, model_key: str) -> None:
     """Raise :class:`UserError` if vLLM lacks a model, and its arguments are vLLM's.
 
     Args:
         key: config key that holds the arguments.
+        model_key: config key of the model.
     """
     chosen = chosen_engine(model, engine)
     if chosen != engine:
+        check_engine_args(engine, key)
         try:
             check_engine_args(chosen, key)
         except UserError as error:
-            raise UserError(f"{error}. vLLM has no {missing_architecture(model)}, so transformers generates") from None
+            raise UserError(
+                f"{error}. vLLM has no {missing_architecture(model)}, the architecture of {model_key}, so transformers "
+                "generates"
+            ) from None
 
 
 def missing_architecture(model: Model) -> str | None:

@@ -137,7 +137,7 @@ def config_of(folder: Path, teacher: str, student: str) -> dict[str, Any]:
     for seed, (role, family) in enumerate((("teacher", teacher), ("student", student))):
         shape, vocabulary = FAMILIES[family]
         path = make_random_model(folder / role, seed, vocab_size=vocabulary, **shape)
-        models[role] = {"path": str(path), "template": TEMPLATE}
+        models[role] = {"path": str(path), "template": TEMPLATE, "max_length": 128}
     sampling = {
         role: {"temperature": 1.0, "max_tokens": 12, "engine": engine_of(family)}
         for role, family in (("teacher", teacher), ("student", student))

@@ -12,10 +12,16 @@ from plad_dist.evaluation.document import Metrics
 from plad_dist.evaluation.formatting import layers_phrase, loss_phrase, percent, with_interval, writer_phrase
 
 
-def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], config_yaml: str) -> str:
+def render_card(
+    config: Config, metrics: Metrics, versions: Mapping[str, str], config_yaml: str, *, has_encoder: bool = False
+) -> str:
     """Return the card as Markdown, headed by the metadata of a hub.
 
     It contains no secrets, because configs have no keys for secrets.
+
+    Args:
+        has_encoder: the student is an encoder-decoder, which transformers loads by another class
+            and vLLM does not serve.
     """
     environment = Environment(  # noqa: S701 - Markdown, without text of models
         loader=PackageLoader("plad_dist.evaluation.report"),
@@ -35,6 +41,7 @@ def render_card(config: Config, metrics: Metrics, versions: Mapping[str, str], c
         base=hub_name(source.path) if (source := config.student.pretrained()) is not None else None,
         rejected=writer_phrase(config.sampling.rejected),
         loss=loss_phrase(config.training.round.loss),
+        has_encoder=has_encoder,
     )
 
 

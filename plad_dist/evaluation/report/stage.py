@@ -56,7 +56,9 @@ def write_report(config: Config, run: RunDir) -> str:
     check_owned(run.storage)
     phase = phases.round_phase(run.round)
     if model_marker(run.model(phase)) is not None:  # a folder without a model gets no card
-        card = render_card(config, metrics, data.versions, data.config_yaml)
+        model = run.storage.read_json(f"models/{phase}/config.json") or {}
+        has_encoder = bool(model.get("is_encoder_decoder"))
+        card = render_card(config, metrics, data.versions, data.config_yaml, has_encoder=has_encoder)
         run.storage.replace(f"models/{phase}/{CARD}", card.encode())
     run.storage.replace(run.report, render_report(data).encode())
     return str(run.root / run.report)

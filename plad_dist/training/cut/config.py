@@ -49,8 +49,12 @@ def depth_of(config: Any) -> int:
     """Return the number of decoder layers by a transformers config.
 
     Raises:
-        UserError: the config does not state it.
+        UserError: the config does not state it, or the model has an encoder too.
     """
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"student.from.path: a {config.model_type} model is an encoder-decoder, of which no layers can be cut"
+        )
     depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     if not isinstance(depth, int):
         raise UserError(f"student.from.path: a {config.model_type} model has no plain list of layers to choose from")

@@ -249,6 +249,14 @@ def test_report_and_card_name_the_model_and_the_layers_of_a_cut_student() -> Non
         assert _origin(Student.model_validate(section)) == _model_phrase(section) == expected
 
 
+def test_the_card_of_an_encoder_decoder_loads_it_by_its_class(tmp_path: Path) -> None:
+    config = parse_config(tiny_config(tmp_path), "test")
+    for has_encoder in (False, True):
+        card = render_card(config, make_metrics(ALL, "a b c", RANKING), {}, "", has_encoder=has_encoder)
+        assert ("AutoModelForSeq2SeqLM" in card) == has_encoder
+        assert ("AutoModelForCausalLM" in card) == ("vllm serve" in card) == (not has_encoder)
+
+
 def test_the_report_and_the_card_say_who_wrote_the_rejected_responses(tmp_path: Path) -> None:
     writers = {
         "{phase: student-init}": "the student before its training",

@@ -90,16 +90,19 @@ def test_an_argument_that_transformers_does_not_take_is_refused(engine: dict[str
 
 def test_arguments_of_vllm_for_a_model_that_it_lacks_are_refused(tmp_path: Path) -> None:
     model = described(tmp_path / "model", model_type="t5")
-    check_chosen_engine(model, {"max_num_seqs": 8, "dtype": "float32"}, "sampling.student.engine")
+    check_chosen_engine(model, {"max_num_seqs": 8, "dtype": "float32"}, "sampling.student.engine", "student")
     with pytest.raises(UserError, match=r"student\.engine\.kv_cache_memory_bytes: .* vLLM has no T5ForConditional"):
-        check_chosen_engine(model, {"kv_cache_memory_bytes": 1}, "sampling.student.engine")
-    check_chosen_engine(described(tmp_path / "llama", model_type="llama"), {"kv_cache_memory_bytes": 1}, "key")
+        check_chosen_engine(model, {"kv_cache_memory_bytes": 1}, "sampling.student.engine", "student")
+    check_chosen_engine(
+        described(tmp_path / "llama", model_type="llama"), {"kv_cache_memory_bytes": 1}, "key", "student"
+    )
 
 
 def run_of(folder: Path, engine: Any) -> tuple[Config, RunDir]:
     raw = sampling_config(folder, 8)
     raw["student"]["path"] = str(make_generator(folder / "t5", "t5"))
     raw["sampling"]["student"] = {"max_tokens": 16, "cpus": 2.0, "engine": engine}
+    raw["student"]["max_length"] = 96
     config = parse_config(raw, "test")
     return config, RunDir.of(config)
 
@@ -151,3 +154,15 @@ def test_a_rotary_embedding_that_depends_on_the_batch_is_refused_for_transformer
         return
     with pytest.raises(UserError, match=r"teacher: the rotary embedding \(dynamic\).*set teacher.max_length"):
         check_inputs(config, RunDir.of(config))
+
+
+def test_an_encoder_decoder_without_a_context_length_needs_one_before_anything_starts(tmp_path: Path) -> None:
+    raw = sampling_config(tmp_path, 4)
+    raw["sampling"] = {}
+    raw["student"] |= {"path": str(make_generator(tmp_path / "t5", "t5"))}
+    config = parse_config(raw, "test")
+    with pytest.raises(UserError, match=r"student\.max_length: is required"):
+        check_inputs(config, RunDir.of(config))
+    raw["student"]["max_length"] = 64
+    config = parse_config(raw, "test")
+    check_inputs(config, RunDir.of(config))

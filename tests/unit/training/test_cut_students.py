@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from plad_dist.compat import pretrained
 from plad_dist.config import Pretrained, Student
@@ -22,7 +22,7 @@ from plad_dist.data.models import load_model_config, model_fingerprint, model_ma
 from plad_dist.errors import UserError
 from plad_dist.training.cut import model as cut_models
 from plad_dist.training.cut import weights
-from plad_dist.training.cut.config import check_cut, check_same_layers, chosen_layers, cut_config
+from plad_dist.training.cut.config import check_cut, check_same_layers, chosen_layers, cut_config, depth_of
 from plad_dist.training.cut.model import make_cut_model
 from plad_dist.training.model.meta import build_without_weights
 from tests.tiny import make_random_model
@@ -214,3 +214,8 @@ def test_names_in_the_files_are_those_of_the_library(teacher: Path) -> None:
     model = build_without_weights(load_model_config(str(teacher), Student(path=str(teacher))), remote=False)
     names = pretrained.BuiltModel.of(model).names_in_model(["layers.3.mlp.up_proj.weight", "unknown.weight"])
     assert names == {"layers.3.mlp.up_proj.weight": ("model.layers.3.mlp.up_proj.weight", False)}
+
+
+def test_the_layers_of_an_encoder_decoder_are_not_cut() -> None:
+    with pytest.raises(UserError, match="a t5 model is an encoder-decoder, of which no layers can be cut"):
+        depth_of(AutoConfig.for_model("t5"))
