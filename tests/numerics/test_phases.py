@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from plad_dist.data.dataset import Dataset
@@ -225,6 +225,20 @@ def test_training_stops_when_patience_runs_out_and_exports_the_best_checkpoint(t
     assert sum(is_correct) / len(is_correct) == pytest.approx(at_best["pair_accuracy"]), (
         "the weights are those of the best step"
     )
+
+
+@pytest.mark.engine
+def test_a_student_whose_files_lack_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers, and only say so."""
+    raw = config_with_pairs(tmp_path, max_steps=1)
+    run = make_run(raw)
+    file = tmp_path / "student/model.safetensors"
+    weights = load_file(file)
+    save_file({name: w for name, w in weights.items() if "mlp" not in name}, file, metadata={"format": "pt"})
+    train(tmp_path, raw, PHASE, 2)
+    message, by_user = stop_reason(run)
+    assert re.search(r"its files lack 3 weights of the model, such as model\.layers\.0\.mlp", message)
+    assert by_user
 
 
 def test_a_diverging_phase_stops_before_the_step_and_lists_groups(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def build_engine(job: PhaseJob, device: torch.device, *, from_checkpoint: bool =
             starting model need not be read.
 
     Raises:
-        UserError: the model family, the attention implementation or the adapters are not supported.
+        UserError: the model family, the attention implementation or the adapters are not supported,
+            or the files of the model lack weights.
     """
     import deepspeed
 
@@ -71,7 +72,7 @@ def _load_model(
 
     partition_at_load = HfDeepSpeedConfig(deepspeed)  # transformers looks for it while it loads a model
     with parameters_not_broadcast(), weights_loaded_by(partial(load_weights, from_checkpoint=from_checkpoint)):
-        model = model_class(model_config).from_pretrained(
+        model, loading = model_class(model_config).from_pretrained(
             job.start,
             config=model_config,
             revision=job.settings.revision,
@@ -79,8 +80,11 @@ def _load_model(
             use_safetensors=True,  # other formats are pickles, which run programs
             dtype=torch.bfloat16 if job.dtype == "bfloat16" else torch.float32,
             attn_implementation=attention.implementation,
+            output_loading_info=True,
         )
     del partition_at_load
+    if missing := loading["missing_keys"]:  # which transformers has filled with random numbers
+        raise UserError(f"{job.start}: its files lack {len(missing)} weights of the model, such as {min(missing)}")
     model.config.use_cache = False
     if job.lora is not None:
         add_adapters(model, job.lora, job.seed)
