@@ -13,7 +13,6 @@ from plad_dist.planning.engine_memory import kv_cache_bytes, kv_cache_tokens
 from plad_dist.planning.engines import (
     EndpointSpec,
     EngineSpec,
-    Role,
     endpoint_specs,
     engine_specs,
     gpu_needs,
@@ -112,8 +111,8 @@ def estimate_hours(
     Starts of engines and workers are not included.
 
     Args:
-        rates: measured tokens a second and device by `teacher`, `student` and `train`. That of the
-            student is also that of another writer of rejected responses.
+        rates: measured tokens a second and device by `teacher`, `student` and `train`. The
+            engines of another writer of rejected responses are taken to have the student's.
     """
     if work.prompts is None or (hardware.gpu is None and not {"teacher", "student", "train"} <= rates.keys()):
         return None
@@ -122,24 +121,21 @@ def estimate_hours(
     endpoints, engines, training = dict[str, StageHours](), dict[str, StageHours](), dict[str, StageHours]()
     for server in endpoint_specs(config):
         tokens = server.share * work.generated_tokens(config, server.role)
-        rate = _measured_rate(rates, server.role) or _endpoint_rate(server, work)
+        rate = rates.get(server.role) or _endpoint_rate(server, work)
         endpoints[f"sample {server.label}"] = StageHours(tokens, rate, 1)
     for spec in engine_specs(config):
         if not spec.is_judge:
             is_teacher = spec.role == "teacher"
             share = teacher_share(config, spec.label.removeprefix("teachers.")) if is_teacher else 1.0
             tokens = share * work.generated_tokens(config, spec.role)
-            rate = _measured_rate(rates, spec.role) or _engine_rate(config, spec, sizes[spec.label], hardware, work)
+            measured = rates.get("student" if spec.role == "rejected" else spec.role)
+            rate = measured or _engine_rate(config, spec, sizes[spec.label], hardware, work)
             engines[f"sample {spec.label}"] = StageHours(tokens, rate, _engine_devices_used(spec, devices))
     for name, phase in phases_of(config).items():
         rate = rates.get("train") or _training_rate(trained_size(name, sizes), hardware)
         used = min(config.training.workers[1], devices, phase.batch_groups)  # further workers are idle in every step
         training[f"train {name}"] = StageHours(work.trained_tokens(config, name), rate, used)
     return RunHours(devices, endpoints, engines, training)
-
-
-def _measured_rate(rates: Mapping[str, float], role: Role) -> float | None:
-    return rates.get("student" if role == "rejected" else role)
 
 
 def responses_at_once(spec: EngineSpec, cached_tokens: float, hardware: Hardware, work: Workload) -> float:

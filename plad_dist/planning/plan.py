@@ -194,15 +194,17 @@ def _assumptions(
             f"engines at {ENGINE_EFFICIENCY:.0%} of memory bandwidth and arithmetic: assumed; give --teacher-rate and "
             "--student-rate"
         )
+    if "student" in rates and any(spec.role == "rejected" for spec in engine_specs(config)):
+        lines.append("engines of the model that writes the rejected responses are as fast as --student-rate says")
     return lines
 
 
 def _time_assumptions(config: Config, time: RunHours) -> list[str]:
     lines = [
-        f"{stage}: the server's speed is unknown, so its time is not included; set its requests_per_minute, or give "
-        "--teacher-rate"
-        for stage, hours in time.endpoints.items()
-        if hours.hours is None
+        f"sample {server.label}: the server's speed is unknown, so its time is not included; set its "
+        f"requests_per_minute{', or give --teacher-rate' if server.role == 'teacher' else ''}"
+        for server in endpoint_specs(config)
+        if time.endpoints[f"sample {server.label}"].hours is None
     ]
     lines.append("hours exclude the start of engines and workers, likelihoods, judges and reward models")
     if any(endpoint_specs(config)):

@@ -54,6 +54,35 @@ def test_responses_for_pairs_are_those_of_the_writer_and_drawn_once(tmp_path: Pa
     assert other["sample sampling.rejected"] == for_pairs
 
 
+def test_the_engine_of_another_model_takes_the_students_rate_and_the_plan_says_so(tmp_path: Path) -> None:
+    raw = tiny_config(tmp_path)
+    rates = {"teacher": 1000.0, "student": 2000.0, "train": 500.0}
+    notes = []
+    for rejected in ({"path": SMALL}, None):
+        config = parse_config(raw | {"sampling": raw["sampling"] | {"rejected": rejected}}, "test")
+        plan = plan_run(config, Hardware(None, 1, 0, None), **GIVEN, rates=rates)
+        rate = plan["time"]["stages"].get("sample sampling.rejected", {}).get("tokens_per_s_per_device")
+        assert rate == (2000.0 if rejected else None)
+        notes.append(any("rejected responses are as fast as --student-rate" in line for line in plan["assumptions"]))
+    assert notes == [True, False]
+
+
+def test_a_server_keeps_the_rate_of_its_limits_and_is_given_no_other() -> None:
+    base = load_config("examples/endpoint-to-7b.yaml").model_dump(mode="json")
+    unlimited = base["teacher"]["endpoint"] | {"requests_per_minute": None, "tokens_per_minute": None}
+
+    def plan(weak: dict[str, Any]) -> dict[str, Any]:
+        teachers = {"strong": base["teacher"], "weak": base["teacher"] | {"endpoint": weak}}
+        sampling = base["sampling"] | {"rejected": {"teacher": "weak"}}
+        config = parse_config(base | {"teacher": None, "teachers": teachers, "sampling": sampling}, "test")
+        return plan_run(config, H100_NODES, **GIVEN, rates={"student": 2000.0})
+
+    limited = plan(unlimited | {"requests_per_minute": 60})["time"]["stages"]["sample teachers.weak"]
+    assert limited["tokens_per_s_per_device"] == 50.0
+    [note] = [line for line in plan(unlimited)["assumptions"] if line.startswith("sample teachers.weak: ")]
+    assert note.endswith("set its requests_per_minute")
+
+
 def test_a_teacher_behind_a_server_is_paid_for_the_rejected_responses() -> None:
     base = load_config("examples/endpoint-to-7b.yaml").model_dump(mode="json")
     teachers = {"strong": base["teacher"], "weak": base["teacher"]}
