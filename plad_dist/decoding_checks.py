@@ -90,6 +90,26 @@ def check_pair_length(config: Config) -> None:
         )
 
 
+def check_rejected_length(config: Config) -> None:
+    """Raise :class:`UserError` if the context of another writer of rejected responses cannot hold
+    `max_tokens` and a prompt.
+
+    Prompts are chosen without regard to this context, so no other check refuses it.
+    """
+    other = config.rejected_writer()
+    if other is None or (source := other.model.pretrained()) is None or "hf_overrides" in other.sampling.engine:
+        return
+    try:
+        limit = context_length(resolve_model(source.settings), source.settings)
+    except UserError:  # another check reports it
+        return
+    if limit <= other.sampling.max_tokens:
+        raise UserError(
+            f"{other.section}.max_tokens: {other.sampling.max_tokens}: the context of {other.key} is {limit} tokens, "
+            "which leaves no room for a prompt; set fewer, or give it a longer context"
+        )
+
+
 def decoding_notes(config: Config) -> Iterator[str]:
     """Yield a line for every setting of the decoding without the effect that a user may expect.
 

@@ -22,7 +22,13 @@ from plad_dist.data.models import (
 )
 from plad_dist.data.prompts import check_prompts, train_prompts
 from plad_dist.data.templates import Renderer
-from plad_dist.decoding_checks import check_decoding, check_pair_length, decoding_notes, sampled_models
+from plad_dist.decoding_checks import (
+    check_decoding,
+    check_pair_length,
+    check_rejected_length,
+    decoding_notes,
+    sampled_models,
+)
 from plad_dist.errors import UserError
 from plad_dist.reuse import reused_run
 from plad_dist.rundir import RunDir, check_same_run
@@ -135,6 +141,7 @@ def _checks(config: Config, run: RunDir) -> Iterator[Check]:
     for sampled in sampled_models(config):
         yield "", partial(check_decoding, sampled)
     yield "", partial(check_pair_length, config)
+    yield "", partial(check_rejected_length, config)
     if (source := config.student.pretrained()) is not None:
         yield "", partial(_check_rope, source, "student")
         if config.training.lora is not None:

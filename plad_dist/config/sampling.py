@@ -147,7 +147,8 @@ class Rejected(Section):
         None,
         min_length=1,
         description="Folder or hub name of a pretrained model with its tokenizer. It is sampled by sampling.student, "
-        "with student.template and student.template_kwargs.",
+        "with student.template and student.template_kwargs. A model that needs other keys, such as trust_remote_code, "
+        "is declared under `teachers` and named by `teacher`.",
     )
     revision: str | None = Field(
         None, description="Revision of the hub repository. If unset, the repository's default branch."

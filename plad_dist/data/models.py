@@ -367,6 +367,12 @@ def load_model_config(model: str, settings: Model | RewardModel) -> Any:
             model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # noqa: BLE001 - config classes raise their own errors for bad values
+        # transformers names the argument that allows it.
+        if not settings.trust_remote_code and "trust_remote_code" in str(error):
+            raise UserError(
+                f"{model}: has Python code of its own, which runs only with `trust_remote_code: true` (for "
+                "sampling.rejected: declare the model with it under `teachers`, and set sampling.rejected.teacher)"
+            ) from None
         problem = (
             "transformers cannot load this model"
             if Path(model).is_dir()

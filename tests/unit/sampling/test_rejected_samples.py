@@ -151,6 +151,44 @@ def test_a_model_that_cannot_be_sampled_is_refused_before_anything_starts(raw: d
             check_inputs(config, RunDir.of(config))
 
 
+def test_a_model_with_code_of_its_own_is_refused_with_a_way_to_allow_it(raw: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "remote"
+    shutil.copytree(weak(raw), folder)
+    (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}')
+    (folder / "configuration_own.py").write_text("raise AssertionError('was run')")
+    config = config_of(raw, {"path": str(folder)}, run=raw["run"] | {"dir": str(tmp_path / "new")})
+    with pytest.raises(UserError, match=r"sampling\.rejected\.path: .*declare the model with it under `teachers`"):
+        check_inputs(config, RunDir.of(config))
+
+
+@pytest.mark.parametrize("key", ["sampling.rejected", "teachers.short"])
+def test_a_context_without_room_for_a_prompt_is_refused(raw: dict[str, Any], tmp_path: Path, key: str) -> None:
+    """The prompts are not chosen by this context, so `prompts.over_long` does not refuse it."""
+    tokens = raw["sampling"]["student"]["max_tokens"]
+    short = str(make_random_model(tmp_path / "short", 6, max_position_embeddings=tokens))
+    sections, rejected = {"run": raw["run"] | {"dir": str(tmp_path / "new")}}, {"path": short}
+    if key == "teachers.short":
+        sections |= {
+            "teacher": None,
+            "teachers": {"strong": raw["teacher"], "short": {"path": short, "template": TEMPLATE}},
+        }
+        rejected = {"teacher": "short"}
+    config = config_of(raw, rejected, **sections)
+    message = rf"sampling\.student\.max_tokens: {tokens}: the context of {key} is {tokens} tokens"
+    with pytest.raises(UserError, match=message):
+        check_inputs(config, RunDir.of(config))
+    sections["sampling"] = raw["sampling"] | {"student": raw["sampling"]["student"] | {"max_tokens": tokens - 1}}
+    config = config_of(raw, rejected, **sections)
+    check_inputs(config, RunDir.of(config))
+
+
+def test_the_refusal_of_a_too_long_context_names_the_key_of_the_writer(raw: dict[str, Any], tmp_path: Path) -> None:
+    new = {"run": raw["run"] | {"dir": str(tmp_path / "new")}}
+    config = config_of(raw, {"path": weak(raw), "max_length": 1 << 20}, **new)
+    with pytest.raises(UserError, match=r"sampling\.rejected\.max_length: 1048576: "):
+        check_inputs(config, RunDir.of(config))
+
+
 def test_another_model_renders_its_prompts_with_the_students_template(raw: dict[str, Any]) -> None:
     writer = config_of(raw, {"path": weak(raw)}).rejected_writer()
     assert writer is not None
