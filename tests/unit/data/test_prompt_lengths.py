@@ -195,6 +195,17 @@ def test_a_template_that_shows_no_tools_is_reported_once(
     assert "shows nothing" not in caplog.text
 
 
+def test_the_template_of_another_writer_that_shows_no_tools_is_reported(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "plad")
+    raw = agent_config(tmp_path, model, TURNS, heldout_fraction=0.3, over_long="truncate")
+    raw |= {"teacher": None, "teachers": {"strong": raw["teacher"], "weak": {"path": str(model), "template": TURNS}}}
+    raw["sampling"] = {"rejected": {"teacher": "weak"}}
+    prepared(config_of(raw))
+    assert caplog.text.count("the template of teachers.weak") == 2
+
+
 def test_a_template_that_demands_calls_is_not_asked_to_do_without(
     tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
