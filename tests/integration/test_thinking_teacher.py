@@ -19,6 +19,7 @@ from plad_dist.pairing.forms import PairForms
 from plad_dist.pairing.pairs import PairBuilder
 from plad_dist.sampling.backend import Completion, RefusedPromptError
 from plad_dist.sampling.engine import Engine
+from plad_dist.sampling.engine_texts import EngineTexts
 from tests.tiny import TEMPLATE, make_chain_model, make_random_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
@@ -44,7 +45,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Completion | Re
             for name, max_tokens in (("whole", 32), ("cut", 2)):
                 decoding = Decoding(max_tokens=max_tokens, temperature=0.0)
                 outcomes[name] = await engine.complete(prompt, decoding, 1, name)
-            engine._settings = settings.model_copy(update={"reasoning": "refuse"})
+            engine._texts = EngineTexts(str(folder), settings.model_copy(update={"reasoning": "refuse"}))
             try:
                 outcomes["refused"] = await engine.complete(prompt, Decoding(max_tokens=32), 1, "refused")
             except RefusedPromptError as refusal:
