@@ -163,14 +163,8 @@ def _check_scratch(scratch: ScratchModel, engine: Mapping[str, Any]) -> None:
 
 def _check_context(model: Model, key: str) -> None:
     """Raise :class:`UserError` if nothing bounds the sequences of an encoder-decoder."""
-    from plad_dist.training.model.scratch import check_architecture
-
-    source = model.pretrained()
-    try:
-        config = check_architecture(model.scratch) if model.scratch else source and config_of(source)
-    except UserError:  # the checks of the model report it
-        return
-    if config and config.is_encoder_decoder and model.max_length is None and positions(config) is None:
+    config = _readable_config(model)
+    if config is not None and config.is_encoder_decoder and model.max_length is None and positions(config) is None:
         raise UserError(
             f"{key}.max_length: is required, because the config of the model names no context length; set the most "
             "tokens of a prompt with its response, such as 512"
@@ -209,15 +203,24 @@ def check_adapters(student: Pretrained, lora: Lora) -> None:
 def check_student_balance(student: Student) -> None:
     """Raise :class:`UserError` if no auxiliary loss can balance the experts of the student."""
     from plad_dist.training.model.probe import check_balance
-    from plad_dist.training.model.scratch import check_architecture
 
-    source = student.pretrained()
-    try:
-        config = check_architecture(student.scratch) if student.scratch else source and config_of(source)
-    except UserError:  # the checks of the model report it
-        return
+    config, source = _readable_config(student), student.pretrained()
     if config is not None:
         check_balance(config, remote=bool(source and source.settings.trust_remote_code))
+
+
+def _readable_config(model: Model) -> Any:
+    """Return the transformers config of a model, or None if it has none or it cannot be read.
+
+    The checks of the model report a config that cannot be read.
+    """
+    from plad_dist.training.model.scratch import check_architecture
+
+    source = model.pretrained()
+    try:
+        return check_architecture(model.scratch) if model.scratch else source and config_of(source)
+    except UserError:
+        return None
 
 
 def _judge_checks(key: str, judge: RewardJudge | TeacherJudge | LlmJudge) -> Iterator[Check]:

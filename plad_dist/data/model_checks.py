@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from plad_dist.config import Model
@@ -111,3 +111,15 @@ def _prefix_warnings(renderer: Renderer, prompt: str, whole: str) -> Iterator[st
             f"the template puts {after[:_SHOWN]!r} after a response, which is not the token {end} that ends responses "
             "here; see eos_token_id in generation_config.json"
         )
+
+
+def check_loaded(model: str, missing: Collection[str]) -> None:
+    """Raise :class:`UserError` if the files of a loaded model lack weights.
+
+    transformers has filled them with random numbers, and only warns.
+
+    Args:
+        missing: `missing_keys` of transformers' loading info.
+    """
+    if missing:
+        raise UserError(f"{model}: its files lack {len(missing)} weights of the model, such as {min(missing)}")

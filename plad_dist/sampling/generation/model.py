@@ -18,6 +18,7 @@ from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, St
 from transformers.modeling_outputs import BaseModelOutput
 
 from plad_dist.config import Model
+from plad_dist.data.model_checks import check_loaded
 from plad_dist.data.models import load_model_config, model_class, vocabulary_size
 from plad_dist.errors import UserError, first_line
 from plad_dist.sampling.generation.batch_request import BatchRow
@@ -138,8 +139,7 @@ class GenerativeModel:
             raise
         except Exception as error:  # noqa: BLE001 - families and quantizers raise all kinds of errors
             raise UserError(f"{path}: transformers cannot load this model: {first_line(error)}") from None
-        if missing := loading["missing_keys"]:  # which transformers has filled with random numbers
-            raise UserError(f"{path}: its files lack {len(missing)} weights of the model, such as {min(missing)}")
+        check_loaded(path, loading["missing_keys"])
         self._model, self._pad_id, self._vocabulary = model, pad_id, vocabulary_size(config)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.is_encoder_decoder = bool(config.is_encoder_decoder)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from plad_dist.compat.muon import embeddings_left_to_adam, import_muon
 from plad_dist.config import Optimizer
+from plad_dist.data.model_checks import check_loaded
 from plad_dist.data.models import load_model_config, model_class
 from plad_dist.errors import UserError
 from plad_dist.training.job import PhaseJob
@@ -83,8 +84,7 @@ def _load_model(
             output_loading_info=True,
         )
     del partition_at_load
-    if missing := loading["missing_keys"]:  # which transformers has filled with random numbers
-        raise UserError(f"{job.start}: its files lack {len(missing)} weights of the model, such as {min(missing)}")
+    check_loaded(job.start, loading["missing_keys"])
     model.config.use_cache = False
     if job.lora is not None:
         add_adapters(model, job.lora, job.seed)
